@@ -1,0 +1,1 @@
+"""What Clerk and Svix define: signatures, events and session tokens, free of Flask and of the database."""

@@ -1,0 +1,145 @@
+"""Clerk's events: what a verified message says, reduced to what is kept of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from clerkhooks.clerk import strict_json
+from clerkhooks.clerk.signatures import VerifiedMessage
+from clerkhooks.errors import EventError
+
+EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
+NEW_USER = "New User"
+LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, the last that databases and Python know
+_USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+class Version(NamedTuple):
+    """
+    Which of two states of a user is the newer: compared from left to right, times in milliseconds.
+
+    An event that has neither time has ``updated_at`` -1, below all others, and its attempt's time for ``timestamp``.
+    """
+
+    updated_at: int
+    timestamp: int
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What is kept of a Clerk user: every text fits its column and can be stored."""
+
+    email: str | None
+    name: str
+    image_url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of a type that nothing here acts on. *occurred_at* is None where Clerk did not say."""
+
+    message_id: str
+    type: str
+    version: Version
+    occurred_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserEvent(Event):
+    """A user as of *version*; without a profile, the user was deleted."""
+
+    user_id: str
+    profile: Profile | None
+
+
+def is_user_id(value: object) -> bool:
+    """Whether *value* is a Clerk user id: ``user_`` and 1 to 64 base-62 characters."""
+    return isinstance(value, str) and _USER_ID.fullmatch(value) is not None
+
+
+def parse_event(message: VerifiedMessage) -> Event:
+    """
+    The event that *message* carries.
+
+    Raises:
+        EventError: if it is no JSON object with a type, or a user event without a Clerk user id.
+
+    Source: Clerk, "Webhooks overview", structure of the payload.
+    """
+    try:
+        payload = strict_json.parse(message.body)
+    except ValueError:
+        raise EventError("body_not_json") from None
+    if not isinstance(payload, dict):
+        raise EventError("body_not_an_object")
+    event_type = payload.get("type")
+    if not isinstance(event_type, str) or not event_type:
+        raise EventError("event_type_missing")
+    data = payload.get("data")
+    data = data if isinstance(data, dict) else {}
+    common = (storable(message.message_id), storable(event_type), *_parse_version(payload, data, message))
+    if event_type not in ("user.created", "user.updated", "user.deleted"):
+        return Event(*common)
+    if not is_user_id(data.get("id")):
+        raise EventError("user_id_malformed")
+    return UserEvent(*common, data["id"], None if event_type == "user.deleted" else parse_profile(data))
+
+
+def parse_profile(data: Mapping[str, Any]) -> Profile:
+    """
+    What is kept of a Clerk user object, whether from an event or from the Backend API.
+
+    A field that is null, empty, absent, of a wrong type, too long or not storable counts as absent.
+    """
+    email = _text(_primary_email_address(data), EMAIL_LENGTH)
+    names = (_name(data.get("first_name")), _name(data.get("last_name")))
+    full_name = " ".join(name for name in names if name)
+    local_part = email.rsplit("@", 1)[0].strip() if email else ""
+    name = full_name or local_part or _name(data.get("username")) or NEW_USER
+    return Profile(email, name[:NAME_LENGTH], _text(data.get("image_url"), IMAGE_URL_LENGTH))
+
+
+def storable(text: str) -> str:
+    """*text*, cut and cleaned of what a database refuses: for ids and types, which Svix lets be anything."""
+    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
+
+
+def _parse_version(payload: Mapping[str, Any], data: Mapping[str, Any], message: VerifiedMessage) -> tuple[Version, datetime | None]:
+    updated_at, timestamp = _milliseconds(data.get("updated_at")), _milliseconds(payload.get("timestamp"))
+    message_id = storable(message.message_id)
+    newest = timestamp if timestamp is not None else updated_at
+    if newest is None:
+        return Version(-1, message.attempt_timestamp * 1000, message_id), None
+    version = Version(newest if updated_at is None else updated_at, newest, message_id)
+    return version, datetime.fromtimestamp(newest / 1000, UTC)
+
+
+def _milliseconds(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 0 <= value <= LAST_MILLISECOND and value == int(value) else None
+
+
+def _primary_email_address(data: Mapping[str, Any]) -> object:
+    primary, addresses = data.get("primary_email_address_id"), data.get("email_addresses")
+    if not isinstance(primary, str) or not isinstance(addresses, list):
+        return None
+    matching = (address for address in addresses if isinstance(address, dict) and address.get("id") == primary)
+    return next(matching, {}).get("email_address")
+
+
+def _text(value: object, length: int) -> str | None:
+    if not isinstance(value, str) or not value.strip() or len(value) > length or _UNSTORABLE.search(value):
+        return None
+    return value
+
+
+def _name(value: object) -> str | None:
+    # Not cut here: the name is cut once, when it is whole.
+    return value.strip() if isinstance(value, str) and not _UNSTORABLE.search(value) else None

@@ -1,0 +1,77 @@
+"""One line of JSON a request, to stdout. What a line may hold is named here; nothing else gets in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, g, has_app_context, request
+
+from clerkhooks.messages import describe
+
+logger = logging.getLogger("clerkhooks")
+PATH_LENGTH = 512
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time, level, event, and the fields that were given as ``extra``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Leave the text of an exception out: it may quote a row."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        extra = {key: value for key, value in vars(record).items() if key not in _STANDARD and value is not None}
+        return json.dumps({"time": moment, "level": record.levelname.lower(), "event": record.getMessage()} | extra)
+
+
+def init_logs(app: Flask) -> None:
+    """Log every request of *app* once, when its response is ready."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(JsonFormatter())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    app.before_request(_start)
+    app.after_request(_log_request)
+
+
+def annotate(**fields: str | None) -> None:
+    """Add ids and codes to the line of the current request, if there is one. Never a text that a user chose."""
+    if has_app_context():
+        g.setdefault("log_fields", {}).update(fields)
+
+
+def log_failure(error: BaseException) -> None:
+    """Log an unexpected exception once: its class, its SQLSTATE and the frames it came through, never its text."""
+    frames = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    fields: dict[str, Any] = g.get("log_fields", {})
+    logger.error("request_failed", extra={"message_id": fields.get("message_id"), "error": describe(error), "frames": frames})
+
+
+def _start() -> None:
+    g.started_at = time.perf_counter()
+
+
+def _log_request(response: Response) -> Response:
+    fields: dict[str, Any] = g.get("log_fields", {})
+    duration = (time.perf_counter() - g.started_at) * 1000
+    extra = {
+        "method": request.method,
+        "path": request.path[:PATH_LENGTH],
+        "status": response.status_code,
+        "duration_ms": round(duration, 2),
+    }
+    level = logging.ERROR if response.status_code >= 500 else logging.WARNING if fields.get("reason") else logging.INFO
+    logger.log(level, "request", extra=extra | fields)
+    return response
+
+
+def _short(filename: str) -> str:
+    """A frame's file, by its last two parts: enough to find it, and no more of the machine than needed."""
+    return "/".join(Path(filename).parts[-2:])

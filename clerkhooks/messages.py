@@ -1,0 +1,81 @@
+"""The log of messages: each is done once, and each failure is remembered until a retry mends it."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from functools import cache
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from clerkhooks.clerk.events import Event, UserEvent
+from clerkhooks.models import Outcome, WebhookMessage, autocommit, db
+
+logger = logging.getLogger(__name__)
+_messages = cast("sa.Table", WebhookMessage.__table__)
+Insert = postgresql.Insert | sqlite.Insert
+
+
+def insert_into(table: sa.Table, dialect: str) -> Insert:
+    """An INSERT that knows ON CONFLICT, which both databases do, each in its own class."""
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+def is_done(message_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """SQL: whether the message was processed before. One that failed was not."""
+    return sa.exists().where(_messages.c.message_id == message_id, _messages.c.outcome != Outcome.FAILED)
+
+
+def record(event: Event, outcome: Outcome, now: datetime) -> bool:
+    """Write down, in the caller's transaction, what became of *event*; False if another delivery did so before."""
+    row = _row(event, now) | {"outcome": outcome, "processed_at": now, "error": None}
+    return db.session.execute(_record_statement(db.engine.dialect.name), row).first() is not None
+
+
+def record_failure(event: Event, error: Exception, now: datetime) -> None:
+    """
+    Write down that *event* failed, in a transaction of its own. A failure never overwrites a success.
+
+    Where the database is away, that is logged: Svix retries all the same.
+    """
+    row = _row(event, now) | {"outcome": Outcome.FAILED, "processed_at": None, "error": describe(error)}
+    try:
+        with autocommit() as connection:
+            connection.execute(_record_statement(db.engine.dialect.name), row)
+    except SQLAlchemyError as second:
+        logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(second)})
+
+
+def describe(error: BaseException) -> str:
+    """Class and SQLSTATE of *error*. Never its text: a database's message quotes the row that it refused."""
+    name = type(error).__name__
+    if not isinstance(error, DBAPIError):
+        return name
+    sqlstate = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None)
+    return f"{name} {sqlstate}" if sqlstate else name
+
+
+@cache
+def _record_statement(dialect: str) -> sa.Executable:
+    """Insert a message, or take over one that failed; gives a row unless it was done before."""
+    insert = insert_into(_messages, dialect)
+    changes = {name: insert.excluded[name] for name in ("outcome", "processed_at", "error")}
+    return insert.on_conflict_do_update(
+        index_elements=[_messages.c.message_id],
+        set_=changes | {"attempts": _messages.c.attempts + 1},
+        where=_messages.c.outcome == Outcome.FAILED,
+    ).returning(_messages.c.message_id)
+
+
+def _row(event: Event, now: datetime) -> dict[str, Any]:
+    return {
+        "message_id": event.message_id,
+        "event_type": event.type,
+        "clerk_user_id": event.user_id if isinstance(event, UserEvent) else None,
+        "attempts": 1,
+        "occurred_at": event.occurred_at,
+        "received_at": now,
+    }

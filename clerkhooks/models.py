@@ -1,0 +1,169 @@
+"""The two tables, and the database behind them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+THREADS = 8  # of a worker: as many requests at once, each with one connection at most
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, so that migrations can drop what they made on either database."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+db = SQLAlchemy(model_class=Base)
+if TYPE_CHECKING:
+    Model = Base
+else:
+    Model = db.Model
+
+
+class UTCDateTime(sa.types.TypeDecorator[datetime]):
+    """A point in time: aware and in UTC on every database, also on SQLite, which knows no time zones."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Refuse a naive time: whose noon it is cannot be known."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a time without a time zone cannot be stored")
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Give the time zone back that SQLite drops."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# Where order decides, it is the order of bytes: a linguistic collation would rank ids differently on each server.
+Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+class Outcome(StrEnum):
+    """What became of a message. Duplicate is an answer only; it is never stored."""
+
+    APPLIED = "applied"
+    STALE = "stale"
+    IGNORED = "ignored"
+    FAILED = "failed"
+    DUPLICATE = "duplicate"
+
+
+class User(Model):
+    """
+    A Clerk user, matched by Clerk's id alone.
+
+    Everything but the times and the presence is a function of the events that Clerk sent.
+    The version columns are empty while no event has filled the row, and again once the user is deleted.
+    """
+
+    __tablename__ = "users"
+
+    id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    email: Mapped[str | None] = mapped_column(sa.Text, index=True)
+    name: Mapped[str] = mapped_column(sa.Text)
+    image_url: Mapped[str | None] = mapped_column(sa.Text)
+    is_online: Mapped[bool] = mapped_column(sa.Boolean)
+    last_seen: Mapped[datetime] = mapped_column(UTCDateTime)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_timestamp: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_message_id: Mapped[str | None] = mapped_column(Bytewise)
+
+
+_FAILED = sa.text("outcome = 'failed'")
+
+
+class WebhookMessage(Model):
+    """A message that Clerk sent: what it was about and what became of it; nothing of what it said."""
+
+    __tablename__ = "webhook_messages"
+    __table_args__ = (
+        sa.Index(None, "received_at"),
+        sa.Index(None, "clerk_user_id", "received_at"),
+        sa.Index("ix_webhook_messages_failed", "received_at", postgresql_where=_FAILED, sqlite_where=_FAILED),
+    )
+
+    message_id: Mapped[str] = mapped_column(Bytewise, primary_key=True)
+    event_type: Mapped[str] = mapped_column(sa.Text)
+    clerk_user_id: Mapped[str | None] = mapped_column(sa.Text)
+    outcome: Mapped[str] = mapped_column(sa.Text)
+    attempts: Mapped[int] = mapped_column(sa.Integer)
+    occurred_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    received_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    processed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    error: Mapped[str | None] = mapped_column(sa.Text)
+
+
+def engine_options(database_url: str) -> dict[str, Any]:
+    """
+    How to reach *database_url* so that a request, and the record of its failure, are over within 10 s.
+
+    SQLite: a transaction takes the write lock with its first write, not at its first read, so that readers
+    never wait and no reader is refused when it turns into a writer; each read sees the newest commit,
+    as on PostgreSQL. PostgreSQL: UTC, and waiting for a lock, a statement or a dead peer is bounded.
+    """
+    pool = {"pool_size": THREADS, "max_overflow": 2, "pool_timeout": 4}
+    url = make_url(database_url)
+    if url.get_backend_name() == "sqlite":
+        return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
+    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s"
+    limits = {"connect_timeout": "3", "tcp_user_timeout": "4000", "options": options}
+    return pool | {"pool_pre_ping": True, "connect_args": {key: value for key, value in limits.items() if key not in url.query}}
+
+
+def init_database(app: Flask) -> None:
+    """Bind ``db`` to *app* and prepare every connection that it will open."""
+    db.init_app(app)
+    with app.app_context():
+        if db.engine.dialect.name == "sqlite":
+            event.listen(db.engine, "connect", _prepare_sqlite)
+
+
+def discard_connections(app: Flask) -> None:
+    """Forget connections inherited over a fork, without closing the parent's sockets."""
+    with app.app_context():
+        for engine in db.engines.values():
+            engine.dispose(close=False)
+
+
+@contextmanager
+def autocommit() -> Iterator[sa.Connection]:
+    """A connection of its own, apart from the request's session, on which each statement is committed at once."""
+    with db.engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        yield connection
+        connection.commit()
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    # FULL: a commit that was answered for must survive a power cut, and WAL alone would not wait for the disk.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,62 @@
+"""Every error as ``application/problem+json`` (RFC 9457), translated here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+from http import HTTPStatus
+
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from clerkhooks import logs
+from clerkhooks.errors import BadRequest, ClerkhooksError, EventError, KeysUnavailable, SignatureError, Unauthenticated
+
+_STATUS: dict[type[ClerkhooksError], HTTPStatus] = {
+    SignatureError: HTTPStatus.UNAUTHORIZED,
+    EventError: HTTPStatus.BAD_REQUEST,
+    BadRequest: HTTPStatus.BAD_REQUEST,
+    Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_REASONS = {413: "body_too_large", 500: "internal_error"}
+
+
+def init_problems(app: Flask) -> None:
+    """Answer every error of *app* as a problem."""
+    app.register_error_handler(ClerkhooksError, _from_own)
+    app.register_error_handler(HTTPException, _from_http)
+    app.register_error_handler(Exception, _from_unexpected)
+
+
+def problem(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
+    """A response that says *reason*, a stable code, and no inner detail."""
+    logs.annotate(reason=reason)
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "reason": reason}
+    return Response(json.dumps(body), status, headers, content_type="application/problem+json")
+
+
+def _from_own(error: ClerkhooksError) -> Response:
+    status = next((found for kind, found in _STATUS.items() if isinstance(error, kind)), None)
+    if status is None:
+        return _from_unexpected(error)
+    headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, KeysUnavailable):
+        headers["Retry-After"] = str(error.retry_after)
+    return problem(status, error.reason, headers)
+
+
+def _from_http(error: HTTPException) -> Response:
+    if error.code is None or error.code < 400:
+        return Response(status=error.code, headers=error.get_headers())  # a redirect
+    kept = ("Allow", "Retry-After", "WWW-Authenticate")
+    headers = {key: value for key, value in error.get_headers() if key in kept}
+    reason = _REASONS.get(error.code) or re.sub(r"[^a-z0-9]+", "_", HTTPStatus(error.code).phrase.lower())
+    return problem(error.code, reason, headers)
+
+
+def _from_unexpected(error: Exception) -> Response:
+    logs.log_failure(error)
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")

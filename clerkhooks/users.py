@@ -1,0 +1,184 @@
+"""All that reads or writes users, for webhooks and for authenticated calls alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from clerkhooks import messages
+from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
+from clerkhooks.errors import Unauthenticated
+from clerkhooks.models import Outcome, User, autocommit, db
+
+DELETED_USER = "Deleted User"
+LAST_SEEN_STEP = timedelta(minutes=1)
+PRESENCE_LASTS = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class UserSnapshot:
+    """A user's row as it was read, tied to no database session. Times are aware and in UTC."""
+
+    id: str
+    email: str | None
+    name: str
+    image_url: str | None
+    is_online: bool
+    last_seen: datetime
+    created_at: datetime
+    updated_at: datetime
+    deleted_at: datetime | None
+
+
+_users = cast("sa.Table", User.__table__)
+_COLUMNS = tuple(_users.c[name] for name in UserSnapshot.__dataclass_fields__)
+
+
+def receive(event: Event) -> Outcome:
+    """
+    Bring the database up to *event*, or leave it where it already knows better.
+
+    Deliveries repeat and overtake one another; the row ends the same. User and message are one transaction,
+    in this order in every one of them, so that two deliveries may wait for each other but never in a circle.
+
+    Raises:
+        Exception: whatever went wrong; nothing of the event is then written but that it failed.
+    """
+    now = datetime.now(UTC)
+    try:
+        outcome = _apply(event, now) if isinstance(event, UserEvent) else Outcome.IGNORED
+        if not messages.record(event, outcome, now):
+            db.session.rollback()
+            return Outcome.DUPLICATE
+        db.session.commit()
+    except Exception as error:
+        db.session.rollback()
+        messages.record_failure(event, error, now)
+        raise
+    return outcome
+
+
+def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
+    """
+    The user behind a verified session token, created if the call overtook the webhook.
+
+    Moves ``last_seen``, at most once a minute, unless somebody else acts in the user's name.
+
+    Raises:
+        Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
+    """
+    now = datetime.now(UTC)
+    parameters = {"user_id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
+    with autocommit() as connection:
+        row = connection.execute(_SELECT, parameters).first()
+        if row is None:
+            created = {"id": user_id} | _row(now, Profile(None, NEW_USER, None))
+            connection.execute(_fallback_statement(connection.dialect.name), created)
+            row = connection.execute(_SELECT, parameters).one()
+        elif not impersonated and row.last_seen <= parameters["before"] and row.deleted_at is None:
+            # Of many calls at once the first moves it; the others read what it wrote.
+            moved = connection.execute(_MOVE_LAST_SEEN, parameters).first()
+            row = moved or connection.execute(_SELECT, parameters).one()
+    return _live(UserSnapshot(*row))
+
+
+def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
+    """
+    Set whether the user is online, for as long as ``last_seen`` stays fresh.
+
+    Raises:
+        Unauthenticated: ``user_deleted``.
+    """
+    with autocommit() as connection:
+        row = connection.execute(_SET_PRESENCE, {"user_id": user_id, "online": is_online}).first()
+    if row is None:
+        raise Unauthenticated("user_deleted")
+    return UserSnapshot(*row)
+
+
+def is_present(user: UserSnapshot) -> bool:
+    """Whether *user* said to be online and was seen within five minutes."""
+    return user.is_online and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
+
+
+def _apply(event: UserEvent, now: datetime) -> Outcome:
+    dialect = db.engine.dialect.name
+    row = {"id": event.user_id, "done_message_id": event.message_id}
+    if event.profile is None:
+        statement = _tombstone_statement(dialect)
+        row |= _row(now, Profile(None, DELETED_USER, None)) | {"deleted_at": now}
+    else:
+        statement = _profile_statement(dialect)
+        version = {f"version_{field}": value for field, value in event.version._asdict().items()}
+        row |= _row(now, event.profile) | version
+    return Outcome.APPLIED if db.session.execute(statement, row).first() else Outcome.STALE
+
+
+def _row(now: datetime, profile: Profile) -> dict[str, Any]:
+    """A new row's values, but for its id and its version."""
+    times = {"last_seen": now, "created_at": now, "updated_at": now, "deleted_at": None}
+    texts = {"email": profile.email, "name": profile.name, "image_url": profile.image_url}
+    version = {"version_updated_at": None, "version_timestamp": None, "version_message_id": None}
+    return texts | times | version | {"is_online": False}
+
+
+_VERSION = ("version_updated_at", "version_timestamp", "version_message_id")
+_PROFILE = ("email", "name", "image_url", "updated_at", *_VERSION)
+
+
+@cache
+def _profile_statement(dialect: str) -> sa.Executable:
+    """Create the user, or bring an older version up to this one. Gives a row if it did either."""
+    # A tombstone wins over every version: Clerk never gives an id to a second user.
+    # The comparison is in the statement, so that two workers cannot interleave between reading and writing.
+    insert = _insert_unless_done(dialect)
+    older = sa.tuple_(*(_users.c[name] for name in _VERSION)) < sa.tuple_(*(insert.excluded[name] for name in _VERSION))
+    unfilled = _users.c.version_updated_at.is_(None)
+    return _on_conflict(insert, _PROFILE, sa.and_(_users.c.deleted_at.is_(None), sa.or_(unfilled, older)))
+
+
+@cache
+def _tombstone_statement(dialect: str) -> sa.Executable:
+    """Erase the user for good, also before their first event has arrived. Gives a row if it did."""
+    return _on_conflict(_insert_unless_done(dialect), (*_PROFILE, "is_online", "deleted_at"), _users.c.deleted_at.is_(None))
+
+
+@cache
+def _fallback_statement(dialect: str) -> sa.Executable:
+    """Create the minimal user of a call that overtook its webhook, unless somebody just did."""
+    return messages.insert_into(_users, dialect).on_conflict_do_nothing()
+
+
+def _insert_unless_done(dialect: str) -> messages.Insert:
+    """Insert a whole row, unless the message was done before: a repeated delivery must not count as a newer one."""
+    columns = _users.c
+    values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
+    return messages.insert_into(_users, dialect).from_select(
+        list(columns), values.where(~messages.is_done(sa.bindparam("done_message_id", type_=sa.Text)))
+    )
+
+
+def _on_conflict(insert: messages.Insert, changed: tuple[str, ...], where: sa.ColumnElement[bool]) -> sa.Executable:
+    changes = {name: insert.excluded[name] for name in changed}
+    return insert.on_conflict_do_update(index_elements=[_users.c.id], set_=changes, where=where).returning(_users.c.id)
+
+
+_SELECT = sa.select(*_COLUMNS).where(_users.c.id == sa.bindparam("user_id"))
+_LIVE = sa.and_(_users.c.id == sa.bindparam("user_id"), _users.c.deleted_at.is_(None))
+_MOVE_LAST_SEEN = (
+    sa.update(_users)
+    .where(_LIVE, _users.c.last_seen <= sa.bindparam("before", type_=_users.c.last_seen.type))
+    .values(last_seen=sa.bindparam("now", type_=_users.c.last_seen.type))
+    .returning(*_COLUMNS)
+)
+_SET_PRESENCE = sa.update(_users).where(_LIVE).values(is_online=sa.bindparam("online")).returning(*_COLUMNS)
+
+
+def _live(user: UserSnapshot) -> UserSnapshot:
+    if user.deleted_at is not None:
+        raise Unauthenticated("user_deleted")
+    return user

@@ -1,0 +1,58 @@
+"""The table of users and the log of messages."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+moment = sa.DateTime(timezone=True)
+
+
+def upgrade() -> None:
+    """Create both tables."""
+    op.create_table(
+        "users",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("email", sa.Text()),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("image_url", sa.Text()),
+        sa.Column("is_online", sa.Boolean(), nullable=False),
+        sa.Column("last_seen", moment, nullable=False),
+        sa.Column("created_at", moment, nullable=False),
+        sa.Column("updated_at", moment, nullable=False),
+        sa.Column("deleted_at", moment),
+        sa.Column("version_updated_at", sa.BigInteger()),
+        sa.Column("version_timestamp", sa.BigInteger()),
+        sa.Column("version_message_id", bytewise),
+        sa.PrimaryKeyConstraint("id", name="pk_users"),
+    )
+    op.create_index("ix_users_email", "users", ["email"])
+    op.create_table(
+        "webhook_messages",
+        sa.Column("message_id", bytewise, nullable=False),
+        sa.Column("event_type", sa.Text(), nullable=False),
+        sa.Column("clerk_user_id", sa.Text()),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("occurred_at", moment),
+        sa.Column("received_at", moment, nullable=False),
+        sa.Column("processed_at", moment),
+        sa.Column("error", sa.Text()),
+        sa.PrimaryKeyConstraint("message_id", name="pk_webhook_messages"),
+    )
+    op.create_index("ix_webhook_messages_received_at", "webhook_messages", ["received_at"])
+    op.create_index("ix_webhook_messages_clerk_user_id_received_at", "webhook_messages", ["clerk_user_id", "received_at"])
+    failed = sa.text("outcome = 'failed'")
+    op.create_index("ix_webhook_messages_failed", "webhook_messages", ["received_at"], postgresql_where=failed, sqlite_where=failed)
+
+
+def downgrade() -> None:
+    """Drop both tables."""
+    op.drop_table("webhook_messages")
+    op.drop_table("users")

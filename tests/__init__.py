@@ -1,0 +1,1 @@
+"""The tests. Every signature, token and database in them is real."""

