@@ -63,9 +63,9 @@ def find_token() -> str:
         Unauthenticated: ``token_missing``, also under another scheme than Bearer.
     """
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+    if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("token_missing")
-    return token.strip()
+    return token
 
 
 def _current(name: str) -> object:

@@ -49,12 +49,11 @@ def _from_own(error: ClerkhooksError) -> Response:
 
 
 def _from_http(error: HTTPException) -> Response:
-    if error.code is None or error.code < 400:
-        return Response(status=error.code, headers=error.get_headers())  # a redirect
+    status = error.code or 500
     kept = ("Allow", "Retry-After", "WWW-Authenticate")
     headers = {key: value for key, value in error.get_headers() if key in kept}
-    reason = _REASONS.get(error.code) or re.sub(r"[^a-z0-9]+", "_", HTTPStatus(error.code).phrase.lower())
-    return problem(error.code, reason, headers)
+    reason = _REASONS.get(status) or re.sub(r"[^a-z0-9]+", "_", HTTPStatus(status).phrase.lower())
+    return problem(status, reason, headers)
 
 
 def _from_unexpected(error: Exception) -> Response:

@@ -43,6 +43,7 @@ VARIABLES = {
     "DYNO": "Set by the platform.",
 }
 """Every variable that is read, and where its right value is to be found."""
+_PEM = re.compile(r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL)
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -86,7 +87,7 @@ class Settings:
         read("CLERK_JWKS_URL", _parse_url, None)
         read("CLERK_API_URL", _parse_url, None)
         read.require(secret, "is not set.")
-        if environ.get("DYNO"):
+        if read.text("DYNO"):
             read.require("DATABASE_URL", "is not set, and this platform throws its disk away; attach a PostgreSQL.")
         if read.faults:
             raise SettingsError(read.faults)
@@ -100,12 +101,19 @@ def load_settings() -> Settings:
     Raises:
         SystemExit: with status 2, after one message on stderr that lists every fault.
     """
-    load_dotenv(PROJECT / ".env")
     try:
+        _load_dotenv()
         return Settings.from_environ(os.environ)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from None
+
+
+def _load_dotenv() -> None:
+    try:
+        load_dotenv(PROJECT / ".env")
+    except UnicodeDecodeError:
+        raise SettingsError([Fault(".env", "is not text in UTF-8.", "Start again from .env.example.")]) from None
 
 
 class _Reader:
@@ -137,7 +145,11 @@ class _Reader:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in re.split(r"[,\s]+", text) if part)
+    parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
+    # No part at all would read as unset, and switch off the very check that somebody meant to configure.
+    if not parts:
+        raise ValueError("holds nothing but separators.")
+    return parts
 
 
 def _parse_number(text: str, most: int) -> int:
@@ -180,7 +192,7 @@ def _parse_database_url(text: str) -> str:
         return url.render_as_string(hide_password=False)
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ValueError("names a database that is not supported: PostgreSQL and SQLite are.")
-    if url.database in (None, "", ":memory:") or "mode=memory" in text:
+    if not url.database or ":memory:" in text or "mode=memory" in text:
         raise ValueError("keeps SQLite in memory, where each worker would have a database of its own; name a file.")
     return text
 
@@ -197,8 +209,8 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
         raise ValueError("holds a private key. Only the public key belongs here; consider the private one compromised.")
-    bodies = re.findall(r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", text, re.DOTALL)
-    if not bodies and "-----" in text:
+    bodies = _PEM.findall(text)
+    if "-----" in _PEM.sub("", text):
         raise ValueError("is not a PEM public key. Was it cut when it was copied?")
     return tuple(_parse_jwt_key(re.sub(r"\s+", "", body)) for body in bodies or [text])
 
@@ -236,7 +248,7 @@ def _parse_secret_key(text: str) -> str:
 
 def _parse_url(text: str) -> str:
     url = _split_url(text)
-    if url.query or url.fragment or url.scheme not in ("https", "http"):
+    if re.search("[?#]", text) or url.scheme not in ("https", "http"):
         raise ValueError("is not an https:// URL.")
     _refuse_plain_http(url)
     return text.rstrip("/")
@@ -249,8 +261,10 @@ def _parse_origins(text: str) -> tuple[str, ...]:
 def _parse_origin(text: str) -> str:
     # Not only https: Clerk's SDKs for browser extensions and phones send azp of other schemes.
     url = _split_url(text)
-    if url.path or url.query or url.fragment or text != text.lower():
+    if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):
         raise ValueError("is not all origins as a browser sends them: scheme://host or scheme://host:port, in lower case, no path.")
+    if (url.scheme, url.port) in (("https", 443), ("http", 80)):
+        raise ValueError("holds an origin with its scheme's own port, which browsers leave out.")
     _refuse_plain_http(url)
     return text
 

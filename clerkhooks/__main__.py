@@ -1,0 +1,8 @@
+"""``python -m clerkhooks``: the commands, also where the package is not installed."""
+
+from __future__ import annotations
+
+from clerkhooks.cli import main
+
+if __name__ == "__main__":
+    main()

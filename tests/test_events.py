@@ -1,0 +1,252 @@
+"""What is kept of Clerk's events."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clerkhooks.clerk.events import LAST_MILLISECOND, Event, Profile, UserEvent, Version, is_user_id, parse_event, parse_profile, storable
+from clerkhooks.clerk.signatures import VerifiedMessage
+from clerkhooks.errors import EventError
+from tests.support import DATA
+
+USER_ID = "user_29w83sxmDNGwOuEthce5gg56FcC"
+ATTEMPT = 1_800_000_000
+ODD: list[Any] = [None, "", " \t", 5, 1.5, True, [], {}, ["x"], {"x": 1}, "nul\x00", "lone \ud800", "\udfff"]
+
+
+def event(body: str | dict[str, Any], message_id: str = "msg_1") -> Event:
+    """The event that a body carries."""
+    return parse_event(VerifiedMessage(message_id, ATTEMPT, body if isinstance(body, str) else json.dumps(body)))
+
+
+def user_event(data: dict[str, Any] | None = None, **envelope: Any) -> UserEvent:
+    """An update of a user with these fields."""
+    parsed = event({"type": "user.updated", "data": {"id": USER_ID} | (data or {})} | envelope)
+    assert isinstance(parsed, UserEvent)
+    return parsed
+
+
+def profile(email: Any = None, **data: Any) -> Profile:
+    """The profile of a user with one address and these fields."""
+    address = {"primary_email_address_id": "idn_1", "email_addresses": [{"id": "idn_1", "email_address": email}]}
+    return parse_profile(address | data)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "kept"),
+    [
+        ("user.created", (1654012591835, 1654012591835), ("example@example.org", "Example Example", "https://img.clerk.com/xxxxxx")),
+        ("user.created.minimal", (-1, ATTEMPT * 1000), ("minimal@example.org", "minimal", None)),
+        ("user.updated", (1611948436000, 1731000000000), ("john.doe@clerk.test", "John Doe", "https://clerk.com")),
+        ("user.deleted", (1661861640000, 1661861640000), None),
+    ],
+)
+def test_reads_clerks_own_payloads(name: str, version: tuple[int, int], kept: tuple[str, str, str | None] | None) -> None:
+    """The payloads of Clerk's documentation and test suite come out as Clerk means them."""
+    body = (DATA / f"{name}.json").read_text()
+    parsed = event(body)
+    assert isinstance(parsed, UserEvent)
+    assert (parsed.message_id, parsed.user_id) == ("msg_1", json.loads(body)["data"]["id"])
+    assert parsed.type in name
+    assert parsed.version == Version(*version, "msg_1")
+    assert parsed.profile == (None if kept is None else Profile(*kept))
+
+
+def test_reads_every_payload_file() -> None:
+    """No payload file is left out above."""
+    assert sorted(path.stem for path in Path(DATA).glob("user.*.json")) == [
+        "user.created",
+        "user.created.minimal",
+        "user.deleted",
+        "user.updated",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "bodies"),
+    [
+        ("body_not_json", ["", "{", "\ufeff{}", '{"type": NaN}', '{"type": -Infinity}', "[" * 100_000, '{"a":' * 100_000]),
+        ("body_not_an_object", ["[]", "null", '"user.created"', "1" * 5000]),
+        ("event_type_missing", ["{}", '{"type": ""}', '{"type": null}', '{"type": ["user.created"]}']),
+    ],
+)
+def test_refuses_what_is_no_event(reason: str, bodies: list[str]) -> None:
+    """A verified body that is not an event says why."""
+    for body in bodies:
+        with pytest.raises(EventError) as refused:
+            event(body)
+        assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("event_type", ["user.created", "user.updated", "user.deleted"])
+@pytest.mark.parametrize(
+    "data", [None, [], "x", {}, *({"id": value} for value in [None, 5, "", "usr_1", "user_", "user_é", "user_" + "a" * 65, USER_ID + "\n"])]
+)
+def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> None:
+    """Whom it is about cannot be guessed."""
+    with pytest.raises(EventError) as refused:
+        event({"type": event_type, "data": data})
+    assert refused.value.reason == "user_id_malformed"
+
+
+@pytest.mark.parametrize("user_id", ["user_a", "user_" + "Z9" * 32, USER_ID])
+def test_knows_a_user_id(user_id: str) -> None:
+    """``user_`` and 1 to 64 base-62 characters."""
+    assert is_user_id(user_id)
+    assert not is_user_id(user_id.replace("user_", "user_-"))
+
+
+@pytest.mark.parametrize("event_type", ["session.created", "user.promoted", "User.created", "user.created "])
+@pytest.mark.parametrize("data", [None, {"id": 5}, {"id": USER_ID}])
+def test_keeps_nothing_of_other_events(event_type: str, data: Any) -> None:
+    """A type that nothing here acts on is an event all the same, whatever its data."""
+    assert type(event({"type": event_type, "data": data})) is Event
+
+
+def test_cleans_an_id_and_a_type_for_the_database() -> None:
+    """Svix lets both be anything; neither may break a statement."""
+    parsed = event({"type": "é\x00\ud800" + "x" * 300}, message_id="\x00" + "m" * 300)
+    assert parsed.type == "é\ufffd\ufffd" + "x" * 252
+    assert parsed.message_id == parsed.version.message_id == "\ufffd" + "m" * 254
+
+
+@pytest.mark.parametrize(("length", "kept"), [(254, 254), (255, 255), (256, 255)])
+def test_cuts_a_label_at_255(length: int, kept: int) -> None:
+    """Ids and types fit their columns."""
+    assert storable("x" * length) == "x" * kept
+
+
+@pytest.mark.parametrize(
+    ("data", "email"),
+    [
+        ({"primary_email_address_id": "b"}, "b@example.org"),
+        ({"primary_email_address_id": "c"}, None),
+        ({"primary_email_address_id": None}, None),
+        ({"primary_email_address_id": 5}, None),
+        ({}, None),
+        ({"primary_email_address_id": "b", "email_addresses": "b"}, None),
+        ({"primary_email_address_id": "b", "email_addresses": {"b": 1}}, None),
+        ({"primary_email_address_id": "b", "email_addresses": [None, 5, "b", {"id": "b"}]}, None),
+        ({"primary_email_address_id": "b", "email_addresses": [None, {"id": "b", "email_address": "x@example.org"}]}, "x@example.org"),
+    ],
+)
+def test_takes_the_primary_email_address(data: dict[str, Any], email: str | None) -> None:
+    """Not the first address, not the newest: the one whose id is the primary one."""
+    addresses = [{"id": name, "email_address": f"{name}@example.org"} for name in ("a", "b")]
+    assert parse_profile({"email_addresses": addresses} | data).email == email
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_counts_an_odd_field_as_absent(value: Any) -> None:
+    """No optional field is worth losing an event for."""
+    assert profile(value, first_name=value, last_name=value, username=value, image_url=value) == Profile(None, "New User", None)
+    assert profile("ada@example.org", first_name=value, username="u").name == "ada"
+
+
+@pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
+def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
+    """Half an address or half a URL is worse than none."""
+    fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
+    assert getattr(profile(**{field: fitting}), field) == fitting
+    assert getattr(profile(**{field: long}), field) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "name"),
+    [
+        ("x" * 254, None, "x" * 254),
+        ("x" * 255, None, "x" * 255),
+        ("x" * 256, None, "x" * 255),
+        ("x" * 127, "y" * 127, "x" * 127 + " " + "y" * 127),
+        ("x" * 127, "y" * 128, "x" * 127 + " " + "y" * 127),
+    ],
+)
+def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
+    """A long name is still a name; it is cut once it is whole."""
+    assert profile(first_name=first, last_name=last).name == name
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"first_name": " Ada ", "last_name": "\tLovelace\n"}, "Ada Lovelace"),
+        ({"first_name": "Ada"}, "Ada"),
+        ({"last_name": "Lovelace", "first_name": " "}, "Lovelace"),
+        ({"username": "ada"}, "local"),
+        ({"email": "a@b@example.org"}, "a@b"),
+        ({"email": "@example.org", "username": " ada "}, "ada"),
+        ({"email": "no-at-sign"}, "no-at-sign"),
+        ({"email": None, "username": "ada"}, "ada"),
+        ({"email": None}, "New User"),
+        ({"email": "x" * 321, "username": ""}, "New User"),
+    ],
+)
+def test_finds_a_name(data: dict[str, Any], name: str) -> None:
+    """First and last name, else the local part of the email, else the username, else New User."""
+    assert profile(**{"email": "local@example.org"} | data).name == name
+
+
+@pytest.mark.parametrize("odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300])
+def test_takes_one_time_for_the_other(odd: Any) -> None:
+    """Where one of the two times is missing or none, the other stands in; with neither, the attempt's, below all others."""
+    assert user_event({"updated_at": odd}, timestamp=7).version == Version(7, 7, "msg_1")
+    assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5, 5, "msg_1")
+    timeless = user_event({"updated_at": odd}, timestamp=odd)
+    assert (timeless.version, timeless.occurred_at) == (Version(-1, ATTEMPT * 1000, "msg_1"), None)
+    assert timeless.version < user_event({"updated_at": 0}, timestamp=0).version
+
+
+@pytest.mark.parametrize("time", [0, 1.0, LAST_MILLISECOND])
+def test_takes_every_time_that_a_database_knows(time: float) -> None:
+    """From 1970 to the last millisecond of 9999, also where a whole number is written as a fraction."""
+    parsed = user_event({"updated_at": time})
+    assert parsed.version == Version(int(time), int(time), "msg_1")
+    assert parsed.occurred_at == datetime.fromtimestamp(time / 1000, UTC)
+
+
+def test_dates_an_event_by_its_envelope() -> None:
+    """``updated_at`` orders before ``timestamp``; the latter says when it happened."""
+    parsed = user_event({"updated_at": 9_000}, timestamp=5_000)
+    assert parsed.version == Version(9_000, 5_000, "msg_1")
+    assert parsed.occurred_at == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)
+
+
+texts = st.text(st.characters() | st.sampled_from("\x00\ud800@ ")) | st.text("x@", min_size=250, max_size=330)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.sampled_from([USER_ID, "idn_1", "user.created", "user.deleted"])
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=5)
+names = ("primary_email_address_id", "first_name", "last_name", "username", "image_url", "updated_at")
+addresses = st.lists(st.fixed_dictionaries({"id": st.just("idn_1") | scalars, "email_address": values}) | values, max_size=3) | values
+profiles = st.fixed_dictionaries({}, optional=dict.fromkeys(names, scalars) | {"email_addresses": addresses})
+users = st.builds(lambda data, user_id: data | {"id": user_id}, profiles, st.just(USER_ID) | scalars)
+types = st.sampled_from(["user.created", "user.updated", "user.deleted", "session.created"]) | scalars
+envelopes = st.fixed_dictionaries({}, optional={"type": types, "data": users | values, "timestamp": scalars})
+
+
+@given(st.text() | (envelopes | values).map(json.dumps), st.text(), st.integers(0, 10**11))
+def test_gives_an_event_or_its_one_error(body: str, message_id: str, attempt: int) -> None:
+    """Whatever was signed, nothing but an Event or EventError comes out, and what is kept can be stored."""
+    try:
+        parsed = parse_event(VerifiedMessage(message_id, attempt, body))
+    except EventError:
+        return
+    (parsed.type + parsed.message_id + parsed.version.message_id).encode()
+    assert all(-1 <= number <= LAST_MILLISECOND for number in parsed.version[:2])
+
+
+@given(profiles)
+def test_keeps_only_what_a_database_can_store(data: dict[str, Any]) -> None:
+    """Every text of every profile is UTF-8 without NUL and fits its column; there always is a name."""
+    kept = parse_profile(data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")})
+    assert kept.name
+    for text, limit in [(kept.email or "", 320), (kept.name, 255), (kept.image_url or "", 2048)]:
+        assert len(text) <= limit
+        assert b"\x00" not in text.encode()

@@ -1,0 +1,72 @@
+"""The migrations: there and back, and that they make what the models describe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from flask_migrate import downgrade, upgrade
+
+from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.models import db
+from clerkhooks.settings import PROJECT
+from tests.conftest import KINDS, MakeDatabase, MakeService
+from tests.support import Service
+
+
+def test_agree_with_the_models(service: Service) -> None:
+    """Nothing is left to migrate: no column, type, index or nullability differs."""
+    with service.app.app_context(), db.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert [change for change in compare_metadata(context, db.metadata) if not _is_own(change)] == []
+
+
+def test_give_every_constraint_and_index_its_name(service: Service) -> None:
+    """Names are the same on both databases, so that a later migration can drop them."""
+    with service.app.app_context():
+        inspector = sa.inspect(db.engine)
+        names = {table: inspector.get_pk_constraint(table)["name"] for table in ("users", "webhook_messages")}
+        indexes = {index["name"] for table in names for index in inspector.get_indexes(table)}
+    assert names == {"users": "pk_users", "webhook_messages": "pk_webhook_messages"}
+    assert indexes == {
+        "ix_users_email",
+        "ix_webhook_messages_received_at",
+        "ix_webhook_messages_clerk_user_id_received_at",
+        "ix_webhook_messages_failed",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_go_there_and_back(make_database: MakeDatabase, make_service: MakeService, kind: str) -> None:
+    """Up, back to base and up again, and base leaves nothing behind."""
+    service = make_service(DATABASE_URL=make_database(kind))
+    with service.app.app_context():
+        upgrade()
+        downgrade(revision="base")
+        assert sa.inspect(db.engine).get_table_names() == ["alembic_version"]
+        upgrade()
+    assert service.http.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wait_for_each_other(make_database: MakeDatabase, clerk: PretendedClerk, kind: str) -> None:
+    """Two releases at once: one migrates, the other finds it done."""
+    # Two processes, as in life: alembic keeps the migration that runs in its module.
+    environ = os.environ | clerk.environ | {"DATABASE_URL": make_database(kind)}
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "db", "upgrade"]
+    runs = [
+        subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+
+
+def _is_own(change: Any) -> bool:
+    """Whether a difference is about alembic's own table."""
+    return bool(change[0] == "remove_table" and change[1].name == "alembic_version")

@@ -1,0 +1,197 @@
+"""The users service: which version of a user wins, and what an authenticated call does to the row."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clerkhooks import users
+from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.errors import Unauthenticated
+from clerkhooks.models import User, db
+from tests.support import Service, deletion, user_event
+
+VERSION = ("version_updated_at", "version_timestamp", "version_message_id")
+
+
+def test_leaves_a_newer_row_alone(service: Service) -> None:
+    """An update that was overtaken is stale, whether it is older by updated_at or, that being equal, by timestamp."""
+    user_id = clerk_id("user")
+    assert service.outcome(user_event(user_id, at=2000, first_name="New")) == "applied"
+    assert service.outcome(user_event(user_id, at=1999, first_name="Old")) == "stale"
+    assert service.outcome(envelope(user_id, updated_at=2000, timestamp=1999)) == "stale"
+    assert service.outcome(envelope(user_id, updated_at=2000, timestamp=2001)) == "applied"
+
+
+def test_breaks_ties_by_the_bytes_of_the_message_id(service: Service) -> None:
+    """Two events of one millisecond end the same in either order; capitals rank below small letters everywhere."""
+    for first, second in (("msg_a", "msg_B"), ("msg_B", "msg_a")):
+        user_id = clerk_id("user")
+        for message_id in (first, second):
+            service.outcome(user_event(user_id, at=5, first_name=message_id), message_id + user_id)
+        assert service.user(user_id, ["name"]) == ("msg_a Lovelace",)
+
+
+@pytest.mark.parametrize(("data", "timestamp", "version"), [
+    ({"updated_at": 7}, 9, (7, 9)),
+    ({"updated_at": 7}, None, (7, 7)),
+    ({}, 9, (9, 9)),
+    ({}, None, (-1, 1_700_000_000_000)),
+])  # fmt: skip
+def test_lets_one_time_stand_in_for_the_other(
+    service: Service, data: dict[str, int], timestamp: int | None, version: tuple[int, int]
+) -> None:
+    """A missing time is replaced by the other; an event with neither ranks below all by its attempt's time."""
+    user_id = clerk_id("user")
+    body = json.dumps({"type": "user.updated", "timestamp": timestamp, "data": data | {"id": user_id}}).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clerkhooks.webhooks.time.time", lambda: 1_700_000_000)
+        assert service.outcome(body, "msg_1", 1_700_000_000) == "applied"
+    assert service.user(user_id, VERSION) == (*version, "msg_1")
+
+
+def test_keeps_a_deleted_user_deleted(service: Service) -> None:
+    """No event, however new, revives a tombstone; a second deletion is stale."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, at=1000))
+    assert service.outcome(deletion(user_id, 500)) == "applied"
+    assert service.outcome(user_event(user_id, at=9000)) == "stale"
+    assert service.outcome(deletion(user_id, 9500)) == "stale"
+    assert service.user(user_id, ("email", "name", "image_url", "is_online", *VERSION)) == (
+        None,
+        "Deleted User",
+        None,
+        False,
+        None,
+        None,
+        None,
+    )
+    assert service.rows("SELECT count(*) FROM users WHERE deleted_at IS NOT NULL") == [(1,)]
+
+
+def test_takes_a_deletion_that_comes_first(service: Service) -> None:
+    """A deletion that overtakes the sign-up leaves a tombstone that the sign-up does not revive."""
+    user_id = clerk_id("user")
+    assert service.outcome(deletion(user_id, 1000)) == "applied"
+    assert service.outcome(user_event(user_id, "user.created", at=900)) == "stale"
+    assert service.user(user_id) == (None, "Deleted User", None)
+
+
+def test_lets_an_address_belong_to_two_users(service: Service) -> None:
+    """Addresses move between Clerk users, and the events may cross: no constraint stands in the way."""
+    for user_id in (clerk_id("user"), clerk_id("user")):
+        assert service.outcome(user_event(user_id)) == "applied"
+    assert service.rows("SELECT count(*) FROM users WHERE email = 'ada@example.org'") == [(2,)]
+
+
+def test_fills_a_fallback_row_from_any_event(service: Service) -> None:
+    """A call that overtakes the webhook makes a minimal user; the oldest event fills it in and keeps the presence."""
+    user_id = clerk_id("user")
+    assert service.call(user_id).get_json()["name"] == "New User"
+    service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
+    seen = service.user(user_id, ["last_seen"])
+    assert service.user(user_id, ("email", "name", *VERSION)) == (None, "New User", None, None, None)
+    assert service.outcome(user_event(user_id, at=1)) == "applied"
+    assert service.user(user_id, ("name", "is_online", "last_seen")) == ("Ada Lovelace", True, *(seen or ()))
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["user.created", "user.updated", "user.updated", "user.deleted"]),
+        st.integers(1, 3) | st.none(),
+        st.integers(1, 3) | st.none(),
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@given(events=EVENTS, data=st.data())
+def test_ends_the_same_in_every_order(service: Service, events: list[tuple[str, int | None, int | None]], data: st.DataObject) -> None:
+    """Two deliveries of the same events, shuffled, repeated and with calls in between, leave equal rows."""
+    ends: list[tuple[object, ...]] = []
+    run = clerk_id("msg")
+    for _ in range(2):
+        user_id = clerk_id("user")
+        deliveries = data.draw(st.permutations([*enumerate(events), *enumerate(events), (-1, None)]))
+        for number, event in deliveries:
+            if event is None:
+                service.call(user_id)
+            elif event[1] or event[2]:  # with neither time the order is best effort
+                body = envelope(user_id, event[0], updated_at=event[1], timestamp=event[2], first_name=f"N{number}")
+                service.deliver(body, f"{run}-{number}-{len(ends)}")
+        row = service.user(user_id, ("email", "name", *VERSION[:2])) or ()
+        ends.append((*row, len(service.rows(f"SELECT 1 FROM users WHERE id = '{user_id}' AND deleted_at IS NULL"))))
+    assert ends[0] == ends[1]
+
+
+def test_moves_last_seen_once_a_minute(service: Service) -> None:
+    """A call within the minute leaves last_seen; after it, the call moves it and answers with the new value."""
+    user_id = clerk_id("user")
+    first = service.call(user_id).get_json()["lastSeen"]
+    assert service.call(user_id).get_json()["lastSeen"] == first
+    was = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=59))
+    assert datetime.fromisoformat(service.call(user_id).get_json()["lastSeen"]) == was
+    set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=61))
+    moved = service.call(user_id).get_json()["lastSeen"]
+    assert datetime.fromisoformat(moved) >= datetime.fromisoformat(first)
+
+
+def test_does_not_see_a_user_who_is_impersonated(service: Service) -> None:
+    """A call in the user's name by somebody else leaves last_seen alone."""
+    user_id = clerk_id("user")
+    service.call(user_id)
+    long_ago = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(days=1))
+    service.call(user_id, act={"sub": "user_admin"})
+    with service.app.app_context():
+        assert db.session.get_one(User, user_id).last_seen == long_ago
+
+
+def test_is_online_only_while_seen(service: Service) -> None:
+    """Presence fades five minutes after the last call."""
+    now = datetime.now(UTC)
+    user = users.UserSnapshot("user_1", None, "Ada", None, True, now - timedelta(minutes=4, seconds=59), now, now, None)
+    assert users.is_present(user)
+    late = users.UserSnapshot("user_1", None, "Ada", None, True, now - timedelta(minutes=5, seconds=1), now, now, None)
+    assert not users.is_present(late)
+
+
+def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
+    """A deletion between verification and write wins."""
+    user_id = clerk_id("user")
+    service.outcome(deletion(user_id))
+    with service.app.app_context(), pytest.raises(Unauthenticated, match="user_deleted"):
+        users.set_presence(user_id, is_online=True)
+
+
+def test_refuses_times_without_a_zone(service: Service) -> None:
+    """A naive time is refused before it reaches a database, and what comes back is aware."""
+    user_id = clerk_id("user")
+    service.call(user_id)
+    with service.app.app_context():
+        user = db.session.get_one(User, user_id)
+        assert user.created_at.utcoffset() == timedelta(0)
+        user.last_seen = datetime(2026, 1, 1)  # noqa: DTZ001
+        with pytest.raises(Exception, match="without a time zone"):
+            db.session.commit()
+
+
+def set_last_seen(service: Service, user_id: str, moment: datetime) -> datetime:
+    """Write last_seen behind the service's back, in the milliseconds that the API shows."""
+    moment = moment.replace(microsecond=0)
+    with service.app.app_context():
+        db.session.execute(db.update(User).where(User.id == user_id).values(last_seen=moment))
+        db.session.commit()
+    return moment
+
+
+def envelope(
+    user_id: str, event_type: str = "user.updated", *, updated_at: int | None, timestamp: int | None, first_name: str = "Ada"
+) -> bytes:
+    """A user event whose two times are given apart."""
+    data = {"id": user_id, "first_name": first_name, "updated_at": updated_at}
+    return json.dumps({"type": event_type, "timestamp": timestamp, "data": data}).encode()
