@@ -7,7 +7,9 @@ None carries what a stranger sent, a secret or profile data, so that all of them
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class ClerkhooksError(Exception):
@@ -63,3 +65,16 @@ class SettingsError(ClerkhooksError):
         for fault in self.faults:
             lines += ["", f"  {fault.variable} {fault.problem}", f"      {fault.remedy}"]
         return "\n".join([*lines, "", "To see it work without any configuration: clerkhooks dev"])
+
+
+def describe(error: BaseException) -> str:
+    """Class and SQLSTATE of *error*. Never its text: a database's message quotes the row that it refused."""
+    cause = getattr(error, "orig", None)
+    sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+    return f"{type(error).__name__} {sqlstate}" if sqlstate else type(error).__name__
+
+
+def frames(error: BaseException) -> list[str]:
+    """The places that *error* came through, each by the last two parts of its file, its line and its function."""
+    summary = traceback.extract_tb(error.__traceback__)
+    return [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}" for frame in summary]

@@ -6,14 +6,12 @@ import json
 import logging
 import sys
 import time
-import traceback
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, g, has_app_context, request
 
-from clerkhooks.messages import describe
+from clerkhooks.errors import describe, frames
 
 logger = logging.getLogger("clerkhooks")
 PATH_LENGTH = 512
@@ -49,9 +47,8 @@ def annotate(**fields: str | None) -> None:
 
 def log_failure(error: BaseException) -> None:
     """Log an unexpected exception once: its class, its SQLSTATE and the frames it came through, never its text."""
-    frames = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    fields: dict[str, Any] = g.get("log_fields", {})
-    logger.error("request_failed", extra={"message_id": fields.get("message_id"), "error": describe(error), "frames": frames})
+    message_id = g.get("log_fields", {}).get("message_id")
+    logger.error("request_failed", extra={"message_id": message_id, "error": describe(error), "frames": frames(error)})
 
 
 def _start() -> None:
@@ -70,8 +67,3 @@ def _log_request(response: Response) -> Response:
     level = logging.ERROR if response.status_code >= 500 else logging.WARNING if fields.get("reason") else logging.INFO
     logger.log(level, "request", extra=extra | fields)
     return response
-
-
-def _short(filename: str) -> str:
-    """A frame's file, by its last two parts: enough to find it, and no more of the machine than needed."""
-    return "/".join(Path(filename).parts[-2:])

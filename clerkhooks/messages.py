@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.clerk.events import Event, UserEvent
+from clerkhooks.errors import describe
 from clerkhooks.models import Outcome, WebhookMessage, autocommit, db
 
 logger = logging.getLogger(__name__)
@@ -47,15 +48,6 @@ def record_failure(event: Event, error: Exception, now: datetime) -> None:
             connection.execute(_record_statement(db.engine.dialect.name), row)
     except SQLAlchemyError as second:
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(second)})
-
-
-def describe(error: BaseException) -> str:
-    """Class and SQLSTATE of *error*. Never its text: a database's message quotes the row that it refused."""
-    name = type(error).__name__
-    if not isinstance(error, DBAPIError):
-        return name
-    sqlstate = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None)
-    return f"{name} {sqlstate}" if sqlstate else name
 
 
 @cache

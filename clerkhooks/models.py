@@ -16,6 +16,9 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from clerkhooks.clerk.events import Version
+
+VERSION_COLUMNS = ("version_updated_at", "version_timestamp", "version_message_id")
 THREADS = 8  # of a worker: as many requests at once, each with one connection at most
 
 
@@ -63,6 +66,33 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
 Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
+class Versioned:
+    """
+    The columns that make a table of Clerk's objects end the same in every order of events.
+
+    A row is unfilled while they are empty. To guard an upsert of your own, for either database::
+
+        insert = sqlite.insert(Organization).values(id=..., name=..., **version_columns(event.version))
+        insert.on_conflict_do_update(index_elements=["id"], set_={...}, where=Organization.is_older_than(insert.excluded))
+    """
+
+    version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_timestamp: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_message_id: Mapped[str | None] = mapped_column(Bytewise)
+
+    @classmethod
+    def is_older_than(cls, excluded: Any) -> sa.ColumnElement[bool]:
+        """SQL: whether the stored row is unfilled, or of an older version than the one to be inserted."""
+        own = sa.tuple_(*(getattr(cls, name) for name in VERSION_COLUMNS))
+        new = sa.tuple_(*(excluded[name] for name in VERSION_COLUMNS))
+        return sa.or_(cls.version_updated_at.is_(None), own < new)
+
+
+def version_columns(version: Version | None) -> dict[str, Any]:
+    """The values of the version columns for *version*; all empty for a row that no event has filled."""
+    return dict(zip(VERSION_COLUMNS, version or (None, None, None), strict=True))
+
+
 class Outcome(StrEnum):
     """What became of a message. Duplicate is an answer only; it is never stored."""
 
@@ -73,7 +103,7 @@ class Outcome(StrEnum):
     DUPLICATE = "duplicate"
 
 
-class User(Model):
+class User(Versioned, Model):
     """
     A Clerk user, matched by Clerk's id alone.
 
@@ -92,9 +122,6 @@ class User(Model):
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
-    version_timestamp: Mapped[int | None] = mapped_column(sa.BigInteger)
-    version_message_id: Mapped[str | None] = mapped_column(Bytewise)
 
 
 _FAILED = sa.text("outcome = 'failed'")
@@ -133,7 +160,7 @@ def engine_options(database_url: str) -> dict[str, Any]:
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
         return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
-    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s"
+    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s -c idle_in_transaction_session_timeout=15s"
     limits = {"connect_timeout": "3", "tcp_user_timeout": "4000", "options": options}
     return pool | {"pool_pre_ping": True, "connect_args": {key: value for key, value in limits.items() if key not in url.query}}
 

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, current_app
 from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks import logs
-from clerkhooks.messages import describe
+from clerkhooks.errors import describe
 from clerkhooks.models import autocommit
 from clerkhooks.problems import problem
 

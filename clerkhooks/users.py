@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -11,9 +12,11 @@ import sqlalchemy as sa
 
 from clerkhooks import messages
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
-from clerkhooks.errors import Unauthenticated
-from clerkhooks.models import Outcome, User, autocommit, db
+from clerkhooks.errors import Unauthenticated, describe, frames
+from clerkhooks.models import VERSION_COLUMNS, Outcome, User, autocommit, db, version_columns
+from clerkhooks.signals import event_processed, event_processing
 
+logger = logging.getLogger(__name__)
 DELETED_USER = "Deleted User"
 LAST_SEEN_STEP = timedelta(minutes=1)
 PRESENCE_LASTS = timedelta(minutes=5)
@@ -42,23 +45,26 @@ def receive(event: Event) -> Outcome:
     """
     Bring the database up to *event*, or leave it where it already knows better.
 
-    Deliveries repeat and overtake one another; the row ends the same. User and message are one transaction,
-    in this order in every one of them, so that two deliveries may wait for each other but never in a circle.
+    Deliveries repeat and overtake one another; the row ends the same. User, message and what receivers of
+    ``event_processing`` write are one transaction, in this order in every one of them, so that two deliveries
+    may wait for each other but never in a circle.
 
     Raises:
         Exception: whatever went wrong; nothing of the event is then written but that it failed.
     """
     now = datetime.now(UTC)
     try:
-        outcome = _apply(event, now) if isinstance(event, UserEvent) else Outcome.IGNORED
+        outcome = _apply(event, now)
         if not messages.record(event, outcome, now):
             db.session.rollback()
             return Outcome.DUPLICATE
+        _let_receivers_write(event, outcome)
         db.session.commit()
     except Exception as error:
         db.session.rollback()
         messages.record_failure(event, error, now)
         raise
+    _tell_receivers(event, outcome)
     return outcome
 
 
@@ -105,7 +111,32 @@ def is_present(user: UserSnapshot) -> bool:
     return user.is_online and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
 
 
-def _apply(event: UserEvent, now: datetime) -> Outcome:
+def _let_receivers_write(event: Event, outcome: Outcome) -> None:
+    if not event_processing.has_receivers_for(event.type):
+        return
+    transaction = db.session().get_transaction()
+    event_processing.send(event.type, event=event, outcome=outcome)
+    # After a rollback in there the commit would succeed, and the message be answered 200 and lost.
+    if db.session().get_transaction() is not transaction:
+        raise RuntimeError("A receiver of event_processing ended the transaction. It must neither commit nor roll back.")
+
+
+def _tell_receivers(event: Event, outcome: Outcome) -> None:
+    if not event_processed.has_receivers_for(event.type):
+        return
+    for receiver in event_processed.receivers_for(event.type):
+        try:
+            receiver(event.type, event=event, outcome=outcome)
+        except Exception as error:  # noqa: BLE001  # the message is done, whatever this receiver makes of it
+            db.session.rollback()
+            fields = {"message_id": event.message_id, "error": describe(error), "frames": frames(error)}
+            logger.error("receiver_failed", extra=fields)
+
+
+def _apply(event: Event, now: datetime) -> Outcome:
+    if not isinstance(event, UserEvent):
+        handled = event_processing.has_receivers_for(event.type) or event_processed.has_receivers_for(event.type)
+        return Outcome.APPLIED if handled else Outcome.IGNORED
     dialect = db.engine.dialect.name
     row = {"id": event.user_id, "done_message_id": event.message_id}
     if event.profile is None:
@@ -113,8 +144,7 @@ def _apply(event: UserEvent, now: datetime) -> Outcome:
         row |= _row(now, Profile(None, DELETED_USER, None)) | {"deleted_at": now}
     else:
         statement = _profile_statement(dialect)
-        version = {f"version_{field}": value for field, value in event.version._asdict().items()}
-        row |= _row(now, event.profile) | version
+        row |= _row(now, event.profile) | version_columns(event.version)
     return Outcome.APPLIED if db.session.execute(statement, row).first() else Outcome.STALE
 
 
@@ -122,12 +152,10 @@ def _row(now: datetime, profile: Profile) -> dict[str, Any]:
     """A new row's values, but for its id and its version."""
     times = {"last_seen": now, "created_at": now, "updated_at": now, "deleted_at": None}
     texts = {"email": profile.email, "name": profile.name, "image_url": profile.image_url}
-    version = {"version_updated_at": None, "version_timestamp": None, "version_message_id": None}
-    return texts | times | version | {"is_online": False}
+    return texts | times | version_columns(None) | {"is_online": False}
 
 
-_VERSION = ("version_updated_at", "version_timestamp", "version_message_id")
-_PROFILE = ("email", "name", "image_url", "updated_at", *_VERSION)
+_PROFILE = ("email", "name", "image_url", "updated_at", *VERSION_COLUMNS)
 
 
 @cache
@@ -136,9 +164,7 @@ def _profile_statement(dialect: str) -> sa.Executable:
     # A tombstone wins over every version: Clerk never gives an id to a second user.
     # The comparison is in the statement, so that two workers cannot interleave between reading and writing.
     insert = _insert_unless_done(dialect)
-    older = sa.tuple_(*(_users.c[name] for name in _VERSION)) < sa.tuple_(*(insert.excluded[name] for name in _VERSION))
-    unfilled = _users.c.version_updated_at.is_(None)
-    return _on_conflict(insert, _PROFILE, sa.and_(_users.c.deleted_at.is_(None), sa.or_(unfilled, older)))
+    return _on_conflict(insert, _PROFILE, sa.and_(_users.c.deleted_at.is_(None), User.is_older_than(insert.excluded)))
 
 
 @cache

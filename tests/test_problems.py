@@ -13,8 +13,7 @@ from werkzeug.wrappers import Response as BaseResponse
 
 from clerkhooks import logs
 from clerkhooks.cli.pretend import clerk_id
-from clerkhooks.errors import ClerkhooksError
-from clerkhooks.messages import describe
+from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.models import db
 from tests.support import Service, broken_users, user_event
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -42,12 +42,17 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a type that nothing here acts on. *occurred_at* is None where Clerk did not say."""
+    """
+    An event of any type. *data* is the object that it is about, as Clerk sent it; nothing of it belongs in a log.
+
+    *occurred_at* is None where Clerk did not say.
+    """
 
     message_id: str
     type: str
     version: Version
     occurred_at: datetime | None
+    data: Mapping[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ def parse_event(message: VerifiedMessage) -> Event:
         raise EventError("event_type_missing")
     data = payload.get("data")
     data = data if isinstance(data, dict) else {}
-    common = (storable(message.message_id), storable(event_type), *_parse_version(payload, data, message))
+    common = (storable(message.message_id), storable(event_type), *_parse_version(payload, data, message), data)
     if event_type not in ("user.created", "user.updated", "user.deleted"):
         return Event(*common)
     if not is_user_id(data.get("id")):
