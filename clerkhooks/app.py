@@ -6,14 +6,14 @@ from typing import cast
 
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
-from flask_migrate import Migrate
 
 from clerkhooks import models, ops, webhooks
 from clerkhooks.api import init_api
 from clerkhooks.auth import init_auth
+from clerkhooks.cli import commands
 from clerkhooks.logs import init_logs
 from clerkhooks.problems import init_problems
-from clerkhooks.settings import PROJECT, Settings, load_settings
+from clerkhooks.settings import Settings, load_settings
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -28,17 +28,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     cast("DefaultJSONProvider", app.json).sort_keys = False
     app.url_map.strict_slashes = False  # Svix counts a redirect as a failure
     app.url_map.merge_slashes = False
-    app.config.update(
-        MAX_CONTENT_LENGTH=webhooks.LARGEST_BODY,
-        SQLALCHEMY_DATABASE_URI=settings.database_url,
-        SQLALCHEMY_ENGINE_OPTIONS=models.engine_options(settings.database_url),
-    )
+    app.config["MAX_CONTENT_LENGTH"] = webhooks.LARGEST_BODY
     init_logs(app)
     init_problems(app)
-    models.init_database(app)
-    Migrate(app, models.db, directory=str(PROJECT / "migrations"), render_as_batch=True)
+    models.init_database(app, settings.database_url)
     webhooks.init_webhooks(app, settings)
     init_auth(app, settings)
     init_api(app, settings)
     app.register_blueprint(ops.blueprint)
+    app.cli.add_command(commands.webhooks)
     return app

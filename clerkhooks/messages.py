@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
 from typing import Any, cast
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.clerk.events import Event, UserEvent
 from clerkhooks.errors import describe
-from clerkhooks.models import Outcome, WebhookMessage, autocommit, db
+from clerkhooks.models import Outcome, WebhookMessage, autocommit, db, insert_into
 
 logger = logging.getLogger(__name__)
 _messages = cast("sa.Table", WebhookMessage.__table__)
-Insert = postgresql.Insert | sqlite.Insert
-
-
-def insert_into(table: sa.Table, dialect: str) -> Insert:
-    """An INSERT that knows ON CONFLICT, which both databases do, each in its own class."""
-    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
 
 
 def is_done(message_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
@@ -48,6 +42,34 @@ def record_failure(event: Event, error: Exception, now: datetime) -> None:
             connection.execute(_record_statement(db.engine.dialect.name), row)
     except SQLAlchemyError as second:
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(second)})
+
+
+def prune(before: datetime, batch: int = 1000) -> Iterator[int]:
+    """
+    Forget the messages that were last touched before *before*, *batch* by batch; gives the size of each.
+
+    Each batch is a transaction of its own and passes over rows that a delivery holds, so that no writer waits long.
+    Users are not touched: a message that is delivered again after this is judged by its version, and is stale.
+    """
+    parameters = {"before": before, "batch": batch}
+    while True:
+        with autocommit() as connection:
+            pruned = len(connection.execute(_PRUNE, parameters).all())
+        if pruned:
+            yield pruned
+        if pruned < batch:
+            return
+
+
+_OLD = (
+    sa.select(_messages.c.message_id)
+    .where(_messages.c.received_at < sa.bindparam("before"))
+    .where(sa.func.coalesce(_messages.c.processed_at, _messages.c.received_at) < sa.bindparam("before"))
+    .order_by(_messages.c.received_at)
+    .limit(sa.bindparam("batch"))
+    .with_for_update(skip_locked=True)
+)
+_PRUNE = sa.delete(_messages).where(_messages.c.message_id.in_(_OLD)).returning(_messages.c.message_id)
 
 
 @cache

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from flask import Flask
+from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from clerkhooks.clerk.events import Version
+from clerkhooks.settings import PROJECT
 
 VERSION_COLUMNS = ("version_updated_at", "version_timestamp", "version_message_id")
 THREADS = 8  # of a worker: as many requests at once, each with one connection at most
@@ -66,14 +69,23 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
 Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
+Insert = postgresql.Insert | sqlite.Insert
+
+
+def insert_into(table: sa.Table, dialect: str) -> Insert:
+    """An INSERT that knows ON CONFLICT, which both databases do, each in its own class."""
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
 class Versioned:
     """
     The columns that make a table of Clerk's objects end the same in every order of events.
 
-    A row is unfilled while they are empty. To guard an upsert of your own, for either database::
+    A row is unfilled while they are empty. An application guards its own upserts as ``users`` does::
 
-        insert = sqlite.insert(Organization).values(id=..., name=..., **version_columns(event.version))
-        insert.on_conflict_do_update(index_elements=["id"], set_={...}, where=Organization.is_older_than(insert.excluded))
+        insert = insert_into(Team.__table__, db.engine.dialect.name)
+        insert = insert.values(id=..., name=..., **version_columns(event.version))
+        insert.on_conflict_do_update(index_elements=["id"], set_=..., where=Team.is_older_than(insert.excluded))
     """
 
     version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
@@ -148,26 +160,11 @@ class WebhookMessage(Model):
     error: Mapped[str | None] = mapped_column(sa.Text)
 
 
-def engine_options(database_url: str) -> dict[str, Any]:
-    """
-    How to reach *database_url* so that a request, and the record of its failure, are over within 10 s.
-
-    SQLite: a transaction takes the write lock with its first write, not at its first read, so that readers
-    never wait and no reader is refused when it turns into a writer; each read sees the newest commit,
-    as on PostgreSQL. PostgreSQL: UTC, and waiting for a lock, a statement or a dead peer is bounded.
-    """
-    pool = {"pool_size": THREADS, "max_overflow": 2, "pool_timeout": 4}
-    url = make_url(database_url)
-    if url.get_backend_name() == "sqlite":
-        return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
-    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s -c idle_in_transaction_session_timeout=15s"
-    limits = {"connect_timeout": "3", "tcp_user_timeout": "4000", "options": options}
-    return pool | {"pool_pre_ping": True, "connect_args": {key: value for key, value in limits.items() if key not in url.query}}
-
-
-def init_database(app: Flask) -> None:
-    """Bind ``db`` to *app* and prepare every connection that it will open."""
+def init_database(app: Flask, database_url: str) -> None:
+    """Bind ``db`` to *app* and *database_url*, with the project's migrations, and prepare every connection that it will open."""
+    app.config.update(SQLALCHEMY_DATABASE_URI=database_url, SQLALCHEMY_ENGINE_OPTIONS=_engine_options(database_url))
     db.init_app(app)
+    Migrate(app, db, directory=str(PROJECT / "migrations"), render_as_batch=True)
     with app.app_context():
         if db.engine.dialect.name == "sqlite":
             event.listen(db.engine, "connect", _prepare_sqlite)
@@ -194,3 +191,20 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # FULL: a commit that was answered for must survive a power cut, and WAL alone would not wait for the disk.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _engine_options(database_url: str) -> dict[str, Any]:
+    """
+    How to reach *database_url* so that a request, and the record of its failure, are over within 10 s.
+
+    SQLite: a transaction takes the write lock with its first write, not at its first read, so that readers
+    never wait and no reader is refused when it turns into a writer; each read sees the newest commit,
+    as on PostgreSQL. PostgreSQL: UTC, and waiting for a lock, a statement or a dead peer is bounded.
+    """
+    pool = {"pool_size": THREADS, "max_overflow": 2, "pool_timeout": 4}
+    url = make_url(database_url)
+    if url.get_backend_name() == "sqlite":
+        return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
+    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s -c idle_in_transaction_session_timeout=15s"
+    limits = {"connect_timeout": "3", "tcp_user_timeout": "4000", "options": options}
+    return pool | {"pool_pre_ping": True, "connect_args": {key: value for key, value in limits.items() if key not in url.query}}

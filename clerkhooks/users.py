@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clerkhooks import messages
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.models import VERSION_COLUMNS, Outcome, User, autocommit, db, version_columns
+from clerkhooks.models import VERSION_COLUMNS, Insert, Outcome, User, autocommit, db, insert_into, version_columns
 from clerkhooks.signals import event_processed, event_processing
 
 logger = logging.getLogger(__name__)
@@ -176,19 +176,19 @@ def _tombstone_statement(dialect: str) -> sa.Executable:
 @cache
 def _fallback_statement(dialect: str) -> sa.Executable:
     """Create the minimal user of a call that overtook its webhook, unless somebody just did."""
-    return messages.insert_into(_users, dialect).on_conflict_do_nothing()
+    return insert_into(_users, dialect).on_conflict_do_nothing()
 
 
-def _insert_unless_done(dialect: str) -> messages.Insert:
+def _insert_unless_done(dialect: str) -> Insert:
     """Insert a whole row, unless the message was done before: a repeated delivery must not count as a newer one."""
     columns = _users.c
     values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
-    return messages.insert_into(_users, dialect).from_select(
+    return insert_into(_users, dialect).from_select(
         list(columns), values.where(~messages.is_done(sa.bindparam("done_message_id", type_=sa.Text)))
     )
 
 
-def _on_conflict(insert: messages.Insert, changed: tuple[str, ...], where: sa.ColumnElement[bool]) -> sa.Executable:
+def _on_conflict(insert: Insert, changed: tuple[str, ...], where: sa.ColumnElement[bool]) -> sa.Executable:
     changes = {name: insert.excluded[name] for name in changed}
     return insert.on_conflict_do_update(index_elements=[_users.c.id], set_=changes, where=where).returning(_users.c.id)
 

@@ -144,7 +144,7 @@ def test_shows_what_came_instead_of_what_had_to(files: Files, listener: socket.s
     """A step that fails shows a cross, what came and what was expected; nothing ends in a traceback."""
     clerk = PretendedClerk()
     files.folder.mkdir()
-    prepare_database(files.database, server_environ({}, clerk, files.database))
+    prepare_database(files.database)
     port = listener.getsockname()[1]
     listener.close()
     assert not demonstration.show(demonstration.Story(clerk), port, files.database)

@@ -17,12 +17,11 @@ import click
 from flask import Flask
 from flask_migrate import upgrade
 
-from clerkhooks.app import create_app
 from clerkhooks.cli import demonstration
 from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.cli.server import HOST, Server, ServerFailed, running_server, signals_as
-from clerkhooks.models import db
-from clerkhooks.settings import PROJECT, VARIABLES, Settings
+from clerkhooks.models import db, init_database
+from clerkhooks.settings import PROJECT, VARIABLES
 
 TOKEN_LIFETIME = 3600  # seconds
 
@@ -93,7 +92,7 @@ def run(files: Files, port: int, *, once: bool) -> int:
         story = demonstration.Story(PretendedClerk())
         environ = server_environ(os.environ, story.clerk, files.database)
         click.secho("clerkhooks dev: the real server, with keys and a database made for this run", bold=True)
-        prepare_database(files.database, environ)
+        prepare_database(files.database)
         _say("database", f"{_short(files.database)}, migrated")
         with running_server(listener, environ, files.log) as server:
             _say("server", f"http://{HOST}:{port}, gunicorn; its log is {_short(files.log)}")
@@ -115,12 +114,12 @@ def server_environ(environ: Mapping[str, str], clerk: PretendedClerk, database: 
     return others | dict.fromkeys(VARIABLES, "") | clerk.environ | own
 
 
-def prepare_database(database: Path, environ: Mapping[str, str]) -> None:
+def prepare_database(database: Path) -> None:
     """Start over with an empty *database*, migrated by the project's own migrations."""
     for suffix in ("", "-wal", "-shm", "-journal"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
-    # Settings from a mapping: neither this process's environment nor .env is looked at.
-    app = create_app(Settings.from_environ(environ))
+    app = Flask("clerkhooks")
+    init_database(app, f"sqlite:///{database}")
     with app.app_context():
         upgrade()
         db.session.remove()
