@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from flask import Blueprint, Flask, request
+from flask import Blueprint, Flask, Response, request
 from flask_cors import CORS
 
 from clerkhooks import users
@@ -24,6 +24,13 @@ def init_api(app: Flask, settings: Settings) -> None:
         # Patterns, since flask-cors takes an IPv6 host's brackets for one; always_send would name every origin to anyone.
         origins = [re.compile(re.escape(origin) + r"\Z") for origin in settings.authorized_parties]
         CORS(app, resources=r"/api/.*", origins=origins, always_send=False, supports_credentials=True, max_age=600)
+
+
+@blueprint.after_request
+def forbid_storing(response: Response) -> Response:
+    """Keep a user's profile out of every cache."""
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @blueprint.get("/me")

@@ -28,7 +28,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     cast("DefaultJSONProvider", app.json).sort_keys = False
     app.url_map.strict_slashes = False  # Svix counts a redirect as a failure
     app.url_map.merge_slashes = False
-    app.config["MAX_CONTENT_LENGTH"] = webhooks.LARGEST_BODY
     init_logs(app)
     init_problems(app)
     models.init_database(app, settings.database_url)

@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Flask, Response, g, has_app_context, request
+from flask import Flask, Response, g, request
 
 from clerkhooks.errors import describe, frames
 
@@ -40,9 +40,8 @@ def init_logs(app: Flask) -> None:
 
 
 def annotate(**fields: str | None) -> None:
-    """Add ids and codes to the line of the current request, if there is one. Never a text that a user chose."""
-    if has_app_context():
-        g.setdefault("log_fields", {}).update(fields)
+    """Add ids and codes to the line of the current request. Never a text that a user chose."""
+    g.setdefault("log_fields", {}).update(fields)
 
 
 def log_failure(error: BaseException) -> None:

@@ -30,12 +30,19 @@ def record(event: Event, outcome: Outcome, now: datetime) -> bool:
     return db.session.execute(_record_statement(db.engine.dialect.name), row).first() is not None
 
 
+# No SQLSTATE: PostgreSQL did not answer. SQLITE_BUSY: somebody keeps the one write lock. To wait as long again would be in vain.
+_UNANSWERED = ("OperationalError", "OperationalError SQLITE_BUSY")
+
+
 def record_failure(event: Event, error: Exception, now: datetime) -> None:
     """
     Write down that *event* failed, in a transaction of its own. A failure never overwrites a success.
 
-    Where the database is away, that is logged: Svix retries all the same.
+    Where the database is away, or keeps us out for longer than we wait, that is logged: Svix retries all the same.
     """
+    if describe(error) in _UNANSWERED:
+        logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(error)})
+        return
     row = _row(event, now) | {"outcome": Outcome.FAILED, "processed_at": None, "error": describe(error)}
     try:
         with autocommit() as connection:

@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import sqlalchemy as sa
 from flask import Flask
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from psycopg.abc import RV, PQGen
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
@@ -168,6 +170,8 @@ def init_database(app: Flask, database_url: str) -> None:
     with app.app_context():
         if db.engine.dialect.name == "sqlite":
             event.listen(db.engine, "connect", _prepare_sqlite)
+        else:
+            event.listen(db.engine, "do_connect", _connect_to_postgresql)
 
 
 def discard_connections(app: Flask) -> None:
@@ -179,7 +183,11 @@ def discard_connections(app: Flask) -> None:
 
 @contextmanager
 def autocommit() -> Iterator[sa.Connection]:
-    """A connection of its own, apart from the request's session, on which each statement is committed at once."""
+    """
+    A connection of its own, apart from the request's session; what is done on it is committed when the block ends.
+
+    On PostgreSQL each statement is committed at once, which spares the round trips of a transaction.
+    """
     with db.engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -191,6 +199,32 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # FULL: a commit that was answered for must survive a power cut, and WAL alone would not wait for the disk.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+class PatientConnection(psycopg.Connection[Any]):
+    """
+    A connection that gives up on a server that says nothing at all.
+
+    A frozen one enforces none of its own timeouts and keeps its sockets open, in which TCP sees nothing wrong.
+    """
+
+    patience: float | None = 4.5  # seconds: longer than statement_timeout, so that the server's own answer comes first
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Wait for an answer, but no longer than this connection's patience."""
+        try:
+            return super().wait(gen, interval, timeout or self.patience)
+        except psycopg.OperationalError:
+            if self.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+                self.close()  # the answer may still come, and must not be taken for that of the next statement
+            raise
+
+
+def _connect_to_postgresql(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
+    return PatientConnection.connect(*arguments, **parameters)
+
+
+_LIMITS = "-c timezone=UTC -c lock_timeout=3s -c statement_timeout=4s -c idle_in_transaction_session_timeout=15s"
 
 
 def _engine_options(database_url: str) -> dict[str, Any]:
@@ -205,6 +239,8 @@ def _engine_options(database_url: str) -> dict[str, Any]:
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
         return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
-    options = "-c timezone=UTC -c lock_timeout=4s -c statement_timeout=5s -c idle_in_transaction_session_timeout=15s"
-    limits = {"connect_timeout": "3", "tcp_user_timeout": "4000", "options": options}
-    return pool | {"pool_pre_ping": True, "connect_args": {key: value for key, value in limits.items() if key not in url.query}}
+    # What the URL asks for comes last and wins, one setting at a time.
+    options = f"{_LIMITS} {url.query.get('options', '')}".strip()
+    limits = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
+    chosen = {key: value for key, value in limits.items() if key not in url.query} | {"options": options}
+    return pool | {"pool_pre_ping": True, "connect_args": chosen}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from http import HTTPStatus
+from typing import Any
 
-from flask import Flask, Response
-from werkzeug.exceptions import HTTPException
+from flask import Flask, Request, Response
+from werkzeug.exceptions import BadRequest as BadRequestBody
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from clerkhooks import logs
 from clerkhooks.errors import BadRequest, ClerkhooksError, EventError, KeysUnavailable, SignatureError, Unauthenticated
@@ -20,10 +22,36 @@ _STATUS: dict[type[ClerkhooksError], HTTPStatus] = {
     KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _REASONS = {413: "body_too_large", 500: "internal_error"}
+LARGEST_BODY = 1024 * 1024  # bytes
+
+
+class WholeBodyRequest(Request):
+    """A request whose body is read whole, or refused."""
+
+    max_content_length = LARGEST_BODY + 1
+
+    def get_data(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        The body, as Flask gives it.
+
+        Raises:
+            BadRequest: if it cannot be read, as when its chunks are malformed: gunicorn's own errors would be a 500.
+            RequestEntityTooLarge: if it is longer than a mebibyte. Werkzeug cuts a chunked one there and says nothing.
+        """
+        try:
+            body = super().get_data(*args, **kwargs)
+        except HTTPException:
+            raise
+        except Exception:  # noqa: BLE001  # whatever a server makes of hostile bytes
+            raise BadRequestBody from None
+        if len(body) > LARGEST_BODY:
+            raise RequestEntityTooLarge
+        return body
 
 
 def init_problems(app: Flask) -> None:
-    """Answer every error of *app* as a problem."""
+    """Answer every error of *app* as a problem, also those of a body that cannot be read."""
+    app.request_class = WholeBodyRequest
     app.register_error_handler(ClerkhooksError, _from_own)
     app.register_error_handler(HTTPException, _from_http)
     app.register_error_handler(Exception, _from_unexpected)

@@ -1,10 +1,18 @@
-"""gunicorn's configuration: ``gunicorn --config python:clerkhooks.serving wsgi:app``."""
+"""
+gunicorn's configuration, and how to start it: ``python -m clerkhooks.serving``.
+
+Also ``gunicorn --config python:clerkhooks.serving wsgi:app`` works, but gunicorn then reads WEB_CONCURRENCY from the
+environment by itself and before all else, so that a wrong one ends in its own words.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from clerkhooks import models
+from clerkhooks.logs import logger
 from clerkhooks.settings import load_settings
 
 _settings = load_settings()  # a wrong variable ends the server here, before anything listens
@@ -22,6 +30,26 @@ limit_request_field_size = 32768  # headers of 16 KiB reach the application, whi
 control_socket_disable = True
 
 
+def on_starting(_server: Any) -> None:
+    """Say once what will not work."""
+    if not _settings.jwt_keys:
+        logger.warning("keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY; until then protected routes answer 503."})
+
+
 def post_fork(server: Any, _worker: Any) -> None:
     """Give each worker connections of its own: two processes on one socket would read each other's answers."""
     models.discard_connections(server.app.wsgi())
+
+
+def main() -> None:
+    """Run gunicorn with this configuration; further arguments are gunicorn's."""
+    # gunicorn reads it when it is imported, and cannot bear an empty one.
+    os.environ["WEB_CONCURRENCY"] = str(_settings.web_concurrency)
+    from gunicorn.app.wsgiapp import run
+
+    sys.argv = ["gunicorn", "--config", "python:clerkhooks.serving", *sys.argv[1:], "wsgi:app"]
+    run()
+
+
+if __name__ == "__main__":
+    main()

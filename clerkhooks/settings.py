@@ -18,6 +18,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from dotenv import load_dotenv
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -189,12 +191,23 @@ def _parse_database_url(text: str) -> str:
     except (ArgumentError, ValueError):
         raise ValueError("is not a database URL.") from None
     if url.drivername == "postgresql+psycopg":
-        return url.render_as_string(hide_password=False)
+        return _check_postgresql(url.render_as_string(hide_password=False))
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ValueError("names a database that is not supported: PostgreSQL and SQLite are.")
     if not url.database or ":memory:" in text or "mode=memory" in text:
         raise ValueError("keeps SQLite in memory, where each worker would have a database of its own; name a file.")
+    # A relative one lies in the instance folder, which is made where it is missing.
+    if not Path("/", url.database.removeprefix("file:")).parent.is_dir() and url.database.removeprefix("file:").startswith("/"):
+        raise ValueError("names a SQLite file in a folder that is not there.")
     return text
+
+
+def _check_postgresql(url: str) -> str:
+    try:
+        conninfo_to_dict(url.replace("+psycopg", "", 1))
+    except ProgrammingError:
+        raise ValueError("is not a database URL that PostgreSQL's libpq takes.") from None
+    return url
 
 
 def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from blinker import ANY, Signal
+from blinker import Signal
 
 
 class EventSignal(Signal):
@@ -31,11 +31,10 @@ class EventSignal(Signal):
         return bool(self.receivers) and any(super(EventSignal, self).has_receivers_for(key) for key in _keys(sender))
 
 
-def _keys(sender: Any) -> Iterator[Any]:
+def _keys(sender: str) -> Iterator[str]:
     """A type, and its prefixes: ``organization.created`` and ``organization.``."""
     yield sender
-    if sender is not ANY:
-        yield from (sender[: at + 1] for at, character in enumerate(sender) if character == "." and at + 1 < len(sender))
+    yield from (sender[: at + 1] for at, character in enumerate(sender) if character == "." and at + 1 < len(sender))
 
 
 event_processing = EventSignal(

@@ -180,7 +180,7 @@ def _fallback_statement(dialect: str) -> sa.Executable:
 
 
 def _insert_unless_done(dialect: str) -> Insert:
-    """Insert a whole row, unless the message was done before: a repeated delivery must not count as a newer one."""
+    """Insert a whole row, unless the message was done before: a repetition neither waits for the user nor locks it."""
     columns = _users.c
     values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
     return insert_into(_users, dialect).from_select(

@@ -6,14 +6,14 @@ import time
 from collections.abc import Mapping
 
 from flask import Blueprint, Flask, current_app, request
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest
 
 from clerkhooks import logs, users
 from clerkhooks.clerk.events import UserEvent, parse_event
 from clerkhooks.clerk.signatures import SigningSecret, verify_signature
+from clerkhooks.errors import SignatureError
 from clerkhooks.settings import Settings
 
-LARGEST_BODY = 1024 * 1024  # bytes
 blueprint = Blueprint("webhooks", __name__)
 
 
@@ -37,9 +37,7 @@ def receive_webhook() -> Mapping[str, str]:
 
 
 def _read_body() -> bytes:
-    # Werkzeug cuts a chunked body at its limit and says nothing; so it may read one byte more than is allowed.
-    request.max_content_length = LARGEST_BODY + 1
-    body = request.get_data(cache=False)
-    if len(body) > LARGEST_BODY:
-        raise RequestEntityTooLarge
-    return body
+    try:
+        return request.get_data(cache=False)
+    except BadRequest:
+        raise SignatureError("body_unreadable") from None

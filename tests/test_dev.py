@@ -164,6 +164,7 @@ def test_never_looks_at_what_is_configured(checkout: Path) -> None:
 
 def test_leaves_no_variable_for_env_to_fill(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every name that we read is given to the server, empty where dev needs none, so that python-dotenv leaves it alone."""
+    files.folder.mkdir()
     environ = server_environ(HOSTILE | {"PATH": "/bin"}, PretendedClerk(), files.database)
     assert environ.keys() == VARIABLES.keys() | {"PATH"}
     assert "broken" not in environ.values()

@@ -41,6 +41,19 @@ def test_give_every_constraint_and_index_its_name(service: Service) -> None:
     }
 
 
+def test_order_by_bytes(service: Service) -> None:
+    """Where order decides, no linguistic collation ranks ids another way on another server."""
+    with service.app.app_context():
+        columns = {
+            (table, column["name"]): getattr(column["type"], "collation", None)
+            for table in ("users", "webhook_messages")
+            for column in sa.inspect(db.engine).get_columns(table)
+        }
+        expected = "C" if db.engine.dialect.name == "postgresql" else None
+    assert columns[("users", "version_message_id")] == expected
+    assert columns[("webhook_messages", "message_id")] == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_go_there_and_back(make_database: MakeDatabase, make_service: MakeService, kind: str) -> None:
     """Up, back to base and up again, and base leaves nothing behind."""

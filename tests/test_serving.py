@@ -100,6 +100,27 @@ def test_reads_no_further_than_it_must(server: Server, framing: str) -> None:
     assert b"body_too_large" in answer
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/webhooks/clerk", 401), ("PUT", "/api/me/presence", 400)])
+def test_bears_chunks_that_are_none(server: Server, method: str, path: str, status: int) -> None:
+    """A malformed chunk is the sender's mistake, not a failure."""
+    token = server.clerk.session_token(clerk_id("user"))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + b"zz\r\nabc\r\n")
+        assert connection.recv(65536).startswith(f"HTTP/1.1 {status} ".encode())
+    assert not [line for line in server.lines() if line["event"] == "request_failed"]
+
+
+def test_lists_every_wrong_variable_at_once(tmp_path: Path) -> None:
+    """Also one that gunicorn would choke on by itself."""
+    variables = environ(WEB_CONCURRENCY="auto", PORT="x", DATABASE_URL=f"sqlite:///{tmp_path}/none/x.db")
+    run = subprocess.run(web_command(), cwd=PROJECT, env=variables, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    for name in ("CLERK_WEBHOOK_SECRET", "WEB_CONCURRENCY", "PORT", "DATABASE_URL"):
+        assert f"  {name} " in run.stderr
+
+
 def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
     """A missing secret stops the server before anything listens, with one message and no traceback."""
     port = free_port()
@@ -120,8 +141,9 @@ def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
 
 def test_takes_an_empty_variable_for_an_unset_one(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
     """Also where gunicorn itself would choke on it."""
-    with serving(database_url, clerk, tmp_path / "server.log", WEB_CONCURRENCY="", CLERK_AUDIENCE="", CLERK_SECRET_KEY="") as server:
+    with serving(database_url, clerk, tmp_path / "server.log", WEB_CONCURRENCY="", CLERK_AUDIENCE="", CLERK_JWT_KEY="") as server:
         assert server.deliver(user_event(clerk_id("user"))).status == 200
+        assert [line["event"] for line in server.lines() if line["level"] == "warning"] == ["keys_not_configured"]
 
 
 def test_ends_commands_with_status_2_when_settings_are_wrong() -> None:

@@ -107,6 +107,8 @@ BAD = {
     "DATABASE_URL": {
         "is not a database URL": ["x", "postgres://h:port/n", "://", "postgres:/h"],
         "not supported": ["mysql://h/n", "postgresql+psycopg2://h/n", "sqlite+aiosqlite:///x"],
+        "in a folder that is not there": ["sqlite:////nonexistent/x.db", "sqlite:///file:/nonexistent/x.db?uri=true"],
+        "libpq takes": ["postgresql://h/n?nonsense=1"],
         "in memory": ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true", "sqlite:///file::memory:?uri=true"],
     },
     "CLERK_JWT_KEY": {

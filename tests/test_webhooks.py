@@ -61,6 +61,15 @@ def test_ignores_other_types(service: Service) -> None:
     assert service.rows("SELECT count(*) FROM users") == [(0,)]
 
 
+def test_keeps_long_message_ids_apart(service: Service) -> None:
+    """Ids that differ only beyond what an index takes are two messages, and each may come twice."""
+    for message_id in ("msg_" + "x" * 900 + "1", "msg_" + "x" * 900 + "2"):
+        body = user_event(clerk_id("user"))
+        assert service.deliver(body, message_id).get_json() == {"outcome": "applied", "messageId": message_id}
+        assert service.outcome(body, message_id) == "duplicate"
+    assert service.rows("SELECT max(length(message_id)) FROM webhook_messages") == [(255,)]
+
+
 def test_ignores_types_that_no_database_could_store(service: Service) -> None:
     """A type of hostile characters and endless length is ignored like any other, and so is such a message id."""
     assert service.outcome(event_body("user.created\x00\ud800" + "x" * 5000, {}, NOW_MS), "msg_" + "ü" * 900) == "ignored"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 from clerkhooks.clerk import strict_json
@@ -88,7 +89,8 @@ def parse_event(message: VerifiedMessage) -> Event:
         raise EventError("event_type_missing")
     data = payload.get("data")
     data = data if isinstance(data, dict) else {}
-    common = (storable(message.message_id), storable(event_type), *_parse_version(payload, data, message), data)
+    message_id = storable_id(message.message_id)
+    common = (message_id, storable(event_type), *_parse_version(payload, data, message_id, message.attempt_timestamp), data)
     if event_type not in ("user.created", "user.updated", "user.deleted"):
         return Event(*common)
     if not is_user_id(data.get("id")):
@@ -107,20 +109,29 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     full_name = " ".join(name for name in names if name)
     local_part = email.rsplit("@", 1)[0].strip() if email else ""
     name = full_name or local_part or _name(data.get("username")) or NEW_USER
-    return Profile(email, name[:NAME_LENGTH], _text(data.get("image_url"), IMAGE_URL_LENGTH))
+    return Profile(email, name[:NAME_LENGTH].rstrip(), _text(data.get("image_url"), IMAGE_URL_LENGTH))
 
 
 def storable(text: str) -> str:
-    """*text*, cut and cleaned of what a database refuses: for ids and types, which Svix lets be anything."""
+    """*text*, cut and cleaned of what a database refuses."""
     return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
 
 
-def _parse_version(payload: Mapping[str, Any], data: Mapping[str, Any], message: VerifiedMessage) -> tuple[Version, datetime | None]:
+def storable_id(message_id: str) -> str:
+    """*message_id*, or where a database would refuse it, its beginning and its digest: no two may become one."""
+    if storable(message_id) == message_id:
+        return message_id
+    digest = sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{storable(message_id)[: LABEL_LENGTH - len(digest)]}{digest}"
+
+
+def _parse_version(
+    payload: Mapping[str, Any], data: Mapping[str, Any], message_id: str, attempt_timestamp: int
+) -> tuple[Version, datetime | None]:
     updated_at, timestamp = _milliseconds(data.get("updated_at")), _milliseconds(payload.get("timestamp"))
-    message_id = storable(message.message_id)
     newest = timestamp if timestamp is not None else updated_at
     if newest is None:
-        return Version(-1, message.attempt_timestamp * 1000, message_id), None
+        return Version(-1, attempt_timestamp * 1000, message_id), None
     version = Version(newest if updated_at is None else updated_at, newest, message_id)
     return version, datetime.fromtimestamp(newest / 1000, UTC)
 

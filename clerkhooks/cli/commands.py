@@ -20,10 +20,8 @@ class Age(click.ParamType[timedelta]):
 
     name = "age"
 
-    def convert(self, value: str | timedelta, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         """Text to timedelta; anything else ends the command with status 2."""
-        if isinstance(value, timedelta):
-            return value
         found = re.fullmatch(r"([0-9]{1,4})([hdw])", value)
         if found is None:
             self.fail(f"{value!r} is not an age; write 12h, 30d or 8w.", param, ctx)

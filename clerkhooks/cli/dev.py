@@ -108,10 +108,8 @@ def server_environ(environ: Mapping[str, str], clerk: PretendedClerk, database: 
 
     Every other variable of ours is there and empty: that counts as unset, and keeps .env from setting it.
     """
-    # WEB_CONCURRENCY: gunicorn itself cannot bear an empty one.
-    own = {"DATABASE_URL": f"sqlite:///{database}", "WEB_CONCURRENCY": "2"}
-    others = {name: value for name, value in environ.items() if not name.startswith("GUNICORN_")}
-    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | own
+    others = {name: value for name, value in environ.items() if not name.startswith(("GUNICORN_", "SCRIPT_NAME"))}
+    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | {"DATABASE_URL": f"sqlite:///{database}"}
 
 
 def prepare_database(database: Path) -> None:

@@ -99,7 +99,7 @@ def running_server(listener: socket.socket, environ: Mapping[str, str], log: Pat
 def _start(listener: socket.socket, environ: Mapping[str, str], output: int, group: int) -> Server:
     # The socket is bound by us: a port that is taken shows before anything starts, and nobody can take it in between.
     bind = f"fd://{listener.fileno()}"
-    command = [sys.executable, "-m", "gunicorn", "--config", "python:clerkhooks.serving", "--bind", bind, "wsgi:app"]
+    command = [sys.executable, "-m", "clerkhooks.serving", "--bind", bind]
     return subprocess.Popen(  # noqa: S603  # constants and a number
         command,
         cwd=PROJECT,

@@ -1,0 +1,130 @@
+"""Histories of users, and what their rows must be, given the set of events: read from the contract, sharing nothing with the service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+COLUMNS = "email, name, image_url, version_updated_at, version_timestamp, version_message_id, deleted_at IS NOT NULL"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that Clerk sent about a user. The two times are in milliseconds; either may be missing, or both."""
+
+    message_id: str
+    user_id: str
+    type: str
+    updated_at: int | None
+    timestamp: int | None
+    first_name: str
+    email: str | None
+    image_url: str | None
+
+    @property
+    def body(self) -> bytes:
+        """The event as JSON; what is None is left out, as Clerk leaves out a deleted user's version."""
+        data: dict[str, Any] = {"id": self.user_id, "object": "user", "updated_at": self.updated_at}
+        if self.type == "user.deleted":
+            data["deleted"] = True
+        else:
+            data |= {"first_name": self.first_name, "last_name": None, "image_url": self.image_url}
+            data["email_addresses"] = [{"id": "idn_1", "email_address": self.email}] if self.email else []
+            data["primary_email_address_id"] = "idn_1" if self.email else None
+        event = {"type": self.type, "timestamp": self.timestamp, "data": {key: value for key, value in data.items() if value is not None}}
+        return json.dumps({key: value for key, value in event.items() if value is not None}).encode()
+
+    @property
+    def version(self) -> tuple[int, int, bytes]:
+        """What decides between two events. With neither time there is only the attempt's, which is not the event's: -1 and 0 for it."""
+        known = [time for time in (self.updated_at, self.timestamp) if time is not None]
+        return (known[0], known[-1], self.message_id.encode()) if known else (-1, 0, self.message_id.encode())
+
+
+def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
+    """The row after *events* in whatever order and number, and after a call (*called*) that came while the user was not deleted."""
+    found = list(events)
+    if any(event.type == "user.deleted" for event in found):
+        return _row(None, "Deleted User", None, deleted=True)
+    if found:
+        newest = max(found, key=lambda event: event.version)
+        return _row(newest.email, newest.first_name, newest.image_url, newest.version)
+    return _row(None, "New User", None) if called else None
+
+
+def stored_row(values: Iterable[Any]) -> Row:
+    """The row that a database gave for ``COLUMNS``, in the form of ``expected_row``."""
+    email, name, image_url, updated_at, timestamp, message_id, deleted = values
+    version = None if updated_at is None else (updated_at, 0 if updated_at == -1 else timestamp, message_id.encode())
+    return _row(email, name, image_url, version, deleted=bool(deleted))
+
+
+def _row(email: str | None, name: str, image_url: str | None, version: Any = None, *, deleted: bool = False) -> Row:
+    return {"email": email, "name": name, "image_url": image_url, "version": version, "deleted": deleted}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An event of a history, before it has its ids."""
+
+    user: int
+    type: str
+    updated_at: int | None
+    timestamp: int | None
+    letter: str
+    email: str | None
+
+    def sent(self, ids: list[str], number: int) -> Sent:
+        """The event as the *number*-th of a run on users of *ids*."""
+        message_id = f"msg_{self.letter}{number}_{ids[0][5:]}"
+        image_url = f"https://img.example.org/{number}" if number % 3 else None
+        return Sent(message_id, ids[self.user], self.type, self.updated_at, self.timestamp, f"N{number}", self.email, image_url)
+
+
+USERS = range(3)
+ATTEMPTS = st.integers(-200, 200)  # seconds from now: each attempt has a time of its own
+_times = st.sampled_from([None, 0, 1, 2, 3])
+_rest = (
+    _times,
+    _times,
+    st.sampled_from("aAbB09"),  # a linguistic collation ranks these otherwise than their bytes
+    st.sampled_from([None, "ada@example.org", "bob@example.org"]),  # few, so that one moves to a user who comes anew
+)
+_users = st.sampled_from([0, 0, 0, 1, 2])  # most of one user, who has ties
+UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
+DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
+
+
+def determined(drafts: Iterable[Draft]) -> list[Draft]:
+    """*drafts*, where only the first without any time stays so, for each user: among several the attempts decide, which is best effort."""
+    found: list[Draft] = []
+    for draft in drafts:
+        timeless = [old.user for old in found if old.updated_at is None and old.timestamp is None]
+        found.append(replace(draft, timestamp=0) if draft.timestamp is None and draft.user in timeless else draft)
+    return found
+
+
+@dataclass(frozen=True)
+class History:
+    """Events, and what happens: a delivery (its event's number, its attempt's time), a call (its user) or a prune (of these events)."""
+
+    events: list[Draft]
+    steps: list[tuple[str, Any]]
+
+
+@st.composite
+def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
+    """Each event once or more, in any order, with calls and prunes anywhere."""
+    updates, deletions = draw(st.lists(UPDATES, min_size=fewest, max_size=most)), draw(st.lists(DELETIONS, max_size=2))
+    events = determined([*updates, *deletions])
+    numbers = st.integers(0, len(events) - 1)
+    repeated = [*range(len(events)), *draw(st.lists(numbers, max_size=2 * most))]
+    steps: list[tuple[str, Any]] = [("deliver", (number, draw(ATTEMPTS))) for number in repeated]
+    steps += [("call", user) for user in draw(st.lists(st.sampled_from(USERS), max_size=4))]
+    steps += [("prune", pruned) for pruned in draw(st.lists(st.sets(numbers, min_size=1), max_size=2))]
+    return History(events, draw(st.permutations(steps)))

@@ -1,0 +1,111 @@
+"""A server that is killed and started again, and the one who does it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil  # type: ignore[import-untyped]
+
+from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.settings import PROJECT
+from tests.own_postgresql import OwnPostgreSQL
+from tests.server import Answer, Server, environ, free_port, wait_until_healthy, web_command
+
+
+class MortalServer:
+    """The real server, on one port and one database through all of its lives."""
+
+    def __init__(self, database_url: str, clerk: PretendedClerk, log: Path) -> None:
+        self.database_url, self.clerk, self.log, self.port = database_url, clerk, log, free_port()
+        self.start()
+
+    def start(self) -> None:
+        """Start it; returns once it is healthy."""
+        variables = self.clerk.environ | {"DATABASE_URL": self.database_url, "PORT": str(self.port), "WEB_CONCURRENCY": "2"}
+        with self.log.open("ab") as out:
+            process = subprocess.Popen(web_command(), cwd=PROJECT, env=environ(**variables), stdout=out, stderr=out, start_new_session=True)
+        self.server = Server(process, self.database_url, self.port, self.log, self.clerk)
+        wait_until_healthy(self.server)
+
+    def kill(self) -> None:
+        """SIGKILL to the master and its workers at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.server.process.pid, signal.SIGKILL)
+        self.server.process.wait(10)
+
+    def stop(self) -> None:
+        """SIGTERM, as a platform stops it: what is under way is finished."""
+        self.server.process.send_signal(signal.SIGTERM)
+        assert self.server.process.wait(30) == 0, self.log.read_text()[-5000:]
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that serve."""
+        found: list[psutil.Process] = psutil.Process(self.server.process.pid).children()
+        return found
+
+    def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        """One request to whichever life it is in."""
+        return self.server.request(method, path, body, headers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+
+class Killer:
+    """Kills at random moments; each time, what was killed comes back."""
+
+    def __init__(self, server: MortalServer, postgresql: OwnPostgreSQL | None, chance: random.Random) -> None:
+        self.server, self.postgresql, self.chance = server, postgresql, chance
+        self.ways: dict[str, Callable[[], None]] = {
+            "worker": self._kill_worker,
+            "server": self._kill_server,
+            "stop": self._stop_server,
+            "reload": self._reload_server,
+        }
+        if postgresql:
+            self.ways["database"] = self._crash_database
+
+    def kill(self, until: float) -> Iterator[str]:
+        """Kill one after the other *until* (monotonic seconds); gives the way after each."""
+        while time.monotonic() < until:
+            # Each way once before any comes twice: a short run has seen them all.
+            for way in self.chance.sample(list(self.ways), len(self.ways)):
+                if time.monotonic() >= until:
+                    return
+                time.sleep(self.chance.uniform(0.1, 0.8))
+                self.ways[way]()
+                yield way
+
+    def _kill_worker(self) -> None:
+        workers = self.server.workers()
+        with suppress(psutil.NoSuchProcess):  # an old one, after a reload, may be gone already
+            if workers:
+                self.chance.choice(workers).kill()
+
+    def _kill_server(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def _stop_server(self) -> None:
+        self.server.stop()
+        self.server.start()
+
+    def _reload_server(self) -> None:
+        self.server.server.process.send_signal(signal.SIGHUP)
+
+    def _crash_database(self) -> None:
+        assert self.postgresql
+        self.postgresql.crash()
+        self.postgresql.start()

@@ -1,0 +1,144 @@
+"""The database goes away, is frozen or locked by somebody else, and comes back: nothing hangs, nothing is lost."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import psycopg
+import pytest
+
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+from clerkhooks.models import THREADS
+from tests.conftest import migrate
+from tests.own_postgresql import OwnPostgreSQL, own_postgresql
+from tests.server import Server, serving
+from tests.support import NOW_MS, user_event
+
+LIMIT = 10  # seconds that no request may take, whatever becomes of the database
+TOGETHER = 2 * THREADS  # as many requests as two workers take at once
+Delivery = tuple[int, float]
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[OwnPostgreSQL]:
+    """A PostgreSQL that no other test uses."""
+    with own_postgresql() as postgresql:
+        yield postgresql
+
+
+@pytest.fixture(scope="module")
+def away(own: OwnPostgreSQL, clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real server on it, with two workers."""
+    url = own.make_database("away")
+    migrate(url, clerk)
+    with serving(url, clerk, tmp_path_factory.mktemp("away") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def on_sqlite(clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real server on a SQLite file, with two workers."""
+    folder = tmp_path_factory.mktemp("sqlite")
+    url = f"sqlite:///{folder}/clerkhooks.db"
+    migrate(url, clerk)
+    with serving(url, clerk, folder / "server.log") as server:
+        yield server
+
+
+def test_answers_500_while_postgresql_is_away(own: OwnPostgreSQL, away: Server) -> None:
+    """Each delivery ends soon in 500 and in a line that names the message and tells nothing of the user."""
+    warm_both_pools(away)
+    message_ids = [clerk_id("msg") for _ in range(TOGETHER)]
+    with own.away():
+        deliveries = deliver_all(away, [(message_id, user_event(clerk_id("user"))) for message_id in message_ids])
+        ready, healthy = away.request("GET", "/readyz"), away.request("GET", "/healthz")
+    assert {status for status, _ in deliveries} == {500}
+    assert max(seconds for _, seconds in deliveries) < LIMIT
+    assert (ready.status, ready.json()["reason"], healthy.status) == (503, "database_unavailable", 200)
+    failures = [line for line in away.lines() if line["event"] == "request_failed"]
+    assert sorted(line["message_id"] for line in failures) == sorted(message_ids)
+    assert {line["error"].split()[0] for line in failures} == {"OperationalError"}
+    assert not any(secret in away.log.read_text() for secret in ("ada@example.org", "Lovelace"))
+
+
+@pytest.mark.parametrize("noticed", [True, False], ids=["after a failure", "unnoticed"])
+def test_recovers_without_a_restart(own: OwnPostgreSQL, away: Server, noticed: bool) -> None:
+    """PostgreSQL restarts under full pools: no stale connection costs a delivery, whether or not one failed meanwhile."""
+    warm_both_pools(away)
+    with own.away():
+        if noticed:
+            assert away.deliver(user_event(clerk_id("user"))).status == 500
+    assert {status for status, _ in deliver_many(away, 2 * TOGETHER)} == {200}
+    assert away.request("GET", "/readyz").status == 200
+
+
+def test_gives_up_on_a_row_that_is_locked_for_ever(away: Server) -> None:
+    """The delivery ends in 500 and is remembered as failed, while the lock stands; the retry is applied once it is gone."""
+    user_id, message_id = clerk_id("user"), clerk_id("msg")
+    assert away.deliver(user_event(user_id)).status == 200
+    later = user_event(user_id, at=NOW_MS + 1, first_name="Augusta")
+    with psycopg.connect(away.database_url) as other:
+        other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [user_id])
+        [(status, seconds)] = deliver_all(away, [(message_id, later)])
+        assert (status, seconds < LIMIT) == (500, True)
+        logged = f"SELECT outcome, attempts, error FROM webhook_messages WHERE message_id = '{message_id}'"
+        assert away.rows(logged) == [("failed", 1, "OperationalError 55P03")]
+    assert away.deliver(later, message_id).json()["outcome"] == "applied"
+    assert away.rows(logged) == [("applied", 2, None)]
+    assert away.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Augusta Lovelace",)]
+
+
+def test_gives_up_on_a_frozen_postgresql(own: OwnPostgreSQL, away: Server) -> None:
+    """Its sockets are open and it says nothing, so its own timeouts do not help: each delivery ends in 500 all the same."""
+    warm_both_pools(away)
+    with own.frozen():
+        assert away.request("GET", "/healthz").status == 200
+        # As many as two workers are sure to take at once, however the kernel deals them out.
+        deliveries = deliver_many(away, THREADS)
+    assert {status for status, _ in deliveries} == {500}
+    assert max(seconds for _, seconds in deliveries) < LIMIT
+    assert {status for status, _ in deliver_many(away, TOGETHER)} == {200}
+
+
+def test_gives_up_on_a_sqlite_that_is_locked_for_ever(on_sqlite: Server) -> None:
+    """Another process keeps the write lock: all deliveries end in 500 in time, and their retries are applied afterwards."""
+    messages = [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(TOGETHER)]
+    with closing(sqlite3.connect(on_sqlite.database_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        deliveries = deliver_all(on_sqlite, messages)
+        assert on_sqlite.request("GET", "/readyz").status == 200  # readers do not wait
+        other.rollback()
+    assert {status for status, _ in deliveries} == {500}
+    assert max(seconds for _, seconds in deliveries) < LIMIT
+    assert {status for status, _ in deliver_all(on_sqlite, messages)} == {200}
+    assert on_sqlite.rows("SELECT outcome, count(*) FROM webhook_messages GROUP BY outcome") == [("applied", TOGETHER)]
+
+
+def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Delivery]:
+    """Deliver *messages* (id and body) at once; gives the status and the seconds of each."""
+
+    def deliver(message: tuple[str, bytes]) -> Delivery:
+        started = time.monotonic()
+        return server.deliver(message[1], message[0]).status, time.monotonic() - started
+
+    with ThreadPoolExecutor(len(messages)) as pool:
+        return list(pool.map(deliver, messages))
+
+
+def deliver_many(server: Server, count: int) -> list[Delivery]:
+    """Deliver as many new users at once."""
+    return deliver_all(server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)])
+
+
+def warm_both_pools(server: Server) -> None:
+    """Deliver until there are more connections than one worker may open, so that both have some."""
+    backends = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    for _ in range(20):
+        assert {status for status, _ in deliver_many(server, 2 * TOGETHER)} == {200}
+        if server.rows(backends)[0][0] > THREADS + 2:
+            return
+    raise AssertionError("only one worker has connections")
