@@ -143,7 +143,12 @@ BAD = {
 
 @pytest.mark.parametrize(
     ("variable", "problem", "value"),
-    [(variable, problem, value) for variable, kinds in BAD.items() for problem, values in kinds.items() for value in values],
+    [
+        pytest.param(variable, problem, value, id=f"{variable}-{problem}-{number}")
+        for variable, kinds in BAD.items()
+        for problem, values in kinds.items()
+        for number, value in enumerate(values)
+    ],
 )
 def test_refuses_a_value_that_cannot_work(variable: str, problem: str, value: str) -> None:
     """One fault, of that variable, saying what is wrong."""
