@@ -36,6 +36,18 @@ class BadRequest(ClerkhooksError):
     """A request whose body is not what the route takes: answered 400."""
 
 
+class Forbidden(ClerkhooksError):
+    """
+    A session that holds, and is not enough: answered 403.
+
+    *reverification* is what was asked for, where a fresher verification of the user's factors would do.
+    """
+
+    def __init__(self, reason: str, reverification: object = None) -> None:
+        super().__init__(reason)
+        self.reverification = reverification
+
+
 class KeysUnavailable(ClerkhooksError):
     """No key to verify a session token with: answered 503. *retry_after* is in seconds."""
 

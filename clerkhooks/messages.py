@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, cast
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from clerkhooks.clerk.events import Event, UserEvent
 from clerkhooks.errors import describe
@@ -30,8 +30,9 @@ def record(event: Event, outcome: Outcome, now: datetime) -> bool:
     return db.session.execute(_record_statement(db.engine.dialect.name), row).first() is not None
 
 
-# No SQLSTATE: PostgreSQL did not answer. SQLITE_BUSY: somebody keeps the one write lock. To wait as long again would be in vain.
-_UNANSWERED = ("OperationalError", "OperationalError SQLITE_BUSY")
+def is_recorded(event: Event) -> bool:
+    """Whether the caller's transaction, which must be able to answer, holds *event* as done."""
+    return bool(db.session.scalar(_IS_DONE, {"message_id": event.message_id}))
 
 
 def record_failure(event: Event, error: Exception, now: datetime) -> None:
@@ -40,7 +41,7 @@ def record_failure(event: Event, error: Exception, now: datetime) -> None:
 
     Where the database is away, or keeps us out for longer than we wait, that is logged: Svix retries all the same.
     """
-    if describe(error) in _UNANSWERED:
+    if _is_unanswered(error):
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(error)})
         return
     row = _row(event, now) | {"outcome": Outcome.FAILED, "processed_at": None, "error": describe(error)}
@@ -51,12 +52,17 @@ def record_failure(event: Event, error: Exception, now: datetime) -> None:
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(second)})
 
 
+def _is_unanswered(error: Exception) -> bool:
+    """Whether PostgreSQL did not answer, or somebody keeps SQLite's one write lock: to wait as long again would be in vain."""
+    return isinstance(error, OperationalError) and describe(error) in ("OperationalError", "OperationalError SQLITE_BUSY")
+
+
 def prune(before: datetime, batch: int = 1000) -> Iterator[int]:
     """
-    Forget the messages that were last touched before *before*, *batch* by batch; gives the size of each.
+    Forget the messages that were received and, if at all, done before *before*, *batch* by batch; gives the size of each.
 
     Each batch is a transaction of its own and passes over rows that a delivery holds, so that no writer waits long.
-    Users are not touched: a message that is delivered again after this is judged by its version, and is stale.
+    Users are not touched: a message that is delivered again after this is judged by its version.
     """
     parameters = {"before": before, "batch": batch}
     while True:
@@ -68,6 +74,7 @@ def prune(before: datetime, batch: int = 1000) -> Iterator[int]:
             return
 
 
+_IS_DONE = sa.select(is_done(sa.bindparam("message_id", type_=sa.Text)))
 _OLD = (
     sa.select(_messages.c.message_id)
     .where(_messages.c.received_at < sa.bindparam("before"))

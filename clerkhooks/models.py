@@ -208,7 +208,7 @@ class PatientConnection(psycopg.Connection[Any]):
     A frozen one enforces none of its own timeouts and keeps its sockets open, in which TCP sees nothing wrong.
     """
 
-    patience: float | None = 4.5  # seconds: longer than statement_timeout, so that the server's own answer comes first
+    patience: float | None = 3.5  # seconds: longer than statement_timeout, so that the server's own answer comes first
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Wait for an answer, but no longer than this connection's patience."""
@@ -224,7 +224,7 @@ def _connect_to_postgresql(_dialect: object, _record: object, arguments: list[An
     return PatientConnection.connect(*arguments, **parameters)
 
 
-_LIMITS = "-c timezone=UTC -c lock_timeout=3s -c statement_timeout=4s -c idle_in_transaction_session_timeout=15s"
+_LIMITS = "-c timezone=UTC -c lock_timeout=2s -c statement_timeout=3s -c idle_in_transaction_session_timeout=15s"
 
 
 def _engine_options(database_url: str) -> dict[str, Any]:
@@ -240,7 +240,8 @@ def _engine_options(database_url: str) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
     # What the URL asks for comes last and wins, one setting at a time.
-    options = f"{_LIMITS} {url.query.get('options', '')}".strip()
+    own = url.query.get("options", ())
+    options = " ".join([_LIMITS, *([own] if isinstance(own, str) else own)])
     limits = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
     chosen = {key: value for key, value in limits.items() if key not in url.query} | {"options": options}
     return pool | {"pool_pre_ping": True, "connect_args": chosen}

@@ -12,13 +12,14 @@ from werkzeug.exceptions import BadRequest as BadRequestBody
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from clerkhooks import logs
-from clerkhooks.errors import BadRequest, ClerkhooksError, EventError, KeysUnavailable, SignatureError, Unauthenticated
+from clerkhooks.errors import BadRequest, ClerkhooksError, EventError, Forbidden, KeysUnavailable, SignatureError, Unauthenticated
 
 _STATUS: dict[type[ClerkhooksError], HTTPStatus] = {
     SignatureError: HTTPStatus.UNAUTHORIZED,
     EventError: HTTPStatus.BAD_REQUEST,
     BadRequest: HTTPStatus.BAD_REQUEST,
     Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    Forbidden: HTTPStatus.FORBIDDEN,
     KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _REASONS = {413: "body_too_large", 500: "internal_error"}
@@ -38,6 +39,8 @@ class WholeBodyRequest(Request):
             BadRequest: if it cannot be read, as when its chunks are malformed: gunicorn's own errors would be a 500.
             RequestEntityTooLarge: if it is longer than a mebibyte. Werkzeug cuts a chunked one there and says nothing.
         """
+        if (self.content_length or 0) > LARGEST_BODY:
+            raise RequestEntityTooLarge
         try:
             body = super().get_data(*args, **kwargs)
         except HTTPException:
@@ -57,23 +60,27 @@ def init_problems(app: Flask) -> None:
     app.register_error_handler(Exception, _from_unexpected)
 
 
-def problem(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
-    """A response that says *reason*, a stable code, and no inner detail."""
+def problem(status: int, reason: str, headers: dict[str, str] | None = None, **members: object) -> Response:
+    """A response that says *reason*, a stable code, and no inner detail; *members* are further ones of the body."""
     logs.annotate(reason=reason)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "reason": reason}
-    return Response(json.dumps(body), status, headers, content_type="application/problem+json")
+    return Response(json.dumps(body | members), status, headers, content_type="application/problem+json")
 
 
 def _from_own(error: ClerkhooksError) -> Response:
     status = next((found for kind, found in _STATUS.items() if isinstance(error, kind)), None)
     if status is None:
         return _from_unexpected(error)
-    headers = {}
+    headers, members = {}, {}
+    if isinstance(error, Forbidden) and error.reverification is not None:
+        # What Clerk's front-end libraries look for before they ask the user to verify again.
+        metadata = {"reverification": error.reverification}
+        members["clerk_error"] = {"type": "forbidden", "reason": "reverification-error", "metadata": metadata}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, KeysUnavailable):
         headers["Retry-After"] = str(error.retry_after)
-    return problem(status, error.reason, headers)
+    return problem(status, error.reason, headers, **members)
 
 
 def _from_http(error: HTTPException) -> Response:

@@ -8,6 +8,7 @@ of a prefix that ends in a dot, or to everything::
     def store_organization(sender: str, *, event: Event, outcome: Outcome) -> None: ...
 
 Events come in any order, so compare ``event.version`` before you overwrite: see ``models.Versioned``.
+``connect`` holds a receiver weakly unless it is told ``weak=False``; ``connect_via`` holds it for good.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ class EventSignal(Signal):
     """A signal whose sender is an event's type, and which also reaches those who subscribed to a prefix of it."""
 
     def receivers_for(self, sender: Any) -> Generator[Callable[..., Any], None, None]:
-        """Each receiver of the type, of one of its prefixes or of all events, once."""
-        found = {id(receiver): receiver for key in _keys(sender) for receiver in super(EventSignal, self).receivers_for(key)}
-        yield from found.values()
+        """Each receiver of the type, of one of its prefixes or of all events, once. None while the signal is muted."""
+        found: list[Callable[..., Any]] = []
+        for key in _keys(sender) if self.receivers and not self.is_muted else ():
+            # Compared, not identified: a method that is held weakly is another object at each look.
+            found += [receiver for receiver in super().receivers_for(key) if receiver not in found]
+        yield from found
 
     def has_receivers_for(self, sender: Any) -> bool:
-        """Whether anybody may listen to the type. Without any receiver at all this costs nothing."""
-        return bool(self.receivers) and any(super(EventSignal, self).has_receivers_for(key) for key in _keys(sender))
+        """Whether anybody listens to the type. Without any receiver at all this costs nothing."""
+        return any(True for _ in self.receivers_for(sender))
 
 
 def _keys(sender: str) -> Iterator[str]:
@@ -41,7 +45,8 @@ event_processing = EventSignal(
     """Sent inside the transaction, once for each message, also for one that is stale.
 
     What a receiver writes through ``db.session`` is committed or rolled back together with the message. One that
-    raises makes it a 500, and Svix's retry starts over. It must neither commit nor roll back.
+    raises makes it a 500, and Svix's retry starts over. It must neither commit nor roll back, and an error of the
+    database may be caught only around a savepoint.
     """
 )
 

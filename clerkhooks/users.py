@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from clerkhooks import messages
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
@@ -17,6 +20,7 @@ from clerkhooks.models import VERSION_COLUMNS, Insert, Outcome, User, autocommit
 from clerkhooks.signals import event_processed, event_processing
 
 logger = logging.getLogger(__name__)
+_LENT = "clerkhooks.lent_to_a_receiver"
 DELETED_USER = "Deleted User"
 LAST_SEEN_STEP = timedelta(minutes=1)
 PRESENCE_LASTS = timedelta(minutes=5)
@@ -112,25 +116,41 @@ def is_present(user: UserSnapshot) -> bool:
 
 
 def _let_receivers_write(event: Event, outcome: Outcome) -> None:
-    if not event_processing.has_receivers_for(event.type):
-        return
-    transaction = db.session().get_transaction()
-    event_processing.send(event.type, event=event, outcome=outcome)
-    # After a rollback in there the commit would succeed, and the message be answered 200 and lost.
-    if db.session().get_transaction() is not transaction:
-        raise RuntimeError("A receiver of event_processing ended the transaction. It must neither commit nor roll back.")
+    session = db.session()
+    transaction = session.get_transaction()
+    for receiver in event_processing.receivers_for(event.type):
+        session.info[_LENT] = True
+        try:
+            _call(receiver, event, outcome)
+        finally:
+            session.info.pop(_LENT)
+        # PostgreSQL answers COMMIT after a swallowed error with a silent rollback, and after a rollback a commit
+        # succeeds, too: either way the message would be answered 200 and lost. Asking for it finds both.
+        if session.get_transaction() is not transaction or not messages.is_recorded(event):
+            raise RuntimeError("A receiver of event_processing ended the transaction. It must neither commit nor roll back.")
 
 
 def _tell_receivers(event: Event, outcome: Outcome) -> None:
-    if not event_processed.has_receivers_for(event.type):
-        return
     for receiver in event_processed.receivers_for(event.type):
         try:
-            receiver(event.type, event=event, outcome=outcome)
-        except Exception as error:  # noqa: BLE001  # the message is done, whatever this receiver makes of it
+            _call(receiver, event, outcome)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the message is done, whatever this receiver makes of it
             db.session.rollback()
             fields = {"message_id": event.message_id, "error": describe(error), "frames": frames(error)}
             logger.error("receiver_failed", extra=fields)
+
+
+def _call(receiver: Callable[..., Any], event: Event, outcome: Outcome) -> None:
+    result = receiver(event.type, event=event, outcome=outcome)
+    if inspect.isawaitable(result) or inspect.isgenerator(result):
+        raise TypeError("A receiver is a plain function: nobody awaits or iterates over what it returns.")
+
+
+@sa.event.listens_for(db.session, "before_commit")
+def _refuse_to_commit(session: Session) -> None:
+    """Keep a receiver from committing half of a message: what receivers after it wrote would be lost."""
+    if session.info.get(_LENT) and not session.in_nested_transaction():
+        raise RuntimeError("A receiver of event_processing must not commit: the message is committed with all that they write.")
 
 
 def _apply(event: Event, now: datetime) -> Outcome:

@@ -75,3 +75,11 @@ def test_explains_itself(service: Service) -> None:
     for arguments in (["webhooks"], ["webhooks", "prune"]):
         result = run(service, *arguments, "--help")
         assert (result.exit_code, result.output.startswith("Usage:")) == (0, True)
+
+
+def test_says_that_the_database_fails(unreachable: Service) -> None:
+    """Without a traceback, and without the database's own words."""
+    result = run(unreachable, "webhooks", "prune")
+    assert result.exit_code == 2
+    assert "OperationalError" in result.output
+    assert "DELETE" not in result.output

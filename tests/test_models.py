@@ -7,10 +7,10 @@ import pytest
 from clerkhooks.models import autocommit
 from tests.conftest import MakeDatabase, MakeService
 
-OPTIONS = "options=-csearch_path%3Dpublic%20-c%20lock_timeout%3D9s"
+OPTIONS = "options=-csearch_path%3Dpublic&options=-c%20lock_timeout%3D9s"
 
 
-@pytest.mark.parametrize(("options", "expected"), [("", ["3s", "4s", "UTC", '"$user", public']), (OPTIONS, ["9s", "4s", "UTC", "public"])])
+@pytest.mark.parametrize(("options", "expected"), [("", ["2s", "3s", "UTC", '"$user", public']), (OPTIONS, ["9s", "3s", "UTC", "public"])])
 def test_keeps_its_limits_beside_options_of_the_url(
     make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -40,6 +41,10 @@ class Heard:
     def __call__(self, sender: str, *, event: Event, outcome: Outcome) -> None:
         """Remember one call."""
         self.calls.append((sender, event, outcome))
+
+    def listen(self, sender: str, *, event: Event, outcome: Outcome) -> None:
+        """Remember one call, as a method."""
+        self(sender, event=event, outcome=outcome)
 
 
 @pytest.mark.parametrize("signal", SIGNALS, ids=["processing", "processed"])
@@ -108,19 +113,87 @@ def test_commits_what_a_receiver_writes_with_the_message(service: Service) -> No
     assert service.rows("SELECT attempts FROM webhook_messages WHERE message_id = 'msg_1'") == [(2,)]
 
 
-@pytest.mark.parametrize("ending", ["commit", "rollback"])
-def test_refuses_a_receiver_that_ends_the_transaction(service: Service, ending: str) -> None:
-    """After a rollback in a receiver the message would be answered 200 and lost; so it is a 500, and is done again."""
-    user_id = clerk_id("user")
+def swallow(statement: str) -> None:
+    """Run a statement that fails, and pass over it, as one must not without a savepoint."""
+    with suppress(db.exc.DBAPIError):
+        db.session.execute(db.text(statement))
+
+
+ENDINGS: dict[str, Callable[[], object]] = {
+    "commit": lambda: db.session.commit(),
+    "rollback": lambda: db.session.rollback(),
+    "raw rollback": lambda: db.session.connection().connection.rollback(),
+    "swallowed error": lambda: swallow("INSERT INTO users (id) VALUES ('user_x')"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_loses_nothing_to_a_receiver_that_ends_the_transaction(service: Service, ending: str) -> None:
+    """It is a 500 or, where the database bears it, done; never answered 200 and lost; and others are heard, too."""
+    user_id, heard = clerk_id("user"), Heard()
     body = user_event(user_id)
 
     def end(sender: str, **_: object) -> None:
-        getattr(db.session, ending)()
+        ENDINGS[ending]()
 
-    with event_processing.connected_to(end, sender="user."):
-        assert service.deliver(body, "msg_1").status_code == 500
-    assert service.outcome(body, "msg_1") == ("duplicate" if ending == "commit" else "applied")
+    with event_processing.connected_to(end, sender="user."), event_processing.connected_to(heard, sender="user."):
+        status = service.deliver(body, "msg_1").status_code
+    borne = ending == "swallowed error" and service.database_url.startswith("sqlite")
+    assert status == (200 if borne else 500)
+    with event_processing.connected_to(heard, sender="user."):
+        assert service.outcome(body, "msg_1") == ("duplicate" if borne else "applied")
     assert service.user(user_id, ["name"]) == ("Ada Lovelace",)
+    assert heard.calls
+
+
+@pytest.mark.parametrize("signal", SIGNALS, ids=["processing", "processed"])
+def test_calls_a_method_once(service: Service, signal: EventSignal) -> None:
+    """Also one that is held weakly and subscribed twice."""
+    heard = Heard()
+    for sender in (ANY, "user.", "user.updated"):
+        signal.connect(heard.listen, sender=sender)
+    service.outcome(user_event(clerk_id("user")))
+    assert len(heard.calls) == 1
+    with signal.muted():
+        service.outcome(user_event(clerk_id("user")))
+    assert len(heard.calls) == 1
+
+
+def test_ignores_again_when_nobody_listens_any_more(service: Service) -> None:
+    """A receiver that was taken away leaves nothing behind."""
+    heard = Heard()
+    event_processing.connect(heard, sender="organization.")
+    event_processing.disconnect(heard, sender="organization.")
+    assert service.outcome(organization()) == "ignored"
+
+
+def test_refuses_receivers_that_nobody_would_run(service: Service) -> None:
+    """A coroutine or a generator would do nothing, and the message count as done."""
+
+    async def later(sender: str, **_: object) -> None:
+        """Never awaited."""
+
+    def lazily(sender: str, **_: object) -> Iterator[None]:
+        yield
+
+    for receiver in (later, lazily):
+        with event_processing.connected_to(receiver), pytest.warns() if receiver is later else nullcontext():
+            assert service.deliver(organization(), "msg_1").status_code == 500
+    assert service.rows("SELECT outcome, error FROM webhook_messages") == [("failed", "TypeError")]
+
+
+def test_remembers_a_failure_of_any_name(service: Service) -> None:
+    """A receiver's own OperationalError says nothing about the database."""
+
+    class OperationalError(Exception):
+        """Such as a message broker's."""
+
+    def fail(sender: str, **_: object) -> None:
+        raise OperationalError
+
+    with event_processing.connected_to(fail):
+        assert service.deliver(organization(), "msg_1").status_code == 500
+    assert service.rows("SELECT outcome, error FROM webhook_messages") == [("failed", "OperationalError")]
 
 
 def test_lets_a_receiver_use_a_savepoint(service: Service) -> None:
@@ -138,7 +211,8 @@ def test_lets_a_receiver_use_a_savepoint(service: Service) -> None:
     assert service.rows("SELECT count(*) FROM users") == [(1,)]
 
 
-def test_tells_after_the_commit(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("failure", [ValueError("ada@example.org"), SystemExit("ada@example.org")], ids=repr)
+def test_tells_after_the_commit(service: Service, caplog: pytest.LogCaptureFixture, failure: BaseException) -> None:
     """A receiver of the second signal finds everything committed; what it raises is logged and changes nothing."""
     user_id = clerk_id("user")
     heard = Heard()
@@ -147,13 +221,13 @@ def test_tells_after_the_commit(service: Service, caplog: pytest.LogCaptureFixtu
     def fail(sender: str, **_: object) -> None:
         assert service.user(user_id, ["name"]) == ("Ada Lovelace",)
         db.session.execute(db.text("UPDATE users SET name = 'never committed'"))
-        raise ValueError("ada@example.org")
+        raise failure
 
     event_processed.connect(heard)
     with caplog.at_level(logging.ERROR, logger="clerkhooks"):
         assert service.outcome(user_event(user_id, "user.created"), "msg_1") == "applied"
     [record] = caplog.records
-    assert (record.getMessage(), vars(record)["message_id"], vars(record)["error"]) == ("receiver_failed", "msg_1", "ValueError")
+    assert (record.getMessage(), vars(record)["message_id"], vars(record)["error"]) == ("receiver_failed", "msg_1", type(failure).__name__)
     assert "example.org" not in str(vars(record))
     assert len(heard.calls) == 1
     assert service.user(user_id, ["name"]) == ("Ada Lovelace",)

@@ -8,11 +8,24 @@ from datetime import UTC, datetime, timedelta
 
 import click
 from flask.cli import AppGroup
+from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks import messages
+from clerkhooks.errors import describe
 
 SAFE_AGE = timedelta(days=7)
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+class DatabaseFailed(click.ClickException):
+    """The database did not do what the command is for: status 2, and never its own text, which may quote a row."""
+
+    exit_code = 2
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"The database failed ({describe(error)}). Is DATABASE_URL right, and is it migrated: flask --app wsgi db upgrade?"
+        )
 
 
 class Age(click.ParamType[timedelta]):
@@ -32,7 +45,13 @@ webhooks = AppGroup("webhooks", help="The log of messages that Clerk sent.")
 
 
 @webhooks.command()
-@click.option("--older-than", type=Age(), default="30d", show_default=True, help="Forget messages last touched longer ago: 12h, 30d, 8w.")
+@click.option(
+    "--older-than",
+    type=Age(),
+    default="30d",
+    show_default=True,
+    help="Forget messages that were received and done longer ago: 12h, 30d, 8w.",
+)
 @click.option("--force", is_flag=True, help="Also forget messages younger than 7 days.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
@@ -45,5 +64,8 @@ def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
     """
     if older_than < SAFE_AGE and not force:
         raise click.UsageError("Svix may still deliver messages younger than 7 days again. Give --force if you mean it.")
-    pruned = sum(messages.prune(datetime.now(UTC) - older_than))
+    try:
+        pruned = sum(messages.prune(datetime.now(UTC) - older_than))
+    except SQLAlchemyError as error:
+        raise DatabaseFailed(error) from None
     click.echo(json.dumps({"pruned": pruned}) if as_json else f"{pruned} messages forgotten.")
