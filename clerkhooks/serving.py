@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from clerkhooks import models
+from clerkhooks import auth, models
 from clerkhooks.logs import logger
 from clerkhooks.settings import load_settings
 
@@ -32,13 +32,17 @@ control_socket_disable = True
 
 def on_starting(_server: Any) -> None:
     """Say once what will not work."""
-    if not _settings.jwt_keys:
-        logger.warning("keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY; until then protected routes answer 503."})
+    if not (_settings.jwt_keys or _settings.jwks_url or _settings.secret_key):
+        logger.warning(
+            "keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY or CLERK_PUBLISHABLE_KEY; until then protected routes answer 503."}
+        )
 
 
 def post_fork(server: Any, _worker: Any) -> None:
-    """Give each worker connections of its own: two processes on one socket would read each other's answers."""
-    models.discard_connections(server.app.wsgi())
+    """Give each worker connections and keys of its own: two processes on one socket would read each other's answers."""
+    app = server.app.wsgi()
+    models.discard_connections(app)
+    auth.fetch_keys_soon(app)
 
 
 def main() -> None:

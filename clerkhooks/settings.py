@@ -38,6 +38,7 @@ VARIABLES = {
     "CLERK_JWKS_URL": "Leave it unset unless your instance is behind a proxy of your own.",
     "CLERK_ISSUER": "Clerk Dashboard, API keys, Frontend API URL: https://clerk.example.com",
     "CLERK_API_URL": "Leave it unset: the default is https://api.clerk.com",
+    "CLERK_JWKS_KEEP_HOURS": "A number of hours, such as 12.",
     "CLERK_AUTHORIZED_PARTIES": "The origins of your front ends: https://app.example.com,http://localhost:3000",
     "CLERK_AUDIENCE": "What your tokens carry as aud.",
     "PORT": "A free TCP port, such as 8000.",
@@ -57,6 +58,11 @@ class Settings:
     webhook_secrets: tuple[bytes, ...] = field(repr=False)
     database_url: str = field(repr=False, default=DEFAULT_DATABASE_URL)
     jwt_keys: tuple[RSAPublicKey, ...] = field(repr=False, default=())
+    jwks_url: str | None = None
+    jwks_keep_hours: int = 12
+    publishable_key: str | None = None
+    secret_key: str | None = field(repr=False, default=None)
+    api_url: str = "https://api.clerk.com"
     issuer: str | None = None
     authorized_parties: tuple[str, ...] = ()
     audience: tuple[str, ...] = ()
@@ -75,19 +81,22 @@ class Settings:
         names = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
         secret = next(filter(read.text, names), names[0])
         frontend_api = read("CLERK_PUBLISHABLE_KEY", parse_publishable_key, None)
+        instance = f"https://{frontend_api}" if frontend_api else None
         values = {
             "webhook_secrets": read(secret, _parse_webhook_secrets, ()),
             "database_url": read("DATABASE_URL", _parse_database_url, DEFAULT_DATABASE_URL),
             "jwt_keys": read("CLERK_JWT_KEY", parse_jwt_keys, ()),
-            "issuer": read("CLERK_ISSUER", _parse_url, frontend_api and f"https://{frontend_api}"),
+            "jwks_url": read("CLERK_JWKS_URL", _parse_url, instance and f"{instance}/.well-known/jwks.json"),
+            "jwks_keep_hours": read("CLERK_JWKS_KEEP_HOURS", lambda text: _parse_number(text, 168), 12),
+            "publishable_key": read.text("CLERK_PUBLISHABLE_KEY") or None,
+            "secret_key": read("CLERK_SECRET_KEY", _parse_secret_key, None),
+            "api_url": read("CLERK_API_URL", _parse_url, "https://api.clerk.com"),
+            "issuer": read("CLERK_ISSUER", _parse_url, instance),
             "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", _parse_origins, ()),
             "audience": read("CLERK_AUDIENCE", _split, ()),
             "port": read("PORT", lambda text: _parse_number(text, 65535), 8000),
             "web_concurrency": read("WEB_CONCURRENCY", lambda text: _parse_number(text, 512), 2),
         }
-        read("CLERK_SECRET_KEY", _parse_secret_key, None)
-        read("CLERK_JWKS_URL", _parse_url, None)
-        read("CLERK_API_URL", _parse_url, None)
         read.require(secret, "is not set.")
         if read.text("DYNO"):
             read.require("DATABASE_URL", "is not set, and this platform throws its disk away; attach a PostgreSQL.")

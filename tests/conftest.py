@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from flask_migrate import upgrade
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from psycopg import sql
@@ -21,10 +20,13 @@ from sqlalchemy.engine import make_url
 
 from clerkhooks import create_app
 from clerkhooks.cli.pretend import PretendedClerk
-from clerkhooks.models import db
 from clerkhooks.settings import Settings
+from clerkhooks.testing import disconnect
+from clerkhooks.testing import migrate as migrate_app
 from tests.server import Server, serving
 from tests.support import Service
+
+pytest_plugins = ["clerkhooks.testing"]
 
 hypothesis_settings.register_profile(
     "suite", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -85,12 +87,6 @@ def make_database(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> 
             connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-@pytest.fixture(scope="session")
-def clerk() -> PretendedClerk:
-    """A Clerk instance whose keys the tests hold."""
-    return PretendedClerk()
-
-
 MigratedUrl = Callable[[str], str]
 
 
@@ -109,14 +105,8 @@ def migrated(make_database: MakeDatabase, clerk: PretendedClerk) -> MigratedUrl:
 
 
 def migrate(url: str, clerk: PretendedClerk) -> None:
-    """Bring the database at *url* to the newest migration, and leave a SQLite file whole, without a log beside it."""
-    app = create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url}))
-    with app.app_context():
-        upgrade()
-        if url.startswith("sqlite"):
-            db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
-        db.session.remove()
-        db.engine.dispose()
+    """Bring the database at *url* to the newest migration."""
+    migrate_app(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -159,9 +149,7 @@ def make_service(database_url: str, clerk: PretendedClerk) -> Iterator[MakeServi
 
     yield make
     for service in made:
-        with service.app.app_context():
-            db.session.remove()
-            db.engine.dispose()
+        disconnect(service.app)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from clerkhooks.cli.pretend import PretendedClerk, event_body, user_data
+from clerkhooks.testing import ClerkService
 
 DATA = Path(__file__).parent / "data"
 NOW_MS = int(time.time() * 1000)
@@ -51,11 +52,12 @@ class Service:
 
     def __init__(self, app: Flask, clerk: PretendedClerk, database_url: str) -> None:
         self.app, self.clerk, self.database_url = app, clerk, database_url
-        self.http = app.test_client()
+        self.clerk_service = ClerkService(app, clerk)
+        self.http = self.clerk_service.http
 
     def deliver(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> TestResponse:
         """Post *body* as Svix does."""
-        return self.http.post("/webhooks/clerk", data=body, headers=self.clerk.headers(body, message_id, timestamp))
+        return self.clerk_service.deliver_body(body, message_id, timestamp)
 
     def outcome(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> str:
         """Deliver *body*, which must be taken, and say what became of it."""
@@ -65,8 +67,7 @@ class Service:
 
     def call(self, user_id: str, method: str = "GET", path: str = "/api/me", *, body: object = None, **claims: Any) -> TestResponse:
         """Call the API as a signed-in user."""
-        token = self.clerk.session_token(user_id, **claims)
-        return self.http.open(path, method=method, json=body, headers={"Authorization": f"Bearer {token}"})
+        return self.clerk_service.client(user_id, **claims).open(path, method=method, json=body)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Read or change the tables behind the service's back."""

@@ -111,7 +111,7 @@ def test_refuses_a_token_that_outlived_its_user(service: Service) -> None:
 def test_never_answers_a_stranger_with_a_5xx(service: Service, authorization: str, path: str) -> None:
     """Hostile headers and paths end in a 4xx."""
     assert service.http.get("/api/me", headers={"Authorization": f"Bearer {authorization}"}).status_code == 401
-    assert service.http.get(f"/{path}").status_code < 500
+    assert service.http.get("/" + path.lstrip("/\\")).status_code < 500
 
 
 def test_answers_503_without_keys(make_service: MakeService) -> None:

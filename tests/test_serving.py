@@ -141,7 +141,7 @@ def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
 
 def test_takes_an_empty_variable_for_an_unset_one(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
     """Also where gunicorn itself would choke on it."""
-    with serving(database_url, clerk, tmp_path / "server.log", WEB_CONCURRENCY="", CLERK_AUDIENCE="", CLERK_JWT_KEY="") as server:
+    with serving(database_url, clerk, tmp_path / "server.log", WEB_CONCURRENCY="", CLERK_JWT_KEY="", CLERK_PUBLISHABLE_KEY="") as server:
         assert server.deliver(user_event(clerk_id("user"))).status == 200
         assert [line["event"] for line in server.lines() if line["level"] == "warning"] == ["keys_not_configured"]
 

@@ -134,9 +134,9 @@ def test_moves_last_seen_once_a_minute(service: Service) -> None:
     user_id = clerk_id("user")
     first = service.call(user_id).get_json()["lastSeen"]
     assert service.call(user_id).get_json()["lastSeen"] == first
-    was = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=59))
+    was = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=50))
     assert datetime.fromisoformat(service.call(user_id).get_json()["lastSeen"]) == was
-    set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=61))
+    set_last_seen(service, user_id, datetime.now(UTC) - timedelta(seconds=70))
     moved = service.call(user_id).get_json()["lastSeen"]
     assert datetime.fromisoformat(moved) >= datetime.fromisoformat(first)
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+import marshal
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, NamedTuple, NewType
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import RSAAlgorithm
 
 from clerkhooks.clerk import strict_json
+from clerkhooks.clerk.authorization import (
+    MalformedClaims,
+    Organization,
+    Preset,
+    Reverification,
+    is_authorized,
+    parse_factor_verification_age,
+    parse_organization,
+)
 from clerkhooks.clerk.events import is_user_id
+from clerkhooks.clerk.signing_keys import SigningKeys
 from clerkhooks.errors import Unauthenticated
 
 LEEWAY = 5  # seconds
@@ -39,17 +53,62 @@ class TokenRules:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A signed-in session. *actor* holds the impersonator's claims, where there is one."""
+    """A signed-in session, as its verified token tells it."""
 
     id: str
     user_id: str
-    actor: Mapping[str, Any] | None
     claims: Claims
+
+    @property
+    def version(self) -> int:
+        """The version of the claims: 2, or 1 where they name none."""
+        return 2 if self.claims.get("v") == 2 else 1
+
+    @property
+    def organization(self) -> Organization | None:
+        """The active organization, if there is one."""
+        try:
+            return parse_organization(self.claims)
+        except MalformedClaims:
+            return None
+
+    @property
+    def actor(self) -> Mapping[str, Any] | None:
+        """The claims of whoever acts in the user's name, as ``sub``, where somebody does."""
+        actor = self.claims.get("act")
+        return actor if isinstance(actor, dict) else None
 
     @property
     def impersonated(self) -> bool:
         """Whether somebody else acts in the user's name. A claim of an odd shape counts: it is there for a reason."""
         return self.claims.get("act") is not None
+
+    @property
+    def status(self) -> str | None:
+        """``active``, or None where the instance does not tell."""
+        return self.claims.get("sts")
+
+    @property
+    def factor_verification_age(self) -> tuple[float, float] | None:
+        """Minutes since the first and the second factor were verified; -1 for one that is not set up."""
+        return parse_factor_verification_age(self.claims)
+
+    def has(
+        self,
+        *,
+        role: str | None = None,
+        permission: str | None = None,
+        feature: str | None = None,
+        plan: str | None = None,
+        reverification: Preset | Reverification | None = None,
+    ) -> bool:
+        """
+        Whether the session meets every question that is asked: what Clerk's own ``has()`` says.
+
+        A permission is ``org:feature:action``; a feature or plan may begin with ``org:`` or ``user:``.
+        """
+        questions = {"role": role, "permission": permission, "feature": feature, "plan": plan, "reverification": reverification}
+        return is_authorized(self.claims, **questions)  # type: ignore[arg-type]
 
 
 class UnverifiedToken(NamedTuple):
@@ -61,19 +120,62 @@ class UnverifiedToken(NamedTuple):
     signature: bytes
 
 
-def verify_session_token(token: str, keys: Sequence[RSAPublicKey], rules: TokenRules, now: float) -> Session:
+class SessionVerifier:
     """
-    The session that *token* proves under one of *keys*; *now* in seconds since the epoch.
+    Verifies session tokens with *keys* and *rules*, and remembers those that held.
+
+    A browser sends one token many times within its minute. To remember it is safe: the same text carries the same
+    claims under the same signature, so only what depends on the time and on the keys may change. Expiry is checked at
+    every use, and an entry counts only for the generation of keys that it was verified with. What is kept is the
+    digest of the token and its claims in bytes, read anew for each use, so that no caller changes another's.
+    Only tokens that held are remembered, the newest *remember* of them, so that a forger fills nothing.
+    """
+
+    def __init__(self, keys: SigningKeys, rules: TokenRules, remember: int = 4096) -> None:
+        self.keys, self._rules, self._limit = keys, rules, remember
+        self._remembered: dict[bytes, tuple[int | None, int, bytes]] = {}
+        self._guard = threading.Lock()
+
+    def verify(self, token: str, now: float) -> Session:
+        """
+        The session that *token* proves; *now* in seconds since the epoch.
+
+        Raises:
+            Unauthenticated: with the reason, for every token that does not hold.
+            KeysUnavailable: if there is no key to verify it with.
+
+        Source: Clerk, "Manual JWT verification"; the checks of @clerk/backend 3.25, and stricter where it is lax.
+        """
+        if len(token) > LONGEST:
+            raise Unauthenticated("token_too_long")
+        generation, digest = self.keys.refresh_if_due(), sha256(token.encode("utf-8", "replace")).digest()
+        held_in, expiry, frozen = self._remembered.get(digest, (None, 0, b""))
+        if held_in is not None and held_in == generation and expiry > now - LEEWAY:
+            return _session(marshal.loads(frozen))  # noqa: S302  # our own bytes, which never left this process
+        unverified = parse_form(token)
+        verify_header(unverified.unverified_header)
+        verify_signature(unverified, self.keys.find(unverified.unverified_header.get("kid")))
+        claims = parse_claims(unverified.unverified_payload)
+        session = verify_claims(claims, self._rules, now)
+        with suppress(ValueError):  # claims nested too deeply for marshal, which is thrice as fast as JSON
+            self._remember(digest, (generation, int(claims["exp"]), marshal.dumps(claims)))
+        return session
+
+    def _remember(self, digest: bytes, entry: tuple[int | None, int, bytes]) -> None:
+        with self._guard:
+            self._remembered.pop(digest, None)
+            self._remembered[digest] = entry
+            if len(self._remembered) > self._limit:
+                del self._remembered[next(iter(self._remembered))]
+
+
+def verify_claims(claims: dict[str, Any], rules: TokenRules, now: float) -> Session:
+    """
+    The session of a token whose signature holds, once each of its claims does.
 
     Raises:
-        Unauthenticated: with the reason, for every token that does not hold.
-
-    Source: Clerk, "Manual JWT verification"; the checks of @clerk/backend 3.25, and stricter where it is lax.
+        Unauthenticated: with the reason, for the first that does not.
     """
-    unverified = parse_form(token)
-    verify_header(unverified.unverified_header)
-    verify_signature(unverified, keys)
-    claims = parse_claims(unverified.unverified_payload)
     verify_subject(claims)
     verify_session_id(claims)
     verify_expiry(claims, now)
@@ -83,14 +185,11 @@ def verify_session_token(token: str, keys: Sequence[RSAPublicKey], rules: TokenR
     verify_audience(claims, rules.audience)
     verify_authorized_party(claims, rules.authorized_parties)
     verify_status(claims)
-    actor = claims.get("act")
-    return Session(claims["sid"], claims["sub"], actor if isinstance(actor, dict) else None, Claims(claims))
+    return _session(claims)
 
 
 def parse_form(token: str) -> UnverifiedToken:
-    """Three parts of canonical base64url, the first a JSON object, in 16 KiB at most."""
-    if len(token) > LONGEST:
-        raise Unauthenticated("token_too_long")
+    """Three parts of canonical base64url, the first a JSON object."""
     form = _FORM.fullmatch(token)
     if form is None:
         raise Unauthenticated("token_malformed")
@@ -178,6 +277,10 @@ def verify_status(claims: Mapping[str, Any]) -> None:
     """``sts`` is absent or active; a pending session has tasks left and counts as signed out."""
     if claims.get("sts", "active") != "active":
         raise Unauthenticated("session_pending" if claims["sts"] == "pending" else "session_status_unknown")
+
+
+def _session(claims: dict[str, Any]) -> Session:
+    return Session(claims["sid"], claims["sub"], Claims(claims))
 
 
 def _decode_base64url(part: str) -> bytes:

@@ -104,8 +104,12 @@ def test_fails_whole(service: Service) -> None:
 def test_migrates_what_it_models(service: Service) -> None:
     """The example's migration makes the example's tables, and the service's are left as they were."""
     with service.app.app_context(), db.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
-        changes = [change for change in compare_metadata(context, db.metadata) if change[0] != "remove_table"]
-        assert changes == []
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "include_object": _is_known})
+        assert compare_metadata(context, db.metadata) == []
         assert {"organizations", "organization_memberships"} <= set(sa.inspect(connection).get_table_names())
     assert service.http.get("/readyz").status_code == 200
+
+
+def _is_known(_: object, name: str, kind: str, *__: object) -> bool:
+    # Whole test runs import other examples, whose tables are in the metadata too.
+    return kind != "table" or name in ("organizations", "organization_memberships", "users", "webhook_messages")

@@ -1,0 +1,25 @@
+"""
+A deleted user who comes back with an update that was late.
+
+It bites every receiver that upserts: Svix retries for a day and promises no order, and the erased profile is there again.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from clerkhooks.cli.pretend import clerk_id
+from tests.support import NOW_MS, Service, deletion, user_event
+
+
+@pytest.mark.parametrize("event_type", ["user.created", "user.updated"])
+@pytest.mark.parametrize("late", [-1, 0, 60_000])
+def test_revives_nobody(service: Service, event_type: str, late: int) -> None:
+    """Neither an older event nor a newer one undoes the deletion, nor does a token that still runs."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id))
+    assert service.outcome(deletion(user_id)) == "applied"
+    assert service.outcome(user_event(user_id, event_type, at=NOW_MS + late)) == "stale"
+    assert service.user(user_id) == (None, "Deleted User", None)
+    response = service.call(user_id)
+    assert (response.status_code, response.get_json()["reason"]) == (401, "user_deleted")

@@ -1,0 +1,25 @@
+"""
+Good keys thrown away for an answer that holds none.
+
+It bit PyJWKClient, which drops its cache before the new keys are there, and whoever stored a proxy's error page.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from clerkhooks.clerk.signing_keys import FetchedKeys
+from tests.advisories import CLERK, refusal, sound_token
+from tests.issuer import Issuer, answering, fetched, jwk, key_set
+
+
+@pytest.mark.parametrize(("status", "body"), [(500, b""), (200, b"<html>"), (200, key_set()), (429, b'{"errors": []}')])
+def test_keeps_its_keys_when_a_fetch_fails(status: int, body: bytes) -> None:
+    """Users stay signed in through an outage of Clerk."""
+    with Issuer(jwk(CLERK)).open() as issuer:
+        keys = fetched(FetchedKeys(issuer.url, cooldown=0))
+        issuer.behaviour = answering(body, status)
+        for _ in range(3):
+            fetched(keys)
+            assert refusal(sound_token(), keys) is None
+        assert keys.failures == 3

@@ -1,0 +1,84 @@
+"""
+What the check of a session token costs, as ratios: ``python -m tests.benchmarks.session_tokens``.
+
+Clerk's own SDK is compared where it is there: ``pip install clerk-backend-api``. It is part of no extra.
+All rounds are interleaved, so that a busy machine slows each row alike; the median round counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import cycle
+from statistics import median
+from timeit import Timer
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+
+from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules, parse_form
+from clerkhooks.clerk.signing_keys import ConfiguredKeys
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+
+ROUNDS, CALLS = 41, 200
+CLERK = PretendedClerk()
+KEY = CLERK.private_key.public_key()
+RULES = TokenRules(f"https://{CLERK.frontend_api}", frozenset([CLERK.authorized_party]))
+
+
+def subjects() -> dict[str, Callable[[], object]]:
+    """What is measured, by name; each call verifies one token of a user."""
+    tokens = [CLERK.session_token(clerk_id("user"), lifetime=3600) for _ in range(CALLS)]
+    token, keys, now = tokens[0], ConfiguredKeys((KEY,)), time.time()
+    forgetful, mindful = SessionVerifier(keys, RULES, remember=0), SessionVerifier(keys, RULES)
+    form, prepared, next_token = parse_form(token), jwt.PyJWK.from_dict(jwk()), cycle(tokens).__next__
+    required: dict[str, Any] = {"algorithms": ["RS256"], "options": {"require": ["exp", "iat", "sub"]}, "issuer": RULES.issuer}
+    found: dict[str, Callable[[], object]] = {
+        "bare RSA verification": lambda: KEY.verify(form.signature, form.signed, padding.PKCS1v15(), hashes.SHA256()),
+        "PyJWT decode": lambda: jwt.decode(next_token(), prepared, **required),
+        "new token": lambda: forgetful.verify(next_token(), now),
+        "token seen before": lambda: mindful.verify(token, now),
+    }
+    return found | clerks_own(token)
+
+
+def jwk() -> dict[str, Any]:
+    """The instance's public key."""
+    return {"kid": "ins_pretended", "alg": "RS256", "use": "sig"} | jwt.algorithms.RSAAlgorithm.to_jwk(KEY, as_dict=True)
+
+
+def clerks_own(token: str) -> dict[str, Callable[[], object]]:
+    """Clerk's SDK without a network, if it is installed."""
+    try:
+        import httpx
+        from clerk_backend_api.security import authenticate_request  # type: ignore[import-not-found,unused-ignore]
+        from clerk_backend_api.security.types import AuthenticateRequestOptions  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return {}
+    options = AuthenticateRequestOptions(jwt_key=CLERK.public_key_pem, authorized_parties=[CLERK.authorized_party])
+    request = httpx.Request("GET", "https://app.example.com", headers={"Authorization": f"Bearer {token}"})
+    assert authenticate_request(request, options).is_signed_in
+    return {"Clerk's authenticate_request": lambda: authenticate_request(request, options)}
+
+
+def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Microseconds a call, by name."""
+    rounds: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(ROUNDS):
+        for name, call in found.items():
+            rounds[name].append(Timer(call).timeit(CALLS) / CALLS * 1e6)
+    return {name: median(times) for name, times in rounds.items()}
+
+
+def main() -> None:
+    """Print the table: one row a subject, one column for what it is compared with."""
+    times = measure(subjects())
+    print(f"{'':30}{'µs':>9}" + "".join(f"{'/ ' + name:>32}" for name in times))
+    for name, own in times.items():
+        print(f"{name:30}{own:9.1f}" + "".join(f"{own / other:32.2f}" for other in times.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A JWKS endpoint over HTTP that misbehaves at will and counts its requests."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from jwt.algorithms import RSAAlgorithm
+
+from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
+from clerkhooks.clerk.signing_keys import FetchedKeys
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+from clerkhooks.errors import KeysUnavailable, Unauthenticated
+
+KID = "ins_pretended"
+Behaviour = Callable[["Issuer", BaseHTTPRequestHandler], None]
+
+
+def jwk(clerk: PretendedClerk, kid: str = KID, **members: Any) -> dict[str, Any]:
+    """The public key of *clerk* as Clerk publishes it, but for *members*."""
+    numbers = RSAAlgorithm.to_jwk(clerk.private_key.public_key(), as_dict=True)
+    return {"alg": "RS256", "e": numbers["e"], "kid": kid, "kty": "RSA", "n": numbers["n"], "use": "sig"} | members
+
+
+def key_set(*jwks: Mapping[str, Any]) -> bytes:
+    """A JWKS of these keys."""
+    return json.dumps({"keys": jwks}).encode()
+
+
+def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
+    """Answer with these bytes."""
+
+    def behave(_issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return behave
+
+
+def stalling(issuer: Issuer, _request: BaseHTTPRequestHandler) -> None:
+    """Take the request and say nothing."""
+    issuer.released.wait(20)
+
+
+def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
+    """Answer with these keys, but not before the issuer is released."""
+
+    def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
+        stalling(issuer, request)
+        answering(key_set(*jwks))(issuer, request)
+
+    return behave
+
+
+def dripping(start: bytes) -> Behaviour:
+    """Say *start* and then one byte at a time, without an end."""
+
+    def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(start)
+        while not issuer.released.wait(0.02):
+            request.wfile.write(b" ")
+
+    return behave
+
+
+HTTP = b"HTTP/1.1 200 OK\r\n"
+OTHER = PretendedClerk()
+GOOD = key_set(jwk(OTHER, "ins_other"))
+ODD_NUMBERS: list[dict[str, Any]] = [{"n": 5}, {"n": None}, {"e": "AA"}, {"e": "AQ"}, {"n": "é"}, {"e": []}]
+GZIP = gzip.compress(GOOD)
+MISBEHAVIOURS: dict[str, Behaviour] = {
+    "HTML": answering(b"<!doctype html><title>Just a moment</title>", Content_Type="text/html"),
+    "truncated JSON": answering(GOOD[:-9]),
+    "cut short": answering(GOOD, Content_Length="9999"),
+    "empty": answering(b""),
+    "no keys": answering(key_set()),
+    "no set": answering(b"[]"),
+    "odd set": answering(b'{"keys": {"a": 1}}'),
+    "odd keys": answering(json.dumps({"keys": [None, 5, [], {}, {"kid": ["x"]}]}).encode()),
+    "other types": answering(key_set({"kid": KID, "kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, {"kid": KID, "kty": "oct"})),
+    "other uses": answering(key_set(jwk(OTHER, use="enc"), jwk(OTHER, alg="RS512"), jwk(OTHER, kty="rsa"))),
+    "short key": answering(key_set(jwk(OTHER, n="u" * 171))),
+    "huge key": answering(key_set(jwk(OTHER, n="u" * 20_000))),
+    "odd numbers": answering(key_set(*(jwk(OTHER, **odd) for odd in ODD_NUMBERS))),
+    "redirect": answering(GOOD, 302, Location="/elsewhere"),
+    "moved": answering(GOOD, 301, Location="/elsewhere"),
+    "not modified": answering(b"", 304),
+    "10 MB": answering(b" " * 10_000_000 + GOOD),
+    "compressed unasked": answering(GZIP, Content_Encoding="gzip"),
+    "500": answering(GOOD, 500),
+    "stalled": stalling,
+    "no HTTP": dripping(b"SSH-2.0-OpenSSH\r\n"),
+    "dripping body": dripping(HTTP + b"Content-Length: 100000\r\n\r\n" + GOOD),
+    "dripping headers": dripping(HTTP + b"X: "),
+}
+"""Every way not to answer with a key set that anybody could use."""
+
+
+class Issuer:
+    """The endpoint; *requests* holds the headers and the client of each request so far."""
+
+    def __init__(self, *jwks: Mapping[str, Any]) -> None:
+        self.behaviour = answering(key_set(*jwks))
+        self.released = threading.Event()
+        self.requests: list[tuple[dict[str, str], tuple[str, int]]] = []
+        self._arrival = threading.Condition()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._request_handler())
+        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"{self.origin}/.well-known/jwks.json"
+
+    def publish(self, *jwks: Mapping[str, Any]) -> None:
+        """Answer with these keys from now on."""
+        self.behaviour = answering(key_set(*jwks))
+
+    def wait_for(self, count: int) -> None:
+        """Return once *count* requests have come."""
+        with self._arrival:
+            assert self._arrival.wait_for(lambda: len(self.requests) >= count, timeout=15)
+
+    @contextmanager
+    def open(self) -> Iterator[Issuer]:
+        """Serve until the block ends."""
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.released.set()
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+    def _request_handler(self) -> type[BaseHTTPRequestHandler]:
+        issuer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with issuer._arrival:
+                    headers = {name.lower(): value for name, value in self.headers.items()} | {":path": self.path}
+                    issuer.requests.append((headers, self.client_address))
+                    behaviour = issuer.behaviour
+                    issuer._arrival.notify_all()
+                with suppress(ConnectionError):
+                    behaviour(issuer, self)
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+        return Handler
+
+
+class Clock:
+    """The monotonic clock that the keys are told."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        """Seconds since whenever."""
+        return self.now
+
+
+def settle() -> None:
+    """Wait until no fetch is under way."""
+    for thread in threading.enumerate():
+        if thread.name == "signing-keys":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def fetched(keys: FetchedKeys) -> FetchedKeys:
+    """The same, once they have been fetched."""
+    keys.fetch_soon()
+    settle()
+    return keys
+
+
+def reason_of(keys: FetchedKeys | SessionVerifier, clerk: PretendedClerk, kid: str = KID) -> str | None:
+    """Why a new token of *clerk* is refused, or None where it holds."""
+    verifier = keys if isinstance(keys, SessionVerifier) else SessionVerifier(keys, TokenRules())
+    try:
+        verifier.verify(clerk.session_token(clerk_id("user"), header={"kid": kid}), time.time())
+    except (Unauthenticated, KeysUnavailable) as error:
+        return error.reason
+    return None

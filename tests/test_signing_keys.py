@@ -1,0 +1,212 @@
+"""The keys behind session tokens, fetched from a real endpoint that misbehaves in every way that we could think of."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from clerkhooks.clerk import signing_keys
+from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
+from clerkhooks.clerk.signing_keys import FetchedKeys
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+from clerkhooks.errors import KeysUnavailable, Unauthenticated
+from tests.issuer import (
+    MISBEHAVIOURS,
+    Behaviour,
+    Clock,
+    Issuer,
+    answering,
+    fetched,
+    jwk,
+    reason_of,
+    settle,
+    stalling,
+    stalling_then_publishing,
+)
+
+CLERK, OTHER = PretendedClerk(), PretendedClerk()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that stands still until it is set."""
+    clock = Clock()
+    monkeypatch.setattr(signing_keys, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """An endpoint that publishes the key of CLERK."""
+    with Issuer(jwk(CLERK)).open() as issuer:
+        yield issuer
+    settle()
+
+
+def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
+    """Whoever comes while a fetch is under way waits for that one, also without any cooldown."""
+    keys, everybody = FetchedKeys(issuer.url, cooldown=0), threading.Barrier(17)
+    issuer.behaviour = stalling_then_publishing(jwk(CLERK))
+
+    def call(_: int) -> str | None:
+        keys.fetch_soon()
+        everybody.wait(10)
+        return reason_of(keys, CLERK)
+
+    with ThreadPoolExecutor(16) as threads:
+        calls = [threads.submit(call, number) for number in range(16)]
+        everybody.wait(10)
+        issuer.released.set()
+        assert {call.result() for call in calls} == {None}
+    assert len(issuer.requests) == 1
+
+
+def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Clock) -> None:
+    """The request that starts the refresh does not wait for it either."""
+    keys = fetched(FetchedKeys(issuer.url))
+    issuer.behaviour, clock.now = stalling, clock.now + 300
+    assert reason_of(keys, CLERK) is None
+    issuer.wait_for(2)
+    assert reason_of(keys, CLERK) is None
+    fetch = keys.fetch_soon()
+    assert fetch is not None
+    assert fetch.is_alive()
+
+
+@pytest.mark.parametrize(("age", "requests"), [(299.9, 1), (300, 2)])
+def test_refreshes_in_the_background_after_five_minutes(issuer: Issuer, clock: Clock, age: float, requests: int) -> None:
+    """Any call notices that the keys have aged, and not before."""
+    keys = fetched(FetchedKeys(issuer.url))
+    clock.now += age
+    assert reason_of(keys, CLERK) is None
+    settle()
+    assert (len(issuer.requests), keys.fetches) == (requests, requests)
+    assert keys.age == pytest.approx(0 if requests == 2 else age)
+
+
+def test_keeps_keys_through_an_outage_and_then_gives_them_up(issuer: Issuer, clock: Clock) -> None:
+    """For twelve hours the known keys serve, for remembered tokens and new ones; then none does."""
+    keys = fetched(FetchedKeys(issuer.url))
+    verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
+    issuer.behaviour, start = answering(b"", 500), clock.now
+    verifier.verify(token, time.time())
+    clock.now = start + 12 * 3600 - 1
+    assert reason_of(verifier, CLERK) is None
+    settle()
+    clock.now += 1
+    assert reason_of(verifier, CLERK) == "keys_unavailable"
+    with pytest.raises(KeysUnavailable, match="keys_unavailable") as raised:
+        verifier.verify(token, time.time())
+    assert (raised.value.retry_after, keys.failures) == (29, 1)
+
+
+def test_takes_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
+    """A key that was published five minutes before its first use is known by then, or the call waits for it."""
+    keys = fetched(FetchedKeys(issuer.url))
+    issuer.publish(jwk(CLERK), jwk(OTHER, "ins_new"))
+    for _ in range(11):
+        clock.now += 30
+        assert reason_of(keys, CLERK) is None
+        settle()
+    assert reason_of(keys, OTHER, "ins_new") is None
+    assert len(issuer.requests) == 2
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_waits_out_the_cooldown_after_a_fetch(issuer: Issuer, clock: Clock, failing: bool) -> None:
+    """A rotation that nobody announced is noticed within 30 seconds, also after a fetch that failed."""
+    keys = fetched(FetchedKeys(issuer.url))
+    if failing:
+        issuer.behaviour, clock.now = answering(b"", 500), clock.now + 300
+        assert reason_of(keys, CLERK) is None
+        settle()
+    before = len(issuer.requests)
+    issuer.publish(jwk(OTHER, "ins_new"))
+    clock.now += 29.9
+    assert reason_of(keys, OTHER, "ins_new") == "unknown_key"
+    settle()
+    assert len(issuer.requests) == before
+    clock.now += 0.1
+    assert reason_of(keys, OTHER, "ins_new") is None
+
+
+@pytest.mark.parametrize("behaviour", MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
+def test_keeps_good_keys_whatever_is_answered(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, behaviour: Behaviour
+) -> None:
+    """Only a good answer replaces what is known; any other is a warning, and over within the timeout."""
+    keys = fetched(FetchedKeys(issuer.url))
+    monkeypatch.setattr(signing_keys, "TIMEOUT", 0.3)
+    issuer.behaviour, clock.now = behaviour, clock.now + 300
+    assert reason_of(keys, CLERK) is None
+    settle()
+    assert (len(issuer.requests), keys.fetches, keys.failures) == (2, 2, 1)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["signing_keys_not_fetched"]
+    assert reason_of(keys, CLERK) is None
+
+
+def test_passes_over_keys_that_it_cannot_use(issuer: Issuer) -> None:
+    """One odd key does not spoil the good one beside it."""
+    issuer.publish({"kid": "ec", "kty": "EC"}, jwk(OTHER, "enc", use="enc"), jwk(CLERK), jwk(OTHER, "short", n="u" * 171))
+    keys = fetched(FetchedKeys(issuer.url))
+    assert reason_of(keys, CLERK) is None
+    assert [reason_of(keys, OTHER, kid) for kid in ("ec", "enc", "short")] == ["unknown_key"] * 3
+
+
+def test_fetches_once_however_many_tokens_are_forged(issuer: Issuer, clock: Clock) -> None:
+    """Those that come while the fetch is under way are served by it; those in the cooldown are refused at once."""
+    keys = fetched(FetchedKeys(issuer.url))
+    clock.now += 30
+    issuer.behaviour = stalling_then_publishing(jwk(CLERK), jwk(OTHER, "ins_new"))
+    with ThreadPoolExecutor(20) as threads:
+        forged = [threads.submit(reason_of, keys, OTHER, f"ins_{number}") for number in range(19)]
+        genuine = threads.submit(reason_of, keys, OTHER, "ins_new")
+        issuer.wait_for(2)
+        issuer.released.set()
+        assert ({call.result() for call in forged}, genuine.result()) == ({"unknown_key"}, None)
+    clock.now += 29.9
+    assert {reason_of(keys, OTHER, f"ins_{number}") for number in range(50)} == {"unknown_key"}
+    assert len(issuer.requests) == 2
+
+
+def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> None:
+    """A known ``kid`` is known, whoever signed."""
+    keys = fetched(FetchedKeys(issuer.url, cooldown=0))
+    assert {reason_of(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
+    settle()
+    assert len(issuer.requests) == 1
+
+
+def test_refuses_a_key_that_vanished_from_a_good_answer(issuer: Issuer) -> None:
+    """Clerk takes a key away when it leaked: a token that was remembered goes with it."""
+    keys = fetched(FetchedKeys(issuer.url, cooldown=0))
+    verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
+    verifier.verify(token, time.time())
+    issuer.publish(jwk(OTHER, "ins_new"))
+    fetched(keys)
+    with pytest.raises(Unauthenticated, match="unknown_key"):
+        verifier.verify(token, time.time())
+
+
+def test_gives_up_a_fetch_that_never_ends(issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the cooldown another may start, and what the lost one brings at last is too old to count."""
+    monkeypatch.setattr(signing_keys, "TIMEOUT", 20)
+    keys = FetchedKeys(issuer.url)
+    issuer.behaviour = stalling_then_publishing(jwk(OTHER))
+    lost = keys.fetch_soon()
+    issuer.wait_for(1)
+    clock.now += 29.9
+    assert keys.fetch_soon() is lost
+    clock.now += 0.1
+    issuer.publish(jwk(CLERK))
+    second = keys.fetch_soon()
+    assert second is not None
+    assert second is not lost
+    second.join(10)
+    issuer.released.set()
+    settle()
+    assert (reason_of(keys, CLERK), reason_of(keys, OTHER)) == (None, "token_signature_mismatch")

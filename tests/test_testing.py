@@ -1,0 +1,167 @@
+"""The pytest plugin: what it signs is what Clerk would sign, and the service believes nothing else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clerkhooks
+from clerkhooks import current_session, require_auth
+from clerkhooks.clerk.authorization import Preset, is_authorized, parse_organization
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id, user_data
+from clerkhooks.settings import Settings
+from clerkhooks.testing import ClerkService, session_claims
+from tests.support import rows
+
+names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=6).filter(lambda name: not name.startswith("sys_"))
+permissions = st.lists(st.builds("org:{}:{}".format, names, names), max_size=8)
+listed = st.none() | st.builds("{}{}".format, st.sampled_from(["", "org:", "user:"]), names)
+
+
+@given(granted=permissions, asked=permissions, feature=listed, plan=listed)
+def test_packs_permissions_that_unpack_to_the_same(granted: list[str], asked: list[str], feature: str | None, plan: str | None) -> None:
+    """Whatever else is in the claims, a session has the permissions that it was given, each once, and no other."""
+    claims = {"v": 2} | session_claims("org_1", role="org:admin", permissions=granted, feature=feature, plan=plan)
+    organization = parse_organization(claims)
+    assert organization is not None
+    assert (organization.id, organization.role) == ("org_1", "org:admin")
+    assert sorted(organization.permissions) == sorted(set(granted))
+    for permission in asked:
+        assert is_authorized(claims, permission=permission) is (permission in granted)
+    assert feature is None or is_authorized(claims, feature=feature)
+    assert plan is None or is_authorized(claims, plan=plan)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"permissions": ["org:sys_memberships:manage"]}, "system permission"),
+    ({"permissions": ["org:admin"]}, "org:feature:action"),
+    ({"permissions": ["org:notes:delete,org:notes:read"]}, "org:feature:action"),
+    ({"plan": "team:pro"}, "begins with org: or user:"),
+    ({"feature": "team:ai"}, "begins with org: or user:"),
+])  # fmt: skip
+def test_refuses_to_grant_what_clerk_never_would(clerk_service: ClerkService, wrong: dict[str, Any], message: str) -> None:
+    """A test that grants it would prove nothing about production, and its author is told."""
+    with pytest.raises(ValueError, match=message):
+        clerk_service.token("user_1", **wrong)
+
+
+def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_settings: Settings) -> None:
+    """The row is what the event says, and fields of the event can be replaced."""
+    user_id = clerk_service.sign_up(email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None)
+    stored = rows(clerkhooks_settings.database_url, "SELECT id, email, name, image_url FROM users")
+    assert stored == [(user_id, "grace@example.org", "Grace Hopper", None)]
+    assert clerk_service.sign_up(id="user_2chosen") == "user_2chosen"
+
+
+def test_says_that_a_sign_up_was_refused(clerk_service: ClerkService) -> None:
+    """A test does not go on with a user who is not there."""
+    with pytest.raises(AssertionError, match=r"400.*user_id_malformed"):
+        clerk_service.sign_up(id="ada")
+
+
+def test_delivers_events_in_their_order(clerk_service: ClerkService) -> None:
+    """Each is newer than the one before, also within a millisecond; a repeated one is a duplicate."""
+    user_id = clerk_service.sign_up()
+    for number in range(20):
+        data = user_data(user_id, email=None, first_name=f"Ada {number}", last_name=None, updated_at=0)
+        del data["updated_at"]
+        assert clerk_service.deliver("user.updated", data).get_json()["outcome"] == "applied"
+    gone = {"deleted": True, "id": user_id, "object": "user"}
+    assert clerk_service.deliver("user.deleted", gone, "msg_1").get_json()["outcome"] == "applied"
+    assert clerk_service.deliver("user.deleted", gone, "msg_1", int(time.time()) + 5).get_json()["outcome"] == "duplicate"
+    late = clerk_service.deliver("user.deleted", gone, timestamp=int(time.time()) - 301)
+    assert (late.status_code, late.get_json()["reason"]) == (401, "timestamp_out_of_tolerance")
+    assert clerk_service.client(user_id).get("/api/me").get_json()["reason"] == "user_deleted"
+
+
+def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkService) -> None:
+    """One client is one session, whose tokens differ; two clients are two sessions."""
+    seen = []
+
+    @clerk_service.app.get("/seen")
+    @require_auth
+    def see() -> dict[str, object]:
+        seen.append((current_session.id, current_session.claims["jti"]))
+        return {"version": current_session.version, "organization": current_session.organization}
+
+    client, other = clerk_service.client("user_1"), clerk_service.client("user_1")
+    assert [each.get("/seen").get_json() for each in (client, client, other)] == [{"version": 2, "organization": None}] * 3
+    assert len(set(seen)) == 3
+    assert len({session for session, _ in seen}) == 2
+
+
+def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService) -> None:
+    """A header of the test's own wins over the client's."""
+    response = clerk_service.client("user_1").get("/api/me", headers={"Authorization": "Bearer x"})
+    assert response.get_json()["reason"] == "token_malformed"
+
+
+@pytest.mark.parametrize(("claims", "status"), [
+    ({"fva": [0, 0]}, 200), ({"fva": [2000, 2000]}, 403), ({"fva": None}, 403), ({"act": {"sub": "user_2"}, "fva": [0, -1]}, 200),
+    ({"lifetime": -60}, 401), ({"azp": "https://evil.example.com"}, 401), ({"header": {"typ": "at+jwt"}}, 401),
+])  # fmt: skip
+def test_takes_any_claims(clerk_service: ClerkService, claims: dict[str, object], status: int) -> None:
+    """Claims of the test's own are signed as they are, and verified as ever."""
+    preset: Preset = "strict"
+    clerk_service.app.add_url_rule("/strict", view_func=require_auth(reverification=preset)(lambda: "done"))
+    client = clerk_service.client("user_1", **claims)  # type: ignore[arg-type]
+    assert client.get("/strict").status_code == status
+
+
+def test_shares_an_organization_unless_told_otherwise(clerk_service: ClerkService) -> None:
+    """Members meet in one organization; only what an organization has brings a token into it."""
+
+    @clerk_service.app.get("/where")
+    @require_auth
+    def where() -> dict[str, str | None]:
+        return {"id": current_session.organization.id if current_session.organization else None}
+
+    def place(client: FlaskClient) -> str | None:
+        return str(found) if (found := client.get("/where").get_json()["id"]) else None
+
+    own, other = clerk_service.organization_id, clerk_id("org")
+    for client in (
+        clerk_service.client("user_1", role="org:admin"),
+        clerk_service.client("user_2", permissions=["org:notes:read"]),
+        clerk_service.client("user_3", plan="org:pro"),
+    ):
+        assert place(client) == own
+    assert place(clerk_service.client("user_1", organization=other)) == other
+    assert place(clerk_service.client("user_1", plan="pro", feature="user:ai")) is None
+
+
+def test_trusts_only_its_own_keys(clerkhooks_app: Flask) -> None:
+    """Nothing is patched: another instance's signatures do not hold."""
+    stranger = ClerkService(clerkhooks_app, PretendedClerk())
+    with pytest.raises(AssertionError, match=r"401.*signature_mismatch"):
+        stranger.sign_up()
+    assert stranger.client("user_1").get("/api/me").get_json()["reason"] == "token_signature_mismatch"
+
+
+def test_is_loaded_by_nothing_but_tests() -> None:
+    """Production runs without pytest: no other module imports it, nor the plugin."""
+    for file in Path(clerkhooks.__file__).parent.rglob("*.py"):
+        if file.name != "testing.py":
+            assert not re.search(r"\b(import|from) +(pytest|clerkhooks\.testing)\b|clerkhooks import .*\btesting\b", file.read_text())
+
+
+def test_works_in_an_application_of_its_own(tmp_path: Path) -> None:
+    """One line in conftest.py is all: no other fixture, option or variable, and no warning."""
+    (tmp_path / "conftest.py").write_text('from clerkhooks.testing import ClerkService\npytest_plugins = ["clerkhooks.testing"]\n')
+    called = "clerk_service.client(clerk_service.sign_up(email=None)).get('/api/me')"
+    (tmp_path / "test_mine.py").write_text(f"def test_mine(clerk_service):\n    assert {called}.json['name'] == 'Ada Lovelace'\n")
+    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, "."]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
