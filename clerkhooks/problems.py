@@ -43,8 +43,6 @@ class WholeBodyRequest(Request):
             raise RequestEntityTooLarge
         try:
             body = super().get_data(*args, **kwargs)
-        except HTTPException:
-            raise
         except Exception:  # noqa: BLE001  # whatever a server makes of hostile bytes
             raise BadRequestBody from None
         if len(body) > LARGEST_BODY:
