@@ -23,7 +23,15 @@ def init_api(app: Flask, settings: Settings) -> None:
     if settings.authorized_parties:
         # Patterns, since flask-cors takes an IPv6 host's brackets for one; always_send would name every origin to anyone.
         origins = [re.compile(re.escape(origin) + r"\Z") for origin in settings.authorized_parties]
-        CORS(app, resources=r"/api/.*", origins=origins, always_send=False, supports_credentials=True, max_age=600)
+        CORS(
+            app,
+            resources=r"/api/.*",
+            origins=origins,
+            always_send=False,
+            supports_credentials=True,
+            max_age=600,
+            expose_headers=["Retry-After"],
+        )
 
 
 @blueprint.after_request

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
-from flask import Flask, current_app, g, has_request_context, request
+from flask import Flask, current_app, has_request_context, request
 from werkzeug.local import LocalProxy
 
 from clerkhooks import logs, users
@@ -23,11 +23,13 @@ from clerkhooks.settings import Settings
 P = ParamSpec("P")
 R = TypeVar("R")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+SignedIn = tuple[Session, users.UserSnapshot] | tuple[None, None]
+_SIGNED_IN = "clerkhooks.signed_in"
 
 
 @dataclass(frozen=True)
 class Authenticator:
-    """What an application verifies calls with. A cookie's name is empty where cookies do not authenticate."""
+    """What an application verifies calls with. There are no cookie names where cookies do not authenticate."""
 
     verifier: SessionVerifier
     authorized_parties: frozenset[str]
@@ -160,45 +162,51 @@ def require_auth(
     """
     asked = {"role": role, "permission": permission, "feature": feature, "plan": plan, "reverification": reverification}
     questions = {name: value for name, value in asked.items() if value is not None}
-    check_questions(questions)
+    questions = check_questions(questions)
     if optional and questions:
         raise ValueError("An anonymous caller can meet no question. Ask current_session.has() inside the view instead.")
     protection = Protection(questions, optional)
-    # blueprint.before_request(require_auth) calls it without a view, in the middle of a request.
-    return protection if view is None and not has_request_context() else protection(view) if view else protection()
+    return protection if view is None else protection(view)
 
 
-def find_token(authenticator: Authenticator) -> str | None:
+def find_token(authenticator: Authenticator) -> str:
     """
-    The session token of the current request, unverified; None for an anonymous one.
+    The session token of the current request, unverified. A header wins over any cookie, also when it is bad.
 
     Raises:
-        Unauthenticated: ``token_missing``, for a header that holds none. A header wins over any cookie.
+        Unauthenticated: ``token_missing``.
         Forbidden: ``origin_not_authorized``, for a cookie on a request that a page of somebody else may have forged.
     """
     header = request.headers.get("Authorization")
     if header is not None:
         scheme, _, token = header.partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("token_missing")
-        return token
-    cookie = next(filter(None, map(request.cookies.get, authenticator.cookie_names)), None)
-    if cookie and request.method not in SAFE_METHODS and request.headers.get("Origin") not in authenticator.authorized_parties:
+        if scheme.lower() == "bearer" and token:
+            return token
+        raise Unauthenticated("token_missing")
+    cookie = _find_cookie(authenticator)
+    if cookie is None:
+        raise Unauthenticated("token_missing")
+    if request.method not in SAFE_METHODS and request.headers.get("Origin") not in authenticator.authorized_parties:
         raise Forbidden("origin_not_authorized")
     return cookie
 
 
+def _find_cookie(authenticator: Authenticator) -> str | None:
+    return next(filter(None, map(request.cookies.get, authenticator.cookie_names)), None)
+
+
 def _sign_in(*, optional: bool) -> Session | None:
-    """Verify the token of the current request, once, and remember session and user for its length."""
-    if g.get("clerk_session") is None:
+    """Verify the token of the current request, once, and remember session and user with the request."""
+    # Not in g: an application context may be pushed for longer, as tests do, and would sign the next caller in.
+    signed_in: SignedIn = request.environ.get(_SIGNED_IN, (None, None))
+    if signed_in[0] is None:
         authenticator: Authenticator = current_app.extensions["clerkhooks.auth"]
-        if not optional:
-            authenticator.verifier.keys.refresh_if_due()  # without any key the answer is 503, whatever was sent
-        token = find_token(authenticator)
-        if token is None and not optional:
-            raise Unauthenticated("token_missing")
-        g.clerk_session, g.clerk_user = (None, None) if token is None else _verify(authenticator, token)
-    return cast("Session | None", g.clerk_session)
+        anonymous = "Authorization" not in request.headers and _find_cookie(authenticator) is None
+        if not (optional and anonymous):
+            authenticator.verifier.keys.require_any()  # without any key the answer is 503, whatever was sent
+            signed_in = _verify(authenticator, find_token(authenticator))
+        request.environ[_SIGNED_IN] = signed_in
+    return signed_in[0]
 
 
 def _verify(authenticator: Authenticator, token: str) -> tuple[Session, users.UserSnapshot]:
@@ -207,14 +215,14 @@ def _verify(authenticator: Authenticator, token: str) -> tuple[Session, users.Us
     return session, users.get_authenticated(session.user_id, impersonated=session.impersonated)
 
 
-def _current(name: str) -> object:
-    if name not in g:
+def _current(which: int) -> object:
+    if not has_request_context() or _SIGNED_IN not in request.environ:
         raise RuntimeError("There is no signed-in user here. Put @require_auth below the route of this view.")
-    return g.get(name)
+    return request.environ[_SIGNED_IN][which]
 
 
-current_user = cast("users.UserSnapshot", LocalProxy(lambda: _current("clerk_user")))
+current_user = cast("users.UserSnapshot", LocalProxy(lambda: _current(1)))
 """The user of this call: a frozen copy of the row. ``db.session.get(User, current_user.id)`` gives the row."""
 
-current_session = cast("Session", LocalProxy(lambda: _current("clerk_session")))
+current_session = cast("Session", LocalProxy(lambda: _current(0)))
 """The session of this call, as its token says."""

@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 
 from clerkhooks.errors import describe, frames
 
@@ -41,22 +41,27 @@ def init_logs(app: Flask) -> None:
 
 def annotate(**fields: str | None) -> None:
     """Add ids and codes to the line of the current request. Never a text that a user chose."""
-    g.setdefault("log_fields", {}).update(fields)
+    _fields().update(fields)
 
 
 def log_failure(error: BaseException) -> None:
     """Log an unexpected exception once: its class, its SQLSTATE and the frames it came through, never its text."""
-    message_id = g.get("log_fields", {}).get("message_id")
-    logger.error("request_failed", extra={"message_id": message_id, "error": describe(error), "frames": frames(error)})
+    logger.error("request_failed", extra={"message_id": _fields().get("message_id"), "error": describe(error), "frames": frames(error)})
+
+
+def _fields() -> dict[str, Any]:
+    # Kept with the request: an application context may be pushed for longer, as tests do, and g with it.
+    fields: dict[str, Any] = request.environ.setdefault("clerkhooks.log_fields", {})
+    return fields
 
 
 def _start() -> None:
-    g.started_at = time.perf_counter()
+    request.environ["clerkhooks.started_at"] = time.perf_counter()
 
 
 def _log_request(response: Response) -> Response:
-    fields: dict[str, Any] = g.get("log_fields", {})
-    duration = (time.perf_counter() - g.started_at) * 1000
+    fields = _fields()
+    duration = (time.perf_counter() - request.environ["clerkhooks.started_at"]) * 1000
     extra = {
         "method": request.method,
         "path": request.path[:PATH_LENGTH],

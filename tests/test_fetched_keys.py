@@ -44,9 +44,8 @@ def test_answers_503_while_there_is_no_key(issuer: Issuer, clerkhooks_settings: 
     """It is nobody's fault who calls: never 401, never 500, and a time to come back."""
     issuer.behaviour = answering(b"", 500)
     app = create_app(replace(clerkhooks_settings, jwt_keys=(), jwks_url=issuer.url))
-    headers = {"Authorization": f"Bearer {CLERK.session_token(clerk_id('user'))}"}
-    for _ in range(2):
-        response = app.test_client().get("/api/me", headers=headers)
+    for authorization in (f"Bearer {CLERK.session_token(clerk_id('user'))}", "Bearer a.b.c", "Basic x", None):
+        response = app.test_client().get("/api/me", headers={"Authorization": authorization} if authorization else {})
         assert (response.status_code, response.get_json()["reason"]) == (503, "keys_unavailable")
         assert 1 <= int(response.headers["Retry-After"]) <= 30
     assert len(issuer.requests) == 1

@@ -29,6 +29,9 @@ class CountedKeys:
         """The number of these keys."""
         return self.generation
 
+    def require_any(self) -> None:
+        """There is one."""
+
     def find(self, _kid: object) -> Sequence[RSAPublicKey]:
         """The key, whatever it is called."""
         self.asked += 1

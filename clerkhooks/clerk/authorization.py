@@ -26,6 +26,13 @@ PRESETS: dict[str, Reverification] = {
     "lax": {"afterMinutes": 1440, "level": "second_factor"},
 }
 LEVELS = ("first_factor", "second_factor", "multi_factor")
+_SCOPED = r"((o|org|organization|u|user):)?[^\s:,]+"
+_FORMS = {
+    "role": (r"(org:)*[^\s:,]+", "org:admin"),
+    "permission": (r"(org:)*(?!sys_)[^\s:,]+:[^\s:,]+", "org:invoices:read"),
+    "feature": (_SCOPED, "org:dashboard"),
+    "plan": (_SCOPED, "user:pro"),
+}
 _SCOPES = {"o": "o", "org": "o", "organization": "o", "u": "u", "user": "u"}
 
 
@@ -113,22 +120,32 @@ def parse_reverification(reverification: object) -> Reverification | None:
     return {"afterMinutes": after, "level": level}
 
 
-def check_questions(questions: Mapping[str, Any]) -> None:
+def check_questions(questions: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Refuse questions that no session could ever meet, for they are mistakes of the programmer.
+    *questions*, copied, unless one is such that no session could ever meet it: a mistake of the programmer.
 
     Raises:
         TypeError: if one is of a wrong type.
-        ValueError: for an empty one, an unknown scope, or a reverification that is neither a preset nor an object.
+        ValueError: if one is malformed, or asks for a system permission, which Clerk puts into no token.
     """
-    for name, value in questions.items():
-        if name == "reverification":
-            if parse_reverification(value) is None:
-                raise ValueError(f"reverification is one of {', '.join(PRESETS)}, or a level and afterMinutes; not {value!r}.")
-        elif not isinstance(value, str):
-            raise TypeError(f"{name} is a string, such as 'org:admin'; not {value!r}.")
-        elif not value or (name in ("feature", "plan") and ":" in value and value.partition(":")[0] not in _SCOPES):
-            raise ValueError(f"{name} is a name, or one that begins with org: or user:; not {value!r}.")
+    return {
+        name: _check_reverification(value) if name == "reverification" else _check_name(name, value) for name, value in questions.items()
+    }
+
+
+def _check_name(kind: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{kind} is a string, such as {_FORMS[kind][1]!r}; not {value!r}.")
+    if not re.fullmatch(_FORMS[kind][0], value):
+        raise ValueError(f"{kind} is a name such as {_FORMS[kind][1]!r}; not {value!r}. System permissions are in no token.")
+    return value
+
+
+def _check_reverification(value: object) -> object:
+    wanted = parse_reverification(value)
+    if wanted is None or (isinstance(value, Mapping) and (set(value) != set(wanted) or not math.isfinite(wanted["afterMinutes"]))):
+        raise ValueError(f"reverification is one of {', '.join(PRESETS)}, or a level and afterMinutes; not {value!r}.")
+    return value if isinstance(value, str) else wanted
 
 
 def _is_falsy(value: object) -> bool:

@@ -21,6 +21,7 @@ from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 logger = logging.getLogger(__name__)
 TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting on somebody else's
 STUCK_AFTER = 30.0  # seconds until a fetch is given up that not even its timeout ends, as when the resolver hangs
+BRIEFLY = 0.5  # seconds: an issuer that is well answers sooner
 LARGEST_ANSWER = 256 * 1024  # bytes; Clerk's is some 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
 COOLDOWN = 30.0  # seconds between two fetches, also after one that failed
@@ -38,6 +39,14 @@ class SigningKeys(Protocol):
 
         Raises:
             KeysUnavailable: if none are configured.
+        """
+
+    def require_any(self) -> None:
+        """
+        Wait for a first key where there is none yet.
+
+        Raises:
+            KeysUnavailable: if there is none to be had.
         """
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
@@ -58,12 +67,16 @@ class ConfiguredKeys:
 
     def refresh_if_due(self) -> int:
         """They never change."""
+        return 0
+
+    def require_any(self) -> None:
+        """There may be none."""
         if not self.keys:
             raise KeysUnavailable("keys_not_configured", retry_after=300)
-        return 0
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """All of them."""
+        self.require_any()
         return self.keys
 
 
@@ -118,16 +131,27 @@ class FetchedKeys:
         name = kid if isinstance(kid, str) else ""
         key = self._usable().get(name)
         if key is None:
-            # A fetch that somebody else started serves as well; where none is under way and none allowed, nobody waits.
-            fetch = self.fetch_soon()
-            if fetch is not None:
-                fetch.join(TIMEOUT)
+            self._wait_for_fetch()
             key = self._usable().get(name)
         if key is not None:
             return (key,)
+        self.require_any()
+        raise Unauthenticated("unknown_key")
+
+    def require_any(self) -> None:
+        """The first fetch may still be under way."""
+        if not self._usable():
+            self._wait_for_fetch()
         if not self._usable():
             raise KeysUnavailable("keys_unavailable", retry_after=max(1, math.ceil(self.cooldown - self._since_tried())))
-        raise Unauthenticated("unknown_key")
+
+    def _wait_for_fetch(self) -> None:
+        # A fetch that somebody else started serves as well; where none is under way and none allowed, nobody waits.
+        # With keys at hand only who started it waits long: else a flood of forged tokens could hold every thread.
+        earlier = self._fetch
+        fetch = self.fetch_soon()
+        if fetch is not None:
+            fetch.join(BRIEFLY if fetch is earlier and self._usable() else TIMEOUT)
 
     def fetch_soon(self) -> threading.Thread | None:
         """Start a fetch, or join one that is under way; None in the cooldown."""
