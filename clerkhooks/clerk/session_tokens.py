@@ -126,8 +126,9 @@ class SessionVerifier:
 
     A browser sends one token many times within its minute. To remember it is safe: the same text carries the same
     claims under the same signature, so only what depends on the time and on the keys may change. Expiry is checked at
-    every use (``nbf`` and ``iat`` once, for time goes on), and an entry counts only for the generation of keys that it was verified with. What is kept is the
-    digest of the token and its claims in bytes, read anew for each use, so that no caller changes another's.
+    every use (``nbf`` and ``iat`` once, for time goes on), and an entry counts only for the generation of keys that it
+    was verified with. What is kept is the digest of the token and its claims in bytes, read anew for each use, so that
+    no caller changes another's.
     Only tokens that held are remembered, the newest *remember* of them, so that a forger fills nothing.
     """
 

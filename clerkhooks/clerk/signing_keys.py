@@ -148,27 +148,30 @@ class FetchedKeys:
     def _wait_for_fetch(self) -> None:
         # A fetch that somebody else started serves as well; where none is under way and none allowed, nobody waits.
         # With keys at hand only who started it waits long: else a flood of forged tokens could hold every thread.
-        earlier = self._fetch
-        fetch = self.fetch_soon()
+        fetch, is_ours = self._start_or_join()
         if fetch is not None:
-            fetch.join(BRIEFLY if fetch is earlier and self._usable() else TIMEOUT)
+            fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEFLY)
 
     def fetch_soon(self) -> threading.Thread | None:
-        """Start a fetch, or join one that is under way; None in the cooldown."""
+        """Start a fetch, or give the one that is under way; None in the cooldown."""
+        return self._start_or_join()[0]
+
+    def _start_or_join(self) -> tuple[threading.Thread | None, bool]:
+        """A fetch, and whether this call started it."""
         with self._guard:
             elapsed = self._since_tried()
             if self._fetch is not None and self._fetch.is_alive() and elapsed < max(self.cooldown, STUCK_AFTER):
-                return self._fetch
+                return self._fetch, False
             if elapsed < self.cooldown:
-                return None
+                return None, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
             self._tried_at, self._fetch = time.monotonic(), fetch
             self.fetches += 1
             try:
                 fetch.start()
             except RuntimeError:  # the machine has no thread left: what is known serves on
-                return None
-            return fetch
+                return None, False
+            return fetch, True
 
     def _since_tried(self) -> float:
         return time.monotonic() - self._tried_at
