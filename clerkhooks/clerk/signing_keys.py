@@ -35,10 +35,7 @@ class SigningKeys(Protocol):
         """
         Have the keys confirmed in the background if that is due.
 
-        Gives another number whenever they are others, and None while there are none.
-
-        Raises:
-            KeysUnavailable: if none are configured.
+        Gives the number of their generation, another one whenever they are others; None where none counts.
         """
 
     def require_any(self) -> None:
@@ -128,15 +125,15 @@ class FetchedKeys:
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """The one key of that id, fetched if it is not known and the cooldown allows it."""
         self.refresh_if_due()
+        self.require_any()
         name = kid if isinstance(kid, str) else ""
         key = self._usable().get(name)
         if key is None:
             self._wait_for_fetch()
             key = self._usable().get(name)
-        if key is not None:
-            return (key,)
-        self.require_any()
-        raise Unauthenticated("unknown_key")
+        if key is None:
+            raise Unauthenticated("unknown_key")
+        return (key,)
 
     def require_any(self) -> None:
         """The first fetch may still be under way."""
