@@ -11,6 +11,7 @@ from clerkhooks import models, ops, webhooks
 from clerkhooks.api import init_api
 from clerkhooks.auth import init_auth
 from clerkhooks.cli import commands
+from clerkhooks.cli.users import users
 from clerkhooks.logs import init_logs
 from clerkhooks.problems import init_problems
 from clerkhooks.settings import Settings, load_settings
@@ -25,6 +26,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """
     settings = settings or load_settings()
     app = Flask("clerkhooks")
+    app.extensions["clerkhooks.settings"] = settings
     cast("DefaultJSONProvider", app.json).sort_keys = False
     app.url_map.strict_slashes = False  # Svix counts a redirect as a failure
     app.url_map.merge_slashes = False
@@ -36,4 +38,5 @@ def create_app(settings: Settings | None = None) -> Flask:
     init_api(app, settings)
     app.register_blueprint(ops.blueprint)
     app.cli.add_command(commands.webhooks)
+    app.cli.add_command(users)
     return app

@@ -56,6 +56,34 @@ class KeysUnavailable(ClerkhooksError):
         self.retry_after = retry_after
 
 
+class BackendApiError(ClerkhooksError):
+    """
+    Clerk's Backend API did not give what it was asked for. Its text says what happened and what to do, and quotes nothing.
+
+    *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``, ``api_unreachable`` or ``answer_unusable``.
+    """
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(reason)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"Clerk's Backend API {self.what}.\n{_BACKEND_API_REMEDIES[self.reason]}"
+
+
+_BACKEND_API_REMEDIES = {
+    "secret_key_refused": "CLERK_SECRET_KEY is not of this instance, or was revoked: "
+    "Clerk Dashboard, API keys, Secret keys. Look at CLERK_API_URL as well, if it is set.",
+    "secret_key_forbidden": "CLERK_SECRET_KEY may not read users, or something in between forbids it: "
+    "Clerk Dashboard, API keys, Secret keys; then proxies and firewalls.",
+    "rate_limited": "Something else uses up what Clerk allows the instance: 1,000 requests in 10 s in production, 100 in development. "
+    "Try again later, when that is over.",
+    "api_unreachable": "Look at https://status.clerk.com, at the network from here and, if it is set, at CLERK_API_URL; then try again.",
+    "answer_unusable": "That is not how Clerk answers. Leave CLERK_API_URL unset for https://api.clerk.com, "
+    "and look for a proxy that answers in its stead.",
+}
+
+
 @dataclass(frozen=True)
 class Fault:
     """One wrong variable: what is wrong with it, never its value, and where the right one is to be found."""

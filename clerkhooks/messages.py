@@ -74,6 +74,16 @@ def prune(before: datetime, batch: int = 1000) -> Iterator[int]:
             return
 
 
+FAILED_USER_IDS = (
+    sa.select(_messages.c.clerk_user_id)
+    .distinct()
+    .where(_messages.c.outcome == Outcome.FAILED, _messages.c.clerk_user_id > sa.bindparam("after"))
+    .where(_messages.c.received_at < sa.bindparam("created_before", type_=_messages.c.received_at.type))
+    .order_by(_messages.c.clerk_user_id)
+    .limit(sa.bindparam("limit"))
+)
+"""The users of messages that failed and were never retried to success."""
+
 _IS_DONE = sa.select(is_done(sa.bindparam("message_id", type_=sa.Text)))
 _OLD = (
     sa.select(_messages.c.message_id)

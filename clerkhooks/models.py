@@ -117,15 +117,23 @@ class Outcome(StrEnum):
     DUPLICATE = "duplicate"
 
 
+_UNFILLED = sa.text("version_updated_at IS NULL AND deleted_at IS NULL")
+
+
 class User(Versioned, Model):
     """
     A Clerk user, matched by Clerk's id alone.
 
-    Everything but the times and the presence is a function of the events that Clerk sent.
-    The version columns are empty while no event has filled the row, and again once the user is deleted.
+    Everything but the times and the presence is a function of what Clerk sent, or answered to a sync.
+    The version columns are empty while nothing has filled the row, and again once ``user.deleted`` has come.
+    A tombstone that has a version was left by a sync that did not find the user; what Clerk says later revives it.
     """
 
     __tablename__ = "users"
+    __table_args__ = (
+        sa.Index(None, "created_at", "id"),
+        sa.Index("ix_users_unfilled", "created_at", postgresql_where=_UNFILLED, sqlite_where=_UNFILLED),
+    )
 
     id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
     email: Mapped[str | None] = mapped_column(sa.Text, index=True)

@@ -5,44 +5,23 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from clerkhooks import messages
+from clerkhooks import messages, statements
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.models import VERSION_COLUMNS, Insert, Outcome, User, autocommit, db, insert_into, version_columns
+from clerkhooks.models import Outcome, autocommit, db, version_columns
 from clerkhooks.signals import event_processed, event_processing
+from clerkhooks.statements import UserSnapshot as UserSnapshot
 
 logger = logging.getLogger(__name__)
 _LENT = "clerkhooks.lent_to_a_receiver"
-DELETED_USER = "Deleted User"
 LAST_SEEN_STEP = timedelta(minutes=1)
 PRESENCE_LASTS = timedelta(minutes=5)
-
-
-@dataclass(frozen=True, slots=True)
-class UserSnapshot:
-    """A user's row as it was read, tied to no database session. Times are aware and in UTC."""
-
-    id: str
-    email: str | None
-    name: str
-    image_url: str | None
-    is_online: bool
-    last_seen: datetime
-    created_at: datetime
-    updated_at: datetime
-    deleted_at: datetime | None
-
-
-_users = cast("sa.Table", User.__table__)
-_COLUMNS = tuple(_users.c[name] for name in UserSnapshot.__dataclass_fields__)
 
 
 def receive(event: Event) -> Outcome:
@@ -84,15 +63,15 @@ def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
     now = datetime.now(UTC)
     parameters = {"user_id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
     with autocommit() as connection:
-        row = connection.execute(_SELECT, parameters).first()
+        row = connection.execute(statements.SELECT, parameters).first()
         if row is None:
-            created = {"id": user_id} | _row(now, Profile(None, NEW_USER, None))
-            connection.execute(_fallback_statement(connection.dialect.name), created)
-            row = connection.execute(_SELECT, parameters).one()
+            created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
+            connection.execute(statements.fallback_statement(connection.dialect.name), created)
+            row = connection.execute(statements.SELECT, parameters).one()
         elif not impersonated and row.last_seen <= parameters["before"] and row.deleted_at is None:
             # Of many calls at once the first moves it; the others read what it wrote.
-            moved = connection.execute(_MOVE_LAST_SEEN, parameters).first()
-            row = moved or connection.execute(_SELECT, parameters).one()
+            moved = connection.execute(statements.MOVE_LAST_SEEN, parameters).first()
+            row = moved or connection.execute(statements.SELECT, parameters).one()
     return _live(UserSnapshot(*row))
 
 
@@ -104,7 +83,7 @@ def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
         Unauthenticated: ``user_deleted``.
     """
     with autocommit() as connection:
-        row = connection.execute(_SET_PRESENCE, {"user_id": user_id, "online": is_online}).first()
+        row = connection.execute(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online}).first()
     if row is None:
         raise Unauthenticated("user_deleted")
     return UserSnapshot(*row)
@@ -160,68 +139,12 @@ def _apply(event: Event, now: datetime) -> Outcome:
     dialect = db.engine.dialect.name
     row = {"id": event.user_id, "done_message_id": event.message_id}
     if event.profile is None:
-        statement = _tombstone_statement(dialect)
-        row |= _row(now, Profile(None, DELETED_USER, None)) | {"deleted_at": now}
+        statement = statements.tombstone_statement(dialect)
+        row |= statements.new_row(now, statements.DELETED_USER) | {"deleted_at": now}
     else:
-        statement = _profile_statement(dialect)
-        row |= _row(now, event.profile) | version_columns(event.version)
+        statement = statements.profile_statement(dialect)
+        row |= statements.new_row(now, event.profile) | version_columns(event.version)
     return Outcome.APPLIED if db.session.execute(statement, row).first() else Outcome.STALE
-
-
-def _row(now: datetime, profile: Profile) -> dict[str, Any]:
-    """A new row's values, but for its id and its version."""
-    times = {"last_seen": now, "created_at": now, "updated_at": now, "deleted_at": None}
-    texts = {"email": profile.email, "name": profile.name, "image_url": profile.image_url}
-    return texts | times | version_columns(None) | {"is_online": False}
-
-
-_PROFILE = ("email", "name", "image_url", "updated_at", *VERSION_COLUMNS)
-
-
-@cache
-def _profile_statement(dialect: str) -> sa.Executable:
-    """Create the user, or bring an older version up to this one. Gives a row if it did either."""
-    # A tombstone wins over every version: Clerk never gives an id to a second user.
-    # The comparison is in the statement, so that two workers cannot interleave between reading and writing.
-    insert = _insert_unless_done(dialect)
-    return _on_conflict(insert, _PROFILE, sa.and_(_users.c.deleted_at.is_(None), User.is_older_than(insert.excluded)))
-
-
-@cache
-def _tombstone_statement(dialect: str) -> sa.Executable:
-    """Erase the user for good, also before their first event has arrived. Gives a row if it did."""
-    return _on_conflict(_insert_unless_done(dialect), (*_PROFILE, "is_online", "deleted_at"), _users.c.deleted_at.is_(None))
-
-
-@cache
-def _fallback_statement(dialect: str) -> sa.Executable:
-    """Create the minimal user of a call that overtook its webhook, unless somebody just did."""
-    return insert_into(_users, dialect).on_conflict_do_nothing()
-
-
-def _insert_unless_done(dialect: str) -> Insert:
-    """Insert a whole row, unless the message was done before: a repetition neither waits for the user nor locks it."""
-    columns = _users.c
-    values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
-    return insert_into(_users, dialect).from_select(
-        list(columns), values.where(~messages.is_done(sa.bindparam("done_message_id", type_=sa.Text)))
-    )
-
-
-def _on_conflict(insert: Insert, changed: tuple[str, ...], where: sa.ColumnElement[bool]) -> sa.Executable:
-    changes = {name: insert.excluded[name] for name in changed}
-    return insert.on_conflict_do_update(index_elements=[_users.c.id], set_=changes, where=where).returning(_users.c.id)
-
-
-_SELECT = sa.select(*_COLUMNS).where(_users.c.id == sa.bindparam("user_id"))
-_LIVE = sa.and_(_users.c.id == sa.bindparam("user_id"), _users.c.deleted_at.is_(None))
-_MOVE_LAST_SEEN = (
-    sa.update(_users)
-    .where(_LIVE, _users.c.last_seen <= sa.bindparam("before", type_=_users.c.last_seen.type))
-    .values(last_seen=sa.bindparam("now", type_=_users.c.last_seen.type))
-    .returning(*_COLUMNS)
-)
-_SET_PRESENCE = sa.update(_users).where(_LIVE).values(is_online=sa.bindparam("online")).returning(*_COLUMNS)
 
 
 def _live(user: UserSnapshot) -> UserSnapshot:

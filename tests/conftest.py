@@ -23,6 +23,7 @@ from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.settings import Settings
 from clerkhooks.testing import disconnect
 from clerkhooks.testing import migrate as migrate_app
+from tests.backend import Backend
 from tests.server import Server, serving
 from tests.support import Service
 
@@ -167,3 +168,16 @@ def unreachable(clerk: PretendedClerk, tmp_path: Path) -> Service:
     service = Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})), clerk, url)
     folder.rmdir()
     return service
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    """A Backend API over HTTP, without users."""
+    with Backend().open() as backend:
+        yield backend
+
+
+@pytest.fixture
+def syncing(make_service: MakeService, backend: Backend) -> Service:
+    """The service, with the Backend API at hand."""
+    return make_service(**backend.environ)

@@ -35,6 +35,8 @@ def test_give_every_constraint_and_index_its_name(service: Service) -> None:
     assert names == {"users": "pk_users", "webhook_messages": "pk_webhook_messages"}
     assert indexes == {
         "ix_users_email",
+        "ix_users_created_at_id",
+        "ix_users_unfilled",
         "ix_webhook_messages_received_at",
         "ix_webhook_messages_clerk_user_id_received_at",
         "ix_webhook_messages_failed",

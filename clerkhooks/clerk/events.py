@@ -34,11 +34,15 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What is kept of a Clerk user: every text fits its column and can be stored."""
+    """
+    What is kept of a Clerk user: every text fits its column and can be stored.
 
-    email: str | None
+    Each field is a column of ``users``; in a tombstone and before the first event all but the name are None.
+    """
+
     name: str
-    image_url: str | None
+    email: str | None = None
+    image_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,20 @@ class UserEvent(Event):
 
     user_id: str
     profile: Profile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A user as the Backend API gave it. It ranks below every event of the same ``updated_at``."""
+
+    user_id: str
+    updated_at: int
+    profile: Profile
+
+    @property
+    def version(self) -> Version:
+        """Comparable with those of events."""
+        return Version(self.updated_at, 0, "")
 
 
 def is_user_id(value: object) -> bool:
@@ -109,7 +127,22 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     full_name = " ".join(name for name in names if name)
     local_part = email.rsplit("@", 1)[0].strip() if email else ""
     name = full_name or local_part or _name(data.get("username")) or NEW_USER
-    return Profile(email, name[:NAME_LENGTH].rstrip(), _text(data.get("image_url"), IMAGE_URL_LENGTH))
+    return Profile(name[:NAME_LENGTH].rstrip(), email, _text(data.get("image_url"), IMAGE_URL_LENGTH))
+
+
+def parse_snapshot(data: object) -> Snapshot:
+    """
+    A user object of the Backend API.
+
+    Raises:
+        EventError: if it is not one, or does not say when it was updated, without which it cannot be ranked.
+    """
+    if not isinstance(data, dict) or not is_user_id(data.get("id")):
+        raise EventError("user_id_malformed")
+    updated_at = milliseconds(data.get("updated_at"))
+    if updated_at is None:
+        raise EventError("updated_at_missing")
+    return Snapshot(data["id"], updated_at, parse_profile(data))
 
 
 def storable(text: str) -> str:
@@ -128,7 +161,7 @@ def storable_id(message_id: str) -> str:
 def _parse_version(
     payload: Mapping[str, Any], data: Mapping[str, Any], message_id: str, attempt_timestamp: int
 ) -> tuple[Version, datetime | None]:
-    updated_at, timestamp = _milliseconds(data.get("updated_at")), _milliseconds(payload.get("timestamp"))
+    updated_at, timestamp = milliseconds(data.get("updated_at")), milliseconds(payload.get("timestamp"))
     newest = timestamp if timestamp is not None else updated_at
     if newest is None:
         return Version(-1, attempt_timestamp * 1000, message_id), None
@@ -136,7 +169,8 @@ def _parse_version(
     return version, datetime.fromtimestamp(newest / 1000, UTC)
 
 
-def _milliseconds(value: object) -> int | None:
+def milliseconds(value: object) -> int | None:
+    """A time of Clerk's, or None for anything that is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return int(value) if 0 <= value <= LAST_MILLISECOND and value == int(value) else None

@@ -1,0 +1,118 @@
+"""
+``flask users sync`` with a Backend API that answers at once: users a second, and the memory that it takes.
+
+    python -m tests.benchmarks.sync [--users 1000000]
+
+The API is a process of its own that makes up each page; the database is a PostgreSQL with fsync on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socketserver
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import Process
+from urllib.parse import parse_qs, urlsplit
+
+from clerkhooks.cli.pretend import PretendedClerk, user_data
+from clerkhooks.settings import PROJECT
+from tests.conftest import migrate, started_postgresql
+from tests.server import environ, free_port
+
+START = 1_700_000_000_000  # milliseconds: when the first user signed up; each other one a millisecond later
+ID = "user_" + "0" * 27
+TEMPLATE = json.dumps(user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START))
+
+
+class Api(BaseHTTPRequestHandler):
+    """Users by their number: the id ends in it, and it is the time of creation."""
+
+    protocol_version = "HTTP/1.1"
+    count = 0
+
+    def do_GET(self) -> None:
+        """A page, the users of some ids, or their count."""
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        if url.path == "/v1/users/count":
+            self._answer(json.dumps({"object": "total_count", "total_count": self.count}))
+            return
+        if "user_id" in query:
+            numbers = [int(user_id[5:]) for user_id in query["user_id"]]
+        else:
+            first = int(query.get("created_at_after", [START - 1])[0]) - START + 1 + int(query["offset"][0])
+            numbers = list(range(first, min(first + int(query["limit"][0]), self.count)))
+        self._answer(f"[{','.join(map(_user, numbers))}]")
+
+    def _answer(self, text: str) -> None:
+        body = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class Server(socketserver.ThreadingMixIn, HTTPServer):
+    """One thread a connection."""
+
+    daemon_threads = True
+
+
+def _user(number: int) -> str:
+    return TEMPLATE.replace(ID, f"user_{number:027}").replace(str(START), str(START + number))
+
+
+def serve(port: int, count: int) -> None:
+    """Be the Backend API."""
+    Api.count = count
+    Server(("127.0.0.1", port), Api).serve_forever()
+
+
+def main() -> None:
+    """Sync twice, into an empty table and into a full one, and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=1_000_000)
+    count = parser.parse_args().users
+    clerk, port = PretendedClerk(), free_port()
+    api = Process(target=serve, args=(port, count), daemon=True)
+    api.start()
+    with started_postgresql() as url:
+        migrate(url, clerk)
+        variables = clerk.environ | {
+            "DATABASE_URL": url,
+            "CLERK_SECRET_KEY": "sk_live_benchmark",
+            "CLERK_API_URL": f"http://127.0.0.1:{port}",
+        }
+        for state in ("empty table", "full table"):
+            run(state, environ(**variables), count)
+    api.terminate()
+
+
+def run(state: str, variables: dict[str, str], count: int) -> None:
+    """One sync, in a process of its own."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "users", "sync", "--json"]
+    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr and process.stdout
+    read_by = {}
+    for line in process.stderr:  # each part of the run ends with a line that says its rate
+        read_by[line.split(":")[0]] = line.strip()
+    summary = process.stdout.read().splitlines()[-1]
+    _, status, usage = os.wait4(process.pid, 0)
+    took = time.monotonic() - began
+    print(f"{state}: {count / took:,.0f} users a second over all, at most {usage.ru_maxrss / 1024:.0f} MB, status {status}")
+    for line in read_by.values():
+        print(f"  {line}")
+    print(f"  {summary}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,541 @@
+"""The client of Clerk's Backend API, against one over HTTP that misbehaves at will."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler
+from itertools import pairwise
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clerkhooks.clerk import backend_api
+from clerkhooks.clerk.backend_api import BackendApi, RateLimit
+from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.errors import BackendApiError
+from tests.backend import (
+    CUT_SHORT,
+    HTML,
+    SECRET_KEY,
+    TRUNCATED,
+    Backend,
+    Behaviour,
+    answering,
+    answering_json,
+    dripping,
+    hanging_up,
+    limiting,
+    refusing,
+    resetting,
+    stalling,
+    stalling_then_answering,
+)
+
+PACE = 0.001  # patience is an eighth of a second, a pause some milliseconds
+BORN = 1_700_000_000_000
+
+
+@pytest.fixture
+def api(backend: Backend) -> Iterator[BackendApi]:
+    """A client in a hurry."""
+    with BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
+        yield api
+
+
+def saying(text: bytes) -> Behaviour:
+    """Answer with these very bytes, which need not be HTTP."""
+
+    def behave(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(text)
+        request.close_connection = True
+
+    return behave
+
+
+def failure_of(call: Callable[[], object]) -> BackendApiError:
+    """What *call* raises."""
+    with pytest.raises(BackendApiError) as caught:
+        call()
+    return caught.value
+
+
+def sign_up(backend: Backend, count: int) -> list[str]:
+    """The ids of that many users, oldest first, a millisecond apart."""
+    return [backend.sign_up(at=BORN + number) for number in range(count)]
+
+
+def ids(users: list[Any]) -> list[str]:
+    """Their ids, in order."""
+    return [user["id"] for user in users]
+
+
+def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
+    """The number is Clerk's own, not that of a page."""
+    sign_up(backend, 11)
+    assert api.count_users() == 11
+
+
+def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
+    """A page is as long as Clerk lets it be, and the next begins at the offset."""
+    ids_ = sign_up(backend, 502)
+    assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [ids_[:500], ids_[500:], []]
+    assert backend.requests[1] == ("/v1/users", {"limit": ["500"], "offset": ["500"], "order_by": ["+created_at"]})
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_lists_users_after_a_time(inclusive: bool) -> None:
+    """The bound is passed on in milliseconds; what becomes of its own is Clerk's to say."""
+    with Backend(inclusive=inclusive).open() as backend, BackendApi(backend.api_url, SECRET_KEY) as api:
+        ids_ = sign_up(backend, 5)
+        assert ids(api.list_users(BORN + 2, 0)) == ids_[3 - inclusive :]
+
+
+def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
+    """A hundred at a time, without those who do not exist, in one request with its limit set."""
+    ids_ = sign_up(backend, 99)
+    assert sorted(ids(api.find_users([*ids_, "user_2nobody"]))) == sorted(ids_)
+    assert backend.requests[0][1]["limit"] == ["100"]
+
+
+def test_asks_for_no_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> None:
+    """A question that Clerk refuses is a mistake of the caller."""
+    with pytest.raises(ValueError, match="100 ids at a time"):
+        api.find_users([clerk_id("user") for _ in range(101)])
+    assert backend.requests == []
+
+
+def test_finds_nobody_for_no_ids(api: BackendApi, backend: Backend) -> None:
+    """Without the filter Clerk would list everybody."""
+    sign_up(backend, 3)
+    assert (api.find_users([]), backend.requests) == ([], [])
+
+
+def test_passes_odd_users_on(api: BackendApi, backend: Backend) -> None:
+    """One user that cannot be read does not spoil the page: each is judged by the caller."""
+    odd = [None, 5, {"id": 7}, {}]
+    backend.behaviours = [answering_json(200, odd), answering_json(200, odd)]
+    assert api.list_users(None, 0) == api.find_users(["user_2a"]) == odd
+
+
+def test_confirms_who_is_gone(api: BackendApi, backend: Backend) -> None:
+    """A 404 in Clerk's own words is a proof; a user is one of the contrary."""
+    user_id = backend.sign_up()
+    assert api.is_gone(user_id) is False
+    backend.delete(user_id)
+    assert api.is_gone(user_id) is True
+    assert [path for path, _ in backend.requests] == [f"/v1/users/{user_id}"] * 2
+
+
+def test_asks_for_an_id_as_it_is(api: BackendApi, backend: Backend) -> None:
+    """An id cannot lead to another path: that one's 404 would be taken for a proof."""
+    assert api.is_gone("user_2a/../count?") is True
+    assert backend.requests == [("/v1/users/user_2a%2F..%2Fcount%3F", {})]
+
+
+NO_PROOFS: dict[str, Behaviour] = {
+    "HTML": answering(404, HTML, Content_Type="text/html"),
+    "empty": answering(404),
+    "another code": refusing(404, "host_invalid"),
+    "another shape": answering_json(404, {"errors": "resource_not_found"}),
+    "no object": answering_json(404, ["resource_not_found"]),
+    "no errors": answering_json(404, {"errors": []}),
+    "null": answering_json(404, {"errors": None}),
+    "deep": answering(404, b"[" * 100_000),
+    "another status": refusing(410, "resource_not_found"),
+    "another user": answering_json(200, {"id": "user_2other"}),
+    "a list": answering_json(200, []),
+}
+
+
+@pytest.mark.parametrize("behaviour", NO_PROOFS.values(), ids=NO_PROOFS)
+def test_takes_no_other_answer_for_a_proof(api: BackendApi, backend: Backend, behaviour: Behaviour) -> None:
+    """A user who is there must not be deleted because a proxy, or the wrong API, does not know the path."""
+    user_id = backend.sign_up()
+    backend.behaviours = [behaviour]
+    assert failure_of(lambda: api.is_gone(user_id)).reason == "answer_unusable"
+    assert len(backend.requests) == 1
+
+
+FINAL: dict[str, tuple[Behaviour, str, str]] = {
+    "401": (refusing(401, "clerk_key_invalid"), "secret_key_refused", "answered 401.\nCLERK_SECRET_KEY is not of this instance"),
+    "403": (refusing(403, "authorization_invalid"), "secret_key_forbidden", "answered 403.\nCLERK_SECRET_KEY may not read users"),
+    "404": (answering(404, HTML), "answer_unusable", "answered 404.\nThat is not how Clerk answers. Leave CLERK_API_URL unset"),
+    "422": (refusing(422, "form_param_invalid"), "answer_unusable", "answered 422."),
+    "redirect": (answering(302, Location="/v1/elsewhere"), "answer_unusable", "answered 302."),
+    "moved": (answering(308, b"[]", Location="/v1/elsewhere"), "answer_unusable", "answered 308."),
+    "no content": (answering(204), "answer_unusable", "answered 204."),
+    "object": (answering_json(200, {"data": [], "total_count": 0}), "answer_unusable", "did not answer with a list of users."),
+    "null": (answering_json(200, None), "answer_unusable", "did not answer with a list of users."),
+}
+
+
+@pytest.mark.parametrize(("behaviour", "reason", "text"), FINAL.values(), ids=FINAL)
+def test_gives_up_at_once_where_trying_is_vain(api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str) -> None:
+    """What no second request would change is told after the first, with what to do, and redirects are not followed."""
+    backend.behaviours = [behaviour]
+    error = failure_of(lambda: api.list_users(None, 0))
+    assert (error.reason, len(backend.requests)) == (reason, 1)
+    assert str(error).startswith(f"Clerk's Backend API {text}")
+    assert len(str(error).splitlines()) == 2
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"total_count": None}, {"total_count": True}, {"total_count": "7"}])
+def test_takes_only_a_number_for_a_count(api: BackendApi, backend: Backend, answer: object) -> None:
+    """A count that is none is no answer of Clerk's."""
+    backend.behaviours = [answering_json(200, answer)]
+    assert failure_of(api.count_users).reason == "answer_unusable"
+
+
+PASSING: dict[str, tuple[Behaviour, str]] = {
+    "429": (limiting(0), "rate_limited"),
+    "429 without a time": (refusing(429, "too_many_requests"), "rate_limited"),
+    "429 with an odd time": (limiting("soon"), "rate_limited"),
+    "429 with an impossible date": (limiting("Wed, 32 Foo 2099 99:99:99 GMT"), "rate_limited"),
+    "500": (refusing(500, "internal_clerk_error"), "api_unreachable"),
+    "502": (answering(502, HTML), "api_unreachable"),
+    "503": (answering(503, b"[]", Retry_After="0"), "api_unreachable"),
+    "hung up": (hanging_up, "api_unreachable"),
+    "reset": (resetting, "api_unreachable"),
+    "stalled": (stalling, "api_unreachable"),
+    "dripping": (dripping, "api_unreachable"),
+    "no HTTP": (saying(b"SSH-2.0-OpenSSH\r\n\r\n"), "api_unreachable"),
+    "truncated": (TRUNCATED, "answer_unusable"),
+    "cut short": (CUT_SHORT, "answer_unusable"),
+    "HTML": (answering(200, HTML), "answer_unusable"),
+    "empty": (answering(200), "answer_unusable"),
+    "no UTF-8": (answering(200, b'["\xff"]'), "answer_unusable"),
+    "truncated gzip": (answering(200, gzip.compress(HTML)[:-12], Content_Encoding="gzip"), "answer_unusable"),
+    "no gzip": (answering(200, b"[]", Content_Encoding="gzip"), "answer_unusable"),
+}
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), PASSING.values(), ids=PASSING)
+def test_tries_again_what_may_pass(backend: Backend, behaviour: Behaviour, reason: str) -> None:
+    """A hiccup costs a second request; what lasts for longer than patience does is told by its name."""
+    ids_ = sign_up(backend, 2)
+    with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
+        backend.behaviours = [behaviour]
+        assert ids(api.list_users(None, 0)) == ids_
+    assert len(backend.requests) == 2
+    backend.always = behaviour
+    with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=40) as api:
+        assert failure_of(lambda: api.list_users(None, 0)).reason == reason
+    assert len(backend.requests) < 30
+
+
+def test_tells_that_nobody_listens() -> None:
+    """A connection that is refused is an API that cannot be reached, after some tries."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with BackendApi(f"http://127.0.0.1:{port}", SECRET_KEY, pace=PACE) as api:
+        error = failure_of(api.count_users)
+    assert (error.reason, error.what) == ("api_unreachable", "did not answer (ConnectError)")
+
+
+def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
+    """Pages are large, and compress well."""
+    backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]
+    assert api.list_users(None, 0) == [{"id": 1}]
+
+
+def test_reads_no_answer_without_bounds(api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What unfolds to more than any page can be is not taken in."""
+    monkeypatch.setattr(backend_api, "LARGEST_ANSWER", 10_000)
+    backend.behaviours = [answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")]
+    assert failure_of(lambda: api.list_users(None, 0)).what == "answered more than 10,000 bytes"
+
+
+def gaps(backend: Backend) -> list[float]:
+    """Seconds between the requests."""
+    return [later - earlier for earlier, later in pairwise(backend.arrivals)]
+
+
+def test_pauses_longer_each_time(backend: Backend) -> None:
+    """An API that is down is not hurried: half a second, one, two, four and so on, and some jitter."""
+    backend.behaviours = [answering(502, HTML)] * 4
+    with BackendApi(backend.api_url, SECRET_KEY, pace=0.02) as api:
+        api.count_users()
+    assert [gap >= 0.02 * least for gap, least in zip(gaps(backend), (0.5, 1, 2, 4), strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("zone", [None, "GMT", "-0000"])
+def test_waits_as_long_as_it_is_told(backend: Backend, status: int, zone: str | None) -> None:
+    """Retry-After counts in seconds or is a date, and is never cut short."""
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
+    backend.behaviours = [refusing(status, "busy", Retry_After=date.replace("GMT", zone) if zone else "20")]
+    with BackendApi(backend.api_url, SECRET_KEY, pace=0.01) as api:
+        api.count_users()
+    (gap,) = gaps(backend)
+    assert 0.15 <= gap < 2
+
+
+def test_waits_no_longer_than_is_sane(backend: Backend) -> None:
+    """A minute is the most that is believed, and patience ends there all the same."""
+    backend.always = limiting("999999999")
+    with BackendApi(backend.api_url, SECRET_KEY, pace=0.003) as api:
+        assert failure_of(api.count_users).reason == "rate_limited"
+    assert len(backend.requests) in (2, 3)
+    assert all(60 * 0.003 <= gap < 2 for gap in gaps(backend))
+
+
+def test_is_no_more_patient_than_it_is_told(backend: Backend) -> None:
+    """Whoever has only seconds does not wait a minute for an answer."""
+    backend.always = limiting(50)
+    with BackendApi(backend.api_url, SECRET_KEY, patience=10, pace=0.01) as api:
+        assert failure_of(api.count_users).reason == "rate_limited"
+    assert len(backend.requests) == 2
+    assert 0.1 <= gaps(backend)[0] < 0.5
+
+
+def test_has_every_thread_wait(backend: Backend) -> None:
+    """What one thread was told is true for all: else seven others would go on asking."""
+    backend.behaviours = [limiting(50)]
+    with BackendApi(backend.api_url, SECRET_KEY, pace=0.005) as api, ThreadPool(8) as pool:
+        first = pool.apply_async(api.count_users)
+        backend.wait_for(1)
+        while not api._rate_limit._held_until:  # until its answer is there
+            time.sleep(0.001)
+        assert pool.map(lambda _: api.count_users(), range(7)) == [0] * 7
+        assert first.get(5) == 0
+    assert gaps(backend)[0] >= 0.24
+
+
+def test_serves_threads_at_once(backend: Backend) -> None:
+    """Eight requests may be under way together, and each gets its own answer."""
+    ids_ = sign_up(backend, 8)
+    backend.behaviours = [stalling_then_answering] * 8
+    with BackendApi(backend.api_url, SECRET_KEY) as api, ThreadPool(8) as pool:
+        found = pool.map_async(lambda user_id: ids(api.find_users([user_id])), ids_)
+        backend.wait_for(8)
+        backend.released.set()
+        assert found.get(5) == [[user_id] for user_id in ids_]
+
+
+def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
+    """A handshake for each page would cost more than the page."""
+    peers = set()
+
+    def note_peer(backend: Backend, request: BaseHTTPRequestHandler) -> None:
+        peers.add(request.client_address)
+        backend.answer(request)
+
+    backend.always = note_peer
+    for _ in range(5):
+        api.count_users()
+    assert len(peers) == 1
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("sk_test_", 90), ("sk_live_", 900), ("sk_new_", 90)])
+def test_knows_the_limit_of_the_instance(kind: str, allowed: int) -> None:
+    """A development instance takes a tenth of what production does, and some is left to the application."""
+    with BackendApi("http://127.0.0.1:9", f"{kind}abc") as api:
+        for _ in range(allowed):
+            api._rate_limit.wait()
+        full = api._rate_limit._free_at() - time.monotonic()
+    assert 10 < full <= 11
+
+
+def test_keeps_within_the_limit() -> None:
+    """The ninety-first request of a development instance waits until there is room for it."""
+    key = SECRET_KEY.replace("live", "test")
+    with Backend(secret_key=key).open() as backend, BackendApi(backend.api_url, key, pace=0.03) as api:
+        for _ in range(91):
+            api.count_users()
+    assert backend.arrivals[-1] - backend.arrivals[0] >= 0.3
+
+
+class Clock:
+    """One that sleepers move, by as much as they sleep or by less."""
+
+    def __init__(self, wakes_early: bool) -> None:
+        self.now = 0
+        self._wakes_early = wakes_early
+
+    def read(self) -> int:
+        """Whole seconds."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        assert seconds > 0
+        self.now += max(1, int(seconds) // 2) if self._wakes_early else int(seconds)
+
+
+Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0, 30))
+
+
+@given(st.lists(Step, max_size=60), st.integers(1, 5), st.integers(1, 20), st.booleans())
+def test_never_exceeds_a_rate(steps: list[tuple[str, int]], allowed: int, window: int, wakes_early: bool) -> None:
+    """In no window more requests begin than are allowed, none while they are held, and none waits without need."""
+    clock = Clock(wakes_early)
+    limit = RateLimit(allowed, window, clock.read, clock.sleep)
+    begun: list[int] = []
+    held_until = 0
+    for step, number in steps:
+        if step == "pass":
+            clock.now += number
+        elif step == "hold":
+            limit.hold(number)
+            held_until = max(held_until, clock.now + number)
+        else:
+            free_at = max(held_until, begun[-allowed] + window if len(begun) >= allowed else 0)
+            earliest = max(clock.now, free_at)
+            limit.wait()
+            assert clock.now == earliest
+            begun.append(clock.now)
+    assert all(later - earlier >= window for earlier, later in zip(begun, begun[allowed:], strict=False))
+
+
+def test_keeps_the_rate_over_all_threads() -> None:
+    """Threads that wait together do not begin together."""
+    limit = RateLimit(5, 0.05)
+    began: list[float] = []
+    guard = threading.Lock()
+
+    def ask(_: int) -> None:
+        limit.wait()
+        with guard:
+            began.append(time.monotonic())
+
+    with ThreadPool(8) as pool:
+        pool.map(ask, range(20), chunksize=1)
+    assert max(began) - min(began) >= 0.14
+
+
+def test_reads_the_clock_of_the_api(api: BackendApi, backend: Backend) -> None:
+    """Any answer tells the time, also one that refuses the key."""
+    for behaviour in (None, refusing(401, "clerk_key_invalid"), answering(500), limiting(5)):
+        backend.behaviours = [behaviour] if behaviour else []
+        moment = api.fetch_date()
+        assert moment is not None
+        assert abs((moment - datetime.now(UTC)).total_seconds()) < 5
+    assert len(backend.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "moment"),
+    [
+        (b"", None),
+        (b"Date: yesterday\r\n", None),
+        (b"Date: Sun, 06 Nov 99999 08:49:37 GMT\r\n", None),
+        (b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        (b"Date: Sun, 06 Nov 1994 08:49:37 -0000\r\n", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+    ],
+)
+def test_reads_no_clock_out_of_nothing(api: BackendApi, backend: Backend, header: bytes, moment: datetime | None) -> None:
+    """A date that is missing or none is not guessed; one that is there has a zone."""
+    backend.behaviours = [saying(b"HTTP/1.1 200 OK\r\n" + header + b"Content-Length: 2\r\n\r\n[]")]
+    assert api.fetch_date() == moment
+
+
+def test_tells_where_no_clock_can_be_read(api: BackendApi, backend: Backend) -> None:
+    """Without any answer there is no time, and no pretence of one."""
+    backend.always = hanging_up
+    assert failure_of(api.fetch_date).reason == "api_unreachable"
+
+
+BAD_BODY = b'{"errors": [{"code": "x", "message": "ada@example.org"}]}'
+LOUD: dict[str, Behaviour] = {
+    "401": answering(401, BAD_BODY),
+    "403": answering(403, BAD_BODY),
+    "404": answering(404, BAD_BODY),
+    "429": answering(429, BAD_BODY),
+    "500": answering(500, BAD_BODY),
+    "no JSON": answering(200, BAD_BODY + b"x"),
+    "no list": answering(200, BAD_BODY),
+    "no HTTP": saying(b"HTTP/1.1 ada@example.org\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("behaviour", LOUD.values(), ids=LOUD)
+def test_says_neither_the_key_nor_what_was_answered(
+    api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Errors, their tracebacks, logs and the client itself may be shown to anybody; the key is not in httpcore's tracing either."""
+    caplog.set_level(logging.DEBUG)
+    backend.always = behaviour
+    error = failure_of(lambda: api.list_users(None, 0))
+    logged = {
+        level: [f"{vars(record)} {record.getMessage()}" for record in caplog.records if record.levelno >= level] for level in (10, 20)
+    }
+    shown = [str(error), repr(error), repr(api), str(vars(api)), *traceback.format_exception(error), *logged[logging.INFO]]
+    assert any("stamina" in text or "HTTP Request" in text for text in logged[logging.INFO])
+    assert not [text for text in shown if "ada@example.org" in text]
+    assert not [text for text in shown + logged[logging.DEBUG] if SECRET_KEY in text]
+
+
+def test_prints_nothing_about_a_retry(
+    api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command's own lines are all that a terminal gets: where nobody configured logs, a retry says nothing."""
+    monkeypatch.setattr(logging.getLogger("stamina"), "propagate", False)
+    backend.behaviours = [answering(502), limiting(1)]
+    api.count_users()
+    assert capsys.readouterr() == ("", "")
+
+
+class TestTheFake:
+    """The fake answers as Clerk's documentation says; other tests rely on it."""
+
+    @staticmethod
+    def get(backend: Backend, path: str) -> Any:
+        """The ids that are answered, or the status."""
+        headers = {"Authorization": f"Bearer {backend.secret_key}"}
+        response = httpx.get(f"{backend.api_url}/v1{path}", headers=headers, verify=False)  # reading certificates takes long
+        return ids(response.json()) if response.status_code == 200 else response.status_code
+
+    def test_takes_no_limit_over_500(self, backend: Backend) -> None:
+        """A limit over 500 silently gives ten rows, as does none; and the newest come first."""
+        newest = sign_up(backend, 501)[::-1]
+        rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
+        assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]
+        assert self.get(backend, "/users?order_by=created_at&limit=2&offset=1") == newest[::-1][1:3]
+
+    def test_takes_no_more_than_100_ids(self, backend: Backend) -> None:
+        """More are an error, and ids alone are answered with ten users."""
+        query = [f"user_id={user_id}" for user_id in sign_up(backend, 101)]
+        assert self.get(backend, f"/users?limit=100&{'&'.join(query)}") == 422
+        assert len(self.get(backend, f"/users?{'&'.join(query[:100])}")) == 10
+        assert self.get(backend, "/users?order_by=name") == self.get(backend, "/users?limit=0") == 422
+
+    def test_limits_requests(self) -> None:
+        """Over its limit it says when to come again, which the client does."""
+        with Backend(most_requests=2).open() as backend, BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
+            assert [self.get(backend, "/users") for _ in range(3)] == [[], [], 429]
+            assert failure_of(api.count_users).reason == "rate_limited"
+
+    def test_shuffles_ties(self) -> None:
+        """Users of one millisecond have no order that one could rely on."""
+        with Backend(shuffles_ties=True).open() as backend:
+            first, *ties = backend.sign_up(at=BORN), *(backend.sign_up(at=BORN + 1) for _ in range(9))
+            orders = {tuple(self.get(backend, "/users?order_by=%2Bcreated_at")) for _ in range(5)}
+        assert len(orders) > 1
+        assert all(order[0] == first and set(order[1:]) == set(ties) for order in orders)
+
+    def test_keeps_odd_users_in_their_place(self, backend: Backend) -> None:
+        """A user without a time of creation was created all the same."""
+        old, odd, new = (
+            backend.sign_up(at=5),
+            backend.sign_up(at=6, created_at=None, email_addresses="?"),
+            backend.sign_up(first_name="Grace"),
+        )
+        assert self.get(backend, "/users?order_by=%2Bcreated_at&created_at_after=5") == [odd, new]
+        backend.update(old, first_name="Augusta")
+        assert backend.users[old]["updated_at"] > backend.users[new]["updated_at"]
+
+    def test_asks_for_its_key(self, backend: Backend) -> None:
+        """A stranger learns nothing."""
+        assert httpx.get(f"{backend.api_url}/v1/users").status_code == 401

@@ -1,0 +1,435 @@
+"""Reconciliation: whatever webhooks came or were lost before it, beside it and after it, the table ends as Clerk has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
+
+from clerkhooks import reconcile
+from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.events import parse_profile
+from clerkhooks.cli.pretend import clerk_id, event_body
+from clerkhooks.models import db
+from tests.backend import SECRET_KEY, Backend, Query, answering_json
+from tests.racing import on_statement
+from tests.support import NOW_MS, Service, deletion
+
+LONG_AGO = NOW_MS - 3_600_000
+PACE = 0.001  # of a pause
+
+
+class Quiet:
+    """A progress that nobody looks at."""
+
+    def begin(self, what: str, total: int | None) -> None:
+        """A part begins."""
+
+    def advance(self, count: int) -> None:
+        """It goes on."""
+
+
+def sync(
+    service: Service,
+    backend: Backend,
+    run: Callable[[reconcile.Reconciliation], None] = reconcile.Reconciliation.sync_all,
+    check: bool = False,
+    force: bool = False,
+) -> tuple[dict[str, int], list[reconcile.Finding], reconcile.Reconciliation]:
+    """One run; gives what is not 0 of its summary, its findings and itself."""
+    findings: list[reconcile.Finding] = []
+    with service.app.app_context(), reconcile.sole_writer() as connection, BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
+        reconciliation = reconcile.Reconciliation(api, connection, Quiet(), findings.append, check=check, force=force)
+        run(reconciliation)
+    return {name: count for name, count in reconciliation.summary().items() if count}, findings, reconciliation
+
+
+def age(service: Service) -> None:
+    """Make every row old enough to be found gone."""
+    with service.app.app_context(), db.engine.begin() as connection:
+        connection.execute(db.text("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'"))
+
+
+Step = tuple[str, int, int]
+
+
+@dataclass
+class World:
+    """Clerk, what it sent, and the service; on one clock, for a tombstone of a run gives way to what happens after it."""
+
+    service: Service
+    backend: Backend
+    ids: list[str] = field(default_factory=lambda: [clerk_id("user") for _ in range(4)])
+    sent: list[tuple[str, bytes]] = field(default_factory=list)
+    hidden: dict[str, Any] = field(default_factory=dict)
+    ever_hidden: set[str] = field(default_factory=set)
+    now: int = 0
+    later: list[Step] = field(default_factory=list)
+
+    def take(self, step: Step) -> None:
+        """Let something happen."""
+        what, user, number = step
+        getattr(self, what)(self.ids[user], number)
+
+    def change(self, user_id: str, number: int) -> None:
+        """Sign up, or change the name; Clerk never gives an id twice."""
+        if user_id in self.hidden or any(b"user.deleted" in body and user_id.encode() in body for _, body in self.sent):
+            return
+        self._tick()
+        if user_id not in self.backend.users:
+            self.backend.sign_up(user_id, at=self.now)
+        self.backend.update(user_id, first_name=f"Ada {number}", updated_at=self.now)
+        self._send(event_body("user.updated", self.backend.users[user_id], self.now))
+
+    def delete(self, user_id: str, _number: int) -> None:
+        """The end of a user."""
+        if user_id in self.backend.users:
+            self._tick()
+            self.backend.delete(user_id)
+            self._send(deletion(user_id, self.now))
+
+    def hide(self, user_id: str, _number: int) -> None:
+        """Clerk forgets about a user for a while."""
+        if user_id in self.backend.users:
+            self.hidden[user_id] = self.backend.users.pop(user_id)
+            self.ever_hidden.add(user_id)
+
+    def deliver(self, _user: str, number: int) -> None:
+        """Some event, whether for the first time or not."""
+        if self.sent:
+            message_id, body = self.sent[number % len(self.sent)]
+            assert self.service.deliver(body, message_id).status_code == 200
+
+    def call(self, user_id: str, _number: int) -> None:
+        """The user's browser has a token, perhaps still."""
+        if self.ever_was(user_id):
+            assert self.service.call(user_id).status_code in (200, 401)
+
+    def sync(self, _user: str, number: int) -> None:
+        """A run, during which the next few steps happen, one at each of its requests."""
+        age(self.service)
+        during, self.later = self.later[:number], self.later[number:]
+
+        def before(_path: str, _query: Query) -> None:
+            if during:
+                self.take(during.pop(0))
+
+        self.backend.before = before
+        sync(self.service, self.backend, force=True)
+        self.backend.before = lambda _path, _query: None
+
+    def check(self, but: AbstractSet[str] = frozenset()) -> None:
+        """Every user of Clerk's has a row with today's profile; every other row is a tombstone."""
+        for user_id in set(self.ids) - but:
+            row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
+            data = self.backend.users.get(user_id)
+            if data is None:
+                assert row is None or (row[:3] == (None, "Deleted User", None) and row[3])
+            else:
+                profile = parse_profile(data)
+                assert row == (profile.email, profile.name, profile.image_url, None)
+
+    def ever_was(self, user_id: str) -> bool:
+        """Whether the user has signed up, perhaps long ago."""
+        return any(user_id.encode() in body for _, body in self.sent)
+
+    def _tick(self) -> None:
+        self.now = max(self.now, int(time.time() * 1000)) + 1
+
+    def _send(self, body: bytes) -> None:
+        self.sent.append((clerk_id("msg"), body))
+
+
+KINDS = ["change"] * 3 + ["deliver"] * 4 + ["delete", "hide", "call"]
+STEPS = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 20))
+RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24), order=st.randoms(use_true_random=False))
+def test_ends_in_clerks_state(syncing: Service, backend: Backend, steps: list[Step], order: Any) -> None:
+    """Any interleaving of sign-ups, changes, deletions, outages, webhooks, calls and runs; then either all webhooks, or a last run."""
+    backend.users.clear()
+    world = World(syncing, backend, later=steps)
+    while world.later:
+        world.take(world.later.pop(0))
+    backend.users |= world.hidden
+    for number in order.sample(range(len(world.sent)), len(world.sent)):
+        world.deliver("", number)
+    world.check(but=world.ever_hidden)
+    world.sync("", 0)
+    world.check()
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    inclusive=st.booleans(),
+    gaps=st.lists(st.sampled_from([0, 0, 1, 2, 50]), min_size=1, max_size=30),
+    changes=st.lists(st.tuples(st.booleans(), st.integers(0, 29)), max_size=12),
+)
+@example(inclusive=False, gaps=[0] * 20, changes=[(False, 0)] * 3)
+def test_reads_every_user_once_while_some_come_and_go(inclusive: bool, gaps: list[int], changes: list[tuple[bool, int]]) -> None:
+    """Sign-ups and deletions between two pages shift nothing: who was there all the time is read, and nobody twice."""
+    times = {number: LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
+    ids = [clerk_id("user") for _ in times]
+    there = {user_id: times[number] for number, user_id in enumerate(ids)}
+    stayed = set(ids)
+
+    class Api(BackendApi):
+        """Pages of six users, without a network."""
+
+        def __init__(self) -> None:
+            """No connection."""
+
+        def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
+            """A page, after which somebody signs up or goes; no more than half a page go, for so many of one time are provided for."""
+            after = -1 if created_at_after is None else created_at_after - inclusive
+            page = sorted((at, user_id) for user_id, at in there.items() if at > after)[offset : offset + 6]
+            if changes:
+                signs_up, number = changes.pop()
+                if signs_up:
+                    there[clerk_id("user")] = max(there.values(), default=LONG_AGO) + number
+                elif len(ids) - len(stayed) < min(3, len(ids) - 1):
+                    user_id = sorted(stayed)[number % len(stayed)]
+                    stayed.remove(user_id)
+                    del there[user_id]
+            return [{"id": user_id, "created_at": at} for at, user_id in page]
+
+    read = [user["id"] for page in reconcile.read_all(Api()) for user in page]
+    assert len(read) == len(set(read))
+    assert stayed <= set(read)
+
+
+def test_does_not_take_a_short_page_for_the_end(syncing: Service, backend: Backend) -> None:
+    """Where a limit is not taken, pages have ten users; each is read all the same."""
+    for number in range(25):
+        backend.sign_up(at=LONG_AGO + number // 12)
+
+    def ten_at_most(path: str, query: Query) -> None:
+        if path == "/v1/users" and "limit" in query and "user_id" not in query:
+            backend.behaviours.append(backend._list(query | {"limit": ["501"]}))
+
+    backend.before = ten_at_most
+    assert sync(syncing, backend)[0] == {"created": 25}
+
+
+def test_counts_what_became_of_each(syncing: Service, backend: Backend) -> None:
+    """Created, updated, unchanged, fresher here and tombstoned, each by its own user; a second run changes nothing."""
+    names = ("created", "updated", "unchanged", "unfilled", "fresher", "deleted", "gone", "gone and young")
+    users = {name: backend.sign_up(at=LONG_AGO + number) for number, name in enumerate(names)}
+    for name in ("updated", "unchanged", "fresher", "gone", "deleted"):
+        syncing.clerk_service.deliver("user.created", backend.users[users[name]])
+    syncing.call(users["unfilled"])
+    backend.update(users["updated"], first_name="Grace", updated_at=LONG_AGO + 100)
+    syncing.clerk_service.deliver("user.updated", backend.users[users["fresher"]] | {"first_name": "Grace", "updated_at": LONG_AGO + 100})
+    syncing.deliver(deletion(users["deleted"]))
+    age(syncing)
+    syncing.call(users["gone and young"])
+    backend.delete(users["gone"])
+    backend.delete(users["gone and young"])
+    expected = {"created": 1, "updated": 2, "unchanged": 1, "fresher_here": 2, "tombstoned": 1}
+    assert sync(syncing, backend)[0] == expected
+    assert syncing.user(users["updated"], ("name",)) == ("Grace Lovelace",)
+    assert syncing.user(users["fresher"], ("name",)) == ("Grace Lovelace",)
+    assert syncing.user(users["gone"]) == (None, "Deleted User", None)
+    assert syncing.user(users["gone and young"], ("name",)) == ("New User",)
+    assert sync(syncing, backend)[0] == {"unchanged": 4, "fresher_here": 2}
+
+
+def test_tells_a_tombstone_of_its_own_from_one_that_is_final(syncing: Service, backend: Backend) -> None:
+    """What a sync did not find is revived by an event of a later update, not by an earlier one; user.deleted is final over it."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    data = backend.users[user_id]
+    assert sync(syncing, backend)[0] == {"created": 1}
+    age(syncing)
+    backend.delete(user_id)
+    assert sync(syncing, backend, force=True)[0] == {"tombstoned": 1}
+    assert syncing.call(user_id).get_json()["reason"] == "user_deleted"
+    late = event_body("user.updated", data | {"updated_at": LONG_AGO + 1}, NOW_MS)
+    assert syncing.outcome(late) == "stale"
+    later = int(time.time() * 1000) + 60_000
+    assert syncing.outcome(event_body("user.updated", data | {"updated_at": later}, later)) == "applied"
+    assert syncing.user(user_id, ("name", "deleted_at")) == ("Ada Lovelace", None)
+    assert sync(syncing, backend, force=True)[0] == {}, "the row is of a later version than the run"
+    assert syncing.outcome(deletion(user_id)) == "applied"
+    backend.sign_up(user_id, at=later + 60_000)
+    assert sync(syncing, backend)[0] == {"fresher_here": 1}
+    assert syncing.user(user_id, ("name",)) == ("Deleted User",)
+
+
+@pytest.mark.parametrize(("rows", "gone", "withheld"), [(30, 20, 0), (30, 21, 21), (219, 21, 0), (209, 21, 21), (5, 5, 5)])
+def test_stops_before_it_deletes_too_many(syncing: Service, backend: Backend, rows: int, gone: int, withheld: int) -> None:
+    """More than twenty and more than a tenth, or all of an empty Clerk: none is deleted, unless that is forced."""
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
+    sync(syncing, backend)
+    age(syncing)
+    for user_id in users[:gone]:
+        backend.delete(user_id)
+    summary, _, run = sync(syncing, backend)
+    assert (summary.get("tombstoned", 0), bool(run.withheld), run.well) == (0 if withheld else gone, bool(withheld), not withheld)
+    if withheld:
+        assert sync(syncing, backend, force=True)[0].get("tombstoned") == gone
+    assert syncing.rows("SELECT count(*) FROM users WHERE deleted_at IS NULL") == [(rows - gone,)]
+
+
+def test_believes_no_404_but_clerks(syncing: Service, backend: Backend) -> None:
+    """Absence from a list proves nothing: whoever is then found by the id of their own stays."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    sync(syncing, backend)
+    age(syncing)
+
+    def forget_in_lists(_path: str, query: Query) -> None:
+        if "user_id" in query:
+            backend.behaviours.append(answering_json(200, []))
+
+    backend.before = forget_in_lists
+    summary, _, _ = sync(syncing, backend)
+    assert summary == {"unchanged": 1}
+    assert backend.requests[-1][0] == f"/v1/users/{user_id}"
+
+
+ODD: list[Any] = [
+    None,
+    5,
+    [],
+    "user",
+    {},
+    {"id": None},
+    {"id": "org_1"},
+    {"id": "user_<script>"},
+    {"id": clerk_id("user"), "updated_at": "x"},
+]
+
+
+def test_tells_of_a_user_that_it_cannot_read_and_goes_on(syncing: Service, backend: Backend) -> None:
+    """Odd elements are counted and told, with nothing of what they hold; the others are brought up."""
+    for number, odd in enumerate(ODD):
+        backend.users[f"odd {number}"] = odd
+    user_id = backend.sign_up(at=LONG_AGO, email_addresses=5, first_name=["x"], last_name=None, username="ada")
+    summary, findings, run = sync(syncing, backend)
+    assert summary == {"created": 1, "failed": len(ODD)}
+    assert syncing.user(user_id, ("name",)) == ("ada",)
+    assert not run.well
+    assert [(finding.user_id, finding.reason) for finding in findings] == [(None, "user_id_malformed")] * 8 + [
+        (ODD[-1]["id"], "updated_at_missing")
+    ]
+
+
+def test_finds_what_a_run_would_change(syncing: Service, backend: Backend) -> None:
+    """A check changes nothing and names the fields; after a run there is nothing to find."""
+    users = {name: backend.sign_up(at=LONG_AGO + number) for number, name in enumerate(("new", "differs", "unfilled", "gone", "moved"))}
+    for name in ("differs", "gone", "moved"):
+        syncing.clerk_service.deliver("user.created", backend.users[users[name]])
+    syncing.call(users["unfilled"])
+    age(syncing)
+    backend.update(users["differs"], first_name="Grace", image_url=None, updated_at=LONG_AGO + 100)
+    backend.update(users["moved"], updated_at=LONG_AGO + 100)  # nothing that is kept of a user
+    backend.delete(users["gone"])
+    before = syncing.rows("SELECT * FROM users ORDER BY id")
+    _, findings, run = sync(syncing, backend, check=True)
+    assert syncing.rows("SELECT * FROM users ORDER BY id") == before
+    assert (run.drifted, run.well) == (4, False)
+    assert {finding.kind: finding.user_id for finding in findings} == {
+        "missing_here": users["new"],
+        "differs": users["differs"],
+        "unfilled_here": users["unfilled"],
+        "gone_at_clerk": users["gone"],
+    }
+    [fields] = [finding.fields for finding in findings if finding.kind == "differs"]
+    image = f"https://img.clerk.com/{users['differs']}"
+    assert fields == {"name": ("Ada Lovelace", "Grace Lovelace"), "image_url": (image, None)}
+    assert "Grace" not in repr(findings), "profile data is not to be logged by accident"
+    sync(syncing, backend)
+    assert sync(syncing, backend, check=True)[2].well
+
+
+def test_asks_only_for_those_who_are_meant(syncing: Service, backend: Backend) -> None:
+    """The unfilled, the users of failed messages, or those named, each by id; the others are not read."""
+    users = {name: backend.sign_up(at=LONG_AGO) for name in ("named", "unfilled", "failed", "other")}
+    unknown = clerk_id("user")
+    syncing.call(users["unfilled"])
+    with syncing.app.app_context(), db.engine.begin() as connection:
+        row = "('msg_1', 'user.created', :user_id, 'failed', 1, '2020-01-01 00:00:00.000000')"
+        columns = "message_id, event_type, clerk_user_id, outcome, attempts, received_at"
+        connection.execute(db.text(f"INSERT INTO webhook_messages ({columns}) VALUES {row}"), {"user_id": users["failed"]})
+    assert sync(syncing, backend, reconcile.Reconciliation.sync_missing)[0] == {"updated": 1}
+    assert sync(syncing, backend, reconcile.Reconciliation.sync_failed)[0] == {"created": 1}
+    summary, _, run = sync(syncing, backend, lambda run: run.sync_some([users["named"], unknown]))
+    assert (summary, run.unknown) == ({"created": 1, "unknown": 1}, 1)
+    assert syncing.user(users["other"]) is None
+    assert sync(syncing, backend, reconcile.Reconciliation.sync_missing)[0] == {}
+
+
+def test_runs_alone(syncing: Service, backend: Backend) -> None:
+    """A second run is refused while the first lasts, and not after it."""
+    with syncing.app.app_context(), reconcile.sole_writer():
+        with pytest.raises(reconcile.AlreadyRunning), reconcile.sole_writer():
+            pass
+        with reconcile.reader() as connection:
+            assert connection.scalar(db.text("SELECT 1")) == 1
+    assert sync(syncing, backend)[0] == {}
+
+
+def test_never_overwrites_what_came_in_between(syncing: Service, backend: Backend) -> None:
+    """A webhook that comes between the reading of a row and its writing is not undone, be it a newer profile or the end."""
+    names = ("changed", "deleted", "created")
+    users = {name: backend.sign_up(at=LONG_AGO) for name in names}
+    syncing.clerk_service.deliver("user.created", backend.users[users["changed"]] | {"updated_at": LONG_AGO - 1})
+    done: list[bool] = []
+
+    def deliver_meanwhile() -> None:
+        if not done:
+            done.append(True)
+            for name in ("changed", "created"):
+                syncing.clerk_service.deliver("user.updated", backend.users[users[name]] | {"first_name": "Grace", "updated_at": NOW_MS})
+            syncing.deliver(deletion(users["deleted"]))
+
+    with on_statement(syncing, "INSERT INTO users", deliver_meanwhile):
+        assert sync(syncing, backend)[0] == {"fresher_here": 3}
+    assert [syncing.user(users[name], ("name",)) for name in names] == [("Grace Lovelace",), ("Deleted User",), ("Grace Lovelace",)]
+
+
+def test_waits_for_a_webhook_that_is_in_the_way(syncing: Service, backend: Backend) -> None:
+    """A batch that could not have its locks is done again, with what the other writer left."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    syncing.clerk_service.deliver("user.created", backend.users[user_id])
+    backend.update(user_id, first_name="Grace", updated_at=LONG_AGO + 1)
+    attempts = []
+    write = reconcile.Reconciliation._write
+
+    def write_late(self: reconcile.Reconciliation, snapshots: Any) -> Any:
+        attempts.append(snapshots)
+        if len(attempts) == 1:
+            self.connection.execute(db.text("SELECT 1"))
+            raise in_the_way(syncing)
+        self.connection.rollback()
+        return write(self, snapshots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconcile.Reconciliation, "_write", write_late)
+        assert sync(syncing, backend)[0] == {"updated": 1}
+    assert len(attempts) == 2
+
+
+def in_the_way(service: Service) -> Exception:
+    """What a database says to one who has waited for a lock in vain."""
+    with service.app.app_context(), db.engine.connect() as holder, db.engine.connect() as waiter:
+        lock = "BEGIN IMMEDIATE" if holder.dialect.name == "sqlite" else "LOCK TABLE users"
+        for connection in (holder, waiter):
+            connection.exec_driver_sql("PRAGMA busy_timeout = 10" if holder.dialect.name == "sqlite" else "SET lock_timeout = '10ms'")
+        try:
+            holder.exec_driver_sql(lock)
+            waiter.exec_driver_sql(lock)
+        except OperationalError as error:
+            return error
+        finally:
+            holder.invalidate()
+            waiter.invalidate()
+    raise AssertionError

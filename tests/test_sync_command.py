@@ -1,0 +1,200 @@
+"""``flask users sync``, as an operator and a scheduler meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from clerkhooks import reconcile
+from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.settings import PROJECT
+from tests.backend import Backend, refusing, stalling
+from tests.conftest import MakeService
+from tests.server import environ
+from tests.support import NOW_MS, Service
+
+LONG_AGO = NOW_MS - 3_600_000
+
+
+def run(service: Service, *arguments: str) -> Result:
+    """Run it as ``flask --app wsgi`` does."""
+    return service.app.test_cli_runner().invoke(args=["users", "sync", *arguments])
+
+
+def objects(result: Result) -> list[Any]:
+    """What it printed with --json."""
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_says_what_became_of_the_users(syncing: Service, backend: Backend) -> None:
+    """As text with a line for each result, as JSON in one object; how far it is goes to stderr."""
+    for number in range(3):
+        backend.sign_up(at=LONG_AGO + number)
+    first = run(syncing)
+    assert first.exit_code == 0
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("Synced 3 users in ")
+    assert lines[1].split() == ["created", "3"]
+    assert [line.split(":")[0] for line in first.stderr.splitlines()] == ["users at Clerk", "rows here"]
+    assert "users at Clerk: 3 of 3, " in first.stderr
+    second = run(syncing, "--json")
+    zeros = dict.fromkeys(("created", "updated", "fresher_here", "tombstoned", "unknown", "failed", "withheld"), 0)
+    assert objects(second) == [{"summary": zeros | {"unchanged": 3, "well": True}}]
+
+
+def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
+    """Status 1 while anything is other; text names users and fields only, JSON has what is here and what Clerk has."""
+    ids = [backend.sign_up(at=LONG_AGO + number) for number in range(2)]
+    syncing.clerk_service.deliver("user.created", backend.users[ids[0]])
+    backend.update(ids[0], first_name="Grace", updated_at=LONG_AGO + 10)
+    text = run(syncing, "--check")
+    assert text.exit_code == 1
+    assert f"{ids[0]} differs: name" in text.stdout
+    assert f"{ids[1]} is at Clerk and has no row here" in text.stdout
+    assert "2 are other here than at Clerk." in text.stdout
+    assert "Grace" not in text.output, "a scheduler's output is a log"
+    as_json = run(syncing, "--check", "--json")
+    *findings, summary = objects(as_json)
+    differs, missing = sorted(findings, key=lambda finding: str(finding["kind"]))
+    assert differs == {
+        "kind": "differs",
+        "id": ids[0],
+        "reason": None,
+        "fields": {"name": {"here": "Ada Lovelace", "clerk": "Grace Lovelace"}},
+    }
+    assert (missing["kind"], missing["id"], summary["summary"]["drift"], as_json.exit_code) == ("missing_here", ids[1], 2, 1)
+    assert run(syncing).exit_code == 0
+    well = run(syncing, "--check")
+    assert (well.exit_code, well.stdout.splitlines()[-1]) == (0, "Nothing is other here than at Clerk.")
+
+
+def test_does_the_users_that_are_named(syncing: Service, backend: Backend) -> None:
+    """Others are not read; one whom neither Clerk nor the table knows makes the status 1."""
+    named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    result = run(syncing, named)
+    assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (0, ("Ada Lovelace",), None)
+    unknown = run(syncing, named, clerk_id("user"), "--json")
+    assert (unknown.exit_code, objects(unknown)[-1]["summary"]["unknown"]) == (1, 1)
+
+
+@pytest.mark.parametrize("which", ["--missing", "--failed"])
+def test_does_a_part(syncing: Service, backend: Backend, which: str) -> None:
+    """The unfilled rows, or the users of messages that failed; here there are no others."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    syncing.call(user_id)
+    result = run(syncing, which, "--json")
+    assert (result.exit_code, objects(result)[-1]["summary"]["updated"]) == (0, 1 if which == "--missing" else 0)
+
+
+def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backend: Backend) -> None:
+    """An empty Clerk is rather a wrong key."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    assert run(syncing).exit_code == 0
+    syncing.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
+    backend.delete(user_id)
+    result = run(syncing)
+    assert result.exit_code == 1
+    assert "--force" in result.stderr
+    assert run(syncing, "--force").exit_code == 0
+    assert syncing.user(user_id, ("name",)) == ("Deleted User",)
+
+
+def test_tells_of_a_user_that_cannot_be_read(syncing: Service, backend: Backend) -> None:
+    """By id where it has one; the status is 1, and the rest is done."""
+    backend.sign_up(at=LONG_AGO)
+    odd = backend.sign_up(at=LONG_AGO, updated_at=None)
+    backend.users["odd"] = None
+    result = run(syncing)
+    assert result.exit_code == 1
+    assert f"{odd} could not be read: updated_at_missing" in result.stdout
+    assert "A user without an id could not be read: user_id_malformed" in result.stdout
+    assert syncing.rows("SELECT count(*) FROM users") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["user_1", "--missing"], "one of them"), (["--missing", "--failed"], "one of them"), (["org_1"], "not a Clerk user id")],
+)
+def test_refuses_wrong_use(service: Service, arguments: list[str], says: str) -> None:
+    """With status 2, before anything is asked."""
+    result = run(service, *arguments)
+    assert (result.exit_code, says in result.output) == (2, True)
+
+
+def test_asks_for_the_key(service: Service) -> None:
+    """Without CLERK_SECRET_KEY it says where to find it."""
+    result = run(service)
+    assert result.exit_code == 2
+    assert "CLERK_SECRET_KEY is not set" in result.output
+    assert "Clerk Dashboard" in result.output
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_says_what_is_wrong_with_the_key(syncing: Service, backend: Backend, status: int) -> None:
+    """In words, with status 2, and without the key."""
+    backend.behaviours.append(refusing(status, "clerk_key_invalid"))
+    result = run(syncing)
+    assert result.exit_code == 2
+    assert "Clerk Dashboard, API keys, Secret keys" in result.output
+    assert "run it again" in result.output
+    assert backend.environ["CLERK_SECRET_KEY"] not in result.output
+
+
+def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
+    """A scheduler that is impatient does no harm."""
+    with syncing.app.app_context(), reconcile.sole_writer():
+        result = run(syncing)
+    assert result.exit_code == 2
+    assert "Another sync is at work" in result.output
+
+
+def test_says_that_the_database_fails(make_service: MakeService, backend: Backend) -> None:
+    """Without a traceback, and without the database's own words."""
+    service = make_service(**backend.environ)
+    service.rows("ALTER TABLE users RENAME TO elsewhere")
+    try:
+        backend.sign_up(at=LONG_AGO)
+        result = run(service)
+    finally:
+        service.rows("ALTER TABLE elsewhere RENAME TO users")
+    assert result.exit_code == 2
+    assert "The database failed (" in result.output
+    assert "SELECT" not in result.output
+
+
+def test_can_be_interrupted_and_run_again(syncing: Service, backend: Backend) -> None:
+    """Ctrl-C on a terminal ends it at once, also while Clerk does not answer; what was done stays, and a next run does the rest."""
+    for number in range(3):
+        backend.sign_up(at=LONG_AGO + number)
+    count = iter(range(100))
+
+    def stall(_path: str, _query: object) -> None:
+        if next(count) == 3:
+            backend.behaviours.append(stalling)
+
+    backend.before = stall
+    variables = environ(**syncing.clerk.environ | backend.environ | {"DATABASE_URL": syncing.database_url})
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "users", "sync"]
+    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    backend.wait_for(4)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=10)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert process.returncode == 2
+    assert "Interrupted. What was done stays; run it again to go on." in shown
+    assert "users at Clerk  [" in shown, "a bar"
+    assert "Stopped after " in stdout
+    backend.before = lambda _path, _query: None
+    assert run(syncing).exit_code == 0
+    assert syncing.rows("SELECT count(*) FROM users WHERE name = 'Ada Lovelace'") == [(3,)]
