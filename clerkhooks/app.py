@@ -10,8 +10,8 @@ from flask.json.provider import DefaultJSONProvider
 from clerkhooks import models, ops, webhooks
 from clerkhooks.api import init_api
 from clerkhooks.auth import init_auth
-from clerkhooks.cli import commands
 from clerkhooks.cli.users import users
+from clerkhooks.cli.webhooks import webhooks as webhooks_group
 from clerkhooks.logs import init_logs
 from clerkhooks.problems import init_problems
 from clerkhooks.settings import Settings, load_settings
@@ -37,6 +37,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     init_auth(app, settings)
     init_api(app, settings)
     app.register_blueprint(ops.blueprint)
-    app.cli.add_command(commands.webhooks)
+    app.cli.add_command(webhooks_group)
     app.cli.add_command(users)
     return app

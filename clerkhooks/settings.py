@@ -86,12 +86,12 @@ class Settings:
             "webhook_secrets": read(secret, _parse_webhook_secrets, ()),
             "database_url": read("DATABASE_URL", _parse_database_url, DEFAULT_DATABASE_URL),
             "jwt_keys": read("CLERK_JWT_KEY", parse_jwt_keys, ()),
-            "jwks_url": read("CLERK_JWKS_URL", _parse_url, instance and f"{instance}/.well-known/jwks.json"),
+            "jwks_url": read("CLERK_JWKS_URL", parse_url, instance and f"{instance}/.well-known/jwks.json"),
             "jwks_keep_hours": read("CLERK_JWKS_KEEP_HOURS", lambda text: _parse_number(text, 168), 12),
             "publishable_key": read.text("CLERK_PUBLISHABLE_KEY") or None,
             "secret_key": read("CLERK_SECRET_KEY", _parse_secret_key, None),
-            "api_url": read("CLERK_API_URL", _parse_url, "https://api.clerk.com"),
-            "issuer": read("CLERK_ISSUER", _parse_url, instance),
+            "api_url": read("CLERK_API_URL", parse_url, "https://api.clerk.com"),
+            "issuer": read("CLERK_ISSUER", parse_url, instance),
             "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", _parse_origins, ()),
             "audience": read("CLERK_AUDIENCE", _split, ()),
             "port": read("PORT", lambda text: _parse_number(text, 65535), 8000),
@@ -268,7 +268,13 @@ def _parse_secret_key(text: str) -> str:
     return text
 
 
-def _parse_url(text: str) -> str:
+def parse_url(text: str) -> str:
+    """
+    An https URL, or an http one to a loopback address.
+
+    Raises:
+        ValueError: for anything else; its text does not quote the value.
+    """
     url = _split_url(text)
     if re.search("[?#]", text) or url.scheme not in ("https", "http"):
         raise ValueError("is not an https:// URL.")

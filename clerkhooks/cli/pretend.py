@@ -55,15 +55,7 @@ class PretendedClerk:
 
     def headers(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> dict[str, str]:
         """Svix's headers for *body*. A retry keeps *message_id* and takes a new *timestamp* (seconds)."""
-        message_id = clerk_id("msg") if message_id is None else message_id
-        timestamp = int(time.time()) if timestamp is None else timestamp
-        signature = SigningSecret(self.secret).sign(message_id, timestamp, body.decode())
-        return {
-            "Content-Type": "application/json",
-            "svix-id": message_id,
-            "svix-timestamp": str(timestamp),
-            "svix-signature": f"v1,{signature}",
-        }
+        return svix_headers(SigningSecret(self.secret), body, message_id, timestamp)
 
     def session_token(self, user_id: str, *, header: dict[str, Any] | None = None, lifetime: int = 60, **claims: Any) -> str:
         """A session token (version 2) of *user_id*, good for *lifetime* seconds. A claim given as None is left out."""
@@ -86,6 +78,19 @@ class PretendedClerk:
         signed = f"{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(payload).encode())}"
         signature = self.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
         return f"{signed}.{_base64url(signature)}"
+
+
+def svix_headers(secret: SigningSecret, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> dict[str, str]:
+    """Svix's headers for *body*, signed with *secret*; *timestamp* in seconds."""
+    message_id = clerk_id("msg") if message_id is None else message_id
+    timestamp = int(time.time()) if timestamp is None else timestamp
+    signature = secret.sign(message_id, timestamp, body.decode())
+    return {
+        "Content-Type": "application/json",
+        "svix-id": message_id,
+        "svix-timestamp": str(timestamp),
+        "svix-signature": f"v1,{signature}",
+    }
 
 
 def user_data(user_id: str, *, email: str | None, first_name: str | None, last_name: str | None, updated_at: int) -> dict[str, Any]:

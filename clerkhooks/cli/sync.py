@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import click
 from flask import current_app
 from flask.cli import with_appcontext
-from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.clerk.events import is_user_id
-from clerkhooks.cli.options import DatabaseFailed
+from clerkhooks.cli.options import CannotDo, database_failures
 from clerkhooks.cli.progress import Progress
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES, Settings
@@ -66,12 +65,6 @@ def sync(context: click.Context, user_ids: tuple[str, ...], check: bool, missing
         else:
             run.sync_all()
     context.exit(0 if run.well and not (user_ids and run.unknown) else 1)
-
-
-class CannotDo(click.ClickException):
-    """Wrong settings, or Clerk does not answer: status 2."""
-
-    exit_code = 2
 
 
 class Output:
@@ -144,12 +137,11 @@ def _failures() -> Iterator[None]:
     from clerkhooks.reconcile import AlreadyRunning
 
     try:
-        yield
+        with database_failures():
+            yield
     except AlreadyRunning:
         raise CannotDo("Another sync is at work on this database. Wait for its end; a second one would only do the same.") from None
     except BackendApiError as error:
         raise CannotDo(f"{error}\nWhat was done stays; run it again to go on.") from None
-    except SQLAlchemyError as error:
-        raise DatabaseFailed(error) from None
     except KeyboardInterrupt:
         raise CannotDo("Interrupted. What was done stays; run it again to go on.") from None

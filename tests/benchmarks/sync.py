@@ -101,7 +101,8 @@ def run(state: str, variables: dict[str, str], count: int) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", "flask", "--app", "wsgi", "users", "sync", "--json"]
     process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr and process.stdout
+    assert process.stderr
+    assert process.stdout
     read_by = {}
     for line in process.stderr:  # each part of the run ends with a line that says its rate
         read_by[line.split(":")[0]] = line.strip()
