@@ -30,7 +30,7 @@ def init_api(app: Flask, settings: Settings) -> None:
             always_send=False,
             supports_credentials=True,
             max_age=600,
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
 
 

@@ -30,13 +30,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     cast("DefaultJSONProvider", app.json).sort_keys = False
     app.url_map.strict_slashes = False  # Svix counts a redirect as a failure
     app.url_map.merge_slashes = False
-    init_logs(app)
+    init_logs(app, settings.log_format)
     init_problems(app)
     models.init_database(app, settings.database_url)
     webhooks.init_webhooks(app, settings)
     init_auth(app, settings)
     init_api(app, settings)
-    app.register_blueprint(ops.blueprint)
+    ops.init_ops(app, settings)
     app.cli.add_command(webhooks_group)
     app.cli.add_command(users)
     return app

@@ -17,14 +17,15 @@ from clerkhooks import logs, users
 from clerkhooks.clerk.authorization import Preset, Reverification, check_questions
 from clerkhooks.clerk.session_tokens import Session, SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
-from clerkhooks.errors import Forbidden, Unauthenticated
+from clerkhooks.errors import ClerkhooksError, Forbidden, Unauthenticated
 from clerkhooks.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SignedIn = tuple[Session, users.UserSnapshot] | tuple[None, None]
-_SIGNED_IN = "clerkhooks.signed_in"
+SIGNED_IN = "clerkhooks.signed_in"
+REFUSED = "clerkhooks.refused"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,13 @@ class Protection:
         Raises:
             Unauthenticated, Forbidden, KeysUnavailable: answered 401, 403 and 503.
         """
-        session = _sign_in(optional=self.optional)
+        try:
+            self._ask(_sign_in(optional=self.optional))
+        except ClerkhooksError as error:
+            request.environ[REFUSED] = error.reason
+            raise
+
+    def _ask(self, session: Session | None) -> None:
         if session is not None and self.questions and not session.has(**self.questions):
             others = {name: value for name, value in self.questions.items() if name != "reverification"}
             if "reverification" in self.questions and (not others or session.has(**others)):
@@ -198,14 +205,14 @@ def _find_cookie(authenticator: Authenticator) -> str | None:
 def _sign_in(*, optional: bool) -> Session | None:
     """Verify the token of the current request, once, and remember session and user with the request."""
     # Not in g: an application context may be pushed for longer, as tests do, and would sign the next caller in.
-    signed_in: SignedIn = request.environ.get(_SIGNED_IN, (None, None))
+    signed_in: SignedIn = request.environ.get(SIGNED_IN, (None, None))
     if signed_in[0] is None:
         authenticator: Authenticator = current_app.extensions["clerkhooks.auth"]
         anonymous = "Authorization" not in request.headers and _find_cookie(authenticator) is None
         if not (optional and anonymous):
             authenticator.verifier.keys.require_any()  # without any key the answer is 503, whatever was sent
             signed_in = _verify(authenticator, find_token(authenticator))
-        request.environ[_SIGNED_IN] = signed_in
+        request.environ[SIGNED_IN] = signed_in
     return signed_in[0]
 
 
@@ -216,9 +223,9 @@ def _verify(authenticator: Authenticator, token: str) -> tuple[Session, users.Us
 
 
 def _current(which: int) -> object:
-    if not has_request_context() or _SIGNED_IN not in request.environ:
+    if not has_request_context() or SIGNED_IN not in request.environ:
         raise RuntimeError("There is no signed-in user here. Put @require_auth below the route of this view.")
-    return request.environ[_SIGNED_IN][which]
+    return request.environ[SIGNED_IN][which]
 
 
 current_user = cast("users.UserSnapshot", LocalProxy(lambda: _current(1)))

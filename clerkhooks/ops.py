@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import hmac
 from functools import cache
 
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
-from flask import Blueprint, Response, current_app
+from flask import Blueprint, Flask, Response, abort, current_app, request
 from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks import logs
 from clerkhooks.errors import describe
 from clerkhooks.models import autocommit
 from clerkhooks.problems import problem
+from clerkhooks.settings import Settings
 
 blueprint = Blueprint("ops", __name__)
+
+
+def init_ops(app: Flask, settings: Settings) -> None:
+    """Register the routes on *app*, and let it count what it does where ``METRICS_TOKEN`` is set."""
+    app.register_blueprint(blueprint)
+    if settings.metrics_token is not None:
+        from clerkhooks.metrics import init_metrics  # nobody else pays for loading it
+
+        init_metrics(app)
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """What was counted, for whoever has the token; for all others there is nothing here."""
+    token = current_app.extensions["clerkhooks.settings"].metrics_token
+    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    if token is None or scheme.lower() != "bearer" or not hmac.compare_digest(sent.encode("utf-8", "replace"), token.encode()):
+        abort(404)
+    from clerkhooks.metrics import exposition
+
+    return Response(exposition(current_app), content_type="text/plain; version=0.0.4; charset=utf-8", headers={"Cache-Control": "no-store"})
 
 
 @blueprint.get("/healthz")

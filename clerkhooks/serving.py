@@ -8,7 +8,9 @@ environment by itself and before all else, so that a wrong one ends in its own w
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from typing import Any
 
 from clerkhooks import auth, models
@@ -16,6 +18,11 @@ from clerkhooks.logs import logger
 from clerkhooks.settings import load_settings
 
 _settings = load_settings()  # a wrong variable ends the server here, before anything listens
+# Only as gunicorn's configuration: what is run by name is another copy of this module.
+_metrics = tempfile.mkdtemp(prefix="clerkhooks-metrics-") if _settings.metrics_token and __name__ != "__main__" else None
+if _metrics:
+    # Before the application is loaded, for prometheus-client looks once; and a new one for each boot: counts start at zero.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
 
 bind = f"0.0.0.0:{_settings.port}"
 workers = _settings.web_concurrency
@@ -43,6 +50,20 @@ def post_fork(server: Any, _worker: Any) -> None:
     app = server.app.wsgi()
     models.discard_connections(app)
     auth.fetch_keys_soon(app)
+
+
+def child_exit(_server: Any, worker: Any) -> None:
+    """Forget the gauges of a worker that is gone; what it counted stays."""
+    if _metrics:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(_server: Any) -> None:
+    """Leave nothing behind."""
+    if _metrics:
+        shutil.rmtree(_metrics, ignore_errors=True)
 
 
 def main() -> None:

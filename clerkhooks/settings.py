@@ -41,6 +41,8 @@ VARIABLES = {
     "CLERK_JWKS_KEEP_HOURS": "A number of hours, such as 12.",
     "CLERK_AUTHORIZED_PARTIES": "The origins of your front ends: https://app.example.com,http://localhost:3000",
     "CLERK_AUDIENCE": "What your tokens carry as aud.",
+    "METRICS_TOKEN": "Any secret of 16 characters or more, such as the output of: openssl rand -hex 16",
+    "LOG_FORMAT": "json or text.",
     "PORT": "A free TCP port, such as 8000.",
     "WEB_CONCURRENCY": "The number of worker processes, such as 2.",
     "DYNO": "Set by the platform.",
@@ -66,6 +68,8 @@ class Settings:
     issuer: str | None = None
     authorized_parties: tuple[str, ...] = ()
     audience: tuple[str, ...] = ()
+    metrics_token: str | None = field(repr=False, default=None)
+    log_format: str | None = None
     port: int = 8000
     web_concurrency: int = 2
 
@@ -94,6 +98,8 @@ class Settings:
             "issuer": read("CLERK_ISSUER", parse_url, instance),
             "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", _parse_origins, ()),
             "audience": read("CLERK_AUDIENCE", _split, ()),
+            "metrics_token": read("METRICS_TOKEN", _parse_metrics_token, None),
+            "log_format": read("LOG_FORMAT", _parse_log_format, None),
             "port": read("PORT", lambda text: _parse_number(text, 65535), 8000),
             "web_concurrency": read("WEB_CONCURRENCY", lambda text: _parse_number(text, 512), 2),
         }
@@ -265,6 +271,19 @@ def parse_publishable_key(text: str) -> str:
 def _parse_secret_key(text: str) -> str:
     if not re.fullmatch(r"sk_(?:test|live)_[A-Za-z0-9]+", text):
         raise ValueError("is not a secret key.")
+    return text
+
+
+def _parse_metrics_token(text: str) -> str:
+    # Guessed as often as anybody likes, it must not be guessable.
+    if not re.fullmatch(r"[!-~]{16,}", text):
+        raise ValueError("is not 16 or more printable ASCII characters without a blank.")
+    return text
+
+
+def _parse_log_format(text: str) -> str:
+    if text not in ("json", "text"):
+        raise ValueError("is neither json nor text.")
     return text
 
 

@@ -50,6 +50,13 @@ event_processing = EventSignal(
     """
 )
 
+user_first_seen = Signal(
+    """Sent after an authenticated call has created the row of a user whose webhook has not come, once for each user.
+
+    The sender is the application; ``user_id`` says who.
+    """
+)
+
 event_processed = EventSignal(
     """Sent after the commit, for mail and the like, at most once for each message.
 

@@ -103,8 +103,8 @@ def _rows_of_json(dialect: str) -> dict[str, sa.ColumnElement[Any]]:
 
 @cache
 def fallback_statement(dialect: str) -> sa.Executable:
-    """Create the minimal user of a call that overtook its webhook, unless somebody just did."""
-    return insert_into(users, dialect).on_conflict_do_nothing()
+    """Create the minimal user of a call that overtook its webhook, unless somebody just did. Gives a row if it did."""
+    return insert_into(users, dialect).on_conflict_do_nothing().returning(users.c.id)
 
 
 def _insert_unless_done(dialect: str) -> Insert:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from flask import current_app
 from sqlalchemy.orm import Session
 
 from clerkhooks import messages, statements
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
 from clerkhooks.models import Outcome, autocommit, db, version_columns
-from clerkhooks.signals import event_processed, event_processing
+from clerkhooks.signals import event_processed, event_processing, user_first_seen
 from clerkhooks.statements import UserSnapshot as UserSnapshot
 
 logger = logging.getLogger(__name__)
@@ -62,16 +64,19 @@ def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
     """
     now = datetime.now(UTC)
     parameters = {"user_id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
+    is_new = False
     with autocommit() as connection:
         row = connection.execute(statements.SELECT, parameters).first()
         if row is None:
             created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
-            connection.execute(statements.fallback_statement(connection.dialect.name), created)
+            is_new = connection.execute(statements.fallback_statement(connection.dialect.name), created).first() is not None
             row = connection.execute(statements.SELECT, parameters).one()
         elif not impersonated and row.last_seen <= parameters["before"] and row.deleted_at is None:
             # Of many calls at once the first moves it; the others read what it wrote.
             moved = connection.execute(statements.MOVE_LAST_SEEN, parameters).first()
             row = moved or connection.execute(statements.SELECT, parameters).one()
+    if is_new:
+        _tell_of_first_call(user_id)
     return _live(UserSnapshot(*row))
 
 
@@ -100,7 +105,7 @@ def _let_receivers_write(event: Event, outcome: Outcome) -> None:
     for receiver in event_processing.receivers_for(event.type):
         session.info[_LENT] = True
         try:
-            _call(receiver, event, outcome)
+            _call(receiver, event.type, event=event, outcome=outcome)
         finally:
             session.info.pop(_LENT)
         # PostgreSQL answers COMMIT after a swallowed error with a silent rollback, and after a rollback a commit
@@ -111,16 +116,29 @@ def _let_receivers_write(event: Event, outcome: Outcome) -> None:
 
 def _tell_receivers(event: Event, outcome: Outcome) -> None:
     for receiver in event_processed.receivers_for(event.type):
-        try:
-            _call(receiver, event, outcome)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # the message is done, whatever this receiver makes of it
-            db.session.rollback()
-            fields = {"message_id": event.message_id, "error": describe(error), "frames": frames(error)}
-            logger.error("receiver_failed", extra=fields)
+        with _unheard(message_id=event.message_id):
+            _call(receiver, event.type, event=event, outcome=outcome)
 
 
-def _call(receiver: Callable[..., Any], event: Event, outcome: Outcome) -> None:
-    result = receiver(event.type, event=event, outcome=outcome)
+def _tell_of_first_call(user_id: str) -> None:
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # as Flask's own signals name their sender
+    for receiver in user_first_seen.receivers_for(app):
+        with _unheard(user_id=user_id):
+            _call(receiver, app, user_id=user_id)
+
+
+@contextmanager
+def _unheard(**ids: str) -> Iterator[None]:
+    """Log what a receiver raises: what it was told of is done, whatever it makes of it."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        db.session.rollback()
+        logger.error("receiver_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
+
+
+def _call(receiver: Callable[..., Any], sender: object, **what: object) -> None:
+    result = receiver(sender, **what)
     if inspect.isawaitable(result) or inspect.isgenerator(result):
         raise TypeError("A receiver is a plain function: nobody awaits or iterates over what it returns.")
 

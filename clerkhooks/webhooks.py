@@ -32,7 +32,8 @@ def receive_webhook() -> Mapping[str, str]:
     event = parse_event(message)
     logs.annotate(message_id=event.message_id, event_type=event.type, user_id=event.user_id if isinstance(event, UserEvent) else None)
     outcome = users.receive(event)
-    logs.annotate(outcome=outcome)
+    lag = None if event.occurred_at is None else round(time.time() - event.occurred_at.timestamp(), 3)
+    logs.annotate(outcome=outcome, lag_s=lag)
     return {"outcome": outcome, "messageId": message.message_id}
 
 

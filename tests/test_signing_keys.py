@@ -84,7 +84,7 @@ def test_refreshes_in_the_background_after_five_minutes(issuer: Issuer, clock: C
     clock.now += age
     assert reason_of(keys, CLERK) is None
     settle()
-    assert (len(issuer.requests), keys.fetches) == (requests, requests)
+    assert len(issuer.requests) == requests
     assert keys.age == pytest.approx(0 if requests == 2 else age)
 
 
@@ -101,7 +101,7 @@ def test_keeps_keys_through_an_outage_and_then_gives_them_up(issuer: Issuer, clo
     assert reason_of(verifier, CLERK) == "keys_unavailable"
     with pytest.raises(KeysUnavailable, match="keys_unavailable") as raised:
         verifier.verify(token, time.time())
-    assert (raised.value.retry_after, keys.failures) == (29, 1)
+    assert raised.value.retry_after == 29
 
 
 def test_takes_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
@@ -144,7 +144,7 @@ def test_keeps_good_keys_whatever_is_answered(
     issuer.behaviour, clock.now = behaviour, clock.now + 300
     assert reason_of(keys, CLERK) is None
     settle()
-    assert (len(issuer.requests), keys.fetches, keys.failures) == (2, 2, 1)
+    assert len(issuer.requests) == 2
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["signing_keys_not_fetched"]
     assert reason_of(keys, CLERK) is None
 

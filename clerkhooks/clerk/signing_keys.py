@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,8 +100,7 @@ class FetchedKeys:
     keep_for: float = KEEP_FOR
     cooldown: float = COOLDOWN
     refresh_after: float = REFRESH_AFTER
-    fetches: int = 0
-    failures: int = 0
+    on_fetch: Callable[[bool], object] = field(default=lambda _well: None, repr=False)
 
     def __post_init__(self) -> None:
         self._known = _KeySet({}, -math.inf, 0)
@@ -163,7 +162,6 @@ class FetchedKeys:
                 return None, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
             self._tried_at, self._fetch = time.monotonic(), fetch
-            self.fetches += 1
             try:
                 fetch.start()
             except RuntimeError:  # the machine has no thread left: what is known serves on
@@ -181,7 +179,7 @@ class FetchedKeys:
         try:
             keys = parse_key_set(download(self.url, self.headers))
         except Exception as error:  # noqa: BLE001  # whatever an endpoint may answer, the known keys stay
-            self.failures += 1
+            self.on_fetch(False)
             logger.warning("signing_keys_not_fetched", extra={"error": describe(error), "keys_known": len(self._usable())})
             return
         with self._guard:
@@ -189,6 +187,7 @@ class FetchedKeys:
             if self._fetch is threading.current_thread():
                 known = self._known
                 self._known = _KeySet(keys, time.monotonic(), known.generation + (keys != known.keys))
+        self.on_fetch(True)
 
 
 def download(url: str, headers: Mapping[str, str]) -> bytes:

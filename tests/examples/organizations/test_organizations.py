@@ -41,7 +41,7 @@ def service(make_service: MakeService) -> Iterator[Service]:
     yield service
     event_processing._clear_state()
     with service.app.app_context():
-        downgrade(revision="0001")
+        downgrade(revision="0002")
 
 
 def organization(event_type: str, at: int, **data: Any) -> bytes:

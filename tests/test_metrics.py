@@ -1,0 +1,211 @@
+"""``/metrics``: what it counts, for whom, and over all workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body
+from clerkhooks.metrics import FAMILIES
+from clerkhooks.settings import PROJECT
+from tests.conftest import MakeService
+from tests.issuer import Issuer, answering, jwk, settle
+from tests.server import Server, environ, serving
+from tests.support import NOW_MS, Service, broken_users, deletion, user_event
+
+TOKEN = "a-token-of-sixteen-characters-or-more"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+Samples = dict[tuple[str, ...], float]
+
+
+def samples(text: str) -> Samples:
+    """Each figure by its name, without prefix, and its labels' values, type before outcome."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = (sample.labels[name] for name in sorted(sample.labels, reverse=True))
+            found[(sample.name.removeprefix("clerkhooks_"), *labels)] = sample.value
+    return found
+
+
+def scrape(service: Service) -> Samples:
+    """What the service says."""
+    response = service.http.get("/metrics", headers=AUTHORIZED)
+    assert response.status_code == 200
+    assert response.headers["Cache-Control"] == "no-store"
+    return samples(response.text)
+
+
+@pytest.fixture
+def counted(make_service: MakeService) -> Service:
+    """The service, with metrics switched on."""
+    return make_service(METRICS_TOKEN=TOKEN)
+
+
+def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
+    """Each outcome once, how long each took, and how late it was."""
+    user_id = clerk_id("user")
+    with broken_users(counted):
+        counted.deliver(user_event(clerk_id("user"), "user.created"))
+    counted.outcome(user_event(user_id, at=NOW_MS - 3_600_000), "msg_1")
+    counted.outcome(user_event(user_id, at=NOW_MS - 3_600_000), "msg_1")
+    counted.outcome(user_event(user_id, at=1), "msg_2")
+    counted.outcome(deletion(user_id))
+    counted.outcome(event_body("session.created", {}, 1))
+    found = scrape(counted)
+    assert {key[1:]: value for key, value in found.items() if key[0] == "webhooks_total"} == {
+        ("user.created", "failed"): 1,
+        ("user.updated", "applied"): 1,
+        ("user.updated", "duplicate"): 1,
+        ("user.updated", "stale"): 1,
+        ("user.deleted", "applied"): 1,
+        ("session", "ignored"): 1,
+    }
+    assert found[("webhook_duration_seconds_count",)] == 6
+    assert found[("webhook_lag_seconds_count",)] == 3
+    assert (found[("webhook_lag_seconds_bucket", "1800.0")], found[("webhook_lag_seconds_bucket", "7200.0")]) == (1, 2)
+
+
+def test_counts_refusals_by_reason(counted: Service) -> None:
+    """Of deliveries and of calls; an application's own refusals are none of ours."""
+    counted.http.post("/webhooks/clerk", data=b"{}")
+    counted.deliver(b"[]")
+    counted.http.get("/api/me")
+    counted.http.get("/api/me", headers={"Authorization": "Bearer x"})
+    counted.call(clerk_id("user"), "PUT", "/api/me/presence", body={})
+    counted.http.get("/nowhere")
+    found = scrape(counted)
+    assert {key[1]: value for key, value in found.items() if key[0] == "webhook_refusals_total"} == {
+        "signature_headers_missing": 1,
+        "body_not_an_object": 1,
+    }
+    assert {key[1]: value for key, value in found.items() if key[0] == "sessions_refused_total"} == {
+        "token_missing": 1,
+        "token_malformed": 1,
+    }
+    assert found[("sessions_verified_total",)] == 1
+
+
+def test_knows_who_waits_for_a_webhook(counted: Service) -> None:
+    """Users created by a first call, once each, and how many of them are still unfilled; and how long no webhook has come."""
+    ids = [clerk_id("user") for _ in range(2)]
+    assert ("last_webhook_age_seconds",) not in scrape(counted)
+    for user_id in (*ids, *ids):
+        counted.call(user_id)
+    counted.outcome(user_event(ids[0]))
+    found = scrape(counted)
+    assert (found[("fallback_users_total",)], found[("users_unfilled",)], found[("database_up",)]) == (2, 1, 1)
+    assert 0 <= found[("last_webhook_age_seconds",)] < 60
+    assert found[("database_connections_in_use",)] == 0
+
+
+def test_says_that_the_database_is_away(make_service: MakeService, tmp_path: Path) -> None:
+    """The rest is told all the same."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    service = make_service(METRICS_TOKEN=TOKEN, DATABASE_URL=f"sqlite:///{folder}/clerkhooks.db")
+    folder.rmdir()
+    service.http.get("/api/me")
+    found = scrape(service)
+    assert (found[("database_up",)], found[("sessions_refused_total", "token_missing")]) == (0, 1)
+    assert ("users_unfilled",) not in found
+
+
+def test_watches_the_signing_keys(make_service: MakeService, clerk: PretendedClerk) -> None:
+    """Fetches, good and bad, and how old the keys are."""
+    with Issuer(jwk(clerk)).open() as issuer:
+        service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
+        keys: Any = service.app.extensions["clerkhooks.auth"].verifier.keys
+        assert ("signing_keys_age_seconds",) not in scrape(service)
+        keys.cooldown = 0
+        for behaviour in (issuer.behaviour, answering(b"", 500)):
+            issuer.behaviour = behaviour
+            keys.fetch_soon()
+            settle()
+        found = scrape(service)
+    assert (found[("signing_keys_fetches_total", "ok")], found[("signing_keys_fetches_total", "failed")]) == (1, 1)
+    assert 0 <= found[("signing_keys_age_seconds",)] < 60
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN])
+def test_is_not_there_for_strangers(counted: Service, header: str | None) -> None:
+    """Nor is it told apart from a path that does not exist."""
+    headers = {} if header is None else {"Authorization": header}
+    answer, nowhere = counted.http.get("/metrics", headers=headers), counted.http.get("/nowhere", headers=headers)
+    assert (answer.status_code, answer.data) == (404, nowhere.data)
+
+
+def test_is_not_there_without_a_token(service: Service) -> None:
+    """Also not for an empty one."""
+    for token in ("", "None", TOKEN):
+        assert service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code == 404
+
+
+def test_loads_nothing_where_it_is_off(clerk: PretendedClerk, tmp_path: Path) -> None:
+    """Nobody pays at start-up for what is switched off."""
+    code = "import sys, wsgi; sys.exit('prometheus_client' in sys.modules)"
+    variables = environ(**clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=variables, timeout=30).returncode == 0
+
+
+def test_makes_no_series_for_a_sender(counted: Service) -> None:
+    """Whatever types are signed and whatever headers are sent, there are as many series as there are families and codes."""
+    for number in range(40):
+        counted.deliver(event_body(f"type{number}.created", {}, 1))
+        counted.deliver(event_body(f"user.{number}", {}, 1))
+        counted.http.post("/webhooks/clerk", data=b"{}", headers={"svix-id": f"msg_{number}", "svix-signature": str(number)})
+        counted.http.get("/api/me", headers={"Authorization": f"Bearer {number}"})
+        counted.http.get(f"/{number}")
+    labels = {key[1:] for key in scrape(counted) if key[0].endswith("_total") and len(key) > 1}
+    assert labels == {("other", "ignored"), ("user", "ignored"), ("signature_headers_missing",), ("token_malformed",)}
+    assert "user" in FAMILIES
+
+
+def deliver_and_call(server: Server, count: int) -> None:
+    """So many of each, on connections of their own, so that both workers get some."""
+    for _ in range(count):
+        user_id = clerk_id("user")
+        assert server.deliver(user_event(user_id)).status == 200
+        headers = {"Authorization": f"Bearer {server.clerk.session_token(user_id)}"}
+        assert server.request("GET", "/api/me", headers=headers).status == 200
+
+
+def workers(server: Server) -> list[int]:
+    """The process ids of the server's workers."""
+    return [int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
+
+
+def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
+    """What two workers counted adds up, also after one of them was killed; its gauges go with it, and nothing is left in the end."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    variables = {"METRICS_TOKEN": TOKEN, "TMPDIR": str(folder), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
+    with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
+        deliver_and_call(server, 8)
+        first = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
+        before = workers(server)
+        victim = before[0]
+        [directory] = folder.glob("clerkhooks-metrics-*")
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 15
+        while len(now := workers(server)) < 2 or victim in now or list(directory.glob(f"gauge_live*_{victim}.db")):
+            assert time.monotonic() < deadline
+        deliver_and_call(server, 4)
+        second = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
+        assert TOKEN not in server.log.read_text()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    for found, count in ((first, 8), (second, 12)):
+        assert found[("webhooks_total", "user.updated", "applied")] == count
+        assert found[("webhook_duration_seconds_count",)] == count
+        assert found[("sessions_verified_total",)] == count
+        assert 0 <= found[("database_connections_in_use",)] <= 1
+    assert not list(folder.glob("clerkhooks-metrics-*"))
