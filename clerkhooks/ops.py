@@ -51,11 +51,11 @@ def readyz() -> dict[str, str] | Response:
     """The database answers, and its schema is at our newest migration or at a later one."""
     try:
         with autocommit() as connection:
-            current = _current_revisions(connection)
+            current = current_revisions(connection)
     except SQLAlchemyError as error:
         logs.annotate(error=describe(error))
         return problem(503, "database_unavailable")
-    heads, known = _own_revisions(current_app.extensions["migrate"].directory)
+    heads, known = own_revisions(current_app.extensions["migrate"].directory)
     # A revision that we do not know is a later release's, which migrates before this process stops.
     if current >= heads or current - known:
         return {"status": "ok"}
@@ -63,13 +63,14 @@ def readyz() -> dict[str, str] | Response:
 
 
 @cache
-def _own_revisions(directory: str) -> tuple[frozenset[str], frozenset[str]]:
+def own_revisions(directory: str) -> tuple[frozenset[str], frozenset[str]]:
     """The newest migrations of this checkout, and all of them."""
     scripts = ScriptDirectory(directory)
     return frozenset(scripts.get_heads()), frozenset(script.revision for script in scripts.walk_revisions())
 
 
-def _current_revisions(connection: sa.Connection) -> set[str]:
+def current_revisions(connection: sa.Connection) -> set[str]:
+    """The migrations that the database is at; none where it was never migrated."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return set()
     return set(connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars())

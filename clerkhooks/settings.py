@@ -119,14 +119,20 @@ def load_settings() -> Settings:
         SystemExit: with status 2, after one message on stderr that lists every fault.
     """
     try:
-        _load_dotenv()
+        load_dotenv_file()
         return Settings.from_environ(os.environ)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from None
 
 
-def _load_dotenv() -> None:
+def load_dotenv_file() -> None:
+    """
+    Take what ``.env`` beside wsgi.py says into the environment, where it says nothing else.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
     try:
         load_dotenv(PROJECT / ".env")
     except UnicodeDecodeError:

@@ -59,7 +59,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     assert text.exit_code == 1
     assert f"{ids[0]} differs: name" in text.stdout
     assert f"{ids[1]} is at Clerk and has no row here" in text.stdout
-    assert "2 are other here than at Clerk." in text.stdout
+    assert "2 of them differ from what Clerk has." in text.stdout
     assert "Grace" not in text.output, "a scheduler's output is a log"
     as_json = run(syncing, "--check", "--json")
     *findings, summary = objects(as_json)
@@ -73,7 +73,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     assert (missing["kind"], missing["id"], summary["summary"]["drift"], as_json.exit_code) == ("missing_here", ids[1], 2, 1)
     assert run(syncing).exit_code == 0
     well = run(syncing, "--check")
-    assert (well.exit_code, well.stdout.splitlines()[-1]) == (0, "Nothing is other here than at Clerk.")
+    assert (well.exit_code, well.stdout.splitlines()[-1]) == (0, "Nothing differs from what Clerk has.")
 
 
 def test_does_the_users_that_are_named(syncing: Service, backend: Backend) -> None:

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from clerkhooks.cli import dev
+from clerkhooks.cli import dev, doctor
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,3 +18,5 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(dev.dev)
+main.add_command(doctor.doctor)
+main.add_command(doctor.doctor)

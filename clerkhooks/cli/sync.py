@@ -98,7 +98,7 @@ class Output:
         for name, count in counts.items():
             click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
         if run.check:
-            click.echo(f"{run.drifted:,} are other here than at Clerk." if run.drifted else "Nothing is other here than at Clerk.")
+            click.echo(f"{run.drifted:,} of them differ from what Clerk has." if run.drifted else "Nothing differs from what Clerk has.")
         if run.withheld:
             click.echo(
                 f"At least {run.withheld:,} rows have no user at Clerk. So many at once are rather the sign of a wrong CLERK_SECRET_KEY, "
