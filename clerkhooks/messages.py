@@ -24,10 +24,9 @@ def is_done(message_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
     return sa.exists().where(_messages.c.message_id == message_id, _messages.c.outcome != Outcome.FAILED)
 
 
-def record(event: Event, outcome: Outcome, now: datetime) -> bool:
-    """Write down, in the caller's transaction, what became of *event*; False if another delivery did so before."""
-    row = _row(event, now) | {"outcome": outcome, "processed_at": now, "error": None}
-    return db.session.execute(_record_statement(db.engine.dialect.name), row).first() is not None
+def done_columns(event: Event, now: datetime) -> dict[str, Any]:
+    """The values of a message that is done, but for its outcome."""
+    return _columns(event, now) | {"processed_at": now, "error": None}
 
 
 def is_recorded(event: Event) -> bool:
@@ -44,10 +43,10 @@ def record_failure(event: Event, error: Exception, now: datetime) -> None:
     if _is_unanswered(error):
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(error)})
         return
-    row = _row(event, now) | {"outcome": Outcome.FAILED, "processed_at": None, "error": describe(error)}
+    row = _columns(event, now) | {"outcome": Outcome.FAILED, "processed_at": None, "error": describe(error)}
     try:
         with autocommit() as connection:
-            connection.execute(_record_statement(db.engine.dialect.name), row)
+            connection.execute(record_statement(connection.dialect.name), row)
     except SQLAlchemyError as second:
         logger.warning("failure_not_recorded", extra={"message_id": event.message_id, "error": describe(second)})
 
@@ -97,18 +96,20 @@ _PRUNE = sa.delete(_messages).where(_messages.c.message_id.in_(_OLD)).returning(
 
 
 @cache
-def _record_statement(dialect: str) -> sa.Executable:
-    """Insert a message, or take over one that failed; gives a row unless it was done before."""
-    insert = insert_into(_messages, dialect)
+def record_statement(dialect: str, outcome: sa.ColumnElement[str] | None = None) -> sa.Executable:
+    """Insert a message with *outcome*, else the parameter, or take over one that failed. Gives the outcome, unless it was done before."""
+    values: dict[str, sa.ColumnElement[Any]] = {column.name: sa.bindparam(column.name, type_=column.type) for column in _messages.c}
+    values |= {} if outcome is None else {"outcome": outcome}
+    insert = insert_into(_messages, dialect).from_select(list(_messages.c), sa.select(*values.values()).where(sa.true()))
     changes = {name: insert.excluded[name] for name in ("outcome", "processed_at", "error")}
     return insert.on_conflict_do_update(
         index_elements=[_messages.c.message_id],
         set_=changes | {"attempts": _messages.c.attempts + 1},
         where=_messages.c.outcome == Outcome.FAILED,
-    ).returning(_messages.c.message_id)
+    ).returning(_messages.c.outcome)
 
 
-def _row(event: Event, now: datetime) -> dict[str, Any]:
+def _columns(event: Event, now: datetime) -> dict[str, Any]:
     return {
         "message_id": event.message_id,
         "event_type": event.type,

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from clerkhooks import messages
 from clerkhooks.clerk.events import LAST_MILLISECOND, Profile
-from clerkhooks.models import VERSION_COLUMNS, Insert, User, insert_into, version_columns
+from clerkhooks.models import VERSION_COLUMNS, Insert, Outcome, User, insert_into, version_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,15 @@ def profile_statement(dialect: str) -> sa.Executable:
 def tombstone_statement(dialect: str) -> sa.Executable:
     """Erase the user for good, also before their first event has arrived. Gives a row if it did."""
     return _on_conflict(_insert_unless_done(dialect), (*_STATE, "is_online"), _NOT_FINAL)
+
+
+@cache
+def event_statement(dialect: str, *, is_deletion: bool) -> sa.Executable:
+    """Bring the user up to an event, and record its message, in one statement: PostgreSQL only. Gives the outcome, unless it was done."""
+    user = tombstone_statement(dialect) if is_deletion else profile_statement(dialect)
+    written = cast("sa.Insert", user).cte("written")
+    applied = sa.exists(sa.select(written.c.id))
+    return messages.record_statement(dialect, sa.case((applied, sa.literal(Outcome.APPLIED.value)), else_=sa.literal(Outcome.STALE.value)))
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from flask import current_app
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks import messages, statements
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
@@ -39,17 +39,17 @@ def receive(event: Event) -> Outcome:
     """
     now = datetime.now(UTC)
     try:
-        outcome = _apply(event, now)
-        if not messages.record(event, outcome, now):
-            db.session.rollback()
-            return Outcome.DUPLICATE
-        _let_receivers_write(event, outcome)
-        db.session.commit()
+        if event_processing.has_receivers_for(event.type):
+            outcome = _write_with_receivers(event, now)
+        else:
+            with autocommit() as connection:
+                outcome = _write(connection, event, now)
     except Exception as error:
         db.session.rollback()
         messages.record_failure(event, error, now)
         raise
-    _tell_receivers(event, outcome)
+    if outcome is not Outcome.DUPLICATE:
+        _tell_receivers(event, outcome)
     return outcome
 
 
@@ -150,19 +150,41 @@ def _refuse_to_commit(session: Session) -> None:
         raise RuntimeError("A receiver of event_processing must not commit: the message is committed with all that they write.")
 
 
-def _apply(event: Event, now: datetime) -> Outcome:
+def _write_with_receivers(event: Event, now: datetime) -> Outcome:
+    outcome = _write(db.session, event, now)
+    if outcome is Outcome.DUPLICATE:
+        db.session.rollback()
+        return outcome
+    _let_receivers_write(event, outcome)
+    db.session.commit()
+    return outcome
+
+
+def _write(connection: sa.Connection | scoped_session[Any], event: Event, now: datetime) -> Outcome:
+    """Write user and message, unless the message was done before. What a repetition writes all the same is what is there."""
+    dialect = db.engine.dialect.name
+    message = messages.done_columns(event, now)
     if not isinstance(event, UserEvent):
         handled = event_processing.has_receivers_for(event.type) or event_processed.has_receivers_for(event.type)
-        return Outcome.APPLIED if handled else Outcome.IGNORED
-    dialect = db.engine.dialect.name
-    row = {"id": event.user_id, "done_message_id": event.message_id}
-    if event.profile is None:
-        statement = statements.tombstone_statement(dialect)
-        row |= statements.new_row(now, statements.DELETED_USER) | {"deleted_at": now}
+        recorded = messages.record_statement(dialect)
+        outcome = connection.execute(recorded, message | {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}).scalar()
+    elif dialect == "postgresql":
+        # One round trip, which is a transaction by itself.
+        statement = statements.event_statement(dialect, is_deletion=event.profile is None)
+        outcome = connection.execute(statement, message | _user_columns(event, now)).scalar()
     else:
-        statement = statements.profile_statement(dialect)
-        row |= statements.new_row(now, event.profile) | version_columns(event.version)
-    return Outcome.APPLIED if db.session.execute(statement, row).first() else Outcome.STALE
+        statement = statements.tombstone_statement(dialect) if event.profile is None else statements.profile_statement(dialect)
+        is_applied = connection.execute(statement, _user_columns(event, now)).first() is not None
+        became = {"outcome": Outcome.APPLIED if is_applied else Outcome.STALE}
+        outcome = connection.execute(messages.record_statement(dialect), message | became).scalar()
+    return Outcome.DUPLICATE if outcome is None else Outcome(outcome)
+
+
+def _user_columns(event: UserEvent, now: datetime) -> dict[str, Any]:
+    ids = {"id": event.user_id, "done_message_id": event.message_id}
+    if event.profile is None:
+        return ids | statements.new_row(now, statements.DELETED_USER) | {"deleted_at": now}
+    return ids | statements.new_row(now, event.profile) | version_columns(event.version)
 
 
 def _live(user: UserSnapshot) -> UserSnapshot:

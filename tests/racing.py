@@ -61,7 +61,7 @@ def call(service: Service, user_id: str, method: str = "GET", path: str = "/api/
 
 
 @contextmanager
-def before(service: Service, beginning: str) -> Iterator[Hold]:
+def before(service: Service, beginning: str | tuple[str, ...]) -> Iterator[Hold]:
     """Hold the first statement that begins so, before it reaches the database."""
     hold = Hold()
     with on_statement(service, beginning, hold):
@@ -82,7 +82,7 @@ def before_failure_record(service: Service, failing: Failing) -> Iterator[Hold]:
 
 
 @contextmanager
-def on_statement(service: Service, beginning: str, then: Callable[[], object]) -> Iterator[None]:
+def on_statement(service: Service, beginning: str | tuple[str, ...], then: Callable[[], object]) -> Iterator[None]:
     """Call *then* before every statement that begins so, in the thread that is about to execute it."""
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -114,7 +114,7 @@ def held(hold: Hold, act: Act) -> Iterator[Future[TestResponse]]:
 def blocked(service: Service, act: Act) -> Iterator[Future[TestResponse]]:
     """Run *act* in a thread, and go on once it waits for a writer who has not ended."""
     writing = threading.Event()
-    with ThreadPoolExecutor(1) as pool, on_statement(service, "INSERT", writing.set), on_statement(service, "UPDATE", writing.set):
+    with ThreadPoolExecutor(1) as pool, on_statement(service, ("INSERT", "UPDATE", "WITH"), writing.set):
         answer = pool.submit(act)
         # SQLite tells nobody who waits; but who sets out to write gets no further.
         assert writing.wait(20)

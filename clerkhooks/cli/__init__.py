@@ -19,4 +19,3 @@ def main(context: click.Context) -> None:
 
 main.add_command(dev.dev)
 main.add_command(doctor.doctor)
-main.add_command(doctor.doctor)
