@@ -137,6 +137,8 @@ def load_dotenv_file() -> None:
         load_dotenv(PROJECT / ".env")
     except UnicodeDecodeError:
         raise SettingsError([Fault(".env", "is not text in UTF-8.", "Start again from .env.example.")]) from None
+    except (OSError, ValueError):  # no permission to read it; a NUL, which no variable can hold
+        raise SettingsError([Fault(".env", "cannot be read.", "Look at its permissions, or start again from .env.example.")]) from None
 
 
 class _Reader:

@@ -236,10 +236,15 @@ def test_works_where_the_service_refuses_to_start(tmp_path: Path) -> None:
     assert "hidden" not in ended.stdout
 
 
-def test_says_that_dotenv_is_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, well: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"PORT=\xff\xfe", ".env is not text in UTF-8."), (b'AUDIENCE="x\0y"', ".env cannot be read.")]
+)
+def test_says_that_dotenv_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, well: dict[str, str], content: bytes, problem: str
+) -> None:
     """And goes on with the rest."""
-    (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe")
+    (tmp_path / ".env").write_bytes(content)
     monkeypatch.setattr("clerkhooks.settings.PROJECT", tmp_path)
     result = run(monkeypatch, well, "--json")
     findings = json.loads(result.output)
-    assert (result.exit_code, findings[0]["code"], len(findings) > 5) == (1, "variable_wrong", True)
+    assert (result.exit_code, findings[0]["code"], findings[0]["what"], len(findings) > 5) == (1, "variable_wrong", problem, True)
