@@ -61,7 +61,7 @@ def init_logs(app: Flask, log_format: str | None) -> None:
         handler.setFormatter(TextFormatter() if readable else JsonFormatter())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    app.before_request(_start)
+    app.url_value_preprocessor(_start)  # runs before all else, also before one of an application's that aborts
     app.after_request(_log_request)
 
 
@@ -98,7 +98,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
     return extra | {"request_id": _request_id()} if has_request_context() else extra
 
 
-def _start() -> None:
+def _start(_endpoint: str | None, _values: dict[str, Any] | None) -> None:
     request.environ["clerkhooks.started_at"] = time.perf_counter()
 
 

@@ -34,6 +34,7 @@ USER_EVENTS = frozenset(("user.created", "user.updated", "user.deleted"))
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 LAGS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 21600, 86400)  # seconds
 PREFIX = "clerkhooks_"
+IN_USE = "clerkhooks.in_use"
 
 
 class Metrics:
@@ -52,6 +53,7 @@ class Metrics:
         self.fetched_at = self._gauge("signing_keys_fetched_timestamp_seconds", "Of the oldest key set in use.", "livemin", "source")
         self.fallback_users = self._counter("fallback_users", "Users whom a first call created.")
         self.connections = self._gauge("database_connections_in_use", "Connections of the pool that are at work.", "livesum")
+        self.connections_limit = self._gauge("database_connections_limit", "Connections that the pool may open.", "livesum")
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, says, labels, registry=self.registry)
@@ -76,7 +78,7 @@ class Metrics:
     def _count_webhook(self, status: int, fields: dict[str, Any]) -> None:
         event_type = fields.get("event_type")
         if event_type is None or (fields.get("outcome") is None and status < 500):
-            self.webhook_refusals.labels(fields.get("reason")).inc()
+            self.webhook_refusals.labels(fields.get("reason") or "other").inc()
             return
         self.webhooks.labels(family_of(event_type), fields.get("outcome") or Outcome.FAILED).inc()
         self.webhook_duration.observe(logs.seconds_so_far())
@@ -95,13 +97,26 @@ class Metrics:
 
     def watch_pool(self) -> None:
         """Count connections of the current application's pool as they come and go."""
-        event.listen(db.engine, "checkout", lambda *_: self.connections.inc())
-        event.listen(db.engine, "checkin", lambda *_: self.connections.dec())
+        event.listen(db.engine, "checkout", self._count_checkout)
+        event.listen(db.engine, "checkin", self._count_checkin)
+
+    def _count_checkout(self, _connection: object, record: Any, _proxy: object) -> None:
+        record.record_info[IN_USE] = True
+        self.connections.inc()
+
+    def _count_checkin(self, _connection: object, record: Any) -> None:
+        # In an outage the pool also takes back what it could not connect, and so never gave out.
+        if record.record_info.pop(IN_USE, False):
+            self.connections.dec()
+
+    def begin_process(self, app: Flask) -> None:
+        """Say how many connections this process, which serves *app*, may open."""
+        pool = app.config["SQLALCHEMY_ENGINE_OPTIONS"]
+        self.connections_limit.set(pool["pool_size"] + pool["max_overflow"])
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all processes, and those that only the database knows."""
-        shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        collector: Any = MultiProcessCollector(None) if shared else self.registry  # type: ignore[no-untyped-call]
+        collector: Any = MultiProcessCollector(None) if is_shared() else self.registry  # type: ignore[no-untyped-call]
         source: Iterable[Metric] = collector.collect()
         for family in source:
             yield _age(family) if family.name == f"{PREFIX}signing_keys_fetched_timestamp_seconds" else family
@@ -118,6 +133,13 @@ def init_metrics(app: Flask) -> None:
         keys.on_fetch = metrics.count_fetch
     with app.app_context():
         metrics.watch_pool()
+    if not is_shared():
+        metrics.begin_process(app)
+
+
+def is_shared() -> bool:
+    """Whether several processes count together, so that this one, which loads the application, may not be one that serves it."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
 def exposition(app: Flask) -> bytes:

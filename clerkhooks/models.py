@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import select
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from flask_sqlalchemy import SQLAlchemy
 from psycopg.abc import RV, PQGen
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import psycopg as psycopg_dialect
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -182,6 +184,7 @@ def init_database(app: Flask, database_url: str) -> None:
         else:
             event.listen(db.engine, "do_connect", _connect_to_postgresql)
             event.listen(db.engine, "checkout", _refuse_closed)
+            event.listen(db.engine, "begin", _begin_on_postgresql)
 
 
 def discard_connections(app: Flask) -> None:
@@ -200,9 +203,42 @@ def autocommit() -> Iterator[sa.Connection]:
     """
     with db.engine.connect() as connection:
         if connection.dialect.name == "postgresql":
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-        yield connection
-        connection.commit()
+            yield connection.execution_options(autocommit=True)
+        else:
+            yield connection
+            connection.commit()
+
+
+def execute_alone(statement: sa.Executable, parameters: Mapping[str, Any]) -> Sequence[Any] | None:
+    """
+    The first row of one statement that is a transaction by itself.
+
+    It is compiled once, and on PostgreSQL handed to the driver as it is: what SQLAlchemy does about each execution
+    takes twice as long as the database. Parameters and row must need no conversion there.
+    """
+    engine = db.engine
+    if engine.dialect.name == "sqlite":
+        with autocommit() as connection:
+            return connection.execute(statement, parameters).first()
+    text, constants = _compile(statement)
+    pooled = None
+    try:
+        pooled = engine.raw_connection()
+        return cast("PatientConnection", pooled.driver_connection).execute(text, {**constants, **parameters}).fetchone()
+    except psycopg.Error as error:
+        if pooled is not None and cast("PatientConnection", pooled.driver_connection).closed:
+            pooled.invalidate(error)
+        raise sa.exc.DBAPIError.instance(None, None, error, psycopg.Error, hide_parameters=True, dialect=engine.dialect) from error
+    finally:
+        if pooled is not None:
+            pooled.close()
+
+
+@cache
+def _compile(statement: sa.Executable) -> tuple[bytes, dict[str, Any]]:
+    """The text for psycopg, and the parameters that are constants of the statement."""
+    compiled = cast("sa.ClauseElement", statement).compile(dialect=psycopg_dialect.dialect())  # type: ignore[no-untyped-call]
+    return str(compiled).encode(), {name: value for name, value in compiled.params.items() if value is not None}
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -220,6 +256,19 @@ class PatientConnection(psycopg.Connection[Any]):
 
     patience: float | None = 3.5  # seconds: longer than statement_timeout, so that the server's own answer comes first
 
+    def commit(self) -> None:
+        """End the transaction, if there is one."""
+        if not self._is_idle():
+            super().commit()
+
+    def rollback(self) -> None:
+        """Undo the transaction, if there is one. The pool asks for it each time, and psycopg takes its time to find none."""
+        if not self._is_idle():
+            super().rollback()
+
+    def _is_idle(self) -> bool:
+        return self.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Wait for an answer, but no longer than this connection's patience."""
         try:
@@ -231,7 +280,13 @@ class PatientConnection(psycopg.Connection[Any]):
 
 
 def _connect_to_postgresql(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
-    return PatientConnection.connect(*arguments, **parameters)
+    # Transactions are begun below, where they are wanted: to switch from one mode to the other takes longer than a query.
+    return PatientConnection.connect(*arguments, autocommit=True, **parameters)
+
+
+def _begin_on_postgresql(connection: sa.Connection) -> None:
+    if not connection.get_execution_options().get("autocommit"):
+        connection.exec_driver_sql("BEGIN")
 
 
 def _refuse_closed(connection: PatientConnection, _record: object, _proxy: object) -> None:

@@ -9,6 +9,8 @@ import sqlalchemy as sa
 from alembic.script import ScriptDirectory
 from flask import Blueprint, Flask, Response, abort, current_app, request
 from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import MethodNotAllowed
+from werkzeug.routing import Rule
 
 from clerkhooks import logs
 from clerkhooks.errors import describe
@@ -26,15 +28,19 @@ def init_ops(app: Flask, settings: Settings) -> None:
         from clerkhooks.metrics import init_metrics  # nobody else pays for loading it
 
         init_metrics(app)
+        # For every method there is: a 405 would tell a stranger that there is something.
+        app.url_map.add(Rule("/metrics", endpoint="metrics"))
+        app.endpoint("metrics")(metrics)
 
 
-@blueprint.get("/metrics")
 def metrics() -> Response:
     """What was counted, for whoever has the token; for all others there is nothing here."""
-    token = current_app.extensions["clerkhooks.settings"].metrics_token
+    token: str = current_app.extensions["clerkhooks.settings"].metrics_token
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    if token is None or scheme.lower() != "bearer" or not hmac.compare_digest(sent.encode("utf-8", "replace"), token.encode()):
+    if scheme.lower() != "bearer" or not hmac.compare_digest(sent.encode("utf-8", "replace"), token.encode()):
         abort(404)
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(("GET", "HEAD"))
     from clerkhooks.metrics import exposition
 
     return Response(exposition(current_app), content_type="text/plain; version=0.0.4; charset=utf-8", headers={"Cache-Control": "no-store"})

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import sqlalchemy as sa
 import stamina
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from clerkhooks import messages, statements
 from clerkhooks.clerk.backend_api import IDS, BackendApi
@@ -29,8 +29,14 @@ T = TypeVar("T")
 YOUNG = timedelta(minutes=10)  # a row that a call has just made may be ahead of what the Backend API answers
 FEW_GONE, SHARE_GONE = 20, 10  # more than twenty, and more than one in ten, is rather the wrong key than users who left
 THREADS = 8
+# A lock was waited for in vain, two writers waited for each other, or SQLite's one writer was another.
+_BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
 _LOCK = 7_233_190_213  # any number, the same in every release, and not that of migrations
 _PATIENCE = 30.0  # seconds, for a statement
+
+
+class DatabaseBusy(SQLAlchemyError):
+    """Other writers were in the way for too long. Its text, which a library logs at each attempt, quotes no row."""
 
 
 class AlreadyRunning(ClerkhooksError):
@@ -339,16 +345,15 @@ def _chunks(connection: sa.Connection, statement: sa.Select[Any], created_before
 
 def _patiently(write: Callable[[], T]) -> T:
     """The result of *write*, which is done again where another writer was in the way: it is a transaction of its own."""
-    for attempt in stamina.retry_context(on=_is_in_the_way, attempts=6, wait_initial=0.05, wait_max=2.0):
+    for attempt in stamina.retry_context(on=DatabaseBusy, attempts=6, wait_initial=0.05, wait_max=2.0):
         with attempt:
-            return write()
-    raise AssertionError  # pragma: no cover
-
-
-def _is_in_the_way(error: Exception) -> bool:
-    # A lock was waited for in vain, two writers waited for each other, or SQLite's one writer was another.
-    states = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-    return isinstance(error, OperationalError) and describe(error).endswith(states)
+            try:
+                return write()
+            except OperationalError as error:
+                if describe(error).endswith(_BUSY):
+                    raise DatabaseBusy(describe(error)) from error
+                raise
+    raise AssertionError("the last attempt raises what it met")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ environment by itself and before all else, so that a wrong one ends in its own w
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
@@ -17,12 +18,20 @@ from clerkhooks import auth, models
 from clerkhooks.logs import logger
 from clerkhooks.settings import load_settings
 
+
+def _leave_nothing_behind(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # and not a worker, which inherits this
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 _settings = load_settings()  # a wrong variable ends the server here, before anything listens
 # Only as gunicorn's configuration: what is run by name is another copy of this module.
 _metrics = tempfile.mkdtemp(prefix="clerkhooks-metrics-") if _settings.metrics_token and __name__ != "__main__" else None
 if _metrics:
     # Before the application is loaded, for prometheus-client looks once; and a new one for each boot: counts start at zero.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
+    # gunicorn's on_exit would not be called where it cannot listen.
+    atexit.register(_leave_nothing_behind, _metrics, os.getpid())
 
 bind = f"0.0.0.0:{_settings.port}"
 workers = _settings.web_concurrency
@@ -49,6 +58,8 @@ def post_fork(server: Any, _worker: Any) -> None:
     """Give each worker connections and keys of its own: two processes on one socket would read each other's answers."""
     app = server.app.wsgi()
     models.discard_connections(app)
+    if _metrics:
+        app.extensions["clerkhooks.metrics"].begin_process(app)
     auth.fetch_keys_soon(app)
 
 
@@ -58,12 +69,6 @@ def child_exit(_server: Any, worker: Any) -> None:
         from prometheus_client.multiprocess import mark_process_dead
 
         mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
-
-
-def on_exit(_server: Any) -> None:
-    """Leave nothing behind."""
-    if _metrics:
-        shutil.rmtree(_metrics, ignore_errors=True)
 
 
 def main() -> None:

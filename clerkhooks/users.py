@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, scoped_session
 from clerkhooks import messages, statements
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.models import Outcome, autocommit, db, version_columns
+from clerkhooks.models import Outcome, autocommit, db, execute_alone, version_columns
 from clerkhooks.signals import event_processed, event_processing, user_first_seen
 from clerkhooks.statements import UserSnapshot as UserSnapshot
 
@@ -41,6 +41,9 @@ def receive(event: Event) -> Outcome:
     try:
         if event_processing.has_receivers_for(event.type):
             outcome = _write_with_receivers(event, now)
+        elif isinstance(event, UserEvent) and db.engine.dialect.name == "postgresql":
+            # One round trip, which is a transaction by itself.
+            outcome = _outcome(execute_alone(*_whole(event, now)))
         else:
             with autocommit() as connection:
                 outcome = _write(connection, event, now)
@@ -63,21 +66,24 @@ def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
         Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
     """
     now = datetime.now(UTC)
-    parameters = {"user_id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
-    is_new = False
-    with autocommit() as connection:
-        row = connection.execute(statements.SELECT, parameters).first()
-        if row is None:
-            created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
-            is_new = connection.execute(statements.fallback_statement(connection.dialect.name), created).first() is not None
-            row = connection.execute(statements.SELECT, parameters).one()
-        elif not impersonated and row.last_seen <= parameters["before"] and row.deleted_at is None:
-            # Of many calls at once the first moves it; the others read what it wrote.
-            moved = connection.execute(statements.MOVE_LAST_SEEN, parameters).first()
-            row = moved or connection.execute(statements.SELECT, parameters).one()
-    if is_new:
-        _tell_of_first_call(user_id)
-    return _live(UserSnapshot(*row))
+    before = now - LAST_SEEN_STEP
+    user = _read(user_id)
+    if user is None:
+        created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
+        is_new = execute_alone(statements.fallback_statement(db.engine.dialect.name), created) is not None
+        user = _read(user_id)
+        if is_new:
+            _tell_of_first_call(user_id)
+    elif not impersonated and user.last_seen <= before and user.deleted_at is None:
+        # Of many calls at once the first moves it; the others read what it wrote.
+        moved = execute_alone(statements.MOVE_LAST_SEEN, {"user_id": user_id, "now": now, "before": before})
+        user = UserSnapshot(*moved) if moved else _read(user_id)
+    return _live(user)
+
+
+def _read(user_id: str) -> UserSnapshot | None:
+    row = execute_alone(statements.SELECT, {"user_id": user_id})
+    return UserSnapshot(*row) if row else None
 
 
 def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
@@ -87,8 +93,7 @@ def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
     Raises:
         Unauthenticated: ``user_deleted``.
     """
-    with autocommit() as connection:
-        row = connection.execute(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online}).first()
+    row = execute_alone(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online})
     if row is None:
         raise Unauthenticated("user_deleted")
     return UserSnapshot(*row)
@@ -166,18 +171,26 @@ def _write(connection: sa.Connection | scoped_session[Any], event: Event, now: d
     message = messages.done_columns(event, now)
     if not isinstance(event, UserEvent):
         handled = event_processing.has_receivers_for(event.type) or event_processed.has_receivers_for(event.type)
-        recorded = messages.record_statement(dialect)
-        outcome = connection.execute(recorded, message | {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}).scalar()
+        became = {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}
+        row = connection.execute(messages.record_statement(dialect), message | became).first()
     elif dialect == "postgresql":
-        # One round trip, which is a transaction by itself.
-        statement = statements.event_statement(dialect, is_deletion=event.profile is None)
-        outcome = connection.execute(statement, message | _user_columns(event, now)).scalar()
+        row = connection.execute(*_whole(event, now)).first()
     else:
         statement = statements.tombstone_statement(dialect) if event.profile is None else statements.profile_statement(dialect)
         is_applied = connection.execute(statement, _user_columns(event, now)).first() is not None
         became = {"outcome": Outcome.APPLIED if is_applied else Outcome.STALE}
-        outcome = connection.execute(messages.record_statement(dialect), message | became).scalar()
-    return Outcome.DUPLICATE if outcome is None else Outcome(outcome)
+        row = connection.execute(messages.record_statement(dialect), message | became).first()
+    return _outcome(row)
+
+
+def _whole(event: UserEvent, now: datetime) -> tuple[sa.Executable, dict[str, Any]]:
+    """The statement that does all of *event*, on PostgreSQL, and its parameters."""
+    statement = statements.event_statement("postgresql", is_deletion=event.profile is None)
+    return statement, messages.done_columns(event, now) | _user_columns(event, now)
+
+
+def _outcome(row: Sequence[Any] | None) -> Outcome:
+    return Outcome(row[0]) if row else Outcome.DUPLICATE
 
 
 def _user_columns(event: UserEvent, now: datetime) -> dict[str, Any]:
@@ -187,7 +200,7 @@ def _user_columns(event: UserEvent, now: datetime) -> dict[str, Any]:
     return ids | statements.new_row(now, event.profile) | version_columns(event.version)
 
 
-def _live(user: UserSnapshot) -> UserSnapshot:
-    if user.deleted_at is not None:
+def _live(user: UserSnapshot | None) -> UserSnapshot:
+    if user is None or user.deleted_at is not None:
         raise Unauthenticated("user_deleted")
     return user

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
+import pytest
 import sqlalchemy as sa
 from werkzeug.test import TestResponse
 
-from clerkhooks.models import User, db
+from clerkhooks.models import PatientConnection, User, db
 from clerkhooks.signals import event_processing
 from tests.support import Service
 
@@ -89,11 +90,21 @@ def on_statement(service: Service, beginning: str | tuple[str, ...], then: Calla
         if statement.startswith(beginning):
             then()
 
+    class Cursor(psycopg.Cursor[Any]):
+        """Also what is handed to the driver directly."""
+
+        def execute(self, query: Any, *arguments: Any, **keywords: Any) -> Any:
+            if isinstance(query, bytes):
+                listen(None, None, query.decode())
+            return super().execute(query, *arguments, **keywords)
+
     with service.app.app_context():
         engine = db.engine
     sa.event.listen(engine, "before_cursor_execute", listen)
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PatientConnection, "cursor", lambda connection, **_: Cursor(connection))
+            yield
     finally:
         sa.event.remove(engine, "before_cursor_execute", listen)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from flask import Blueprint, abort
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,19 @@ def test_names_each_request(service: Service, method: str, path: str) -> None:
     assert [json.loads(line)["request_id"] for line in written] == ids
     assert ids[0] != ids[1]
     assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
+
+
+def test_names_a_request_that_ends_before_it_began(service: Service) -> None:
+    """An application's own preprocessor may abort before anything else of the request has run."""
+    tenants = Blueprint("tenants", __name__)
+    tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
+    tenants.add_url_rule("/tenants", view_func=str)
+    service.app.register_blueprint(tenants)
+    with lines(logs.JsonFormatter()) as written:
+        response = service.http.get("/tenants")
+    [line] = map(json.loads, written)
+    assert (response.status_code, line["status"], line["request_id"]) == (404, 404, response.headers["X-Request-ID"])
+    assert line["duration_ms"] >= 0
 
 
 def test_names_every_line_of_a_request(service: Service) -> None:

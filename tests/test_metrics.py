@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,13 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from flask import Response, request
 from prometheus_client.parser import text_string_to_metric_families
 
 from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body
 from clerkhooks.metrics import FAMILIES
 from clerkhooks.settings import PROJECT
-from tests.conftest import MakeService
+from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, answering, jwk, settle
 from tests.server import Server, environ, serving
 from tests.support import NOW_MS, Service, broken_users, deletion, user_event
@@ -104,7 +107,7 @@ def test_knows_who_waits_for_a_webhook(counted: Service) -> None:
     found = scrape(counted)
     assert (found[("fallback_users_total",)], found[("users_unfilled",)], found[("database_up",)]) == (2, 1, 1)
     assert 0 <= found[("last_webhook_age_seconds",)] < 60
-    assert found[("database_connections_in_use",)] == 0
+    assert (found[("database_connections_in_use",)], found[("database_connections_limit",)]) == (0, 10)
 
 
 def test_says_that_the_database_is_away(make_service: MakeService, tmp_path: Path) -> None:
@@ -117,6 +120,26 @@ def test_says_that_the_database_is_away(make_service: MakeService, tmp_path: Pat
     found = scrape(service)
     assert (found[("database_up",)], found[("sessions_refused_total", "token_missing")]) == (0, 1)
     assert ("users_unfilled",) not in found
+
+
+def test_counts_no_connection_that_was_never_made(make_database: MakeDatabase, make_service: MakeService, clerk: PretendedClerk) -> None:
+    """Calls in an outage leave none behind, and none too few: the pool also takes back what it could not open."""
+    url = make_database("postgresql")
+    migrate(url, clerk)
+    service = make_service(METRICS_TOKEN=TOKEN, DATABASE_URL=url)
+    assert service.call(clerk_id("user")).status_code == 200
+    name = url.partition("?")[0].rpartition("/")[2]
+    with psycopg.connect(url.replace(f"/{name}", "/postgres"), autocommit=True) as other:
+        other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        other.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+        away = [service.call(clerk_id("user")).status_code for _ in range(3)]
+        found = scrape(service)
+        other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+    assert away == [500] * 3
+    assert (found[("database_up",)], found[("database_connections_in_use",)]) == (0, 0)
+    assert service.call(clerk_id("user")).status_code == 200
+    found = scrape(service)
+    assert (found[("database_up",)], found[("database_connections_in_use",)]) == (1, 0)
 
 
 def test_watches_the_signing_keys(make_service: MakeService, clerk: PretendedClerk) -> None:
@@ -135,12 +158,33 @@ def test_watches_the_signing_keys(make_service: MakeService, clerk: PretendedCle
     assert 0 <= found[("signing_keys_age_seconds",)] < 60
 
 
+def test_does_not_take_an_answer_that_came_too_late_for_fresh_keys(make_service: MakeService, clerk: PretendedClerk) -> None:
+    """A fetch that was given up changes no key, so it makes none younger."""
+    with Issuer(jwk(clerk)).open() as issuer:
+        service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
+        keys: Any = service.app.extensions["clerkhooks.auth"].verifier.keys
+        keys._fetch_now()  # in a thread that is not, or no longer, the one whose answer is waited for
+    found = scrape(service)
+    assert keys.age is None
+    assert ("signing_keys_age_seconds",) not in found
+    assert found[("signing_keys_fetches_total", "failed")] == 1
+
+
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN])
 def test_is_not_there_for_strangers(counted: Service, header: str | None) -> None:
     """Nor is it told apart from a path that does not exist."""
     headers = {} if header is None else {"Authorization": header}
     answer, nowhere = counted.http.get("/metrics", headers=headers), counted.http.get("/nowhere", headers=headers)
     assert (answer.status_code, answer.data) == (404, nowhere.data)
+
+
+@pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE", "TRACE", "ANY"])
+def test_takes_no_other_method(counted: Service, service: Service, method: str) -> None:
+    """Who has the token is told so; to a stranger, and where it is off, there is nothing under any method."""
+    answer = counted.http.open("/metrics", method=method, headers=AUTHORIZED)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
+    for http in (counted.http, service.http):
+        assert (http.open("/metrics", method=method).status_code, http.open("/metrics", method=method).headers.get("Allow")) == (404, None)
 
 
 def test_is_not_there_without_a_token(service: Service) -> None:
@@ -169,6 +213,13 @@ def test_makes_no_series_for_a_sender(counted: Service) -> None:
     assert "user" in FAMILIES
 
 
+def test_makes_no_series_for_what_an_application_answers(counted: Service) -> None:
+    """One that answers in front of the endpoint gives no reason of ours."""
+    counted.app.before_request(lambda: Response(status=403) if request.path == "/webhooks/clerk" else None)
+    counted.http.post("/webhooks/clerk", data=b"{}")
+    assert scrape(counted)[("webhook_refusals_total", "other")] == 1
+
+
 def deliver_and_call(server: Server, count: int) -> None:
     """So many of each, on connections of their own, so that both workers get some."""
     for _ in range(count):
@@ -183,6 +234,16 @@ def workers(server: Server) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
 
 
+def scrape_once_both_serve(server: Server) -> Samples:
+    """What the server says as soon as two workers have told how many connections they may open."""
+    deadline = time.monotonic() + 15
+    while True:
+        found = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
+        if found[("database_connections_limit",)] == 20:
+            return found
+        assert time.monotonic() < deadline
+
+
 def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
     """What two workers counted adds up, also after one of them was killed; its gauges go with it, and nothing is left in the end."""
     folder = tmp_path / "tmp"
@@ -190,7 +251,7 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
     variables = {"METRICS_TOKEN": TOKEN, "TMPDIR": str(folder), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
     with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
         deliver_and_call(server, 8)
-        first = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
+        first = scrape_once_both_serve(server)
         before = workers(server)
         victim = before[0]
         [directory] = folder.glob("clerkhooks-metrics-*")
@@ -199,7 +260,7 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
         while len(now := workers(server)) < 2 or victim in now or list(directory.glob(f"gauge_live*_{victim}.db")):
             assert time.monotonic() < deadline
         deliver_and_call(server, 4)
-        second = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
+        second = scrape_once_both_serve(server)
         assert TOKEN not in server.log.read_text()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
@@ -209,3 +270,25 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
         assert found[("sessions_verified_total",)] == count
         assert 0 <= found[("database_connections_in_use",)] <= 1
     assert not list(folder.glob("clerkhooks-metrics-*"))
+
+
+def test_counts_anew_at_each_boot(clerk: PretendedClerk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever directory an earlier server left in the environment, each has an empty one of its own, which only its master removes."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, value in (clerk.environ | {"METRICS_TOKEN": TOKEN}).items():
+        monkeypatch.setenv(name, value)
+    removals: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("atexit.register", lambda *call: removals.append(call))
+    directories = []
+    for _ in range(2):
+        runpy.run_module("clerkhooks.serving", run_name="configuration")
+        directories.append(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+    assert len({tmp_path, *directories}) == 3
+    assert not any(path for directory in directories for path in directory.iterdir())
+    for remove, directory, owner in removals:
+        remove(directory, owner + 1)
+    assert all(directory.is_dir() for directory in directories)
+    for remove, directory, owner in removals:
+        remove(directory, owner)
+    assert not any(directory.exists() for directory in directories)

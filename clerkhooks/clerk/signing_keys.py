@@ -184,10 +184,11 @@ class FetchedKeys:
             return
         with self._guard:
             # The answer to a fetch that was given up is older than what has been learnt since.
-            if self._fetch is threading.current_thread():
+            in_time = self._fetch is threading.current_thread()
+            if in_time:
                 known = self._known
                 self._known = _KeySet(keys, time.monotonic(), known.generation + (keys != known.keys))
-        self.on_fetch(True)
+        self.on_fetch(in_time)
 
 
 def download(url: str, headers: Mapping[str, str]) -> bytes:
