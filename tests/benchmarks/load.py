@@ -1,0 +1,119 @@
+"""Load on a running server: many kept connections, each sending one prepared request after the other."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body, user_data
+
+START = 1_700_000_000_000  # milliseconds
+
+
+@dataclass
+class Result:
+    """What came of a load. Latencies in seconds."""
+
+    seconds: float = 0.0
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Answers of 200 a second."""
+        return self.statuses[200] / self.seconds
+
+    def quantile(self, share: float) -> float:
+        """The latency, in milliseconds, that this share of the requests stayed below."""
+        return sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))] * 1000
+
+    @property
+    def errors(self) -> int:
+        """Answers that were none, or failures."""
+        return sum(count for status, count in self.statuses.items() if status == 0 or status >= 500)
+
+
+def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
+    """A request as bytes."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def webhooks(clerk: PretendedClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
+    """Sign-ups of new users and updates of *known* ones in turn, every message new."""
+    for number in itertools.count():
+        user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
+        at = int(time.time() * 1000)
+        body = event_body("user.updated", user_data(user_id, email="ada@example.org", first_name="Ada", last_name="L", updated_at=at), at)
+        yield raw("POST", "/webhooks/clerk", clerk.headers(body), body)
+
+
+def unsigned(_clerk: PretendedClerk) -> Iterator[bytes]:
+    """What a stranger sends, with headers that look right."""
+    headers = {"svix-id": "msg_x", "svix-timestamp": str(int(time.time())), "svix-signature": "v1,AAAA"}
+    return itertools.repeat(raw("POST", "/webhooks/clerk", headers, b"x" * 2000))
+
+
+def calls(clerk: PretendedClerk, users: Sequence[str]) -> Iterator[bytes]:
+    """Calls of these users, ten with each token."""
+    for number in itertools.count():
+        token = clerk.session_token(users[number % len(users)])
+        yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
+
+
+def apply_load(port: int, requests: Iterator[bytes], seconds: float, connections: int = 8) -> Result:
+    """Send *requests*, which are prepared first, over so many connections for so long."""
+    prepared = list(itertools.islice(requests, int(seconds * 2500)))
+    result, guard, ends = Result(), threading.Lock(), time.monotonic() + seconds
+    following = iter(prepared)
+
+    def work() -> None:
+        statuses, latencies = Counter[int](), []
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            while time.monotonic() < ends:
+                with guard:
+                    request = next(following, None)
+                if request is None:
+                    break
+                began = time.monotonic()
+                statuses[_ask(connection, request)] += 1
+                latencies.append(time.monotonic() - began)
+        with guard:
+            result.statuses += statuses
+            result.latencies += latencies
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=work) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def _ask(connection: socket.socket, request: bytes) -> int:
+    """The status of the answer; 0 where there is none."""
+    try:
+        connection.sendall(request)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += connection.recv(65536) or b"\r\n\r\n"
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+        while len(body) < length:
+            body += connection.recv(65536)
+        return int(head[9:12] or 0)
+    except (OSError, ValueError):
+        return 0
+
+
+def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios of rounds, which a machine that drifts leaves alone."""
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
