@@ -296,7 +296,7 @@ def _refuse_closed(connection: PatientConnection, _record: object, _proxy: objec
         raise sa.exc.DisconnectionError
 
 
-_LIMITS = "-c timezone=UTC -c lock_timeout=2s -c statement_timeout=3s -c idle_in_transaction_session_timeout=15s"
+_LIMITS = "-c lock_timeout=2s -c statement_timeout=3s -c idle_in_transaction_session_timeout=15s"
 
 
 def _engine_options(database_url: str) -> dict[str, Any]:
@@ -311,9 +311,9 @@ def _engine_options(database_url: str) -> dict[str, Any]:
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
         return pool | {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 4}}
-    # What the URL asks for comes last and wins, one setting at a time.
+    # What the URL asks for comes later and wins, one setting at a time; but times are always given in UTC.
     own = url.query.get("options", ())
-    options = " ".join([_LIMITS, *([own] if isinstance(own, str) else own)])
+    options = " ".join([_LIMITS, *([own] if isinstance(own, str) else own), "-c timezone=UTC"])
     limits = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
     chosen = {key: value for key, value in limits.items() if key not in url.query} | {"options": options}
     return pool | {"connect_args": chosen}
