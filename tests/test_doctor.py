@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from clerkhooks import diagnosis
 from clerkhooks.cli import main
 from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+from clerkhooks.diagnosis import configuration, findings
 from clerkhooks.settings import VARIABLES
 from tests.backend import Backend, answering, stalling
 from tests.conftest import MakeService
@@ -165,7 +166,7 @@ def test_finds_an_env_file_that_others_may_read(tmp_path: Path) -> None:
     settings, _ = diagnosis.read_settings({})
 
     def codes() -> list[str]:
-        return [finding.code for finding in diagnosis.check_env_file(diagnosis.Case({}, settings, (), tmp_path))]
+        return [finding.code for finding in configuration.check_env_file(diagnosis.Case({}, settings, (), tmp_path))]
 
     file, ignored = tmp_path / ".env", tmp_path / ".gitignore"
     assert codes() == ["env_file_absent"]
@@ -188,13 +189,13 @@ def test_goes_on_after_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> N
     def check_broken(_case: diagnosis.Case) -> Iterator[diagnosis.Finding]:
         raise RuntimeError("hidden")
 
-    monkeypatch.setattr(diagnosis, "CHECKS", (check_broken, diagnosis.check_settings))
+    monkeypatch.setattr(diagnosis, "CHECKS", (check_broken, configuration.check_settings))
     assert list(find({})) == ["check_broken", "variable_wrong"]
 
 
 def test_waits_for_nothing_for_long(clerk: PretendedClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Clerk that takes the question and says nothing is passed over."""
-    monkeypatch.setattr(diagnosis, "SECONDS", 0.2)
+    monkeypatch.setattr(findings, "SECONDS", 0.2)
     backend.always = stalling
     keys = {"CLERK_API_URL": backend.api_url, "CLERK_SECRET_KEY": backend.secret_key, "CLERK_JWKS_URL": f"{backend.api_url}/keys"}
     found = levels(clerk.environ | keys | {"DATABASE_URL": "mysql://", "CLERK_PUBLISHABLE_KEY": ""})
