@@ -215,11 +215,11 @@ def test_says_what_to_do(monkeypatch: pytest.MonkeyPatch, well: dict[str, str], 
     del service
     text = run(monkeypatch, well)
     assert text.exit_code == 0
-    assert "  ✓ clock          This machine's clock is right, to some seconds." in text.output
+    assert "  ✓ clock                    This machine's clock is right, to some seconds." in text.output
     broken = well | {"PORT": "x", "CLERK_AUTHORIZED_PARTIES": ""}
     text = run(monkeypatch, broken)
     assert text.exit_code == 1
-    assert "  ✗ PORT           PORT is not a number from 1 to 65535.\n      A free TCP port, such as 8000.\n" in text.output
+    assert "  ✗ PORT                     PORT is not a number from 1 to 65535.\n      A free TCP port, such as 8000.\n" in text.output
     as_json = run(monkeypatch, broken, "--json")
     findings = json.loads(as_json.output)
     assert (as_json.exit_code, findings[0]["code"], findings[0]["level"]) == (1, "variable_wrong", "wrong")

@@ -51,7 +51,7 @@ def _load_dotenv() -> tuple[Fault, ...]:
 
 def _show(finding: Finding) -> None:
     colour = _COLOURS[finding.level]
-    click.echo(f"  {click.style(_sign(finding.level), fg=colour)} {printable(finding.subject):<14} {printable(finding.what)}")
+    click.echo(f"  {click.style(_sign(finding.level), fg=colour)} {printable(finding.subject):<24} {printable(finding.what)}")
     if finding.remedy:
         click.secho(f"      {printable(finding.remedy)}", fg=colour)
 
