@@ -94,7 +94,8 @@ class Output:
             return
         took = time.monotonic() - self._began
         verb = ("Compared" if run.check else "Synced") if self.ended else "Stopped after"
-        click.echo(f"{verb} {sum(counts.values()):,} users in {took:,.1f} s.")
+        would = " A sync would make of them:" if run.check else ""
+        click.echo(f"{verb} {sum(counts.values()):,} users in {took:,.1f} s.{would}")
         for name, count in counts.items():
             click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
         if run.check:
