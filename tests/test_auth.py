@@ -17,6 +17,7 @@ from clerkhooks import current_session, current_user, require_auth
 from clerkhooks.cli.pretend import clerk_id
 from clerkhooks.models import User, db
 from tests.conftest import MakeService
+from tests.racing import on_statement
 from tests.support import Service, deletion
 
 ORIGIN = "https://app.example.com"
@@ -264,8 +265,7 @@ def test_asks_the_database_once(service: Service) -> None:
     """A user who is known and was seen lately costs one statement."""
     user_id = clerk_id("user")
     service.call(user_id)
-    statements: list[str] = []
-    with service.app.app_context():
-        db.event.listen(db.engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
-    assert service.call(user_id).status_code == 200
+    statements: list[None] = []
+    with on_statement(service, "", lambda: statements.append(None)):
+        assert service.call(user_id).status_code == 200
     assert len(statements) == 1
