@@ -220,7 +220,7 @@ def execute_alone(statement: sa.Executable, parameters: Mapping[str, Any]) -> Se
     if engine.dialect.name == "sqlite":
         with autocommit() as connection:
             return connection.execute(statement, parameters).first()
-    text, constants = _compile(statement)
+    text, constants = compile_for_psycopg(statement)
     pooled = None
     try:
         pooled = engine.raw_connection()
@@ -235,7 +235,7 @@ def execute_alone(statement: sa.Executable, parameters: Mapping[str, Any]) -> Se
 
 
 @cache
-def _compile(statement: sa.Executable) -> tuple[bytes, dict[str, Any]]:
+def compile_for_psycopg(statement: sa.Executable) -> tuple[bytes, dict[str, Any]]:
     """The text for psycopg, and the parameters that are constants of the statement."""
     compiled = cast("sa.ClauseElement", statement).compile(dialect=psycopg_dialect.dialect())  # type: ignore[no-untyped-call]
     return str(compiled).encode(), {name: value for name, value in compiled.params.items() if value is not None}

@@ -43,7 +43,7 @@ def receive(event: Event) -> Outcome:
             outcome = _write_with_receivers(event, now)
         elif isinstance(event, UserEvent) and db.engine.dialect.name == "postgresql":
             # One round trip, which is a transaction by itself.
-            outcome = _outcome(execute_alone(*_whole(event, now)))
+            outcome = _outcome(execute_alone(*statement_of(event, now)))
         else:
             with autocommit() as connection:
                 outcome = _write(connection, event, now)
@@ -174,7 +174,7 @@ def _write(connection: sa.Connection | scoped_session[Any], event: Event, now: d
         became = {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}
         row = connection.execute(messages.record_statement(dialect), message | became).first()
     elif dialect == "postgresql":
-        row = connection.execute(*_whole(event, now)).first()
+        row = connection.execute(*statement_of(event, now)).first()
     else:
         statement = statements.tombstone_statement(dialect) if event.profile is None else statements.profile_statement(dialect)
         is_applied = connection.execute(statement, _user_columns(event, now)).first() is not None
@@ -183,8 +183,8 @@ def _write(connection: sa.Connection | scoped_session[Any], event: Event, now: d
     return _outcome(row)
 
 
-def _whole(event: UserEvent, now: datetime) -> tuple[sa.Executable, dict[str, Any]]:
-    """The statement that does all of *event*, on PostgreSQL, and its parameters."""
+def statement_of(event: UserEvent, now: datetime) -> tuple[sa.Executable, dict[str, Any]]:
+    """What does all of *event* on PostgreSQL: one statement, which is a transaction by itself, and its parameters."""
     statement = statements.event_statement("postgresql", is_deletion=event.profile is None)
     return statement, messages.done_columns(event, now) | _user_columns(event, now)
 

@@ -1,8 +1,9 @@
 """
 The whole service under load, as a table: ``python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]``.
 
-Parts: ``scale`` (more users), ``sqlite`` (against the bare statements), ``start`` (against a bare Flask with the same imports),
-``memory`` and ``overload``. The load comes from this machine, too; ratios are of turns in one run.
+Parts: ``floor`` (against the leanest function that does the same), ``scale`` (more users), ``sqlite`` (against the bare statements),
+``start`` (against a bare Flask with the same imports), ``memory`` and ``overload``. The load comes from this machine, too;
+ratios are of turns in one run.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 
 from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.settings import PROJECT
+from tests.benchmarks import bare_sqlite
 from tests.benchmarks.disk import USERS
 from tests.benchmarks.load import Result, apply_load, calls, median_ratio, unsigned, webhooks
 from tests.conftest import migrate, started_postgresql
-from tests.server import Server, environ, free_port, serving, web_command
+from tests.server import Server, environ, free_port, serving, wait_until_healthy, web_command
 
 CLERK = PretendedClerk()
 ONE = "user_" + "a" * 27
@@ -45,6 +46,45 @@ def healthz():
 def line(part: str, what: str, value: str) -> None:
     """One line of the table."""
     print(f"{part:9} {what:64} {value}", flush=True)
+
+
+def measure_floor(folder: Path) -> None:
+    """Webhooks and calls a second, to the leanest function that does the same."""
+    with started_postgresql() as url:
+        migrate(url, CLERK)
+        works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
+            ("webhooks on PostgreSQL", url, lambda: webhooks(CLERK)),
+            ("calls of /api/me on PostgreSQL", url, lambda: calls(CLERK, [ONE])),
+            ("webhooks on SQLite", f"sqlite:///{folder}/floor.db", lambda: webhooks(CLERK)),
+        )
+        for name, database, requests in works:
+            migrate(database, CLERK)
+            with serving(database, CLERK, folder / "service.log") as server, _serving_floor(database) as floor:
+                apply_load(server.port, calls(CLERK, [ONE]), 1)  # the user exists from now on
+                rates: list[list[float]] = [[], []]
+                for _ in range(5):
+                    for own, port in zip(rates, (server.port, floor), strict=True):
+                        result = apply_load(port, requests(), 3)
+                        assert not result.errors, result.statuses
+                        own.append(result.rate)
+            line("floor", f"{name}, to the leanest that does the same", f"{median_ratio(*rates):.2f}")
+
+
+@contextlib.contextmanager
+def _serving_floor(database_url: str) -> Iterator[int]:
+    port = free_port()
+    options = ["-w", "2", "-k", "gthread", "--threads", "8", "--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environ(**CLERK.environ, DATABASE_URL=database_url), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    server = Server(process, database_url, port, Path(os.devnull), CLERK)
+    try:
+        wait_until_healthy(server)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def measure_scale(largest: int, folder: Path) -> None:
@@ -95,17 +135,11 @@ def measure_sqlite(folder: Path) -> None:
 
 
 def _bare_sqlite(file: Path, seconds: float) -> float:
-    connection = sqlite3.connect(file, isolation_level="IMMEDIATE")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    began, count, now = time.monotonic(), 0, "2026-01-31 08:00:00.000000"
+    connection = bare_sqlite.connect(file)
+    began, count = time.monotonic(), 0
     while time.monotonic() - began < seconds:
         key = f"{time.monotonic_ns()}{os.urandom(8).hex()}"
-        user = (f"user_{key}", "ada@example.org", "Ada L", "https://img.clerk.com/x", False, now, now, now, None, 1, 1, f"msg_{key}")
-        connection.execute(f"INSERT INTO users VALUES ({', '.join('?' * 12)}) ON CONFLICT (id) DO UPDATE SET name = excluded.name", user)
-        message = (f"msg_{key}", "user.updated", f"user_{key}", "applied", 1, now, now, now, None)
-        connection.execute(f"INSERT INTO webhook_messages VALUES ({', '.join('?' * 9)}) ON CONFLICT DO NOTHING", message)
-        connection.commit()
+        bare_sqlite.write_message(connection, f"user_{key}", f"msg_{key}")
         count += 1
     connection.close()
     return count / (time.monotonic() - began)
@@ -218,11 +252,12 @@ def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tupl
 def main() -> None:
     """Run the parts and print their lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["scale", "sqlite", "start", "memory", "overload"])
+    parser.add_argument("--only", choices=["floor", "scale", "sqlite", "start", "memory", "overload"])
     parser.add_argument("--largest", type=int, default=1_000_000, help="the most users of scale")
     parser.add_argument("--thorough", action="store_true", help="200,000 requests for memory, a minute of overload")
     options = parser.parse_args()
     parts: dict[str, Callable[[Path], None]] = {
+        "floor": measure_floor,
         "start": measure_start,
         "sqlite": measure_sqlite,
         "scale": lambda folder: measure_scale(options.largest, folder),
