@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from flask import Flask, current_app, has_request_context, request
@@ -96,10 +97,12 @@ class Protection:
         if not callable(view) or isinstance(view, type):
             raise TypeError("require_auth protects a view function. For a MethodView put it into its decorators, or on its methods.")
 
+        is_async = iscoroutinefunction(view)
+
         @wraps(view)
         def protected(*args: Any, **kwargs: Any) -> Any:
             self.check()
-            return current_app.ensure_sync(view)(*args, **kwargs)
+            return (current_app.ensure_sync(view) if is_async else view)(*args, **kwargs)
 
         return protected
 
@@ -184,11 +187,11 @@ def find_token(authenticator: Authenticator) -> str:
         Unauthenticated: ``token_missing``.
         Forbidden: ``origin_not_authorized``, for a cookie on a request that a page of somebody else may have forged.
     """
-    header = request.headers.get("Authorization")
+    header = request.environ.get("HTTP_AUTHORIZATION")
     if header is not None:
         scheme, _, token = header.partition(" ")
         if scheme.lower() == "bearer" and token:
-            return token
+            return str(token)
         raise Unauthenticated("token_missing")
     cookie = _find_cookie(authenticator)
     if cookie is None:
@@ -205,14 +208,14 @@ def _find_cookie(authenticator: Authenticator) -> str | None:
 def _sign_in(*, optional: bool) -> Session | None:
     """Verify the token of the current request, once, and remember session and user with the request."""
     # Not in g: an application context may be pushed for longer, as tests do, and would sign the next caller in.
-    signed_in: SignedIn = request.environ.get(SIGNED_IN, (None, None))
+    environ = request.environ
+    signed_in: SignedIn = environ.get(SIGNED_IN, (None, None))
     if signed_in[0] is None:
         authenticator: Authenticator = current_app.extensions["clerkhooks.auth"]
-        anonymous = "Authorization" not in request.headers and _find_cookie(authenticator) is None
-        if not (optional and anonymous):
+        if not (optional and "HTTP_AUTHORIZATION" not in environ and _find_cookie(authenticator) is None):
             authenticator.verifier.keys.require_any()  # without any key the answer is 503, whatever was sent
             signed_in = _verify(authenticator, find_token(authenticator))
-        request.environ[SIGNED_IN] = signed_in
+        environ[SIGNED_IN] = signed_in
     return signed_in[0]
 
 
@@ -222,14 +225,19 @@ def _verify(authenticator: Authenticator, token: str) -> tuple[Session, users.Us
     return session, users.get_authenticated(session.user_id, impersonated=session.impersonated)
 
 
-def _current(which: int) -> object:
-    if not has_request_context() or SIGNED_IN not in request.environ:
+def _signed_in() -> SignedIn:
+    if not has_request_context() or SIGNED_IN not in (environ := request.environ):
         raise RuntimeError("There is no signed-in user here. Put @require_auth below the route of this view.")
-    return request.environ[SIGNED_IN][which]
+    return cast("SignedIn", environ[SIGNED_IN])
 
 
-current_user = cast("users.UserSnapshot", LocalProxy(lambda: _current(1)))
+def get_user() -> users.UserSnapshot:
+    """What ``current_user`` stands for, itself."""
+    return cast("users.UserSnapshot", _signed_in()[1])
+
+
+current_user = cast("users.UserSnapshot", LocalProxy(get_user))
 """The user of this call: a frozen copy of the row. ``db.session.get(User, current_user.id)`` gives the row."""
 
-current_session = cast("Session", LocalProxy(lambda: _current(0)))
+current_session = cast("Session", LocalProxy(lambda: _signed_in()[0]))
 """The session of this call, as its token says."""

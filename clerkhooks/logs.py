@@ -10,15 +10,19 @@ import secrets
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from flask import Flask, Response, has_request_context, request
 
 from clerkhooks.errors import describe, frames
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
 logger = logging.getLogger("clerkhooks")
 PATH_LENGTH = 512
+_FIELDS, _REQUEST_ID, _STARTED_AT = "clerkhooks.log_fields", "clerkhooks.request_id", "clerkhooks.started_at"
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _COLOURS = {"warning": "yellow", "error": "red", "critical": "red"}
@@ -79,43 +83,45 @@ def log_failure(error: BaseException) -> None:
 def request_fields() -> dict[str, Any]:
     """What is known of the current request so far."""
     # Kept with the request: an application context may be pushed for longer, as tests do, and g with it.
-    fields: dict[str, Any] = request.environ.setdefault("clerkhooks.log_fields", {})
+    fields: dict[str, Any] = request.environ.setdefault(_FIELDS, {})
     return fields
 
 
-def _request_id() -> str:
-    """The current request's id: its caller's, where that is one, or a new one."""
-    request_id: str | None = request.environ.get("clerkhooks.request_id")
+def seconds_so_far() -> float:
+    """How long the current request has taken."""
+    return float(time.perf_counter() - request.environ[_STARTED_AT])
+
+
+def _request_id(environ: WSGIEnvironment) -> str:
+    """The request's id: its caller's, where that is one, or a new one."""
+    request_id: str | None = environ.get(_REQUEST_ID)
     if request_id is None:
-        sent = request.headers.get("X-Request-ID", "")
-        request_id = sent if _SANE.fullmatch(sent) else secrets.token_hex(16)
-        request.environ["clerkhooks.request_id"] = request_id
+        sent = environ.get("HTTP_X_REQUEST_ID", "")
+        request_id = environ[_REQUEST_ID] = sent if _SANE.fullmatch(sent) else secrets.token_hex(16)
     return request_id
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     extra = {key: value for key, value in vars(record).items() if key not in _STANDARD and value is not None}
-    return extra | {"request_id": _request_id()} if has_request_context() else extra
+    return extra | {"request_id": _request_id(request.environ)} if has_request_context() else extra
 
 
 def _start(_endpoint: str | None, _values: dict[str, Any] | None) -> None:
-    request.environ["clerkhooks.started_at"] = time.perf_counter()
-
-
-def seconds_so_far() -> float:
-    """How long the current request has taken."""
-    return float(time.perf_counter() - request.environ["clerkhooks.started_at"])
+    request.environ[_STARTED_AT] = time.perf_counter()
 
 
 def _log_request(response: Response) -> Response:
-    fields = request_fields()
-    response.headers["X-Request-ID"] = _request_id()
-    extra = {
-        "method": request.method,
-        "path": request.path[:PATH_LENGTH],
-        "status": response.status_code,
-        "duration_ms": round(seconds_so_far() * 1000, 2),
-    }
-    level = logging.ERROR if response.status_code >= 500 else logging.WARNING if fields.get("reason") else logging.INFO
-    logger.log(level, "request", extra=extra | fields)
+    environ, status, fields = request.environ, response.status_code, request_fields()
+    response.headers["X-Request-ID"] = _request_id(environ)
+    level = logging.ERROR if status >= 500 else logging.WARNING if "reason" in fields else logging.INFO
+    if logger.isEnabledFor(level):
+        line = {
+            "method": environ["REQUEST_METHOD"],
+            "path": request.path[:PATH_LENGTH],
+            "status": status,
+            "duration_ms": round(seconds_so_far() * 1000, 2),
+            **fields,
+        }
+        # Made here and not by log(), which looks through the stack for its caller: this line is known.
+        logger.handle(logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line))
     return response

@@ -29,7 +29,7 @@ LARGEST_BODY = 1024 * 1024  # bytes
 class WholeBodyRequest(Request):
     """A request whose body is read whole, or refused."""
 
-    max_content_length = LARGEST_BODY + 1
+    max_content_length: int | None = LARGEST_BODY + 1
 
     def get_data(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -41,6 +41,8 @@ class WholeBodyRequest(Request):
         """
         if (self.content_length or 0) > LARGEST_BODY:
             raise RequestEntityTooLarge
+        if self.content_length is not None:
+            self.max_content_length = None  # the server ends it where it was announced to end
         try:
             body = super().get_data(*args, **kwargs)
         except Exception:  # noqa: BLE001  # whatever a server makes of hostile bytes

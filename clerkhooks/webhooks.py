@@ -10,7 +10,7 @@ from werkzeug.exceptions import BadRequest
 
 from clerkhooks import logs, users
 from clerkhooks.clerk.events import UserEvent, parse_event
-from clerkhooks.clerk.signatures import SigningSecret, verify_signature
+from clerkhooks.clerk.signatures import HEADERS, SigningSecret, verify_signature
 from clerkhooks.errors import SignatureError
 from clerkhooks.settings import Settings
 
@@ -26,7 +26,7 @@ def init_webhooks(app: Flask, settings: Settings) -> None:
 @blueprint.post("/webhooks/clerk", provide_automatic_options=False)
 def receive_webhook() -> Mapping[str, str]:
     """Verify, parse and apply one delivery. What it raises, ``problems`` answers."""
-    headers = {key.lower(): value for key, value in request.headers}
+    headers = {name: request.headers.get(name, "") for name in HEADERS}
     message = verify_signature(headers, _read_body(), current_app.extensions["clerkhooks.secrets"], time.time())
     logs.annotate(message_id=message.message_id)
     event = parse_event(message)

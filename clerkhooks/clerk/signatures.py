@@ -12,6 +12,7 @@ from svix.webhooks import Webhook
 
 from clerkhooks.errors import SignatureError
 
+HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
 TOLERANCE = 5 * 60  # seconds
 _BLANKS = " \t\n\v\f\r\xa0\ufeff"  # what JavaScript's trim() takes away from a header; Python's strip() takes more
 
@@ -47,7 +48,7 @@ def verify_signature(headers: Mapping[str, str], body: bytes, secrets: Sequence[
 
     Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend 3.25.
     """
-    message_id, timestamp, signatures = (headers.get(name, "").strip(_BLANKS) for name in ("svix-id", "svix-timestamp", "svix-signature"))
+    message_id, timestamp, signatures = (headers.get(name, "").strip(_BLANKS) for name in HEADERS)
     if not (message_id and timestamp and signatures):
         raise SignatureError("signature_headers_missing")
     attempt_timestamp = _verify_timestamp(timestamp, now)
