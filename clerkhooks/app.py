@@ -8,6 +8,7 @@ from flask import Flask
 from flask.json.provider import DefaultJSONProvider
 
 from clerkhooks import models, ops, webhooks
+from clerkhooks import users as users_service
 from clerkhooks.api import init_api
 from clerkhooks.auth import init_auth
 from clerkhooks.cli.users import users
@@ -33,6 +34,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     init_logs(app, settings.log_format)
     init_problems(app)
     models.init_database(app, settings.database_url)
+    users_service.init_users(app)
     webhooks.init_webhooks(app, settings)
     init_auth(app, settings)
     init_api(app, settings)

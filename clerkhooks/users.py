@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from flask import current_app
-from sqlalchemy.orm import Session, scoped_session
+from flask import Flask, current_app
+from sqlalchemy.orm import Session
 
 from clerkhooks import messages, statements
 from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
+from clerkhooks.coalescing import Coalescer
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.models import Outcome, autocommit, db, execute_alone, version_columns
+from clerkhooks.models import Outcome, autocommit, db, execute_alone, version_columns, writers_turn
 from clerkhooks.signals import event_processed, event_processing, user_first_seen
 from clerkhooks.statements import UserSnapshot as UserSnapshot
+from clerkhooks.statements import profile_columns
 
 logger = logging.getLogger(__name__)
 _LENT = "clerkhooks.lent_to_a_receiver"
+_DELIVERIES, _READS = "clerkhooks.deliveries", "clerkhooks.reads"
+Execute = Callable[[sa.Executable, Mapping[str, Any]], Sequence[Any]]
 LAST_SEEN_STEP = timedelta(minutes=1)
 PRESENCE_LASTS = timedelta(minutes=5)
+
+
+def init_users(app: Flask) -> None:
+    """Let deliveries that arrive together be written together, and users be read together."""
+    app.extensions[_DELIVERIES] = Coalescer(_write_alone, keys=_keys, failed_for_all=messages.is_unanswered)
+    app.extensions[_READS] = Coalescer(_read_all, keys=lambda user_id: (user_id,), failed_for_all=messages.is_unanswered)
 
 
 def receive(event: Event) -> Outcome:
@@ -41,12 +52,8 @@ def receive(event: Event) -> Outcome:
     try:
         if event_processing.has_receivers_for(event.type):
             outcome = _write_with_receivers(event, now)
-        elif isinstance(event, UserEvent) and db.engine.dialect.name == "postgresql":
-            # One round trip, which is a transaction by itself.
-            outcome = _outcome(execute_alone(*statement_of(event, now)))
         else:
-            with autocommit() as connection:
-                outcome = _write(connection, event, now)
+            outcome = current_app.extensions[_DELIVERIES](event)
     except Exception as error:
         db.session.rollback()
         messages.record_failure(event, error, now)
@@ -70,20 +77,27 @@ def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
     user = _read(user_id)
     if user is None:
         created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
-        is_new = execute_alone(statements.fallback_statement(db.engine.dialect.name), created) is not None
+        is_new = bool(execute_alone(statements.fallback_statement(db.engine.dialect.name), created))
         user = _read(user_id)
         if is_new:
             _tell_of_first_call(user_id)
     elif not impersonated and user.last_seen <= before and user.deleted_at is None:
         # Of many calls at once the first moves it; the others read what it wrote.
         moved = execute_alone(statements.MOVE_LAST_SEEN, {"user_id": user_id, "now": now, "before": before})
-        user = UserSnapshot(*moved) if moved else _read(user_id)
+        user = UserSnapshot(*moved[0]) if moved else _read(user_id)
     return _live(user)
 
 
 def _read(user_id: str) -> UserSnapshot | None:
-    row = execute_alone(statements.SELECT, {"user_id": user_id})
-    return UserSnapshot(*row) if row else None
+    found: list[UserSnapshot] = current_app.extensions[_READS](user_id)
+    return found[0] if found else None
+
+
+def _read_all(user_ids: Sequence[str]) -> list[list[UserSnapshot]]:
+    """The row of each user, in a list that is empty where there is none."""
+    rows = {"rows": _json([{"id": user_id} for user_id in user_ids])}
+    found = {row[0]: UserSnapshot(*row) for row in execute_alone(statements.select_statement(db.engine.dialect.name), rows)}
+    return [[found[user_id]] if user_id in found else [] for user_id in user_ids]
 
 
 def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
@@ -93,10 +107,10 @@ def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
     Raises:
         Unauthenticated: ``user_deleted``.
     """
-    row = execute_alone(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online})
-    if row is None:
+    rows = execute_alone(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online})
+    if not rows:
         raise Unauthenticated("user_deleted")
-    return UserSnapshot(*row)
+    return UserSnapshot(*rows[0])
 
 
 def is_present(user: UserSnapshot) -> bool:
@@ -156,7 +170,7 @@ def _refuse_to_commit(session: Session) -> None:
 
 
 def _write_with_receivers(event: Event, now: datetime) -> Outcome:
-    outcome = _write(db.session, event, now)
+    [outcome] = _write(lambda statement, parameters: db.session.execute(statement, parameters).all(), [event], now)
     if outcome is Outcome.DUPLICATE:
         db.session.rollback()
         return outcome
@@ -165,39 +179,54 @@ def _write_with_receivers(event: Event, now: datetime) -> Outcome:
     return outcome
 
 
-def _write(connection: sa.Connection | scoped_session[Any], event: Event, now: datetime) -> Outcome:
-    """Write user and message, unless the message was done before. What a repetition writes all the same is what is there."""
-    dialect = db.engine.dialect.name
-    message = messages.done_columns(event, now)
+def _write_alone(events: Sequence[Event]) -> list[Outcome]:
+    """Write *events* in a transaction of their own."""
+    now = datetime.now(UTC)
+    if db.engine.dialect.name == "postgresql":
+        return _write(execute_alone, events, now)  # one statement is a transaction by itself
+    with writers_turn(), autocommit() as connection:
+        return _write(lambda statement, parameters: connection.execute(statement, parameters).all(), events, now)
+
+
+def _write(execute: Execute, events: Sequence[Event], now: datetime) -> list[Outcome]:
+    """
+    Write users and messages, but of messages that were done before; gives the outcome of each.
+
+    What a repetition writes all the same is what is there. No two of *events* may be of one message or of one user.
+    """
+    rows = [_row(event) for event in events]
+    if db.engine.dialect.name == "postgresql":
+        done = execute(statements.events_statement(), {"rows": _json(rows), "now": now})
+    else:
+        write_users, write_messages = statements.event_statements_in_turn()
+        changed = {row[0] for row in execute(write_users, {"rows": _json(rows), "now": now})}
+        became = [{"outcome": Outcome.APPLIED if row.get("id") in changed else Outcome.STALE} | row for row in rows]
+        done = execute(write_messages, {"rows": _json(became), "now": now})
+    outcomes = {message_id: Outcome(outcome) for message_id, outcome in done}
+    return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
+
+
+def _row(event: Event) -> dict[str, Any]:
+    """What the statements need of *event*."""
+    # Without its zone: as SQLite keeps it, and for PostgreSQL, where the session's is UTC.
+    occurred_at = event.occurred_at and event.occurred_at.replace(tzinfo=None).isoformat(" ", "microseconds")
+    row = {"message_id": event.message_id, "event_type": event.type, "occurred_at": occurred_at}
     if not isinstance(event, UserEvent):
         handled = event_processing.has_receivers_for(event.type) or event_processed.has_receivers_for(event.type)
-        became = {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}
-        row = connection.execute(messages.record_statement(dialect), message | became).first()
-    elif dialect == "postgresql":
-        row = connection.execute(*statement_of(event, now)).first()
-    else:
-        statement = statements.tombstone_statement(dialect) if event.profile is None else statements.profile_statement(dialect)
-        is_applied = connection.execute(statement, _user_columns(event, now)).first() is not None
-        became = {"outcome": Outcome.APPLIED if is_applied else Outcome.STALE}
-        row = connection.execute(messages.record_statement(dialect), message | became).first()
-    return _outcome(row)
-
-
-def statement_of(event: UserEvent, now: datetime) -> tuple[sa.Executable, dict[str, Any]]:
-    """What does all of *event* on PostgreSQL: one statement, which is a transaction by itself, and its parameters."""
-    statement = statements.event_statement("postgresql", is_deletion=event.profile is None)
-    return statement, messages.done_columns(event, now) | _user_columns(event, now)
-
-
-def _outcome(row: Sequence[Any] | None) -> Outcome:
-    return Outcome(row[0]) if row else Outcome.DUPLICATE
-
-
-def _user_columns(event: UserEvent, now: datetime) -> dict[str, Any]:
-    ids = {"id": event.user_id, "done_message_id": event.message_id}
+        return row | {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}
     if event.profile is None:
-        return ids | statements.new_row(now, statements.DELETED_USER) | {"deleted_at": now}
-    return ids | statements.new_row(now, event.profile) | version_columns(event.version)
+        return row | {"id": event.user_id, "is_deletion": True} | profile_columns(statements.DELETED_USER)
+    return row | {"id": event.user_id, "is_deletion": False} | profile_columns(event.profile) | version_columns(event.version)
+
+
+def _json(rows: Sequence[Mapping[str, Any]]) -> str:
+    # Not escaped: a database of another encoding than UTF-8 knows no escapes for what is beyond ASCII.
+    return json.dumps(rows, ensure_ascii=False)
+
+
+def _keys(event: Event) -> Sequence[Hashable]:
+    """What no two events that are written together may share."""
+    return ("message", event.message_id), *((("user", event.user_id),) if isinstance(event, UserEvent) else ())
 
 
 def _live(user: UserSnapshot | None) -> UserSnapshot:

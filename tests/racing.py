@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -90,20 +90,18 @@ def on_statement(service: Service, beginning: str | tuple[str, ...], then: Calla
         if statement.startswith(beginning):
             then()
 
-    class Cursor(psycopg.Cursor[Any]):
-        """Also what is handed to the driver directly."""
+    ask = PatientConnection.ask
 
-        def execute(self, query: Any, *arguments: Any, **keywords: Any) -> Any:
-            if isinstance(query, bytes):
-                listen(None, None, query.decode())
-            return super().execute(query, *arguments, **keywords)
+    def ask_heard(connection: PatientConnection, text: bytes, parameters: Mapping[str, Any]) -> list[Any]:
+        listen(None, None, text.decode())  # also what is handed to the driver directly
+        return ask(connection, text, parameters)
 
     with service.app.app_context():
         engine = db.engine
     sa.event.listen(engine, "before_cursor_execute", listen)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PatientConnection, "cursor", lambda connection, **_: Cursor(connection))
+            patch.setattr(PatientConnection, "ask", ask_heard)
             yield
     finally:
         sa.event.remove(engine, "before_cursor_execute", listen)

@@ -13,6 +13,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from clerkhooks import users
+from clerkhooks.clerk.events import parse_event
+from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.cli.pretend import clerk_id
 from clerkhooks.models import db
 from clerkhooks.signals import event_processing
@@ -32,8 +35,11 @@ class Run:
     log: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def deliver(self, event: Sent, attempt: int = 0) -> None:
-        """Deliver once more: applied is what changes the model, stale what does not, duplicate what the log knows."""
-        outcome = self.service.outcome(event.body, event.message_id, int(time.time()) + attempt)
+        """Deliver once more."""
+        self.expect(event, self.service.outcome(event.body, event.message_id, int(time.time()) + attempt))
+
+    def expect(self, event: Sent, outcome: str) -> None:
+        """A delivery came to *outcome*: applied is what changes the model, stale what does not, duplicate what the log knows."""
         was, arrived = self.log.get(event.message_id, ("failed", 0)), self.arrived[event.user_id]
         if was[0] != "failed":
             assert outcome == "duplicate"
@@ -97,6 +103,25 @@ def test_ends_as_the_set_of_events_says(service: Service, history: History) -> N
             run.call(run.ids[what])
         else:
             run.prune({events[number].message_id for number in what})
+    run.check()
+
+
+@given(history=histories())
+def test_writes_a_group_as_its_events_one_by_one(service: Service, history: History) -> None:
+    """Deliveries of several users in one transaction: outcomes, rows and log are those of the model, which takes them in turn."""
+    run = Run(service)
+    events = [draft.sent(run.ids, number) for number, draft in enumerate(history.events)]
+    groups: list[list[Sent]] = [[]]
+    for event in (events[what[0]] for step, what in history.steps if step == "deliver"):
+        if event.user_id in {other.user_id for other in groups[-1]}:
+            groups.append([])
+        groups[-1].append(event)
+    for group in groups:
+        messages = [VerifiedMessage(event.message_id, int(time.time()), event.body.decode()) for event in group]
+        with service.app.app_context():
+            outcomes = users._write_alone([parse_event(message) for message in messages])
+        for event, outcome in zip(group, outcomes, strict=True):
+            run.expect(event, outcome)
     run.check()
 
 

@@ -100,8 +100,10 @@ def serving(checkout: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def server_processes(files: Files) -> list[int]:
-    """The master and the workers, as gunicorn's log names them."""
-    return [int(number) for number in re.findall(r"\] \[(\d+)\] \[INFO\] (?:Listening|Booting)", files.log.read_text())]
+    """The master and the two workers, as gunicorn's log names them once they are there."""
+    while len(found := re.findall(r"\] \[(\d+)\] \[INFO\] (?:Listening|Booting)", files.log.read_text())) < 3:
+        time.sleep(0.01)
+    return [int(number) for number in found]
 
 
 def is_running(process_id: int) -> bool:

@@ -35,7 +35,7 @@ def test_tells_what_fails_as_sqlalchemy_does(make_service: MakeService, migrated
         with pytest.raises(DBAPIError) as raised:
             execute_alone(sa.select(sa.literal(1) / sa.bindparam("divisor", type_=sa.Integer)), {"divisor": 0})
         assert describe(raised.value) == "DataError 22012"
-        assert execute_alone(sa.select(sa.bindparam("number", type_=sa.Integer)), {"number": 7}) == (7,)
+        assert execute_alone(sa.select(sa.bindparam("number", type_=sa.Integer)), {"number": 7}) == [(7,)]
         assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 

@@ -1,5 +1,5 @@
 """
-The leanest WSGI function that keeps the promises: the same verification and the same statements under the same gunicorn, and nothing else.
+The leanest WSGI function that keeps the promises: the same verification and statements, coalesced, under the same gunicorn, and no more.
 
 No Flask, no SQLAlchemy at run time, no pool, no log, no answers to what is wrong. What the service costs beyond it is the price of those.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from clerkhooks.auth import find_keys
 from clerkhooks.clerk.events import Event, UserEvent, parse_event
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
 from clerkhooks.clerk.signatures import SigningSecret, verify_signature
+from clerkhooks.coalescing import Coalescer
 from clerkhooks.models import compile_for_psycopg
 from clerkhooks.settings import load_settings
 from tests.benchmarks.bare_sqlite import connect, write_message
@@ -46,15 +47,26 @@ def receive(environ: dict[str, Any]) -> dict[str, str]:
     body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
     headers = {name: environ["HTTP_" + name.upper().replace("-", "_")] for name in ("svix-id", "svix-timestamp", "svix-signature")}
     event = parse_event(verify_signature(headers, body, SECRETS, time.time()))
-    outcome = write_to_sqlite(event) if SQLITE else write_to_postgresql(event)
+    outcome = write_to_sqlite(event) if SQLITE else DELIVERIES(event)
     return {"outcome": outcome, "messageId": event.message_id}
 
 
-def write_to_postgresql(event: Event) -> str:
-    """User and message in one statement."""
-    assert isinstance(event, UserEvent)
-    row = execute(*users.statement_of(event, datetime.now(UTC))).fetchone()
-    return str(row[0]) if row else "duplicate"
+def write_to_postgresql(events: Sequence[Event]) -> list[str]:
+    """Users and messages in one statement."""
+    rows = json.dumps([users._row(event) for event in events])
+    outcomes = dict(execute(statements.events_statement(), {"rows": rows, "now": datetime.now(UTC)}).fetchall())
+    return [str(outcomes.get(event.message_id, "duplicate")) for event in events]
+
+
+def read(user_ids: Sequence[str]) -> list[Any]:
+    """Users in one statement."""
+    rows = json.dumps([{"id": user_id} for user_id in user_ids])
+    found = {row[0]: row for row in execute(statements.select_statement("postgresql"), {"rows": rows}).fetchall()}
+    return [found[user_id] for user_id in user_ids]
+
+
+DELIVERIES = Coalescer(write_to_postgresql, keys=users._keys, failed_for_all=bool)
+READS = Coalescer(read, keys=lambda user_id: (user_id,), failed_for_all=bool)
 
 
 def write_to_sqlite(event: Event) -> str:
@@ -69,8 +81,7 @@ def write_to_sqlite(event: Event) -> str:
 def get_me(environ: dict[str, Any]) -> dict[str, Any]:
     """One call."""
     session = VERIFIER.verify(environ["HTTP_AUTHORIZATION"].removeprefix("Bearer "), time.time())
-    row = execute(statements.SELECT, {"user_id": session.user_id}).fetchone()
-    assert row is not None
+    row = READS(session.user_id)
     return dict(zip(("id", "email", "name", "imageUrl", "isOnline", "lastSeen"), map(str, row), strict=False))
 
 
