@@ -7,16 +7,32 @@ environment by itself and before all else, so that a wrong one ends in its own w
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from contextvars import copy_context
+from functools import wraps
 from typing import Any
 
-from clerkhooks import auth, models
-from clerkhooks.logs import logger
-from clerkhooks.settings import load_settings
+from clerkhooks.errors import SettingsError
+from clerkhooks.settings import load_dotenv_file, load_settings, names_postgresql
+
+with suppress(SettingsError):  # which is told below
+    load_dotenv_file()
+_on_gevent = names_postgresql(os.environ)
+if _on_gevent:
+    import gevent.monkey
+
+    # Before anything is imported that waits: from here on whoever waits for a network lets the others go on.
+    gevent.monkey.patch_all()
+
+from clerkhooks import auth, models  # noqa: E402
+from clerkhooks.logs import logger  # noqa: E402
 
 
 def _leave_nothing_behind(directory: str, owner: int) -> None:
@@ -35,12 +51,13 @@ if _metrics:
 
 bind = f"0.0.0.0:{_settings.port}"
 workers = _settings.web_concurrency
-worker_class = "gthread"
+# SQLite waits for its file inside the library, where nobody else could go on meanwhile: it is given threads.
+worker_class = "gevent" if _on_gevent else "gthread"
 threads = models.THREADS
 preload_app = True
 keepalive = 75  # seconds: longer than the usual proxy keeps a connection, so that it never writes into a closed one
 timeout = 15  # seconds without a heartbeat; Svix gives up on an answer after as many
-graceful_timeout = 25  # seconds: platforms kill after 30
+graceful_timeout = 12  # seconds: a request is over within 10; with gevent, idle connections are waited for as well
 limit_request_line = 8190
 limit_request_field_size = 32768  # headers of 16 KiB reach the application, which answers in its own words
 control_socket_disable = True
@@ -60,7 +77,36 @@ def post_fork(server: Any, _worker: Any) -> None:
     models.discard_connections(app)
     if _metrics:
         app.extensions["clerkhooks.metrics"].begin_process(app)
+    if _on_gevent:
+        app.async_to_sync = run_in_a_thread
     auth.fetch_keys_soon(app)
+
+
+def run_in_a_thread(view: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """Run an async view in a thread of its own: asyncio takes all greenlets, which share one, for one caller."""
+
+    @wraps(view)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        context = copy_context()
+        return gevent.get_hub().threadpool.apply(context.run, (asyncio.run, view(*args, **kwargs)))
+
+    return run
+
+
+if _on_gevent:
+
+    def pre_request(_worker: Any, request: Any) -> None:
+        """Remember which round of the loop this request began in."""
+        request.began_in = gevent.get_hub().loop.iteration
+
+    def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> None:
+        """
+        Let the loop look at other connections after a request that waited for nothing, such as one that is refused.
+
+        Else one that always has the next request at hand, and never waits for a database, would keep the worker for itself.
+        """
+        if gevent.get_hub().loop.iteration == request.began_in:
+            gevent.sleep(0.00001)  # a round: a sleep of none would be over before it
 
 
 def child_exit(_server: Any, worker: Any) -> None:

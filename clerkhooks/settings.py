@@ -18,8 +18,6 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from dotenv import load_dotenv
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -49,6 +47,7 @@ VARIABLES = {
 }
 """Every variable that is read, and where its right value is to be found."""
 _PEM = re.compile(r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL)
+_POSTGRESQL = re.compile(r"^postgres(ql(\+psycopg)?)?://")
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -141,6 +140,11 @@ def load_dotenv_file() -> None:
         raise SettingsError([Fault(".env", "cannot be read.", "Look at its permissions, or start again from .env.example.")]) from None
 
 
+def names_postgresql(environ: Mapping[str, str]) -> bool:
+    """Whether a PostgreSQL is configured, as far as can be told before all is validated."""
+    return _POSTGRESQL.match(environ.get("DATABASE_URL", "").strip()) is not None
+
+
 class _Reader:
     """Reads variables one by one and collects what is wrong with them."""
 
@@ -210,7 +214,7 @@ def _parse_webhook_secret(text: str) -> bytes:
 
 def _parse_database_url(text: str) -> str:
     try:
-        url = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", text))
+        url = make_url(_POSTGRESQL.sub("postgresql+psycopg://", text))
     except (ArgumentError, ValueError):
         raise ValueError("is not a database URL.") from None
     if url.drivername == "postgresql+psycopg":
@@ -226,6 +230,9 @@ def _parse_database_url(text: str) -> str:
 
 
 def _check_postgresql(url: str) -> str:
+    from psycopg import ProgrammingError  # chooses how to wait when it is imported: see serving.py
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
         conninfo_to_dict(url.replace("+psycopg", "", 1))
     except ProgrammingError:

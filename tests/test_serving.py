@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ import pytest
 from clerkhooks.cli.pretend import PretendedClerk, clerk_id
 from clerkhooks.models import db
 from clerkhooks.settings import PROJECT
+from tests.conftest import MakeDatabase, migrate
+from tests.issuer import Issuer, jwk
 from tests.server import Server, environ, free_port, serving, web_command
 from tests.support import Service, user_event
 
@@ -75,6 +78,62 @@ def test_finishes_a_request_when_it_is_told_to_stop(database_url: str, clerk: Pr
         assert delivery.result().json()["outcome"] == "applied"
         assert server.process.wait(30) == 0
         assert server.rows("SELECT count(*) FROM users") == [(1,)]
+
+
+ASYNC_VIEW = """
+import asyncio
+
+from clerkhooks import create_app, current_user, require_auth
+from clerkhooks.models import User, db
+
+app = create_app()
+
+
+@app.get("/api/slow")
+@require_auth
+async def slow():
+    await asyncio.sleep(0.05)
+    return {"id": db.session.get(User, current_user.id).id}
+"""
+
+
+def test_serves_async_views(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
+    """Twenty of them at once, each with its own caller and the database, beside deliveries."""
+    (tmp_path / "wsgi.py").write_text(ASYNC_VIEW)
+    ids = [clerk_id("user") for _ in range(20)]
+
+    def call(user_id: str) -> tuple[int, object]:
+        assert server.deliver(user_event(user_id)).status == 200
+        answer = server.request("GET", "/api/slow", headers={"Authorization": f"Bearer {clerk.session_token(user_id)}"})
+        return answer.status, answer.json().get("id")
+
+    chdir = f"--chdir {tmp_path}"
+    with serving(database_url, clerk, tmp_path / "server.log", GUNICORN_CMD_ARGS=chdir) as server, ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(call, ids)) == [(200, user_id) for user_id in ids]
+
+
+def test_fetches_keys(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
+    """Before the first call and for many at once, in the server as it runs."""
+    with (
+        Issuer(jwk(clerk)).open() as issuer,
+        serving(database_url, clerk, tmp_path / "server.log", CLERK_JWT_KEY="", CLERK_JWKS_URL=issuer.url) as server,
+        ThreadPoolExecutor(20) as pool,
+    ):
+        headers = {"Authorization": f"Bearer {clerk.session_token(clerk_id('user'))}"}
+        assert Counter(pool.map(lambda _: server.request("GET", "/api/me", headers=headers).status, range(40))) == {200: 40}
+
+
+def test_serves_beside_clients_that_never_finish(make_database: MakeDatabase, clerk: PretendedClerk, tmp_path: Path) -> None:
+    """On PostgreSQL, a hundred connections that stop in the middle of a request keep nobody else waiting."""
+    url = make_database("postgresql")
+    migrate(url, clerk)
+    with ExitStack() as stack, serving(url, clerk, tmp_path / "server.log") as server:
+        for number in range(100):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            begun = "POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\n" + ("Content-Length: 100\r\n\r\n{" if number % 2 else "")
+            connection.sendall(begun.encode())
+        answers = [server.deliver(user_event(clerk_id("user"))).status for _ in range(20)]
+        assert answers == [200] * 20
 
 
 def test_answers_long_headers_itself(server: Server) -> None:
@@ -161,7 +220,8 @@ def test_ends_commands_with_status_2_when_settings_are_wrong() -> None:
 
 def test_gives_each_worker_connections_of_its_own(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gunicorn's configuration follows the variables, and its hook empties the pool that a worker inherits."""
-    for name, value in (service.clerk.environ | {"PORT": "8123", "WEB_CONCURRENCY": "3"}).items():
+    variables = {"PORT": "8123", "WEB_CONCURRENCY": "3", "DATABASE_URL": ""}
+    for name, value in (service.clerk.environ | variables).items():
         monkeypatch.setenv(name, value)
     serving = importlib.reload(importlib.import_module("clerkhooks.serving"))
     assert (serving.bind, serving.workers, serving.preload_app) == ("0.0.0.0:8123", 3, True)

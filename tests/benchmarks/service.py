@@ -73,7 +73,8 @@ def measure_floor(folder: Path) -> None:
 @contextlib.contextmanager
 def _serving_floor(database_url: str) -> Iterator[int]:
     port = free_port()
-    options = ["-w", "2", "-k", "gthread", "--threads", "8", "--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
+    worker = "gthread" if database_url.startswith("sqlite") else "gevent"
+    options = ["-w", "2", "-k", worker, "--threads", "8", "--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
     process = subprocess.Popen(
         command, cwd=PROJECT, env=environ(**CLERK.environ, DATABASE_URL=database_url), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
