@@ -69,7 +69,7 @@ def calls(clerk: PretendedClerk, users: Sequence[str]) -> Iterator[bytes]:
 
 def apply_load(port: int, requests: Iterator[bytes], seconds: float, connections: int = 8) -> Result:
     """Send *requests*, which are prepared first, over so many connections for so long."""
-    prepared = list(itertools.islice(requests, int(seconds * 2500)))
+    prepared = list(itertools.islice(requests, int(seconds * 4000)))
     result, guard, ends = Result(), threading.Lock(), time.monotonic() + seconds
     following = iter(prepared)
 
