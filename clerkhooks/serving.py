@@ -7,16 +7,12 @@ environment by itself and before all else, so that a wrong one ends in its own w
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from contextvars import copy_context
-from functools import wraps
 from typing import Any
 
 from clerkhooks.errors import SettingsError
@@ -31,7 +27,7 @@ if _on_gevent:
     # Before anything is imported that waits: from here on whoever waits for a network lets the others go on.
     gevent.monkey.patch_all()
 
-from clerkhooks import auth, models  # noqa: E402
+from clerkhooks import auth, coroutines, models  # noqa: E402
 from clerkhooks.logs import logger  # noqa: E402
 
 
@@ -78,19 +74,8 @@ def post_fork(server: Any, _worker: Any) -> None:
     if _metrics:
         app.extensions["clerkhooks.metrics"].begin_process(app)
     if _on_gevent:
-        app.async_to_sync = run_in_a_thread
+        app.async_to_sync = coroutines.to_sync
     auth.fetch_keys_soon(app)
-
-
-def run_in_a_thread(view: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
-    """Run an async view in a thread of its own: asyncio takes all greenlets, which share one, for one caller."""
-
-    @wraps(view)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        context = copy_context()
-        return gevent.get_hub().threadpool.apply(context.run, (asyncio.run, view(*args, **kwargs)))
-
-    return run
 
 
 if _on_gevent:

@@ -15,6 +15,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import RSAAlgorithm
 
+from clerkhooks import coroutines
 from clerkhooks.clerk import strict_json
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
@@ -199,7 +200,7 @@ def download(url: str, headers: Mapping[str, str]) -> bytes:
         ValueError: if it is answered with anything but 200, or is too long; a redirect is not followed.
         TimeoutError, httpx.HTTPError: if it is not answered, or not in time.
     """
-    return asyncio.run(_download(url, headers))
+    return coroutines.run(_download(url, headers))
 
 
 async def _download(url: str, headers: Mapping[str, str]) -> bytes:

@@ -1,0 +1,57 @@
+"""Coroutines run from plain code, wherever that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextvars import ContextVar
+
+import pytest
+
+from clerkhooks import coroutines
+
+name: ContextVar[str] = ContextVar("name")
+
+TWO_AT_ONCE = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import asyncio, gevent
+from clerkhooks import coroutines
+
+async def meet(mine, other):
+    mine.set()
+    while not other.is_set():
+        await asyncio.sleep(0.001)
+    return "met"
+
+from gevent.event import Event
+one, two = Event(), Event()
+pair = [gevent.spawn(coroutines.run, meet(*both)) for both in ((one, two), (two, one))]
+print([greenlet.get(timeout=20) for greenlet in pair])
+"""
+
+
+async def greet(greeting: str) -> str:
+    """What the caller's context says, a moment later."""
+    await asyncio.sleep(0)
+    return f"{greeting} {name.get()}"
+
+
+async def fail() -> None:
+    """Raise."""
+    raise KeyError("gone")
+
+
+def test_runs_in_the_callers_context() -> None:
+    """And gives the caller what comes of it, an error too."""
+    name.set("Ada")
+    assert coroutines.run(greet("Hello")) == coroutines.to_sync(greet)("Hello") == "Hello Ada"
+    with pytest.raises(KeyError, match="gone"):
+        coroutines.run(fail())
+
+
+def test_runs_as_many_as_there_are_greenlets() -> None:
+    """With one loop a thread, and all greenlets in one, the second would be refused, and the first would hold up all others."""
+    done = subprocess.run([sys.executable, "-c", TWO_AT_ONCE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "['met', 'met']\n", done.stderr
