@@ -39,6 +39,10 @@ def create_app(settings: Settings | None = None) -> Flask:
     init_auth(app, settings)
     init_api(app, settings)
     ops.init_ops(app, settings)
+    if settings.console_password is not None:
+        from clerkhooks.console import init_console  # nobody else pays for loading it
+
+        init_console(app, settings, settings.console_password)
     app.cli.add_command(webhooks_group)
     app.cli.add_command(users)
     return app

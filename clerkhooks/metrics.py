@@ -19,7 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from clerkhooks import auth, logs, reports
+from clerkhooks import activity, auth, logs
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.models import Outcome, db
 from clerkhooks.signals import user_first_seen
@@ -162,12 +162,12 @@ def _age(family: Metric) -> Metric:
 
 def _from_database() -> Iterator[Metric]:
     try:
-        unfilled, last = reports.count_unfilled(), reports.find_last_received()
+        unfilled, last = activity.count_unfilled(), activity.find_last_received()
     except SQLAlchemyError:
         yield GaugeMetricFamily("clerkhooks_database_up", "Whether the database answers.", 0)
         return
     yield GaugeMetricFamily("clerkhooks_database_up", "Whether the database answers.", 1)
-    yield GaugeMetricFamily("clerkhooks_users_unfilled", "Rows that no webhook and no sync has filled in.", unfilled)
+    yield GaugeMetricFamily("clerkhooks_users_unfilled", "Rows that no webhook and no sync has filled in.", unfilled.value)
     if last is not None:
         silence = (datetime.now(UTC) - last).total_seconds()
         yield GaugeMetricFamily("clerkhooks_last_webhook_age_seconds", "Since the last verified webhook that was new.", silence)

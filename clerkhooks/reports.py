@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import sqlalchemy as sa
 
-from clerkhooks.models import Outcome, User, WebhookMessage, autocommit
+from clerkhooks.models import NAME_SEARCHES, Outcome, User, WebhookMessage, autocommit, db
 
 _users = cast("sa.Table", User.__table__)
 _messages = cast("sa.Table", WebhookMessage.__table__)
-_LIVE = _users.c.deleted_at.is_(None)
-_UNFILLED = sa.and_(_users.c.version_updated_at.is_(None), _LIVE)
+LIVE = _users.c.deleted_at.is_(None)
+IS_FAILED = _messages.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")  # the partial index serves only what says so literally
+SEARCHED = 20_000  # messages that one page is looked for among
+_LAST_CHARACTER = chr(sys.maxunicode)
+UNFILLED = sa.and_(_users.c.version_updated_at.is_(None), LIVE)
 
 
 class Place(NamedTuple):
@@ -22,6 +26,24 @@ class Place(NamedTuple):
 
     at: datetime
     key: str
+
+    def __str__(self) -> str:
+        return f"{self.at.isoformat()},{self.key}"
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """
+        What was printed with a page.
+
+        Raises:
+            ValueError: if it was not.
+        """
+        at, _, key = text.partition(",")
+        moment = datetime.fromisoformat(at)
+        try:
+            return cls((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC), key)
+        except OverflowError:
+            raise ValueError("a time before the first or after the last") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +67,13 @@ class UserReport:
     def place(self) -> Place:
         """Where a page that ends with this row ends."""
         return Place(self.created_at, self.id)
+
+    @property
+    def as_of(self) -> datetime | None:
+        """The time of the version that filled it; None where nothing did, or what did it named no time."""
+        if self.version_updated_at is None or self.version_updated_at < 0:
+            return None
+        return datetime.fromtimestamp(self.version_updated_at / 1000, UTC)
 
     @property
     def source(self) -> str:
@@ -86,17 +115,18 @@ def find_users(
     search: str | None = None, *, deleted: bool = False, unsynced: bool = False, before: Place | None = None, limit: int = 50
 ) -> list[UserReport]:
     """
-    Users, newest first: those after the place *before*, which match *search*, an id, a whole email or the beginning of a name.
+    Users, newest first: those after the place *before*, which match *search*.
 
-    *deleted*: tombstones only; *unsynced*: only rows that nothing has filled in. Only a search by name reads the whole table.
+    That is an id, a whole email, or the beginning of a name or of what follows the first name. *deleted*: tombstones only;
+    *unsynced*: only rows that nothing has filled in. Only a search by name on SQLite reads the whole table.
     """
     query = sa.select(*_users.c)
     if search:
         query = query.where(_matches(search))
     if deleted:
-        query = query.where(_users.c.deleted_at.is_not(None))
+        query = query.where(sa.not_(LIVE))
     if unsynced:
-        query = query.where(_UNFILLED)
+        query = query.where(UNFILLED)
     query = _newest_first(query, _users.c.created_at, _users.c.id, before)
     return [UserReport(**row) for row in _read(query.limit(limit))]
 
@@ -119,6 +149,43 @@ def find_messages(
     return [MessageReport(**row) for row in _read(query.limit(limit))]
 
 
+def find_message(message_id: str) -> MessageReport | None:
+    """A message."""
+    rows = _read(sa.select(*_messages.c).where(_messages.c.message_id == message_id))
+    return MessageReport(**rows[0]) if rows else None
+
+
+class MessagePage(NamedTuple):
+    """Messages, newest first, and where the next page begins; one *is_cut* where the search for more was given up for now."""
+
+    messages: list[MessageReport]
+    next: Place | None
+    is_cut: bool = False
+
+
+def read_message_page(
+    *, since: datetime | None = None, before: Place | None = None, limit: int = 50, **wanted: Unpack[Wanted]
+) -> MessagePage:
+    """
+    A page of messages that are *wanted*, newest first: those after the place *before*, received at *since* or later.
+
+    What no index serves is looked for among the next 20,000 messages only, so that a page costs the same in any table.
+    """
+    indexed = {name: value for name, value in wanted.items() if name == "user_id" or value == Outcome.FAILED}
+    others = {name: value for name, value in wanted.items() if name not in indexed and value is not None}
+    candidates = _newest_first(_select_messages(cast("Wanted", indexed)), _messages.c.received_at, _messages.c.message_id, before)
+    if since is not None:
+        candidates = candidates.where(_messages.c.received_at >= since)
+    looked_at = candidates.limit(SEARCHED if others else limit + 1).subquery()
+    query = sa.select(*looked_at.c).where(*_conditions(looked_at.c, others))
+    rows = _read(query.order_by(looked_at.c.received_at.desc(), looked_at.c.message_id.desc()).limit(limit + 1))
+    found = [MessageReport(**row) for row in rows]
+    if len(found) > limit:
+        return MessagePage(found[:limit], found[limit - 1].place)
+    beyond = _read(candidates.offset(SEARCHED - 1).limit(1)) if others else ()
+    return MessagePage(found, MessageReport(**beyond[0]).place if beyond else None, is_cut=bool(beyond))
+
+
 def find_new_messages(since: datetime, watched: Sequence[str], **wanted: Unpack[Wanted]) -> list[MessageReport]:
     """Messages that are *wanted*, oldest first: those received at *since* or later, and those of the ids *watched*."""
     query = _select_messages(wanted).where(sa.or_(_messages.c.received_at >= since, _messages.c.message_id.in_(watched)))
@@ -126,31 +193,13 @@ def find_new_messages(since: datetime, watched: Sequence[str], **wanted: Unpack[
 
 
 def _select_messages(wanted: Wanted) -> sa.Select[Any]:
-    columns = {"outcome": _messages.c.outcome, "user_id": _messages.c.clerk_user_id, "event_type": _messages.c.event_type}
-    conditions = (_is(columns[name], str(value)) for name, value in wanted.items() if value is not None)
-    return sa.select(*_messages.c).where(*conditions)
+    return sa.select(*_messages.c).where(*_conditions(_messages.c, wanted))
 
 
-def find_last_received() -> datetime | None:
-    """When the last verified message came that was new."""
-    [row] = _read(sa.select(sa.func.max(_messages.c.received_at, type_=_messages.c.received_at.type).label("last")))
-    return cast("datetime | None", row["last"])
-
-
-def count_failures(since: datetime) -> int:
-    """How many messages received at *since* or later failed and were never retried to success."""
-    return _count(_messages, _is(_messages.c.outcome, Outcome.FAILED), _messages.c.received_at >= since)
-
-
-def count_unfilled(older_than: timedelta | None = None) -> int:
-    """How many rows nothing has filled in; with *older_than* only those that have been so for as long."""
-    old = sa.true() if older_than is None else _users.c.created_at < datetime.now(UTC) - older_than
-    return _count(_users, _UNFILLED, old)
-
-
-def _is(column: sa.ColumnElement[Any], value: str) -> sa.ColumnElement[bool]:
-    # The partial index of failures serves only a statement that says so literally.
-    return column == sa.literal_column(f"'{Outcome.FAILED}'") if value == Outcome.FAILED else column == value
+def _conditions(columns: Any, wanted: Mapping[str, object]) -> Iterator[sa.ColumnElement[bool]]:
+    for name, value in wanted.items():
+        if value is not None:
+            yield IS_FAILED if value == Outcome.FAILED else columns["clerk_user_id" if name == "user_id" else name] == value
 
 
 def _matches(search: str) -> sa.ColumnElement[bool]:
@@ -160,7 +209,10 @@ def _matches(search: str) -> sa.ColumnElement[bool]:
         return _users.c.id == text
     if "@" in text:
         return sa.or_(_users.c.email == text, _users.c.email == text.lower())
-    return sa.func.lower(_users.c.name).startswith(text.lower(), autoescape=True)
+    first = sa.func.lower(text)
+    beyond = first + _LAST_CHARACTER
+    names = [sa.literal_column(name, sa.Text) for name in NAME_SEARCHES[db.engine.dialect.name]]
+    return sa.or_(*(sa.and_(name >= first, name < beyond) for name in names))
 
 
 def _newest_first(
@@ -171,11 +223,6 @@ def _newest_first(
         return query
     # The first condition says nothing new, but an index on the time alone serves it.
     return query.where(at <= before.at, sa.tuple_(at, key) < sa.tuple_(sa.literal(before.at, at.type), sa.literal(before.key, key.type)))
-
-
-def _count(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
-    [row] = _read(sa.select(sa.func.count().label("count")).select_from(table).where(*conditions))
-    return int(row["count"])
 
 
 def _read(query: sa.Select[Any]) -> Sequence[Mapping[str, Any]]:

@@ -40,6 +40,7 @@ VARIABLES = {
     "CLERK_AUTHORIZED_PARTIES": "The origins of your front ends: https://app.example.com,http://localhost:3000",
     "CLERK_AUDIENCE": "What your tokens carry as aud.",
     "METRICS_TOKEN": "Any secret of 16 characters or more, such as the output of: openssl rand -hex 16",
+    "CONSOLE_PASSWORD": "Any secret of 12 characters or more, such as the output of: openssl rand -hex 12",
     "LOG_FORMAT": "json or text.",
     "PORT": "A free TCP port, such as 8000.",
     "WEB_CONCURRENCY": "The number of worker processes, such as 2.",
@@ -68,6 +69,7 @@ class Settings:
     authorized_parties: tuple[str, ...] = ()
     audience: tuple[str, ...] = ()
     metrics_token: str | None = field(repr=False, default=None)
+    console_password: str | None = field(repr=False, default=None)
     log_format: str | None = None
     port: int = 8000
     web_concurrency: int = 2
@@ -98,6 +100,7 @@ class Settings:
             "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", _parse_origins, ()),
             "audience": read("CLERK_AUDIENCE", _split, ()),
             "metrics_token": read("METRICS_TOKEN", _parse_metrics_token, None),
+            "console_password": read("CONSOLE_PASSWORD", _parse_console_password, None),
             "log_format": read("LOG_FORMAT", _parse_log_format, None),
             "port": read("PORT", lambda text: _parse_number(text, 65535), 8000),
             "web_concurrency": read("WEB_CONCURRENCY", lambda text: _parse_number(text, 512), 2),
@@ -293,6 +296,12 @@ def _parse_metrics_token(text: str) -> str:
     # Guessed as often as anybody likes, it must not be guessable.
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise ValueError("is not 16 or more printable ASCII characters without a blank.")
+    return text
+
+
+def _parse_console_password(text: str) -> str:
+    if len(text) < 12 or not text.isprintable():
+        raise ValueError("is not 12 or more printable characters.")
     return text
 
 

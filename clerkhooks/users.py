@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from flask import Flask, current_app
@@ -113,7 +113,19 @@ def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
     return UserSnapshot(*rows[0])
 
 
-def is_present(user: UserSnapshot) -> bool:
+class Seen(Protocol):
+    """A row of ``users``, as far as presence goes."""
+
+    @property
+    def is_online(self) -> bool:
+        """What the user said."""
+
+    @property
+    def last_seen(self) -> datetime:
+        """When the user was last here."""
+
+
+def is_present(user: Seen) -> bool:
     """Whether *user* said to be online and was seen within five minutes."""
     return user.is_online and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
 

@@ -160,14 +160,24 @@ def service(make_service: MakeService) -> Service:
 
 
 @pytest.fixture
-def unreachable(clerk: PretendedClerk, tmp_path: Path) -> Service:
+def make_unreachable(clerk: PretendedClerk, tmp_path: Path) -> MakeService:
+    """Make the service whose database is away, with variables replaced."""
+
+    def make(**variables: str) -> Service:
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        url = f"sqlite:///{folder}/clerkhooks.db"
+        service = Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url} | variables)), clerk, url)
+        folder.rmdir()
+        return service
+
+    return make
+
+
+@pytest.fixture
+def unreachable(make_unreachable: MakeService) -> Service:
     """The service, while its database is away."""
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    url = f"sqlite:///{folder}/clerkhooks.db"
-    service = Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})), clerk, url)
-    folder.rmdir()
-    return service
+    return make_unreachable()
 
 
 @pytest.fixture

@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
-from flask import Flask
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from flask import Flask, current_app
 from werkzeug.test import TestResponse
 
 from clerkhooks.cli.pretend import PretendedClerk, event_body, user_data
+from clerkhooks.models import db
 from clerkhooks.testing import ClerkService
 
 DATA = Path(__file__).parent / "data"
@@ -34,6 +37,18 @@ def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
     with psycopg.connect(database_url) as connection:
         cursor = connection.execute(query.encode())
         return cursor.fetchall() if cursor.description else []
+
+
+def left_to_migrate(*own: str) -> list[Any]:
+    """What ``flask db migrate`` would change in the current application's database: in its own tables, and in those named."""
+
+    def is_known(_: object, name: str, kind: str, *__: object) -> bool:
+        # Whole test runs import examples, whose tables are in the metadata too.
+        return kind != "table" or name in ("users", "webhook_messages", *own)
+
+    options = current_app.extensions["migrate"].configure_args | {"include_object": is_known}
+    with db.engine.connect() as connection:
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), db.metadata))
 
 
 def user_event(user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any) -> bytes:
@@ -79,14 +94,25 @@ class Service:
         return found[0] if found else None
 
 
+class HasTables(Protocol):
+    """Whatever knows a database: the service in this process, or the real server."""
+
+    @property
+    def database_url(self) -> str:
+        """Where it is."""
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Read or change the tables behind the service's back."""
+
+
 @contextmanager
-def broken_users(service: Service) -> Iterator[None]:
+def broken_users(service: HasTables) -> Iterator[None]:
     """Make every write of a user fail for its content, with an error that quotes the row."""
     if service.database_url.startswith("sqlite"):
         broken = "CREATE TRIGGER broken BEFORE INSERT ON users BEGIN SELECT RAISE(ABORT, 'Failing row contains (ada@example.org)'); END"
         mended = "DROP TRIGGER broken"
     else:
-        broken = "ALTER TABLE users ADD CONSTRAINT broken CHECK (email IS NULL)"
+        broken = "ALTER TABLE users ADD CONSTRAINT broken CHECK (email IS NULL) NOT VALID"
         mended = "ALTER TABLE users DROP CONSTRAINT broken"
     service.rows(broken)
     yield

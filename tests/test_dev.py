@@ -167,7 +167,7 @@ def test_never_looks_at_what_is_configured(checkout: Path) -> None:
 def test_leaves_no_variable_for_env_to_fill(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every name that we read is given to the server, empty where dev needs none, so that python-dotenv leaves it alone."""
     files.folder.mkdir()
-    environ = server_environ(HOSTILE | {"PATH": "/bin"}, PretendedClerk(), files.database)
+    environ = server_environ(HOSTILE | {"PATH": "/bin"}, PretendedClerk(), files.database, "")
     assert environ.keys() == VARIABLES.keys() | {"PATH"}
     assert "broken" not in environ.values()
     (tmp_path / ".env").write_text("\n".join(f"{name}=broken" for name in VARIABLES))
@@ -283,7 +283,7 @@ def test_asks_for_a_checkout(files: Files, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_shows_the_log_of_a_server_that_does_not_start(tmp_path: Path, listener: socket.socket) -> None:
     """What the server said is what helps."""
-    environ = server_environ(os.environ, PretendedClerk(), tmp_path / "database") | {"CLERK_WEBHOOK_SECRET": "broken"}
+    environ = server_environ(os.environ, PretendedClerk(), tmp_path / "database", "") | {"CLERK_WEBHOOK_SECRET": "broken"}
     with (
         pytest.raises(ServerFailed, match="CLERK_WEBHOOK_SECRET is not a signing secret"),
         running_server(listener, environ, tmp_path / "log"),
@@ -294,7 +294,7 @@ def test_shows_the_log_of_a_server_that_does_not_start(tmp_path: Path, listener:
 def test_gives_up_on_a_server_that_stays_silent(tmp_path: Path, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting has an end."""
     monkeypatch.setattr(server, "START_WITHIN", 0)
-    environ = server_environ(os.environ, PretendedClerk(), tmp_path / "database")
+    environ = server_environ(os.environ, PretendedClerk(), tmp_path / "database", "")
     with pytest.raises(ServerFailed, match="did not answer within 0 s"), running_server(listener, environ, tmp_path / "log"):
         pytest.fail("it began")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import signal
 import socket
 import time
@@ -90,7 +91,8 @@ def run(files: Files, port: int, *, once: bool) -> int:
         port = listener.getsockname()[1]
         files.lock.write_text(f"process {os.getpid()}, http://{HOST}:{port}")
         story = demonstration.Story(PretendedClerk())
-        environ = server_environ(os.environ, story.clerk, files.database)
+        password = secrets.token_hex(6)
+        environ = server_environ(os.environ, story.clerk, files.database, password)
         click.secho("clerkhooks dev: the real server, with keys and a database made for this run", bold=True)
         prepare_database(files.database)
         _say("database", f"{_short(files.database)}, migrated")
@@ -98,18 +100,18 @@ def run(files: Files, port: int, *, once: bool) -> int:
             _say("server", f"http://{HOST}:{port}, gunicorn; its log is {_short(files.log)}")
             well = demonstration.show(story, port, files.database)
             if not once:
-                _serve(server, story, port, files.log)
+                _serve(server, story, port, password, files.log)
     return 0 if well else 1
 
 
-def server_environ(environ: Mapping[str, str], clerk: PretendedClerk, database: Path) -> dict[str, str]:
+def server_environ(environ: Mapping[str, str], clerk: PretendedClerk, database: Path, password: str) -> dict[str, str]:
     """
-    The server's environment: *environ*, in which only *clerk* and *database* are configured.
+    The server's environment: *environ*, in which only *clerk*, *database* and the console's *password* are configured.
 
     Every other variable of ours is there and empty: that counts as unset, and keeps .env from setting it.
     """
     others = {name: value for name, value in environ.items() if not name.startswith(("GUNICORN_", "SCRIPT_NAME"))}
-    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | {"DATABASE_URL": f"sqlite:///{database}"}
+    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | {"DATABASE_URL": f"sqlite:///{database}", "CONSOLE_PASSWORD": password}
 
 
 def prepare_database(database: Path) -> None:
@@ -165,7 +167,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _serve(server: Server, story: demonstration.Story, port: int, log: Path) -> None:
+def _serve(server: Server, story: demonstration.Story, port: int, password: str, log: Path) -> None:
     """Say how to go on, and wait for a signal."""
     token = story.clerk.session_token(story.ada.id, lifetime=TOKEN_LIFETIME)
     until = time.strftime("%H:%M", time.localtime(time.time() + TOKEN_LIFETIME))
@@ -173,6 +175,7 @@ def _serve(server: Server, story: demonstration.Story, port: int, log: Path) -> 
         click.secho(f"\nServing on http://{HOST}:{port}. Ctrl-C stops it.", bold=True)
         click.echo(f"Call the API as Ada (her token is good until {until}):\n")
         click.echo(f"  curl -H 'Authorization: Bearer {token}' http://{HOST}:{port}/api/me\n")
+        click.echo(f"See what happened: http://{HOST}:{port}/console, any user name, password {password}\n")
         click.echo("Then with your own Clerk application: put its signing secret (Clerk Dashboard, Webhooks, your endpoint)")
         click.echo(f"into {_short(PROJECT / '.env')} as CLERK_WEBHOOK_SECRET=whsec_... and go on with README.md.")
         server.wait()

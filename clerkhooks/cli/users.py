@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 
 import click
 from flask.cli import AppGroup
@@ -24,12 +23,10 @@ class PlaceType(click.ParamType[reports.Place]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> reports.Place:
         """Text to place."""
-        at, _, key = value.partition(",")
         try:
-            moment = datetime.fromisoformat(at)
+            return reports.Place.parse(value)
         except ValueError:
             self.fail("is not a cursor: take it from the end of a page.", param, ctx)
-        return reports.Place(moment if moment.tzinfo else moment.replace(tzinfo=UTC), key)
 
 
 @users.command("list")
@@ -41,7 +38,7 @@ class PlaceType(click.ParamType[reports.Place]):
 @json_option
 def list_users(search: str | None, deleted: bool, unsynced: bool, limit: int, after: reports.Place | None, as_json: bool) -> None:
     """
-    List users, newest first: all, or those of an id, an email, or a beginning of a name.
+    List users, newest first: all, or those of an id, an email, or the beginning of a name or last name.
 
     With --json: {"users": [...], "next": cursor or null}.
     """
@@ -50,7 +47,7 @@ def list_users(search: str | None, deleted: bool, unsynced: bool, limit: int, af
     with database_failures():
         found = reports.find_users(search, deleted=deleted, unsynced=unsynced, before=after, limit=limit + 1)
     page, has_more = found[:limit], len(found) > limit
-    following = f"{page[-1].place.at.isoformat()},{page[-1].place.key}" if has_more else None
+    following = str(page[-1].place) if has_more else None
     if as_json:
         click.echo(json.dumps({"users": [as_object(user) | {"source": user.source} for user in page], "next": following}))
         return
@@ -95,7 +92,6 @@ def _print_user(user: reports.UserReport) -> None:
 
 
 def _version(user: reports.UserReport) -> str:
-    if user.version_updated_at is None or user.version_updated_at < 0:
+    if user.as_of is None:
         return ""
-    at = printable(datetime.fromtimestamp(user.version_updated_at / 1000, UTC))
-    return f", as of {at} UTC" + (f", message {printable(user.version_message_id)}" if user.version_message_id else "")
+    return f", as of {printable(user.as_of)} UTC" + (f", message {printable(user.version_message_id)}" if user.version_message_id else "")

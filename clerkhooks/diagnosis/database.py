@@ -10,7 +10,7 @@ from flask import Flask
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from clerkhooks import reports
+from clerkhooks import activity
 from clerkhooks.diagnosis.findings import Case, Finding, Level, within
 from clerkhooks.errors import describe
 from clerkhooks.models import autocommit, db, init_database
@@ -88,7 +88,7 @@ def _judge_schema(current: set[str], newest: frozenset[str], known: frozenset[st
 
 
 def _judge_failures() -> Finding:
-    failed = reports.count_failures(datetime.now(UTC) - timedelta(days=1))
+    failed = activity.count_failures(datetime.now(UTC) - timedelta(days=1)).value
     if not failed:
         return Finding("messages_well", Level.OK, "webhooks", "No message of the last day is left failed.")
     remedy = "See why: flask --app wsgi webhooks log --failed. Then: flask --app wsgi users sync --failed"
@@ -98,12 +98,13 @@ def _judge_failures() -> Finding:
 
 
 def _judge_last_webhook() -> Finding:
-    last = reports.find_last_received()
+    last = activity.find_last_received()
     if last is None:
         remedy = "Try it without Clerk: flask --app wsgi webhooks send user.created. Then look at Clerk Dashboard, Webhooks, your endpoint."
         return Finding("webhook_never_received", Level.WARNING, "webhooks", "No verified webhook has ever come.", remedy)
     age = datetime.now(UTC) - last
-    what = f"The last verified webhook came {age / timedelta(hours=1):,.1f} hours ago."
+    hours = age / timedelta(hours=1)
+    what = f"The last verified webhook came {'less than an hour' if hours < 1 else f'{hours:,.1f} hours'} ago."
     if age > SILENCE:
         remedy = (
             "If that is odd, look at the attempts in Clerk Dashboard, Webhooks, your endpoint; Svix switches off one that keeps failing."
@@ -113,7 +114,7 @@ def _judge_last_webhook() -> Finding:
 
 
 def _judge_unfilled() -> Finding:
-    unfilled = reports.count_unfilled(timedelta(hours=1))
+    unfilled = activity.count_unfilled(timedelta(hours=1)).value
     if not unfilled:
         return Finding("users_filled", Level.OK, "users", "No row has waited for its webhook for more than an hour.")
     what = f"Users without a profile after an hour, for no webhook has filled them in: {unfilled:,}."

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "notes_1"
-down_revision = "0002"
+down_revision = "0003"
 branch_labels = None
 depends_on = None
 

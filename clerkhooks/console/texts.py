@@ -1,0 +1,58 @@
+"""How the console's pages write figures and times."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from clerkhooks.activity import COUNTED, Count
+from clerkhooks.auth import Authenticator
+from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
+
+_STEPS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+
+
+def number(count: Count | int) -> str:
+    """A number of rows, and whether it is one that was counted."""
+    if isinstance(count, int):
+        return f"{count:,}"
+    if count.is_exact:
+        return f"{count.value:,}"
+    if count.value <= COUNTED + 1:
+        return f"over {COUNTED:,}"
+    digits = len(str(count.value)) - 3
+    return f"about {round(count.value, -digits):,}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its own unit: 40 ms, 2.5 s, 3 minutes."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s".replace(".0 s", " s")
+    size, unit = next((size, unit) for size, unit in _STEPS if seconds >= size)
+    whole = int(seconds // size)
+    return f"{whole:,} {unit}{'' if whole == 1 else 's'}"
+
+
+def ago(then: datetime, now: datetime) -> str:
+    """How long ago *then* was, or how long it is till then, as a clock elsewhere may be ahead."""
+    passed = int((now - then).total_seconds())
+    if abs(passed) < 2:
+        return "just now"
+    return f"{duration(passed)} ago" if passed > 0 else f"in {duration(-passed)}"
+
+
+def moment(then: datetime) -> str:
+    """A point in time, in UTC."""
+    return f"{then.astimezone(UTC):%d %b %Y, %H:%M:%S}"
+
+
+def key_set(authenticator: Authenticator) -> tuple[str, str]:
+    """How the keys for session tokens are, as a level and in words."""
+    keys = authenticator.verifier.keys
+    if isinstance(keys, FetchedKeys):
+        if keys.age is None:
+            return "warning", "not fetched yet"
+        return "ok", f"fetched {duration(int(keys.age))} ago" if keys.age >= 1 else "fetched just now"
+    count = len(keys.keys) if isinstance(keys, ConfiguredKeys) else 0
+    return ("ok", f"{count} key{'' if count == 1 else 's'} configured") if count else ("warning", "none: protected routes answer 503")
