@@ -45,7 +45,7 @@ def find(variables: dict[str, str], project: Path = Path("/nowhere")) -> dict[st
     """The findings by their codes; no secret is in any of them, and each that is not well has a remedy."""
     findings = list(diagnosis.diagnose(variables, project=project))
     said = repr(findings)
-    for name in ("CLERK_WEBHOOK_SECRET", "CLERK_SECRET_KEY", "CLERK_JWT_KEY", "METRICS_TOKEN"):
+    for name in ("CLERK_WEBHOOK_SECRET", "CLERK_SECRET_KEY", "CLERK_JWT_KEY", "METRICS_TOKEN", "CONSOLE_PASSWORD"):
         assert len(variables.get(name, "")) < 8 or variables[name][8:] not in said
     assert all(finding.remedy for finding in findings if finding.level in ("warning", "wrong"))
     return {finding.code: finding for finding in findings}
@@ -73,6 +73,7 @@ MISTAKES: list[tuple[dict[str, str], str, str]] = [
     ({"CLERK_WEBHOOK_SECRET": "whsec_hidden!"}, "variable_wrong", "wrong"),
     ({"PORT": "x", "WEB_CONCURRENCY": "y"}, "variable_wrong", "wrong"),
     ({"METRICS_TOKEN": "short"}, "variable_wrong", "wrong"),
+    ({"CONSOLE_PASSWORD": "elevenchars"}, "variable_wrong", "wrong"),
     ({"LOG_FORMAT": "xml"}, "variable_wrong", "wrong"),
     ({"CLERK_WEBHOOK_SECRETS": SECRET}, "variable_unknown", "warning"),
     ({"CLERK_XYZZY": SECRET}, "variable_unknown", "warning"),

@@ -130,6 +130,7 @@ BAD = {
         "nothing but separators": [",", ", ,"],
     },
     "CLERK_AUDIENCE": {"nothing but separators": [","]},
+    "CONSOLE_PASSWORD": {"is not 12 or more": ["x", "elevenchars", " " * 5 + "elevenchars", "twelve\u202echars", "twelve\tchars!"]},
     "PORT": {"is not a number from 1 to 65535": ["0", "65536", "-1", "8e3", "x", "٣", "1" * 5000]},
     "WEB_CONCURRENCY": {"is not a number from 1 to 512": ["0", "513", "auto"]},
 } | {
@@ -207,12 +208,14 @@ def test_reads_several_keys(separator: str, mangle: Any) -> None:
 def test_shows_no_secret_in_its_repr() -> None:
     """Settings end up in tracebacks."""
     environ = CLERK.environ | {"DATABASE_URL": "postgres://user:password@host/n", "CLERK_SECRET_KEY": "sk_live_abc", "DYNO": "web.1"}
+    environ |= {"METRICS_TOKEN": "hidden-metrics-token", "CONSOLE_PASSWORD": "hidden console password"}
     shown = repr(Settings.from_environ(environ))
     for part in (
         *(CLERK.environ[name] for name in ("CLERK_WEBHOOK_SECRET", "CLERK_JWT_KEY")),
         repr(CLERK.secret),
         "password",
         "sk_live",
+        "hidden",
         "RSA",
     ):
         assert part not in shown
