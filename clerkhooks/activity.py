@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,7 +56,7 @@ def read_activity(now: datetime) -> Activity:
     """
     The messages of the last day.
 
-    Of many only a sample is counted, the same part of each ten minutes: failures, which are few, are always all counted.
+    Of many only a sample is counted, the same part of each ten minutes; but failures, unless they are many as well, are all counted.
     """
     first = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=HOURS - 1)
     glimpsed = sum(count for _, _, count in _count_slices(first, GLIMPSE))
@@ -63,20 +64,28 @@ def read_activity(now: datetime) -> Activity:
     hours: list[tuple[datetime, dict[str, int]]] = [(first + timedelta(hours=hour), dict.fromkeys(STORED, 0)) for hour in range(HOURS)]
     for hour, outcome, count in _count_slices(first, SLICE * share):
         hours[hour][1][outcome] = count if share == 1 else round(count / share)
-    if share < 1:
-        for hour, _, count in _count_slices(first, SLICE, IS_FAILED):
-            hours[hour][1][Outcome.FAILED] = count
+    failed = _find_failures(first) if share < 1 else None
+    if failed is not None:
+        for hour, (_, by_outcome) in enumerate(hours):
+            by_outcome[Outcome.FAILED] = failed[hour]
     return Activity(hours, share)
 
 
-def _count_slices(first: datetime, length: timedelta, *conditions: sa.ColumnElement[bool]) -> Sequence[tuple[int, str, int]]:
+def _find_failures(first: datetime) -> Counter[int] | None:
+    """The failed messages of each hour since *first*; None if there are more than can be counted quickly."""
+    query = sa.select(_messages.c.received_at).where(IS_FAILED, _messages.c.received_at >= first).limit(COUNTED + 1)
+    times = _read(query)
+    return None if len(times) > COUNTED else Counter(int((at - first) / timedelta(hours=1)) for (at,) in times)
+
+
+def _count_slices(first: datetime, length: timedelta) -> Sequence[tuple[int, str, int]]:
     """Hour, outcome and number of the messages in the first *length* of each slice since *first*."""
     at = _messages.c.received_at
     columns = (sa.column("hour", sa.Integer), sa.column("begins", at.type), sa.column("ends", at.type))
     starts = [first + SLICE * number for number in range(int(timedelta(hours=HOURS) / SLICE))]
     rows = [(int((start - first) / timedelta(hours=1)), start, start + length) for start in starts]
     slices = sa.values(*columns).data(rows).cte("slices")
-    inside = sa.and_(at >= slices.c.begins, at < slices.c.ends, *conditions)
+    inside = sa.and_(at >= slices.c.begins, at < slices.c.ends)
     query = sa.select(slices.c.hour, _messages.c.outcome, sa.func.count()).select_from(slices.join(_messages, inside))
     return cast("Sequence[tuple[int, str, int]]", _read(query.group_by(slices.c.hour, _messages.c.outcome)))
 

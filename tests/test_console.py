@@ -459,12 +459,16 @@ def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypa
         whole = activity.read_activity(now)
         monkeypatch.setattr(activity, "SAMPLE", 150)
         sample = activity.read_activity(now)
+        monkeypatch.setattr(activity, "COUNTED", 14)
+        disaster = activity.read_activity(now)
     assert (whole.total, whole.share) == (1440, 1.0)
     assert [sum(counts.values()) for _, counts in whole.hours] == [60] * 24
     assert sample.share < 0.2
     assert 0.5 < sample.total / 1440 < 1.5
     for (_, exact), (_, estimated) in zip(whole.hours, sample.hours, strict=True):
         assert exact["failed"] == estimated["failed"]
+    assert sum(counts["failed"] for _, counts in whole.hours) == 15
+    assert {counts["failed"] for _, counts in disaster.hours} <= {round(number / disaster.share) for number in range(6)}
 
 
 def test_estimates_what_is_too_much_to_count(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

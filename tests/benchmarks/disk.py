@@ -16,7 +16,7 @@ USERS = """
 INSERT INTO users
 SELECT 'user_' || substr(md5(n::text) || md5(n::text), 1, 27), 'somebody.' || n || '@example.org', 'Somebody Number ' || n,
   'https://img.clerk.com/' || repeat('eyJ0eXBlIjoicHJveHki', 5) || md5(n::text),
-  false, now(), now(), now(), NULL, 1795444335792, 1795444335792, 'msg_' || substr(md5(n::text), 1, 27)
+  false, now(), now() - make_interval(secs => n * 30), now(), NULL, 1795444335792, 1795444335792, 'msg_' || substr(md5(n::text), 1, 27)
 FROM generate_series(1, %(users)s) n ORDER BY md5(n::text || 'order')
 """
 MESSAGES = """
