@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ class Console:
 @pytest.fixture(autouse=True)
 def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the doctor look at nothing outside, and find all well."""
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ: iter(WELL))
+    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(WELL))
 
 
 @pytest.fixture
@@ -202,18 +203,37 @@ def test_says_that_all_is_well(console: Console) -> None:
 
 
 def test_says_what_is_wrong(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the doctor found comes first, with what to do about it."""
+    """What the doctor found comes first, with what to do about it; and what is in the database is found anew at every look."""
+    findings = (Finding("a", Level.OK, "clock", "Right."), Finding("b", Level.WARNING, "keys", "Old.", "Look."))
+    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(findings))
+    console.service.deliver(user_event(clerk_id("user")))
+    assert "Well, with 1 warning keys: Old. Look." in console.read("/console")
+    body = user_event(clerk_id("user"))
     with broken_users(console.service):
-        console.service.deliver(user_event(clerk_id("user")))
-    findings = (Finding("a", Level.OK, "clock", "Right."), Finding("b", Level.WARNING, "webhooks", "Silent.", "Look."))
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ: iter((*findings, Finding("c", Level.WRONG, "database", "Old.", "Migrate."))))
+        console.service.deliver(body, "msg_1")
     words = console.read("/console")
-    assert "1 thing is wrong database: Old. Migrate. webhooks: Silent. Look." in words
+    assert re.search("1 thing is wrong webhooks: Of the last day.* messages 1 failed.* keys: Old. Look. ", words)
     assert "Failed, never mended 1" in words
-    assert "applied 0 stale 0 ignored 0 failed 1" in words
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ: iter(findings))
-    console.service.app.extensions["clerkhooks.checkup"] = Checkup()
-    assert "Well, with 1 warning " in console.read("/console")
+    assert "applied 1 stale 0 ignored 0 failed 1" in words
+    console.service.deliver(body, "msg_1")
+    assert "Well, with 1 warning keys" in console.read("/console")
+
+
+def test_says_that_it_does_not_know_yet(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was well an hour ago is no verdict, nor is half of it."""
+    console.service.deliver(user_event(clerk_id("user")))
+    assert "All is well" in console.read("/console")
+    own = console.service.app.extensions["clerkhooks.checkup"]
+    monkeypatch.setattr(checkup, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
+    monkeypatch.setattr(checkup, "PATIENCE", 0.01)
+    may_end = threading.Event()
+    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(WELL if may_end.wait(20) else ()))
+    words = console.read("/console")
+    assert "Looking into it" in words
+    assert "the rest in some seconds" in words
+    may_end.set()
+    own._thread.join()
+    assert "All is well" in console.read("/console")
 
 
 def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
@@ -512,9 +532,9 @@ def test_takes_the_lag_of_the_latest_messages(service: Service) -> None:
 
 def test_examines_beside_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that takes its time holds no page, is made once, and is kept for a minute."""
-    may_end, count, now = threading.Event(), [0], 1000.0
+    may_end, count = threading.Event(), [0]
 
-    def diagnose(_environ: object) -> Any:
+    def diagnose(_environ: object, checks: object) -> Any:
         count[0] += 1
         assert may_end.wait(20)
         return iter(WELL)
@@ -528,12 +548,10 @@ def test_examines_beside_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own._thread is not None
     own._thread.join()
     assert own.read().findings == WELL
-    now = time.monotonic() + 61
-    monkeypatch.setattr(checkup.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
-    report = own.read()
-    assert report.findings == WELL
-    assert report.age is not None
-    own._thread.join()
+    assert count == [1]
+    monkeypatch.setattr(checkup, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 61))
+    monkeypatch.setattr(checkup, "PATIENCE", 20)
+    assert own.read().findings == WELL
     assert count == [2]
 
 

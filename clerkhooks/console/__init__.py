@@ -16,6 +16,7 @@ from clerkhooks.console import texts
 from clerkhooks.console.access import PATH, Gate, init_access
 from clerkhooks.console.chart import draw
 from clerkhooks.console.checkup import Checkup
+from clerkhooks.diagnosis.database import judge_database
 from clerkhooks.errors import BadRequest, describe
 from clerkhooks.models import Outcome
 from clerkhooks.problems import problem
@@ -59,12 +60,13 @@ def overview() -> str:
     checkup: Checkup = current_app.extensions["clerkhooks.checkup"]
     now = datetime.now(UTC)
     try:
-        figures = _read_figures(now)
+        figures, findings = _read_figures(now), judge_database()
     except SQLAlchemyError as error:
         logs.annotate(error=describe(error))
-        figures = {}
+        figures, findings = {}, []
+    report = checkup.read().plus(findings)
     return render_template(
-        "console/overview.html", figures=figures, report=checkup.read(), keys=texts.key_set(current_app.extensions["clerkhooks.auth"])
+        "console/overview.html", figures=figures, report=report, keys=texts.key_set(current_app.extensions["clerkhooks.auth"])
     )
 
 

@@ -1,25 +1,35 @@
-"""The doctor's findings for the overview. Some checks ask Clerk, so they are made beside the request, and kept for a minute."""
+"""
+The doctor's findings for the overview.
+
+Some checks ask Clerk, so they are made beside the request, and kept for a minute. What is in the database is asked anew each time.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from clerkhooks.diagnosis import Finding, Level, diagnose
+from clerkhooks.diagnosis import OUTSIDE_CHECKS, Finding, Level, diagnose
 
 KEPT = 60.0  # seconds
-PATIENCE = 1.5  # seconds that a first look waits for the findings
+PATIENCE = 1.5  # seconds that a look waits for findings where the last ones are older
 _RANKS = (Level.WRONG, Level.WARNING, Level.OK, Level.SKIPPED)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, the worst first, and how long ago in seconds; nothing and None while nothing is."""
+    """What was found, the worst first, and how long ago in seconds; None while not all was looked into."""
 
     findings: tuple[Finding, ...] = ()
     age: float | None = None
+
+    def plus(self, findings: Iterable[Finding]) -> Report:
+        """These and *findings*, which were made now."""
+        everything = sorted((*self.findings, *findings), key=lambda finding: _RANKS.index(finding.level))
+        return Report(tuple(everything), self.age)
 
     @property
     def wrong(self) -> list[Finding]:
@@ -45,21 +55,25 @@ class Checkup:
         self._done_at: float | None = None
 
     def read(self) -> Report:
-        """What was found last. What is older than a minute is looked into again; only a first look waits for that, and not for long."""
-        with self._guard:
-            done_at = self._done_at
-            is_due = done_at is None or time.monotonic() - done_at > KEPT
-            if is_due and (self._thread is None or not self._thread.is_alive()):
-                self._thread = threading.Thread(target=self._examine, name="checkup", daemon=True)
-                self._thread.start()
-            thread = self._thread
-        if done_at is None and thread is not None:
+        """What was found within the last minute; else it is looked into, which is not waited for long."""
+        report, thread = self._look()
+        if thread is not None:
             thread.join(PATIENCE)
+            report, _ = self._look()
+        return report
+
+    def _look(self) -> tuple[Report, threading.Thread | None]:
+        """The last report, if it is new enough, or else who makes the next."""
         with self._guard:
             age = None if self._done_at is None else time.monotonic() - self._done_at
-            return Report(self._findings, age)
+            if age is not None and age <= KEPT:
+                return Report(self._findings, age), None
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._examine, name="checkup", daemon=True)
+                self._thread.start()
+            return Report(), self._thread
 
     def _examine(self) -> None:
-        found = tuple(sorted(diagnose(os.environ), key=lambda finding: _RANKS.index(finding.level)))
+        found = tuple(diagnose(os.environ, checks=OUTSIDE_CHECKS))
         with self._guard:
             self._findings, self._done_at = found, time.monotonic()

@@ -16,7 +16,7 @@ from clerkhooks.settings import PROJECT, Settings
 
 Check = Callable[[Case], Iterator[Finding]]
 PLACEHOLDER = "whsec_" + base64.b64encode(bytes(24)).decode()
-CHECKS: tuple[Check, ...] = (
+OUTSIDE_CHECKS: tuple[Check, ...] = (
     configuration.check_settings,
     configuration.check_names,
     configuration.check_env_file,
@@ -26,20 +26,27 @@ CHECKS: tuple[Check, ...] = (
     instance.check_keys,
     instance.check_clock,
     instance.check_secret_key,
-    database.check_database,
+    database.check_database_url,
 )
+"""Everything but the database itself, which a running service asks by its own connections."""
 
 
-def diagnose(environ: Mapping[str, str], *, unread: Sequence[Fault] = (), project: Path = PROJECT) -> Iterator[Finding]:
+def diagnose(
+    environ: Mapping[str, str],
+    *,
+    checks: Sequence[Check] = (*OUTSIDE_CHECKS, database.check_database),
+    unread: Sequence[Fault] = (),
+    project: Path = PROJECT,
+) -> Iterator[Finding]:
     """
-    Everything that is found in *environ* and behind it, well or not, check by check.
+    Everything that *checks* find in *environ* and behind it, well or not, check by check.
 
     *unread*: faults that were met before, such as those of a .env file. Takes at most some seconds a check, changes nothing
     and raises nothing.
     """
     settings, faults = read_settings(environ)
     case = Case(environ, settings, (*unread, *faults), project)
-    for check in CHECKS:
+    for check in checks:
         try:
             yield from check(case)
         except Exception as error:  # noqa: BLE001  # one check that breaks on odd settings must not hide the others

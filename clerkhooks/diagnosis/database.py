@@ -22,20 +22,24 @@ SILENCE = timedelta(days=7)
 UPGRADE = "flask --app wsgi db upgrade"
 
 
+def check_database_url(case: Case) -> Iterator[Finding]:
+    """The database is one that lasts."""
+    if "DATABASE_URL" in case.wrong:
+        yield Finding("database_skipped", Level.SKIPPED, "database", "Not asked, for DATABASE_URL is wrong.")
+    elif make_url(case.settings.database_url).get_backend_name() == "sqlite" and case.text("DYNO"):
+        what = "SQLite lies on this platform's disk, which is thrown away with every restart."
+        yield Finding("sqlite_on_platform", Level.WRONG, "database", what, "Attach a PostgreSQL, whose URL comes as DATABASE_URL.")
+
+
 def check_database(case: Case) -> Iterator[Finding]:
     """The database answers, is migrated, and its users and messages are well."""
     if "DATABASE_URL" in case.wrong:
-        yield Finding("database_skipped", Level.SKIPPED, "database", "Not asked, for DATABASE_URL is wrong.")
         return
     url = make_url(case.settings.database_url)
-    is_sqlite = url.get_backend_name() == "sqlite"
-    if is_sqlite and case.text("DYNO"):
-        what = "SQLite lies on this platform's disk, which is thrown away with every restart."
-        yield Finding("sqlite_on_platform", Level.WRONG, "database", what, "Attach a PostgreSQL, whose URL comes as DATABASE_URL.")
     where = _name_database(case)
     # To open SQLite makes the file, and this changes nothing.
     if (
-        is_sqlite
+        url.get_backend_name() == "sqlite"
         and not (url.database or "").startswith("file:")
         and not Path(Flask("clerkhooks").instance_path, url.database or "").exists()
     ):
@@ -65,16 +69,26 @@ def _look_into_database(database_url: str, where: str) -> list[Finding]:
     init_database(app, database_url)
     with app.app_context():
         try:
-            with autocommit() as connection:
-                current = current_revisions(connection)
-            newest, known = own_revisions(str(PROJECT / "migrations"))
-            schema = _judge_schema(current, newest, known, where)
-            if schema.level is Level.WRONG:
-                return [schema]
-            return [schema, _judge_failures(), _judge_last_webhook(), _judge_unfilled()]
+            return judge_database(where)
         finally:
             db.session.remove()
             db.engine.dispose()
+
+
+def judge_database(where: str = "The database") -> list[Finding]:
+    """
+    Whether the current application's database, called *where*, is migrated, and its users and messages are well.
+
+    Raises:
+        SQLAlchemyError: if it does not answer.
+    """
+    with autocommit() as connection:
+        current = current_revisions(connection)
+    newest, known = own_revisions(str(PROJECT / "migrations"))
+    schema = _judge_schema(current, newest, known, where)
+    if schema.level is Level.WRONG:
+        return [schema]
+    return [schema, _judge_failures(), _judge_last_webhook(), _judge_unfilled()]
 
 
 def _judge_schema(current: set[str], newest: frozenset[str], known: frozenset[str], where: str) -> Finding:
