@@ -6,11 +6,12 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+THREADS = 64
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
@@ -18,15 +19,20 @@ def run(coroutine: Coroutine[Any, Any, R]) -> R:
     What *coroutine* gives, from an event loop of its own.
 
     asyncio runs one loop a thread. Where gevent has made greenlets of threads, all of them are one, so there the loop
-    is given one of gevent's few real ones.
+    is given a real one: one of 64, apart from the few with which gevent itself looks up names.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return asyncio.run(coroutine)
-    import gevent
-
-    result: R = gevent.get_hub().threadpool.apply(copy_context().run, (asyncio.run, coroutine))
+    result: R = _threads().apply(copy_context().run, (asyncio.run, coroutine))
     return result
+
+
+@cache
+def _threads() -> Any:
+    from gevent.threadpool import ThreadPool
+
+    return ThreadPool(THREADS)
 
 
 def to_sync(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:

@@ -32,6 +32,30 @@ print([greenlet.get(timeout=20) for greenlet in pair])
 """
 
 
+MANY_AT_ONCE = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import asyncio, socket, gevent
+from clerkhooks import coroutines
+
+started, released = [], []
+
+async def wait():
+    started.append(True)
+    while not released:
+        await asyncio.sleep(0.001)
+    return 1
+
+waiting = [gevent.spawn(coroutines.run, wait()) for _ in range(40)]
+while len(started) < 10:
+    gevent.sleep(0.001)
+with gevent.Timeout(20):
+    socket.getaddrinfo("localhost", 80)
+released.append(True)
+print(sum(greenlet.get(timeout=20) for greenlet in waiting))
+"""
+
+
 async def greet(greeting: str) -> str:
     """What the caller's context says, a moment later."""
     await asyncio.sleep(0)
@@ -55,3 +79,9 @@ def test_runs_as_many_as_there_are_greenlets() -> None:
     """With one loop a thread, and all greenlets in one, the second would be refused, and the first would hold up all others."""
     done = subprocess.run([sys.executable, "-c", TWO_AT_ONCE], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "['met', 'met']\n", done.stderr
+
+
+def test_keeps_nobody_from_looking_up_a_name() -> None:
+    """However many coroutines wait, gevent's own threads are left alone."""
+    done = subprocess.run([sys.executable, "-c", MANY_AT_ONCE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "40\n", done.stderr
