@@ -54,11 +54,11 @@ class Activity:
 
 def read_activity(now: datetime) -> Activity:
     """
-    The messages of the last day.
+    The messages of the last day, to the end of this minute; its hours begin with that minute.
 
     Of many only a sample is counted, the same part of each ten minutes; but failures, unless they are many as well, are all counted.
     """
-    first = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=HOURS - 1)
+    first = now.replace(second=0, microsecond=0) + timedelta(minutes=1) - timedelta(hours=HOURS)
     glimpsed = sum(count for _, _, count in _count_slices(first, GLIMPSE))
     share = min(1.0, SAMPLE / (glimpsed * (SLICE / GLIMPSE))) if glimpsed else 1.0
     hours: list[tuple[datetime, dict[str, int]]] = [(first + timedelta(hours=hour), dict.fromkeys(STORED, 0)) for hour in range(HOURS)]

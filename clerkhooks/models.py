@@ -362,6 +362,7 @@ def _engine_options(database_url: str) -> dict[str, Any]:
     # What the URL asks for comes later and wins, one setting at a time; but times are always given in UTC.
     own = url.query.get("options", ())
     options = " ".join([_LIMITS, *([own] if isinstance(own, str) else own), "-c timezone=UTC"])
-    limits = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
+    # In a database of another encoding a text that does not fit is the server's refusal, and no error of the driver's own.
+    limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "client_encoding": "UTF8"}
     chosen = {key: value for key, value in limits.items() if key not in url.query} | {"options": options}
     return pool | {"connect_args": chosen}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,6 @@ _messages = cast("sa.Table", WebhookMessage.__table__)
 LIVE = _users.c.deleted_at.is_(None)
 IS_FAILED = _messages.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")  # the partial index serves only what says so literally
 SEARCHED = 20_000  # messages that one page is looked for among
-_LAST_CHARACTER = chr(sys.maxunicode)
 UNFILLED = sa.and_(_users.c.version_updated_at.is_(None), LIVE)
 
 
@@ -209,10 +208,9 @@ def _matches(search: str) -> sa.ColumnElement[bool]:
         return _users.c.id == text
     if "@" in text:
         return sa.or_(_users.c.email == text, _users.c.email == text.lower())
-    first = sa.func.lower(text)
-    beyond = first + _LAST_CHARACTER
+    beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
     names = [sa.literal_column(name, sa.Text) for name in NAME_SEARCHES[db.engine.dialect.name]]
-    return sa.or_(*(sa.and_(name >= first, name < beyond) for name in names))
+    return sa.or_(*(name.like(beginning, escape="/") for name in names))
 
 
 def _newest_first(

@@ -50,6 +50,7 @@ workers = _settings.web_concurrency
 # SQLite waits for its file inside the library, where nobody else could go on meanwhile: it is given threads.
 worker_class = "gevent" if _on_gevent else "gthread"
 threads = models.THREADS
+worker_connections = 800  # with gevent: below 1,024 descriptors, which is all that select() can look at and what many systems allow
 preload_app = True
 keepalive = 75  # seconds: longer than the usual proxy keeps a connection, so that it never writes into a closed one
 timeout = 15  # seconds without a heartbeat; Svix gives up on an answer after as many

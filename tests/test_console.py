@@ -9,20 +9,24 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.engine import make_url
 from werkzeug.test import TestResponse
 
-from clerkhooks import activity, reports
+from clerkhooks import activity, create_app, reports
 from clerkhooks.activity import Activity, Count
-from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.cli.pretend import PretendedClerk, clerk_id
 from clerkhooks.console import access, checkup, texts
 from clerkhooks.console.chart import HEIGHT, draw, round_up
 from clerkhooks.console.checkup import Checkup
 from clerkhooks.diagnosis import Finding, Level
+from clerkhooks.settings import Settings
+from clerkhooks.testing import disconnect
 from tests.backend import Backend
-from tests.conftest import MakeService
+from tests.conftest import MakeService, migrate
 from tests.issuer import Issuer, jwk, settle
 from tests.support import NOW_MS, Service, broken_users, deletion, user_event
 
@@ -470,6 +474,26 @@ def test_bears_any_address(console: Console, name: str, text: str, body: bytes) 
     assert console.http.post("/console/users", data=b"search=" + body, auth=("operator", PASSWORD)).status_code in (303, 400)
 
 
+def test_bears_a_database_of_another_encoding(postgresql: str, clerk: PretendedClerk) -> None:
+    """What its characters cannot say is not found, and all the rest is."""
+    with psycopg.connect(postgresql, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    url = make_url(postgresql).set(drivername="postgresql", database="latin").render_as_string(hide_password=False)
+    migrate(url, clerk)
+    settings = Settings.from_environ(clerk.environ | {"DATABASE_URL": url, "CONSOLE_PASSWORD": PASSWORD})
+    console = Console(Service(create_app(settings), clerk, url))
+    try:
+        console.service.deliver(user_event(clerk_id("user"), first_name="Élodie", last_name="Noël"))
+        for search in ("Élod", "noël"[:3], "ada@example.org"):
+            assert "Élodie Noël" in console.get(console.search(search).location).text
+        for path in (console.search("\U0001f389").location, "/console/messages?type=\U0001f389", "/console/messages/\U0001f389"):
+            assert console.get(path).status_code == 400
+    finally:
+        disconnect(console.service.app)
+        with psycopg.connect(postgresql, autocommit=True) as connection:
+            connection.execute("DROP DATABASE latin WITH (FORCE)")
+
+
 def test_logs_neither_searches_nor_the_password(console: Console, capfd: pytest.CaptureFixture[str]) -> None:
     """A line holds the path alone."""
     console.get(console.search("ada@example.org").location)
@@ -482,7 +506,7 @@ def test_logs_neither_searches_nor_the_password(console: Console, capfd: pytest.
 def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """About as many as there are; what failed is counted, one by one."""
     now = datetime.now(UTC)
-    first = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=23)
+    first = now.replace(second=0, microsecond=0) - timedelta(hours=23, minutes=59)
     rows = []
     for number in range(1440):
         at = first + timedelta(minutes=number, seconds=number * 37 % 60)
@@ -497,6 +521,7 @@ def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypa
         disaster = activity.read_activity(now)
     assert (whole.total, whole.share) == (1440, 1.0)
     assert [sum(counts.values()) for _, counts in whole.hours] == [60] * 24
+    assert whole.hours[0][0] == first
     assert sample.share < 0.2
     assert 0.5 < sample.total / 1440 < 1.5
     for (_, exact), (_, estimated) in zip(whole.hours, sample.hours, strict=True):

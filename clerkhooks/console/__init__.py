@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 from flask import Blueprint, Flask, Response, abort, current_app, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from clerkhooks import activity, logs, reports, users
 from clerkhooks.clerk.events import is_user_id
@@ -52,6 +52,12 @@ def say_that_the_database_is_away(error: SQLAlchemyError) -> Response:
     """A page that cannot be read now. The overview says it in its own words."""
     logs.annotate(error=describe(error))
     return problem(503, "database_unavailable")
+
+
+@blueprint.errorhandler(DataError)
+def say_that_the_database_cannot_hold_it(_error: DataError) -> Response:
+    """What is looked for has characters that the database's encoding has not, so that nothing can be found."""
+    return problem(400, "filter_malformed")
 
 
 @blueprint.get("/")
