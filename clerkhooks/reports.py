@@ -138,16 +138,6 @@ class Wanted(TypedDict, total=False):
     event_type: str | None
 
 
-def find_messages(
-    *, since: datetime | None = None, before: Place | None = None, limit: int = 50, **wanted: Unpack[Wanted]
-) -> list[MessageReport]:
-    """Messages that are *wanted*, newest first: those after the place *before*, received at *since* or later."""
-    query = _newest_first(_select_messages(wanted), _messages.c.received_at, _messages.c.message_id, before)
-    if since is not None:
-        query = query.where(_messages.c.received_at >= since)
-    return [MessageReport(**row) for row in _read(query.limit(limit))]
-
-
 def find_message(message_id: str) -> MessageReport | None:
     """A message."""
     rows = _read(sa.select(*_messages.c).where(_messages.c.message_id == message_id))
@@ -183,6 +173,19 @@ def read_message_page(
         return MessagePage(found[:limit], found[limit - 1].place)
     beyond = _read(candidates.offset(SEARCHED - 1).limit(1)) if others else ()
     return MessagePage(found, MessageReport(**beyond[0]).place if beyond else None, is_cut=bool(beyond))
+
+
+def find_messages(*, since: datetime | None = None, limit: int = 50, **wanted: Unpack[Wanted]) -> list[MessageReport]:
+    """The latest messages that are *wanted*, received at *since* or later, however far back they are; newest first."""
+    found: list[MessageReport] = []
+    place = None
+    while len(found) < limit:
+        page = read_message_page(since=since, before=place, limit=limit - len(found), **wanted)
+        found += page.messages
+        place = page.next
+        if place is None:
+            break
+    return found
 
 
 def find_new_messages(since: datetime, watched: Sequence[str], **wanted: Unpack[Wanted]) -> list[MessageReport]:

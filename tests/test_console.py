@@ -402,7 +402,9 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
             before = page.next and reports.Place.parse(str(page.next))
             if before is None:
                 break
+        latest = reports.find_messages(outcome=wanted, limit=3 * limit)
     assert found == expected
+    assert [message.message_id for message in latest] == expected[: 3 * limit]
 
 
 def test_says_how_far_it_looked(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
