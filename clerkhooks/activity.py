@@ -54,11 +54,11 @@ class Activity:
 
 def read_activity(now: datetime) -> Activity:
     """
-    The messages of the last day, to the end of this minute; its hours begin with that minute.
+    The messages of the last day, in hours that end now; what a clock that is ahead has stamped is in the last one.
 
     Of many only a sample is counted, the same part of each ten minutes; but failures, unless they are many as well, are all counted.
     """
-    first = now.replace(second=0, microsecond=0) + timedelta(minutes=1) - timedelta(hours=HOURS)
+    first = now - timedelta(hours=HOURS)
     glimpsed = sum(count for _, _, count in _count_slices(first, GLIMPSE))
     share = min(1.0, SAMPLE / (glimpsed * (SLICE / GLIMPSE))) if glimpsed else 1.0
     hours: list[tuple[datetime, dict[str, int]]] = [(first + timedelta(hours=hour), dict.fromkeys(STORED, 0)) for hour in range(HOURS)]
@@ -75,7 +75,7 @@ def _find_failures(first: datetime) -> Counter[int] | None:
     """The failed messages of each hour since *first*; None if there are more than can be counted quickly."""
     query = sa.select(_messages.c.received_at).where(IS_FAILED, _messages.c.received_at >= first).limit(COUNTED + 1)
     times = _read(query)
-    return None if len(times) > COUNTED else Counter(int((at - first) / timedelta(hours=1)) for (at,) in times)
+    return None if len(times) > COUNTED else Counter(min(int((at - first) / timedelta(hours=1)), HOURS - 1) for (at,) in times)
 
 
 def _count_slices(first: datetime, length: timedelta) -> Sequence[tuple[int, str, int]]:
@@ -84,6 +84,8 @@ def _count_slices(first: datetime, length: timedelta) -> Sequence[tuple[int, str
     columns = (sa.column("hour", sa.Integer), sa.column("begins", at.type), sa.column("ends", at.type))
     starts = [first + SLICE * number for number in range(int(timedelta(hours=HOURS) / SLICE))]
     rows = [(int((start - first) / timedelta(hours=1)), start, start + length) for start in starts]
+    if length == SLICE:
+        rows[-1] = (*rows[-1][:2], datetime.max.replace(tzinfo=UTC))
     slices = sa.values(*columns).data(rows).cte("slices")
     inside = sa.and_(at >= slices.c.begins, at < slices.c.ends)
     query = sa.select(slices.c.hour, _messages.c.outcome, sa.func.count()).select_from(slices.join(_messages, inside))

@@ -165,14 +165,25 @@ def read_message_page(
     candidates = _newest_first(_select_messages(cast("Wanted", indexed)), _messages.c.received_at, _messages.c.message_id, before)
     if since is not None:
         candidates = candidates.where(_messages.c.received_at >= since)
-    looked_at = candidates.limit(SEARCHED if others else limit + 1).subquery()
-    query = sa.select(*looked_at.c).where(*_conditions(looked_at.c, others))
-    rows = _read(query.order_by(looked_at.c.received_at.desc(), looked_at.c.message_id.desc()).limit(limit + 1))
-    found = [MessageReport(**row) for row in rows]
+    if not others:
+        found = [MessageReport(**row) for row in _read(candidates.limit(limit + 1))]
+        return MessagePage(found[:limit], found[limit - 1].place if len(found) > limit else None)
+    found, end = _look_among(candidates.limit(SEARCHED).cte("looked_at"), others, limit + 1)
     if len(found) > limit:
         return MessagePage(found[:limit], found[limit - 1].place)
-    beyond = _read(candidates.offset(SEARCHED - 1).limit(1)) if others else ()
-    return MessagePage(found, MessageReport(**beyond[0]).place if beyond else None, is_cut=bool(beyond))
+    return MessagePage(found, end.place if end else None, is_cut=end is not None)
+
+
+def _look_among(looked_at: sa.CTE, wanted: Mapping[str, object], limit: int) -> tuple[list[MessageReport], MessageReport | None]:
+    """Those that are *wanted*, and the last that was *looked_at* if there may be more behind it."""
+    # In one statement: a moment later newer messages have come, and the last would be another.
+    newest_first = _newest_first(sa.select(*looked_at.c), looked_at.c.received_at, looked_at.c.message_id, None)
+    matching = newest_first.where(*_conditions(looked_at.c, wanted)).limit(limit).subquery()
+    last = newest_first.offset(SEARCHED - 1).subquery()
+    both = sa.union_all(sa.select(*matching.c, sa.false().label("is_last")), sa.select(*last.c, sa.true())).subquery()
+    rows = _read(_newest_first(sa.select(*both.c), both.c.received_at, both.c.message_id, None))
+    reports = [(row["is_last"], MessageReport(**{name: row[name] for name in row if name != "is_last"})) for row in rows]
+    return [report for is_last, report in reports if not is_last], next((report for is_last, report in reports if is_last), None)
 
 
 def find_messages(*, since: datetime | None = None, limit: int = 50, **wanted: Unpack[Wanted]) -> list[MessageReport]:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from werkzeug.test import TestResponse
 
 from clerkhooks import activity, create_app, reports
@@ -26,7 +27,7 @@ from clerkhooks.diagnosis import Finding, Level
 from clerkhooks.settings import Settings
 from clerkhooks.testing import disconnect
 from tests.backend import Backend
-from tests.conftest import MakeService, migrate
+from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, jwk, settle
 from tests.support import NOW_MS, Service, broken_users, deletion, user_event
 
@@ -160,8 +161,9 @@ def test_lets_in_who_has_been_in_before_while_others_guess(service: Service) -> 
     operator = Console(service)
     first = operator.get("/console")
     assert "Max-Age=2592000; HttpOnly; Path=/console; SameSite=Strict" in first.headers["Set-Cookie"]
-    assert "Set-Cookie" not in operator.get("/console").headers
-    for _ in range(8):
+    assert operator.get("/console").headers["Set-Cookie"] == first.headers["Set-Cookie"]  # a month from the last visit
+    assert "Set-Cookie" not in Console(service, "guess").get("/console").headers
+    for _ in range(7):
         Console(service, "guess").get("/console")
     assert Console(service).get("/console").status_code == 429
     assert operator.get("/console").status_code == 200
@@ -171,7 +173,8 @@ def test_lets_in_who_has_been_in_before_while_others_guess(service: Service) -> 
 
 def test_keeps_the_cookie_to_https(service: Service) -> None:
     """Also where a proxy says that the browser came by it; and on a developer's machine it works without."""
-    for headers, is_secure in (({"X-Forwarded-Proto": "https"}, True), ({"X-Forwarded-Proto": "http"}, False), ({}, False)):
+    https = ({"X-Forwarded-Proto": "https"}, {"X-Forwarded-Proto": "HTTPS, http"}, {"Forwarded": "for=192.0.2.1;proto=https"})
+    for headers, is_secure in (*((headers, True) for headers in https), ({"X-Forwarded-Proto": "http"}, False), ({}, False)):
         cookie = Console(service).get("/console", headers=headers).headers["Set-Cookie"]
         assert ("Secure" in cookie) == is_secure
     assert "Secure" in Console(service).get("/console", base_url="https://localhost").headers["Set-Cookie"]
@@ -241,12 +244,36 @@ def test_says_that_it_does_not_know_yet(console: Console, monkeypatch: pytest.Mo
 
 
 def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The overview is a page all the same; other pages are a problem for now."""
+    """The overview is a page all the same, and says what to do; other pages are a problem for now."""
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
-    assert "The database does not answer" in console.read("/console")
+    words = console.read("/console")
+    assert "1 thing is wrong database: The database does not answer (OperationalError" in words
+    assert "Is it running, and reachable from here" in words
     answer = console.get("/console/users")
     assert (answer.status_code, answer.get_json()["reason"]) == (503, "database_unavailable")
     assert_strict(answer)
+
+
+def test_says_that_the_database_is_not_migrated(make_database: MakeDatabase, make_service: MakeService, database_url: str) -> None:
+    """And how to."""
+    kind = make_url(database_url).get_backend_name()
+    console = Console(make_service(DATABASE_URL=make_database(kind), CONSOLE_PASSWORD=PASSWORD))
+    words = console.read("/console")
+    assert "1 thing is wrong database: The database answers, and is not migrated. Migrate: flask --app wsgi db upgrade" in words
+    assert "There are no figures until the database answers, and is migrated." in words
+
+
+def test_says_that_the_figures_cannot_be_read(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of them takes too long, what was found is said all the same, and the log names the error."""
+
+    def find_lag(_now: datetime) -> None:
+        raise OperationalError("SELECT", {}, Exception("canceling statement due to statement timeout"))
+
+    monkeypatch.setattr(activity, "find_lag", find_lag)
+    console.service.deliver(user_event(clerk_id("user")))
+    words = console.read("/console")
+    assert "The figures cannot be read now" in words
+    assert "No message of the last day is left failed." in words
 
 
 def test_says_how_the_keys_are(make_service: MakeService) -> None:
@@ -423,6 +450,23 @@ def test_says_how_far_it_looked(console: Console, monkeypatch: pytest.MonkeyPatc
     assert 'href="/console/messages?type=user.created">Newest' in page
 
 
+def test_lists_each_message_once_while_others_come(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many arrive between the statements that a search takes."""
+    for number in range(9):
+        service.deliver(user_event(clerk_id("user"), "user.created"), f"msg_{number}")
+    read, ids = reports._read, [f"msg_{number}" for number in range(9)]
+
+    def read_while_more_come(query: Any) -> Any:
+        service.deliver(user_event(clerk_id("user")))
+        return read(query)
+
+    monkeypatch.setattr(reports, "_read", read_while_more_come)
+    monkeypatch.setattr(reports, "SEARCHED", 2)
+    with service.app.app_context():
+        found = [message.message_id for message in reports.find_messages(event_type="user.created")]
+    assert sorted(found) == ids
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -508,10 +552,10 @@ def test_logs_neither_searches_nor_the_password(console: Console, capfd: pytest.
 def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """About as many as there are; what failed is counted, one by one."""
     now = datetime.now(UTC)
-    first = now.replace(second=0, microsecond=0) - timedelta(hours=23, minutes=59)
+    first = now - timedelta(hours=24)
     rows = []
     for number in range(1440):
-        at = first + timedelta(minutes=number, seconds=number * 37 % 60)
+        at = first + timedelta(minutes=number + (number == 1439) * 5, seconds=number * 37 % 60)  # the last by a clock that is ahead
         outcome = "failed" if number % 97 == 0 else "applied"
         rows.append(f"('msg_{number}', 'user.updated', NULL, '{outcome}', 1, NULL, '{at:%Y-%m-%d %H:%M:%S.%f}', NULL, NULL)")
     service.rows(f"INSERT INTO webhook_messages VALUES {', '.join(rows)}")

@@ -16,8 +16,10 @@ from clerkhooks.console import texts
 from clerkhooks.console.access import PATH, Gate, init_access
 from clerkhooks.console.chart import draw
 from clerkhooks.console.checkup import Checkup
+from clerkhooks.diagnosis import Level
 from clerkhooks.diagnosis.database import judge_database
 from clerkhooks.errors import BadRequest, describe
+from clerkhooks.logs import logger
 from clerkhooks.models import Outcome
 from clerkhooks.problems import problem
 from clerkhooks.settings import Settings
@@ -65,18 +67,28 @@ def overview() -> str:
     """One look that says whether all is well."""
     checkup: Checkup = current_app.extensions["clerkhooks.checkup"]
     now = datetime.now(UTC)
-    try:
-        figures, findings = _read_figures(now), judge_database()
-    except SQLAlchemyError as error:
-        logs.annotate(error=describe(error))
-        figures, findings = {}, []
-    report = checkup.read().plus(findings)
+    findings = judge_database()
+    figures = _read_figures(now) if findings[0].level is not Level.WRONG else None
+    if figures is None:
+        logs.annotate(error=findings[0].code)
     return render_template(
-        "console/overview.html", figures=figures, report=report, keys=texts.key_set(current_app.extensions["clerkhooks.auth"])
+        "console/overview.html",
+        figures=figures,
+        report=checkup.read().plus(findings),
+        keys=texts.key_set(current_app.extensions["clerkhooks.auth"]),
     )
 
 
-def _read_figures(now: datetime) -> dict[str, Any]:
+def _read_figures(now: datetime) -> dict[str, Any] | None:
+    """What the overview counts; None where the database cannot say it now."""
+    try:
+        return _count(now)
+    except SQLAlchemyError as error:
+        logger.warning("figures_not_read", extra={"error": describe(error)})
+        return None
+
+
+def _count(now: datetime) -> dict[str, Any]:
     hours = activity.read_activity(now)
     return {
         "activity": hours,

@@ -37,7 +37,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "X-Robots-Tag": "noindex",
 }
-_SIGNED_IN = "clerkhooks.console"
+_ADMITTED = "clerkhooks.console"
 
 
 class Braked(Exception):
@@ -122,7 +122,7 @@ class Gate:
             return problem(429, "too_many_guesses", {"Retry-After": str(braked.seconds)})
         if not admitted:
             return problem(401, "password_wrong", CHALLENGE)
-        request.environ[_SIGNED_IN] = not is_known
+        request.environ[_ADMITTED] = True
         return None
 
     def finish(self, response: Response) -> Response:
@@ -130,9 +130,10 @@ class Gate:
         if not _is_below():
             return response
         response.headers.update(HEADERS)
-        if request.environ.get(_SIGNED_IN):
+        if request.environ.get(_ADMITTED):
             # Whoever pretends to have come by HTTPS only keeps the cookie from themselves.
-            secure = request.is_secure or request.headers.get("X-Forwarded-Proto", "").startswith("https")
+            said = request.headers.get("X-Forwarded-Proto", "") + request.headers.get("Forwarded", "")
+            secure = request.is_secure or "https" in said.lower()
             response.set_cookie(COOKIE, self._known, KNOWN_FOR, path=PATH, secure=secure, httponly=True, samesite="Strict")
         return response
 

@@ -48,8 +48,12 @@ def check_database(case: Case) -> Iterator[Finding]:
     try:
         yield from within(DATABASE_SECONDS, lambda: _look_into_database(case.settings.database_url, where))
     except (SQLAlchemyError, TimeoutError) as error:
-        remedy = f"Is it running, and reachable from here, with this user and password? {VARIABLES['DATABASE_URL']}"
-        yield Finding("database_unreachable", Level.WRONG, "database", f"{where} does not answer ({describe(error)}).", remedy)
+        yield _describe_silence(where, error)
+
+
+def _describe_silence(where: str, error: Exception) -> Finding:
+    remedy = f"Is it running, and reachable from here, with this user and password? {VARIABLES['DATABASE_URL']}"
+    return Finding("database_unreachable", Level.WRONG, "database", f"{where} does not answer ({describe(error)}).", remedy)
 
 
 def _name_database(case: Case) -> str:
@@ -76,19 +80,17 @@ def _look_into_database(database_url: str, where: str) -> list[Finding]:
 
 
 def judge_database(where: str = "The database") -> list[Finding]:
-    """
-    Whether the current application's database, called *where*, is migrated, and its users and messages are well.
-
-    Raises:
-        SQLAlchemyError: if it does not answer.
-    """
-    with autocommit() as connection:
-        current = current_revisions(connection)
-    newest, known = own_revisions(str(PROJECT / "migrations"))
-    schema = _judge_schema(current, newest, known, where)
-    if schema.level is Level.WRONG:
-        return [schema]
-    return [schema, _judge_failures(), _judge_last_webhook(), _judge_unfilled()]
+    """Whether the current application's database, called *where*, answers, is migrated, and its users and messages are well."""
+    try:
+        with autocommit() as connection:
+            current = current_revisions(connection)
+        newest, known = own_revisions(str(PROJECT / "migrations"))
+        schema = _judge_schema(current, newest, known, where)
+        if schema.level is Level.WRONG:
+            return [schema]
+        return [schema, _judge_failures(), _judge_last_webhook(), _judge_unfilled()]
+    except SQLAlchemyError as error:
+        return [_describe_silence(where, error)]
 
 
 def _judge_schema(current: set[str], newest: frozenset[str], known: frozenset[str], where: str) -> Finding:
