@@ -54,6 +54,13 @@ def test_finds_by_id_email_and_beginning_of_the_name(service: Service, people: d
     assert listed(service, "grace hopper%") == [people["grace"]]
 
 
+def test_says_what_no_database_can_hold(service: Service) -> None:
+    """A byte of an argument that is no UTF-8 comes as half a character."""
+    ended = run(service, "list", "\udcff")
+    assert ended.exit_code == 2
+    assert "cannot hold some characters" in ended.output
+
+
 def test_goes_on_where_a_page_ended(service: Service, people: dict[str, str]) -> None:
     """Page by page, each user once; the text says how."""
     read: list[str] = []

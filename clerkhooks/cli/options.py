@@ -12,7 +12,7 @@ from shutil import get_terminal_size
 from typing import Any
 
 import click
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from clerkhooks.errors import describe
 
@@ -40,6 +40,8 @@ def database_failures() -> Iterator[None]:
     """Whatever the database answers with, in words."""
     try:
         yield
+    except (DataError, UnicodeEncodeError) as error:
+        raise CannotDo(f"The database cannot hold some characters of what it was asked or given ({describe(error)}).") from None
     except SQLAlchemyError as error:
         raise DatabaseFailed(error) from None
 
