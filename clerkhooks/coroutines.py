@@ -6,40 +6,55 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import wraps
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
 R = TypeVar("R")
-THREADS = 64
 
 
-def run(coroutine: Coroutine[Any, Any, R]) -> R:
+def run(coroutine: Coroutine[Any, Any, R], threads: Any = None) -> R:
     """
     What *coroutine* gives, from an event loop of its own.
 
     asyncio runs one loop a thread. Where gevent has made greenlets of threads, all of them are one, so there the loop
-    is given a real one: one of 64, apart from the few with which gevent itself looks up names.
+    is given a real one: of *threads*, a pool of gevent's, or else one of the few with which gevent itself looks up names.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return asyncio.run(coroutine)
-    result: R = _threads().apply(copy_context().run, (asyncio.run, coroutine))
-    return result
+    import gevent
+
+    pool = gevent.get_hub().threadpool if threads is None else threads  # an idle pool counts as false
+    outcome: tuple[R, None] | tuple[None, BaseException] = pool.apply(copy_context().run, (_attempt, coroutine))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-@cache
-def _threads() -> Any:
+def _attempt(coroutine: Coroutine[Any, Any, R]) -> tuple[R, None] | tuple[None, BaseException]:
+    # gevent writes a traceback, text and all, of what a thread of its pool raises.
+    try:
+        return asyncio.run(coroutine), None
+    except BaseException as error:  # noqa: BLE001  # it is raised where somebody waits
+        return None, error
+
+
+def make_async_to_sync(limit: int) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], Callable[..., Any]]:
+    """
+    Make Flask's ``async_to_sync`` for gevent: at most *limit* async functions run at a time, each in a thread of its own.
+
+    They have a pool for themselves, so that nobody else's look-up waits until they are done. To be called in the process and
+    the thread that serves.
+    """
     from gevent.threadpool import ThreadPool
 
-    return ThreadPool(THREADS)
+    threads = ThreadPool(limit)
 
+    def async_to_sync(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return run(function(*args, **kwargs), threads)
 
-def to_sync(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
-    """A plain function that does what the async *function* does."""
+        return call
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return run(function(*args, **kwargs))
-
-    return call
+    return async_to_sync

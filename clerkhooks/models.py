@@ -340,11 +340,13 @@ def _begin_on_postgresql(connection: sa.Connection) -> None:
 def _refuse_closed(connection: PatientConnection, _record: object, _proxy: object) -> None:
     """Let the pool replace a connection that the server has closed, as in a restart; that needs no round trip to be seen."""
     # Nobody speaks on an idle connection, unless to say that it is over.
-    if select.select([connection.pgconn.socket], [], [], 0)[0]:
+    poll = select.poll()  # select() looks at no more than 1,024 descriptors
+    poll.register(connection.pgconn.socket, select.POLLIN)
+    if poll.poll(0):
         raise sa.exc.DisconnectionError
 
 
-_LIMITS = "-c lock_timeout=2s -c statement_timeout=3s -c idle_in_transaction_session_timeout=15s"
+_LIMITS = "-c lock_timeout=2s -c statement_timeout=3s -c idle_in_transaction_session_timeout=15s -c client_encoding=UTF8"
 
 
 def _engine_options(database_url: str) -> dict[str, Any]:
@@ -353,7 +355,8 @@ def _engine_options(database_url: str) -> dict[str, Any]:
 
     SQLite: a transaction takes the write lock with its first write, not at its first read, so that readers
     never wait and no reader is refused when it turns into a writer; each read sees the newest commit,
-    as on PostgreSQL. PostgreSQL: UTC, and waiting for a lock, a statement or a dead peer is bounded.
+    as on PostgreSQL. PostgreSQL: UTC, and waiting for a lock, a statement or a dead peer is bounded; where the database has
+    another encoding than UTF-8, a text that does not fit is the server's refusal, and no error of the driver's own.
     """
     pool = {"pool_size": THREADS, "max_overflow": 2, "pool_timeout": 4}
     url = make_url(database_url)
@@ -362,7 +365,6 @@ def _engine_options(database_url: str) -> dict[str, Any]:
     # What the URL asks for comes later and wins, one setting at a time; but times are always given in UTC.
     own = url.query.get("options", ())
     options = " ".join([_LIMITS, *([own] if isinstance(own, str) else own), "-c timezone=UTC"])
-    # In a database of another encoding a text that does not fit is the server's refusal, and no error of the driver's own.
-    limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "client_encoding": "UTF8"}
+    limits = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
     chosen = {key: value for key, value in limits.items() if key not in url.query} | {"options": options}
     return pool | {"connect_args": chosen}

@@ -36,6 +36,8 @@ def _leave_nothing_behind(directory: str, owner: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+ASYNC_VIEWS = 64  # that run at a time in a worker on gevent
+
 _settings = load_settings()  # a wrong variable ends the server here, before anything listens
 # Only as gunicorn's configuration: what is run by name is another copy of this module.
 _metrics = tempfile.mkdtemp(prefix="clerkhooks-metrics-") if _settings.metrics_token and __name__ != "__main__" else None
@@ -50,7 +52,7 @@ workers = _settings.web_concurrency
 # SQLite waits for its file inside the library, where nobody else could go on meanwhile: it is given threads.
 worker_class = "gevent" if _on_gevent else "gthread"
 threads = models.THREADS
-worker_connections = 800  # with gevent: below 1,024 descriptors, which is all that select() can look at and what many systems allow
+worker_connections = 500  # with gevent; with the threads of async views, which take some five descriptors each, below the usual 1,024
 preload_app = True
 keepalive = 75  # seconds: longer than the usual proxy keeps a connection, so that it never writes into a closed one
 timeout = 15  # seconds without a heartbeat; Svix gives up on an answer after as many
@@ -75,7 +77,7 @@ def post_fork(server: Any, _worker: Any) -> None:
     if _metrics:
         app.extensions["clerkhooks.metrics"].begin_process(app)
     if _on_gevent:
-        app.async_to_sync = coroutines.to_sync
+        app.async_to_sync = coroutines.make_async_to_sync(ASYNC_VIEWS)
     auth.fetch_keys_soon(app)
 
 
