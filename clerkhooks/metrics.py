@@ -7,8 +7,10 @@ prometheus-client shares its figures in the files of PROMETHEUS_MULTIPROC_DIR, a
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -116,9 +118,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all processes, and those that only the database knows."""
-        collector: Any = MultiProcessCollector(None) if is_shared() else self.registry  # type: ignore[no-untyped-call]
-        source: Iterable[Metric] = collector.collect()
-        for family in source:
+        for family in _read_files() if is_shared() else self.registry.collect():
             yield _age(family) if family.name == f"{PREFIX}signing_keys_fetched_timestamp_seconds" else family
         yield from _from_database()
 
@@ -151,6 +151,16 @@ def family_of(event_type: str) -> str:
     """A label for *event_type*, of which there are few: whoever may sign must not make a series of each message."""
     family = event_type.partition(".")[0]
     return event_type if event_type in USER_EVENTS else family if family in FAMILIES else "other"
+
+
+def _read_files() -> Iterable[Metric]:
+    """What every process has counted. One that begins makes its files, which cannot be read until they have their size."""
+    collector: Any = MultiProcessCollector(None)  # type: ignore[no-untyped-call]
+    for _ in range(100):
+        with suppress(struct.error):
+            return list(collector.collect())
+        time.sleep(0.005)
+    return list(collector.collect())
 
 
 def _age(family: Metric) -> Metric:

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 from flask import Response, request
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 
+from clerkhooks import metrics
 from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body
 from clerkhooks.metrics import FAMILIES
 from clerkhooks.settings import PROJECT
@@ -270,6 +273,22 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
         assert found[("sessions_verified_total",)] == count
         assert 0 <= found[("database_connections_in_use",)] <= 1
     assert not list(folder.glob("clerkhooks-metrics-*"))
+
+
+def test_waits_for_a_process_that_makes_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file is empty for a moment, and then has the size that says how much of it is used."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    file = tmp_path / "counter_1.db"
+    file.touch()
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        MmapedDict(str(file)).close()  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(sleep=sleep))
+    assert metrics._read_files() == []
+    assert len(waits) == 1
 
 
 def test_counts_anew_at_each_boot(clerk: PretendedClerk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
