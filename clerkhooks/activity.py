@@ -1,4 +1,4 @@
-"""How much happens, and whether all is well with it: the figures that one look should take in. None of them reads a whole table."""
+"""How much happens, and whether all is well with it: the figures that one look should take in. On PostgreSQL none reads a whole table."""
 
 from __future__ import annotations
 

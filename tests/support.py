@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from flask import Flask, current_app
 from werkzeug.test import TestResponse
 
 from clerkhooks.cli.pretend import PretendedClerk, event_body, user_data
+from clerkhooks.logs import logger
 from clerkhooks.models import db
 from clerkhooks.testing import ClerkService
 
@@ -49,6 +51,25 @@ def left_to_migrate(*own: str) -> list[Any]:
     options = current_app.extensions["migrate"].configure_args | {"include_object": is_known}
     with db.engine.connect() as connection:
         return list(compare_metadata(MigrationContext.configure(connection, opts=options), db.metadata))
+
+
+@contextmanager
+def lines(formatter: logging.Formatter) -> Iterator[list[str]]:
+    """What is logged until the block ends."""
+    written: list[str] = []
+
+    class Handler(logging.Handler):
+        """Formats at once, as one that writes does."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(formatter.format(record))
+
+    handler = Handler()
+    logger.addHandler(handler)
+    try:
+        yield written
+    finally:
+        logger.removeHandler(handler)
 
 
 def user_event(user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import threading
 import time
@@ -24,12 +26,13 @@ from clerkhooks.console import access, checkup, texts
 from clerkhooks.console.chart import HEIGHT, draw, round_up
 from clerkhooks.console.checkup import Checkup
 from clerkhooks.diagnosis import Finding, Level
+from clerkhooks.logs import JsonFormatter, TextFormatter
 from clerkhooks.settings import Settings
 from clerkhooks.testing import disconnect
 from tests.backend import Backend
 from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, jwk, settle
-from tests.support import NOW_MS, Service, broken_users, deletion, user_event
+from tests.support import NOW_MS, Service, broken_users, deletion, lines, user_event
 
 PASSWORD = "correct horse battery staple"
 WELL = (Finding("settings_valid", Level.OK, "settings", "Every variable is well-formed."),)
@@ -271,8 +274,10 @@ def test_says_that_the_figures_cannot_be_read(console: Console, monkeypatch: pyt
 
     monkeypatch.setattr(activity, "find_lag", find_lag)
     console.service.deliver(user_event(clerk_id("user")))
-    words = console.read("/console")
+    with lines(JsonFormatter()) as written:
+        words = console.read("/console")
     assert "The figures cannot be read now" in words
+    assert [json.loads(line).get("error") for line in written] == ["OperationalError"]
     assert "No message of the last day is left failed." in words
 
 
@@ -540,13 +545,15 @@ def test_bears_a_database_of_another_encoding(postgresql: str, clerk: PretendedC
             connection.execute("DROP DATABASE latin WITH (FORCE)")
 
 
-def test_logs_neither_searches_nor_the_password(console: Console, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
+def test_logs_neither_searches_nor_the_password(console: Console, formatter: logging.Formatter) -> None:
     """A line holds the path alone."""
-    console.get(console.search("ada@example.org").location)
-    Console(console.service, "a wrong password").get("/console")
-    printed = "".join(capfd.readouterr())
-    for secret in ("ada", PASSWORD, "a wrong password", "search="):
-        assert secret not in printed
+    with lines(formatter) as written:
+        console.get(console.search("ada@example.org").location)
+        Console(console.service, "a wrong password").get("/console")
+    assert [("/console" in line) for line in written] == [True] * 3
+    for secret in ("ada@example", PASSWORD, "a wrong password", "search="):
+        assert secret not in "".join(written)
 
 
 def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

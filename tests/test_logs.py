@@ -7,8 +7,6 @@ import logging
 import os
 import pty
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from flask import Blueprint, abort
@@ -18,26 +16,7 @@ from hypothesis import strategies as st
 from clerkhooks import logs
 from clerkhooks.cli.pretend import clerk_id
 from clerkhooks.signals import event_processed, user_first_seen
-from tests.support import Service, broken_users, user_event
-
-
-@contextmanager
-def lines(formatter: logging.Formatter) -> Iterator[list[str]]:
-    """What is logged until the block ends."""
-    written: list[str] = []
-
-    class Handler(logging.Handler):
-        """Formats at once, as one that writes does."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            written.append(formatter.format(record))
-
-    handler = Handler()
-    logs.logger.addHandler(handler)
-    try:
-        yield written
-    finally:
-        logs.logger.removeHandler(handler)
+from tests.support import Service, broken_users, lines, user_event
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/nowhere", "/api/me"])

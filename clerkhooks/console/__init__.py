@@ -19,7 +19,6 @@ from clerkhooks.console.checkup import Checkup
 from clerkhooks.diagnosis import Level
 from clerkhooks.diagnosis.database import judge_database
 from clerkhooks.errors import BadRequest, describe
-from clerkhooks.logs import logger
 from clerkhooks.models import Outcome
 from clerkhooks.problems import problem
 from clerkhooks.settings import Settings
@@ -68,9 +67,11 @@ def overview() -> str:
     checkup: Checkup = current_app.extensions["clerkhooks.checkup"]
     now = datetime.now(UTC)
     findings = judge_database()
-    figures = _read_figures(now) if findings[0].level is not Level.WRONG else None
-    if figures is None:
+    figures = None
+    if findings[0].level is Level.WRONG:
         logs.annotate(error=findings[0].code)
+    else:
+        figures = _read_figures(now)
     return render_template(
         "console/overview.html",
         figures=figures,
@@ -84,7 +85,7 @@ def _read_figures(now: datetime) -> dict[str, Any] | None:
     try:
         return _count(now)
     except SQLAlchemyError as error:
-        logger.warning("figures_not_read", extra={"error": describe(error)})
+        logs.annotate(error=describe(error))
         return None
 
 
