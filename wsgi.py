@@ -1,4 +1,4 @@
-"""What gunicorn and flask load. Register your own blueprints here."""
+"""What gunicorn and flask load."""
 
 from clerkhooks import create_app
 

@@ -1,18 +1,53 @@
-"""A users table that is always what Clerk says: webhooks in, verified sessions for your own routes out."""
+"""Keep a users table that is always what Clerk has, and authenticate calls with its sessions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clerkhooks.app import create_app
-    from clerkhooks.auth import current_session, current_user, require_auth
+    from clerkhooks.errors import SettingsError
+    from clerkhooks.events import Event, Outcome
+    from clerkhooks.extension import ClerkHooks, upsert
+    from clerkhooks.service import create_app
+    from clerkhooks.store.models import ClerkUser, Versioned, from_clerk
+    from clerkhooks.web.auth import current_session, current_user, require_auth
 
-__all__ = ["create_app", "current_session", "current_user", "require_auth"]
-_ROOMS = {"create_app": "app", "current_session": "auth", "current_user": "auth", "require_auth": "auth"}
+__all__ = [
+    "ClerkHooks",
+    "ClerkUser",
+    "Event",
+    "Outcome",
+    "SettingsError",
+    "Versioned",
+    "create_app",
+    "current_session",
+    "current_user",
+    "from_clerk",
+    "require_auth",
+    "upsert",
+]
+_MODULES = {
+    "ClerkHooks": "extension",
+    "ClerkUser": "store.models",
+    "Event": "events",
+    "Outcome": "events",
+    "SettingsError": "errors",
+    "Versioned": "store.models",
+    "create_app": "service",
+    "current_session": "web.auth",
+    "current_user": "web.auth",
+    "from_clerk": "store.models",
+    "require_auth": "web.auth",
+    "upsert": "extension",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Found when asked for: the server has something to do before what waits for a network is imported (PEP 562).
-    if name not in _ROOMS:
+    # Loaded on first use (PEP 562): gunicorn.conf.py reads the settings, and monkey-patches, before
+    # anything that does I/O is imported.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

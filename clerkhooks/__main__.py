@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clerkhooks.cli import main
+from clerkhooks.cli.main import main
 
 if __name__ == "__main__":
     main()

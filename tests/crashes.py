@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.clerk.fake import FakeClerk
 from tests.conftest import migrate
 from tests.mortal import Killer, MortalServer
 from tests.own_postgresql import OwnPostgreSQL, own_postgresql
@@ -30,7 +30,9 @@ from tests.told import Message, expected_row, history
 SENDERS = 8
 WAITING = 60  # messages that are on their way at once, so that the histories of many users mix
 PAUSE = 0.05  # seconds between two attempts; Svix takes 5
-DRAIN = 60  # seconds within which all that is still open must be taken, once nobody is killed any more
+DRAIN = (
+    60  # seconds within which all that is still open must be taken, once nobody is killed any more
+)
 
 
 @dataclass
@@ -98,7 +100,9 @@ class Svix:
         with self._lock:
             calls, repeats = self.chance.random() < 0.2, self.chance.random() < 0.1
         if calls:
-            headers = {"Authorization": f"Bearer {self.server.clerk.session_token(message.user_id)}"}
+            headers = {
+                "Authorization": f"Bearer {self.server.clerk.session_token(message.user_id)}"
+            }
             self._count(self.report.calls, self._request("GET", "/api/me", None, headers)[0])
         signed = self.server.clerk.headers(message.body, message.message_id)
         answer, outcome = self._request("POST", "/webhooks/clerk", message.body, signed)
@@ -111,7 +115,9 @@ class Svix:
             self._put_back(message)
         return True
 
-    def _request(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[str, str]:
+    def _request(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[str, str]:
         """The status, or what became of the connection; and the outcome of a delivery that was taken."""
         try:
             answer = self.server.request(method, path, body, headers)
@@ -145,8 +151,13 @@ class Auditor:
         """Every message is in the log, each was done once, and every user is what all of the events say."""
         told, acknowledged = self.svix.told, self.svix.acknowledged
         log = dict(rows(self.database_url, "SELECT message_id, outcome FROM webhook_messages"))
-        self.svix.report.messages, self.svix.report.lost = len(acknowledged), len(acknowledged.keys() - log.keys())
-        assert told.keys() == acknowledged.keys() == log.keys(), f"lost: {acknowledged.keys() - log.keys()}"
+        self.svix.report.messages, self.svix.report.lost = (
+            len(acknowledged),
+            len(acknowledged.keys() - log.keys()),
+        )
+        assert told.keys() == acknowledged.keys() == log.keys(), (
+            f"lost: {acknowledged.keys() - log.keys()}"
+        )
         assert set(log.values()) <= {"applied", "stale"}
         for message_id, outcomes in acknowledged.items():
             done = [outcome for outcome in outcomes if outcome != "duplicate"]
@@ -155,7 +166,10 @@ class Auditor:
         for message in told.values():
             users[message.user_id].append(message)
         columns = "id, email, name, image_url, version_updated_at, version_timestamp, version_message_id, deleted_at IS NOT NULL"
-        found = {row[0]: (*row[1:-1], bool(row[-1])) for row in rows(self.database_url, f"SELECT {columns} FROM users")}
+        found = {
+            row[0]: (*row[1:-1], bool(row[-1]))
+            for row in rows(self.database_url, f"SELECT {columns} FROM users")
+        }
         expected = {user_id: expected_row(messages) for user_id, messages in users.items()}
         assert found == expected, f"not what the events say: {found.items() ^ expected.items()}"
         self._find_orphans()
@@ -178,7 +192,7 @@ SELECT users.id FROM users WHERE NOT EXISTS (
 
 def run(kind: str, seconds: float, seed: int, postgresql: OwnPostgreSQL | None = None) -> Report:
     """Deliver and kill for *seconds* on a database of *kind*; raises AssertionError for anything lost or wrong."""
-    clerk, started = PretendedClerk(), time.monotonic()
+    clerk, started = FakeClerk(), time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if kind == "postgresql":
@@ -211,7 +225,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="postgresql")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     given = parser.parse_args(arguments)
-    sys.stdout.write(f"{given.database}, seed {given.seed}: {run(given.database, given.minutes * 60, given.seed)}\n")
+    sys.stdout.write(
+        f"{given.database}, seed {given.seed}: {run(given.database, given.minutes * 60, given.seed)}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A JWKS endpoint over HTTP that misbehaves at will and counts its requests."""
+"""A JWKS endpoint over HTTP that can misbehave and counts its requests."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from typing import Any
 
 from jwt.algorithms import RSAAlgorithm
 
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import FetchedKeys
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
 from clerkhooks.errors import KeysUnavailable, Unauthenticated
 
-KID = "ins_pretended"
+KID = "ins_fake"
 Behaviour = Callable[["Issuer", BaseHTTPRequestHandler], None]
 
 
-def jwk(clerk: PretendedClerk, kid: str = KID, **members: Any) -> dict[str, Any]:
-    """The public key of *clerk* as Clerk publishes it, but for *members*."""
+def jwk(clerk: FakeClerk, kid: str = KID, **members: Any) -> dict[str, Any]:
+    """Return the public key of *clerk* as Clerk publishes it, with *members* replaced."""
     numbers = RSAAlgorithm.to_jwk(clerk.private_key.public_key(), as_dict=True)
-    return {"alg": "RS256", "e": numbers["e"], "kid": kid, "kty": "RSA", "n": numbers["n"], "use": "sig"} | members
+    key = {"alg": "RS256", "e": numbers["e"], "kid": kid, "kty": "RSA", "n": numbers["n"]}
+    return key | {"use": "sig"} | members
 
 
 def key_set(*jwks: Mapping[str, Any]) -> bytes:
-    """A JWKS of these keys."""
+    """Return a JWKS of these keys."""
     return json.dumps({"keys": jwks}).encode()
 
 
@@ -47,12 +48,12 @@ def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
 
 
 def stalling(issuer: Issuer, _request: BaseHTTPRequestHandler) -> None:
-    """Take the request and say nothing."""
+    """Accept the request and do not answer."""
     issuer.released.wait(20)
 
 
 def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
-    """Answer with these keys, but not before the issuer is released."""
+    """Answer with these keys once the issuer is released."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         stalling(issuer, request)
@@ -62,7 +63,7 @@ def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
 
 
 def dripping(start: bytes) -> Behaviour:
-    """Say *start* and then one byte at a time, without an end."""
+    """Send *start* and then one byte at a time, without an end."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(start)
@@ -73,9 +74,17 @@ def dripping(start: bytes) -> Behaviour:
 
 
 HTTP = b"HTTP/1.1 200 OK\r\n"
-OTHER = PretendedClerk()
+OTHER = FakeClerk()
 GOOD = key_set(jwk(OTHER, "ins_other"))
-ODD_NUMBERS: list[dict[str, Any]] = [{"n": 5}, {"n": None}, {"e": "AA"}, {"e": "AQ"}, {"n": "é"}, {"e": []}]
+ODD_NUMBERS: list[dict[str, Any]] = [
+    {"n": 5},
+    {"n": None},
+    {"e": "AA"},
+    {"e": "AQ"},
+    {"n": "é"},
+    {"e": []},
+]
+ELLIPTIC = {"kid": KID, "kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}
 GZIP = gzip.compress(GOOD)
 MISBEHAVIOURS: dict[str, Behaviour] = {
     "HTML": answering(b"<!doctype html><title>Just a moment</title>", Content_Type="text/html"),
@@ -86,8 +95,10 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
     "no set": answering(b"[]"),
     "odd set": answering(b'{"keys": {"a": 1}}'),
     "odd keys": answering(json.dumps({"keys": [None, 5, [], {}, {"kid": ["x"]}]}).encode()),
-    "other types": answering(key_set({"kid": KID, "kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, {"kid": KID, "kty": "oct"})),
-    "other uses": answering(key_set(jwk(OTHER, use="enc"), jwk(OTHER, alg="RS512"), jwk(OTHER, kty="rsa"))),
+    "other types": answering(key_set(ELLIPTIC, {"kid": KID, "kty": "oct"})),
+    "other uses": answering(
+        key_set(jwk(OTHER, use="enc"), jwk(OTHER, alg="RS512"), jwk(OTHER, kty="rsa"))
+    ),
     "short key": answering(key_set(jwk(OTHER, n="u" * 171))),
     "huge key": answering(key_set(jwk(OTHER, n="u" * 20_000))),
     "odd numbers": answering(key_set(*(jwk(OTHER, **odd) for odd in ODD_NUMBERS))),
@@ -102,7 +113,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
     "dripping body": dripping(HTTP + b"Content-Length: 100000\r\n\r\n" + GOOD),
     "dripping headers": dripping(HTTP + b"X: "),
 }
-"""Every way not to answer with a key set that anybody could use."""
+"""Answers that are not a usable key set."""
 
 
 class Issuer:
@@ -122,7 +133,7 @@ class Issuer:
         self.behaviour = answering(key_set(*jwks))
 
     def wait_for(self, count: int) -> None:
-        """Return once *count* requests have come."""
+        """Return once *count* requests have arrived."""
         with self._arrival:
             assert self._arrival.wait_for(lambda: len(self.requests) >= count, timeout=15)
 
@@ -145,7 +156,8 @@ class Issuer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 with issuer._arrival:
-                    headers = {name.lower(): value for name, value in self.headers.items()} | {":path": self.path}
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    headers[":path"] = self.path
                     issuer.requests.append((headers, self.client_address))
                     behaviour = issuer.behaviour
                     issuer._arrival.notify_all()
@@ -153,18 +165,18 @@ class Issuer:
                     behaviour(issuer, self)
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         return Handler
 
 
 class Clock:
-    """The monotonic clock that the keys are told."""
+    """A monotonic clock that a test sets."""
 
     now = 1000.0
 
     def monotonic(self) -> float:
-        """Seconds since whenever."""
+        """Return the time in seconds."""
         return self.now
 
 
@@ -177,14 +189,14 @@ def settle() -> None:
 
 
 def fetched(keys: FetchedKeys) -> FetchedKeys:
-    """The same, once they have been fetched."""
+    """Return *keys* after a fetch."""
     keys.fetch_soon()
     settle()
     return keys
 
 
-def reason_of(keys: FetchedKeys | SessionVerifier, clerk: PretendedClerk, kid: str = KID) -> str | None:
-    """Why a new token of *clerk* is refused, or None where it holds."""
+def reason_of(keys: FetchedKeys | SessionVerifier, clerk: FakeClerk, kid: str = KID) -> str | None:
+    """Return why a new token of *clerk* is refused, or None if it is valid."""
     verifier = keys if isinstance(keys, SessionVerifier) else SessionVerifier(keys, TokenRules())
     try:
         verifier.verify(clerk.session_token(clerk_id("user"), header={"kid": kid}), time.time())

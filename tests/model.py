@@ -34,16 +34,30 @@ class Sent:
             data["deleted"] = True
         else:
             data |= {"first_name": self.first_name, "last_name": None, "image_url": self.image_url}
-            data["email_addresses"] = [{"id": "idn_1", "email_address": self.email}] if self.email else []
+            data["email_addresses"] = (
+                [{"id": "idn_1", "email_address": self.email}] if self.email else []
+            )
             data["primary_email_address_id"] = "idn_1" if self.email else None
-        event = {"type": self.type, "timestamp": self.timestamp, "data": {key: value for key, value in data.items() if value is not None}}
-        return json.dumps({key: value for key, value in event.items() if value is not None}).encode()
+        event = {
+            "type": self.type,
+            "timestamp": self.timestamp,
+            "data": {key: value for key, value in data.items() if value is not None},
+        }
+        return json.dumps(
+            {key: value for key, value in event.items() if value is not None}
+        ).encode()
 
     @property
     def version(self) -> tuple[int, int, bytes]:
         """What decides between two events. With neither time there is only the attempt's, which is not the event's: -1 and 0 for it."""
-        known = [time for time in (self.updated_at, self.timestamp) if time is not None]
-        return (known[0], known[-1], self.message_id.encode()) if known else (-1, 0, self.message_id.encode())
+        times = (self.updated_at, self.timestamp)
+        # A time below 10**11 is in seconds.
+        known = [time * 1000 if time < 10**11 else time for time in times if time is not None]
+        return (
+            (known[0], known[-1], self.message_id.encode())
+            if known
+            else (-1, 0, self.message_id.encode())
+        )
 
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
@@ -60,12 +74,29 @@ def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
 def stored_row(values: Iterable[Any]) -> Row:
     """The row that a database gave for ``COLUMNS``, in the form of ``expected_row``."""
     email, name, image_url, updated_at, timestamp, message_id, deleted = values
-    version = None if updated_at is None else (updated_at, 0 if updated_at == -1 else timestamp, message_id.encode())
+    version = (
+        None
+        if updated_at is None
+        else (updated_at, 0 if updated_at == -1 else timestamp, message_id.encode())
+    )
     return _row(email, name, image_url, version, deleted=bool(deleted))
 
 
-def _row(email: str | None, name: str, image_url: str | None, version: Any = None, *, deleted: bool = False) -> Row:
-    return {"email": email, "name": name, "image_url": image_url, "version": version, "deleted": deleted}
+def _row(
+    email: str | None,
+    name: str,
+    image_url: str | None,
+    version: Any = None,
+    *,
+    deleted: bool = False,
+) -> Row:
+    return {
+        "email": email,
+        "name": name,
+        "image_url": image_url,
+        "version": version,
+        "deleted": deleted,
+    }
 
 
 @dataclass(frozen=True)
@@ -83,17 +114,28 @@ class Draft:
         """The event as the *number*-th of a run on users of *ids*."""
         message_id = f"msg_{self.letter}{number}_{ids[0][5:]}"
         image_url = f"https://img.example.org/{number}" if number % 3 else None
-        return Sent(message_id, ids[self.user], self.type, self.updated_at, self.timestamp, f"N{number}", self.email, image_url)
+        return Sent(
+            message_id,
+            ids[self.user],
+            self.type,
+            self.updated_at,
+            self.timestamp,
+            f"N{number}",
+            self.email,
+            image_url,
+        )
 
 
 USERS = range(3)
 ATTEMPTS = st.integers(-200, 200)  # seconds from now: each attempt has a time of its own
-_times = st.sampled_from([None, 0, 1, 2, 3])
+_times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])  # two of them are one time
 _rest = (
     _times,
     _times,
     st.sampled_from("aAbB09"),  # a linguistic collation ranks these otherwise than their bytes
-    st.sampled_from([None, "ada@example.org", "bob@example.org"]),  # few, so that one moves to a user who comes anew
+    st.sampled_from(
+        [None, "ada@example.org", "bob@example.org"]
+    ),  # few, so that one moves to a user who comes anew
 )
 _users = st.sampled_from([0, 0, 0, 1, 2])  # most of one user, who has ties
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
@@ -105,7 +147,11 @@ def determined(drafts: Iterable[Draft]) -> list[Draft]:
     found: list[Draft] = []
     for draft in drafts:
         timeless = [old.user for old in found if old.updated_at is None and old.timestamp is None]
-        found.append(replace(draft, timestamp=0) if draft.timestamp is None and draft.user in timeless else draft)
+        found.append(
+            replace(draft, timestamp=0)
+            if draft.timestamp is None and draft.user in timeless
+            else draft
+        )
     return found
 
 
@@ -120,11 +166,16 @@ class History:
 @st.composite
 def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
     """Each event once or more, in any order, with calls and prunes anywhere."""
-    updates, deletions = draw(st.lists(UPDATES, min_size=fewest, max_size=most)), draw(st.lists(DELETIONS, max_size=2))
+    updates, deletions = (
+        draw(st.lists(UPDATES, min_size=fewest, max_size=most)),
+        draw(st.lists(DELETIONS, max_size=2)),
+    )
     events = determined([*updates, *deletions])
     numbers = st.integers(0, len(events) - 1)
     repeated = [*range(len(events)), *draw(st.lists(numbers, max_size=2 * most))]
     steps: list[tuple[str, Any]] = [("deliver", (number, draw(ATTEMPTS))) for number in repeated]
     steps += [("call", user) for user in draw(st.lists(st.sampled_from(USERS), max_size=4))]
-    steps += [("prune", pruned) for pruned in draw(st.lists(st.sets(numbers, min_size=1), max_size=2))]
+    steps += [
+        ("prune", pruned) for pruned in draw(st.lists(st.sets(numbers, min_size=1), max_size=2))
+    ]
     return History(events, draw(st.permutations(steps)))

@@ -15,7 +15,7 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped]
 
-from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT
 from tests.own_postgresql import OwnPostgreSQL
 from tests.server import Answer, Server, environ, free_port, wait_until_healthy, web_command
@@ -24,15 +24,26 @@ from tests.server import Answer, Server, environ, free_port, wait_until_healthy,
 class MortalServer:
     """The real server, on one port and one database through all of its lives."""
 
-    def __init__(self, database_url: str, clerk: PretendedClerk, log: Path) -> None:
+    def __init__(self, database_url: str, clerk: FakeClerk, log: Path) -> None:
         self.database_url, self.clerk, self.log, self.port = database_url, clerk, log, free_port()
         self.start()
 
     def start(self) -> None:
         """Start it; returns once it is healthy."""
-        variables = self.clerk.environ | {"DATABASE_URL": self.database_url, "PORT": str(self.port), "WEB_CONCURRENCY": "2"}
+        variables = self.clerk.environ | {
+            "DATABASE_URL": self.database_url,
+            "PORT": str(self.port),
+            "WEB_CONCURRENCY": "2",
+        }
         with self.log.open("ab") as out:
-            process = subprocess.Popen(web_command(), cwd=PROJECT, env=environ(**variables), stdout=out, stderr=out, start_new_session=True)
+            process = subprocess.Popen(
+                web_command(),
+                cwd=PROJECT,
+                env=environ(**variables),
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self.server = Server(process, self.database_url, self.port, self.log, self.clerk)
         wait_until_healthy(self.server)
 
@@ -52,21 +63,34 @@ class MortalServer:
         found: list[psutil.Process] = psutil.Process(self.server.process.pid).children()
         return found
 
-    def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
         """One request to whichever life it is in."""
         return self.server.request(method, path, body, headers)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.kill()
 
 
 class Killer:
     """Kills at random moments; each time, what was killed comes back."""
 
-    def __init__(self, server: MortalServer, postgresql: OwnPostgreSQL | None, chance: random.Random) -> None:
+    def __init__(
+        self, server: MortalServer, postgresql: OwnPostgreSQL | None, chance: random.Random
+    ) -> None:
         self.server, self.postgresql, self.chance = server, postgresql, chance
         self.ways: dict[str, Callable[[], None]] = {
             "worker": self._kill_worker,

@@ -66,7 +66,9 @@ class OwnPostgreSQL:
             yield
         finally:
             for process in frozen:
-                with suppress(psutil.NoSuchProcess):  # it had ended before, and its parent, awake again, took note
+                with suppress(
+                    psutil.NoSuchProcess
+                ):  # it had ended before, and its parent, awake again, took note
                     process.resume()
 
     def _postmaster(self) -> psutil.Process:

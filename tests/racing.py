@@ -1,47 +1,68 @@
-"""Holds one request at a point of our choice while another runs into it: races that end the same each time, without a sleep."""
+"""
+Hold one request at a chosen point while another runs into it.
+
+Races without sleeps, the same each time.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
-import pytest
 import sqlalchemy as sa
+from flask import Flask
 from werkzeug.test import TestResponse
 
-from clerkhooks.models import PatientConnection, User, db
-from clerkhooks.signals import event_processing
+from clerkhooks.events import Handler
 from tests.support import Service
 
 Act = Callable[[], TestResponse]
+TIMEOUT = 20  # seconds, after which a broken test fails instead of hanging
+
+
+def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
+    """Return once *condition* is true; fail if that takes longer than *seconds*."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.001)
 
 
 class Hold:
-    """Where the first thread to come stays until it is released; later ones pass."""
+    """Where the first thread that arrives stays until it is released; later ones pass."""
 
     def __init__(self) -> None:
-        self.reached, self.released, self.taken = threading.Event(), threading.Event(), threading.Lock()
+        self.reached, self.released = threading.Event(), threading.Event()
+        self.taken = threading.Lock()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Stay, or pass: as a receiver, or before a statement."""
+        """Stay, or pass: as a handler, or before a statement."""
         if self.taken.acquire(blocking=False):
             self.reached.set()
-            assert self.released.wait(20)
+            assert self.released.wait(TIMEOUT)
 
 
 class Failing:
-    """A receiver on which the first message fails, or *always* each, after *meanwhile*; a later one comes to *later*."""
+    """
+    A handler on which the first message fails, or *always* each, after *meanwhile*.
 
-    def __init__(self, meanwhile: Hold | None = None, later: Hold | None = None, *, always: bool = False) -> None:
-        self.meanwhile, self.later, self.always, self.failed = meanwhile, later, always, threading.Event()
+    Later ones call *later*.
+    """
+
+    def __init__(
+        self, meanwhile: Hold | None = None, later: Hold | None = None, *, always: bool = False
+    ) -> None:
+        self.meanwhile, self.later, self.always = meanwhile, later, always
+        self.failed = threading.Event()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Receive, and raise if it is time to."""
+        """Handle an event, and raise if it is time to."""
         fails = self.always or not self.failed.is_set()
         hold = self.meanwhile if fails else self.later
         if hold:
@@ -51,19 +72,44 @@ class Failing:
             raise RuntimeError("this attempt fails")
 
 
+@contextmanager
+def handling(
+    app: Flask, handler: Handler, pattern: str = "*", *, after_commit: bool = False
+) -> Iterator[None]:
+    """Have *handler* registered until the block ends."""
+    handlers = app.extensions["clerkhooks"].hooks._handlers
+    entry = (pattern, after_commit, handler)
+    handlers.add(pattern, handler, after_commit=after_commit)
+    try:
+        yield
+    finally:
+        if entry in handlers._registered:
+            handlers._registered.remove(entry)
+
+
 def delivery(service: Service, body: bytes, message_id: str | None = None) -> Act:
-    """A delivery, by a client of its own."""
+    """Return a delivery, by a client of its own."""
     return lambda: _own(service).deliver(body, message_id)
 
 
-def call(service: Service, user_id: str, method: str = "GET", path: str = "/api/me", body: object = None) -> Act:
-    """A call of a signed-in user, by a client of its own."""
+def call(
+    service: Service,
+    user_id: str,
+    method: str = "GET",
+    path: str = "/api/me",
+    body: object = None,
+) -> Act:
+    """Return a call of a signed-in user, by a client of its own."""
     return lambda: _own(service).call(user_id, method, path, body=body)
 
 
 @contextmanager
-def before(service: Service, beginning: str | tuple[str, ...]) -> Iterator[Hold]:
+def before(
+    service: Service, beginning: str | tuple[str, ...], *, on_sqlite: str = "BEGIN"
+) -> Iterator[Hold]:
     """Hold the first statement that begins so, before it reaches the database."""
+    if service.database_url.startswith("sqlite"):
+        beginning = on_sqlite  # after BEGIN nobody else could write
     hold = Hold()
     with on_statement(service, beginning, hold):
         yield hold
@@ -71,49 +117,49 @@ def before(service: Service, beginning: str | tuple[str, ...]) -> Iterator[Hold]
 
 @contextmanager
 def before_failure_record(service: Service, failing: Failing) -> Iterator[Hold]:
-    """Let deliveries come to *failing*, and hold the first that failed before it records that."""
+    """Let deliveries reach *failing*; hold the first failed one before that is recorded."""
     hold = Hold()
 
-    def come() -> None:
+    def arrive() -> None:
         if failing.failed.is_set():
             hold()
 
-    with event_processing.connected_to(failing), on_statement(service, "INSERT INTO webhook_messages", come):
+    beginning = ("INSERT INTO webhook_messages", "BEGIN")
+    with handling(service.app, failing), on_statement(service, beginning, arrive):
         yield hold
 
 
 @contextmanager
-def on_statement(service: Service, beginning: str | tuple[str, ...], then: Callable[[], object]) -> Iterator[None]:
-    """Call *then* before every statement that begins so, in the thread that is about to execute it."""
+def on_statement(
+    service: Service, beginning: str | tuple[str, ...], then: Callable[[], object]
+) -> Iterator[None]:
+    """Call *then* before every statement that begins so, in the thread that executes it."""
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if statement.startswith(beginning):
+        if statement.lstrip().startswith(beginning):
             then()
 
-    ask = PatientConnection.ask
+    with ExitStack() as stack:
+        for engine in engines(service):
+            sa.event.listen(engine, "before_cursor_execute", listen)
+            stack.callback(sa.event.remove, engine, "before_cursor_execute", listen)
+        yield
 
-    def ask_heard(connection: PatientConnection, text: bytes, parameters: Mapping[str, Any]) -> list[Any]:
-        listen(None, None, text.decode())  # also what is handed to the driver directly
-        return ask(connection, text, parameters)
 
+def engines(service: Service) -> tuple[sa.Engine, sa.Engine]:
+    """Return the private engine, and the one that handlers write through."""
+    extensions = service.app.extensions
     with service.app.app_context():
-        engine = db.engine
-    sa.event.listen(engine, "before_cursor_execute", listen)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PatientConnection, "ask", ask_heard)
-            yield
-    finally:
-        sa.event.remove(engine, "before_cursor_execute", listen)
+        return extensions["clerkhooks"].store.database.engine, extensions["sqlalchemy"].engine
 
 
 @contextmanager
 def held(hold: Hold, act: Act) -> Iterator[Future[TestResponse]]:
-    """Run *act* in a thread, and go on once it has reached *hold*, from which it is released in the end."""
+    """Run *act* in a thread, and go on once it has reached *hold*, which is released in the end."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(act)
         try:
-            assert hold.reached.wait(20)
+            assert hold.reached.wait(TIMEOUT)
             yield answer
         finally:
             hold.released.set()
@@ -121,56 +167,77 @@ def held(hold: Hold, act: Act) -> Iterator[Future[TestResponse]]:
 
 @contextmanager
 def blocked(service: Service, act: Act) -> Iterator[Future[TestResponse]]:
-    """Run *act* in a thread, and go on once it waits for a writer who has not ended."""
+    """Run *act* in a thread, and go on once it waits for a writer that has not ended."""
     writing = threading.Event()
-    with ThreadPoolExecutor(1) as pool, on_statement(service, ("INSERT", "UPDATE", "WITH"), writing.set):
+    writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool, on_statement(service, writes, writing.set):
         answer = pool.submit(act)
-        # SQLite tells nobody who waits; but who sets out to write gets no further.
-        assert writing.wait(20)
+        # SQLite does not tell who waits; but a writer gets no further than this.
+        assert writing.wait(TIMEOUT)
         wait_for_a_waiter(service, answer)
         yield answer
 
 
 def wait_for_a_waiter(service: Service, answer: Future[TestResponse]) -> None:
-    """Return once the request that will give *answer* waits for a lock, where the database says so."""
+    """Return once the request of *answer* waits for a lock, where the database says so."""
     if not service.database_url.startswith("sqlite"):
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        query = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
         with psycopg.connect(service.database_url, autocommit=True) as connection:
-            while connection.execute(query).fetchone() == (0,) and not answer.done():
-                pass
+            eventually(lambda: answer.done() or connection.execute(query).fetchone() != (0,))
     assert not answer.done()
 
 
-def meet(service: Service, first: Act, second: Act, *, fails: bool = False) -> list[TestResponse]:
-    """Hold the delivery *first*, written but not committed, until *second* waits for it; then it ends, or *fails*; gives both answers."""
+def meet(
+    service: Service, first: Act, second: Act, *, fails: bool = False, plain: bool = False
+) -> list[TestResponse]:
+    """
+    Hold the delivery *first*, written but not committed, until *second* waits for it.
+
+    Then it ends, or *fails*. With *plain*, *second* finds no handler, as in an application without
+    any. Returns both answers.
+    """
     hold = Hold()
-    receiver = Failing(meanwhile=hold) if fails else hold
-    with event_processing.connected_to(receiver), held(hold, first) as one, blocked(service, second) as two:
-        hold.released.set()
-        return [one.result(), two.result()]
+    handler = Failing(meanwhile=hold) if fails else hold
+    with ExitStack() as registered:
+        registered.enter_context(handling(service.app, handler))
+        with held(hold, first) as one:
+            if plain:
+                registered.close()
+            with blocked(service, second) as two:
+                hold.released.set()
+                return [one.result(TIMEOUT), two.result(TIMEOUT)]
 
 
 def overtake(hold: Hold, first: Act, second: Act) -> list[TestResponse]:
-    """Let *first* reach *hold*, and stay there while *second* is done from beginning to end; gives both answers."""
+    """Let *first* reach *hold* and stay there while all of *second* runs; return both answers."""
     with held(hold, first) as one:
         two = second()
         hold.released.set()
-        return [one.result(), two]
+        return [one.result(TIMEOUT), two]
 
 
 @contextmanager
 def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[[], None]]:
-    """The row of a first call, written and not committed, in a transaction of its own; gives what commits it."""
+    """Write the row of a first call in a transaction of its own; yield what commits it."""
+    store = service.app.extensions["clerkhooks"].store
     now = datetime.now(UTC)
-    row = {"id": user_id, "name": "New User", "is_online": False, "last_seen": now, "created_at": now, "updated_at": now}
-    with service.app.app_context(), db.engine.connect() as connection:
-        connection.execute(sa.insert(User).values(row))
+    moments = dict.fromkeys(("last_seen", "created_at", "updated_at"), now)
+    row = {"id": user_id, "name": "New User", "is_online": False} | moments
+    _, engine = engines(service)
+    with engine.connect() as connection:
+        connection.execute(sa.insert(store.users).values(row))
         yield connection.commit
 
 
 def outcomes(answers: list[TestResponse]) -> list[str]:
-    """What became of each delivery; its status where it was refused."""
-    return [answer.get_json()["outcome"] if answer.status_code == 200 else str(answer.status_code) for answer in answers]
+    """Return the outcome of each delivery; its status if it was refused."""
+    return [
+        answer.get_json()["outcome"] if answer.status_code == 200 else str(answer.status_code)
+        for answer in answers
+    ]
 
 
 def _own(service: Service) -> Service:

@@ -7,16 +7,19 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clerkhooks.cli.pretend import PretendedClerk
+import psycopg
+
+from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT, VARIABLES
 from tests.support import rows
 
@@ -42,15 +45,22 @@ class Server:
     database_url: str
     port: int
     log: Path
-    clerk: PretendedClerk
+    clerk: FakeClerk
 
-    def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
         """One request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
-            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, received, response.read())
         finally:
             connection.close()
 
@@ -64,13 +74,15 @@ class Server:
 
     def lines(self) -> list[dict[str, Any]]:
         """What the server logged as JSON so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        written = self.log.read_text().splitlines()
+        return [json.loads(line) for line in written if line.startswith("{")]
 
 
 def environ(**variables: str) -> dict[str, str]:
-    """The environment of this process, without any variable of the service, and with *variables*."""
+    """Return the environment of this process, with *variables* and no other variable of ours."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"PATH": path} | variables
+    others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return others | {"PATH": path} | variables
 
 
 def web_command() -> list[str]:
@@ -87,19 +99,27 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(database_url: str, clerk: PretendedClerk, log: Path, **variables: str) -> Iterator[Server]:
+def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) -> Iterator[Server]:
     """Run the server with two workers until the block ends."""
     port = free_port()
-    variables = clerk.environ | {"DATABASE_URL": database_url, "PORT": str(port), "WEB_CONCURRENCY": "2"} | variables
+    own = {"DATABASE_URL": database_url, "PORT": str(port), "WEB_CONCURRENCY": "2"}
+    variables = clerk.environ | own | variables
     with log.open("wb") as out:
-        process = subprocess.Popen(web_command(), cwd=PROJECT, env=environ(**variables), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            web_command(),
+            cwd=PROJECT,
+            env=environ(**variables),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     server = Server(process, database_url, port, log, clerk)
     try:
         wait_until_healthy(server)
         yield server
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGQUIT)  # at once; a graceful stop is tested where it matters
+            process.send_signal(signal.SIGQUIT)  # at once: a graceful stop has a test of its own
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
         with suppress(ProcessLookupError):
@@ -117,3 +137,17 @@ def wait_until_healthy(server: Server, seconds: float = 20) -> None:
                 return
         time.sleep(0.02)
     raise AssertionError(server.log.read_text())
+
+
+@contextmanager
+def write_lock(database_url: str) -> Iterator[None]:
+    """Hold a lock, until the block ends, behind which every write of users waits."""
+    if database_url.startswith("sqlite"):
+        path = database_url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            yield
+    else:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("LOCK TABLE users, webhook_messages IN SHARE MODE")
+            yield

@@ -17,10 +17,10 @@ from alembic.migration import MigrationContext
 from flask import Flask, current_app
 from werkzeug.test import TestResponse
 
-from clerkhooks.cli.pretend import PretendedClerk, event_body, user_data
-from clerkhooks.logs import logger
-from clerkhooks.models import db
+from clerkhooks.clerk.fake import FakeClerk, event_body, user_data
+from clerkhooks.service import db
 from clerkhooks.testing import ClerkService
+from clerkhooks.web.logs import logger
 
 DATA = Path(__file__).parent / "data"
 NOW_MS = int(time.time() * 1000)
@@ -34,7 +34,10 @@ def load(name: str) -> Any:
 def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
     """Read or change the database behind the service's back."""
     if database_url.startswith("sqlite:///"):
-        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), timeout=30)) as file, file:
+        with (
+            closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), timeout=30)) as file,
+            file,
+        ):
             return file.execute(query).fetchall()
     with psycopg.connect(database_url) as connection:
         cursor = connection.execute(query.encode())
@@ -50,7 +53,9 @@ def left_to_migrate(*own: str) -> list[Any]:
 
     options = current_app.extensions["migrate"].configure_args | {"include_object": is_known}
     with db.engine.connect() as connection:
-        return list(compare_metadata(MigrationContext.configure(connection, opts=options), db.metadata))
+        return list(
+            compare_metadata(MigrationContext.configure(connection, opts=options), db.metadata)
+        )
 
 
 @contextmanager
@@ -72,9 +77,13 @@ def lines(formatter: logging.Formatter) -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def user_event(user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any) -> bytes:
+def user_event(
+    user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any
+) -> bytes:
     """A user event as of *at* (milliseconds); *data* replaces fields."""
-    whole = user_data(user_id, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=at)
+    whole = user_data(
+        user_id, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=at
+    )
     return event_body(event_type, whole | data, at)
 
 
@@ -86,22 +95,34 @@ def deletion(user_id: str, at: int = NOW_MS) -> bytes:
 class Service:
     """The service in this process, with the keys that it trusts."""
 
-    def __init__(self, app: Flask, clerk: PretendedClerk, database_url: str) -> None:
+    def __init__(self, app: Flask, clerk: FakeClerk, database_url: str) -> None:
         self.app, self.clerk, self.database_url = app, clerk, database_url
         self.clerk_service = ClerkService(app, clerk)
         self.http = self.clerk_service.http
 
-    def deliver(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> TestResponse:
+    def deliver(
+        self, body: bytes, message_id: str | None = None, timestamp: int | None = None
+    ) -> TestResponse:
         """Post *body* as Svix does."""
         return self.clerk_service.deliver_body(body, message_id, timestamp)
 
-    def outcome(self, body: bytes, message_id: str | None = None, timestamp: int | None = None) -> str:
+    def outcome(
+        self, body: bytes, message_id: str | None = None, timestamp: int | None = None
+    ) -> str:
         """Deliver *body*, which must be taken, and say what became of it."""
         response = self.deliver(body, message_id, timestamp)
         assert response.status_code == 200, response.text
         return str(response.get_json()["outcome"])
 
-    def call(self, user_id: str, method: str = "GET", path: str = "/api/me", *, body: object = None, **claims: Any) -> TestResponse:
+    def call(
+        self,
+        user_id: str,
+        method: str = "GET",
+        path: str = "/api/me",
+        *,
+        body: object = None,
+        **claims: Any,
+    ) -> TestResponse:
         """Call the API as a signed-in user."""
         return self.clerk_service.client(user_id, **claims).open(path, method=method, json=body)
 
@@ -109,7 +130,9 @@ class Service:
         """Read or change the tables behind the service's back."""
         return rows(self.database_url, query)
 
-    def user(self, user_id: str, columns: Sequence[str] = ("email", "name", "image_url")) -> tuple[Any, ...] | None:
+    def user(
+        self, user_id: str, columns: Sequence[str] = ("email", "name", "image_url")
+    ) -> tuple[Any, ...] | None:
         """Some columns of a user's row."""
         found = self.rows(f"SELECT {', '.join(columns)} FROM users WHERE id = '{user_id}'")
         return found[0] if found else None

@@ -1,4 +1,4 @@
-"""What a session may do, against the answers of Clerk's own has()."""
+"""What a session may do, compared with recorded answers of Clerk's own ``has()``."""
 
 from __future__ import annotations
 
@@ -8,42 +8,60 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks.clerk.authorization import MalformedClaims, Organization, check_questions, is_authorized, parse_organization
+from clerkhooks.clerk.authorization import (
+    MalformedClaims,
+    Organization,
+    check_questions,
+    is_authorized,
+    parse_organization,
+)
 from clerkhooks.clerk.session_tokens import Claims, Session
 from tests.support import load
 
 CASES = load("authorization.json")["cases"]
-ORGANIZATION: dict[str, Any] = {"id": "org_1", "slg": "acme", "rol": "admin", "per": "read,manage", "fpm": "3,2"}
+ORGANIZATION: dict[str, Any] = {
+    "id": "org_1",
+    "slg": "acme",
+    "rol": "admin",
+    "per": "read,manage",
+    "fpm": "3,2",
+}
 PRO: dict[str, Any] = {"v": 2, "o": ORGANIZATION, "fea": "o:notes,u:ai,o:teams"}
 
 
 def session(claims: dict[str, Any]) -> Session:
-    """A session with *claims*."""
+    """Return a session with *claims*."""
     return Session("sess_1", "user_1", Claims(claims))
 
 
 @pytest.mark.parametrize("number", range(0, len(CASES), 100))
 def test_answers_as_clerks_sdk_does(number: int) -> None:
-    """Each answer of has() is Clerk's; where its SDK throws, we deny."""
+    """Each answer of ``has()`` is the SDK's, or no if the SDK throws."""
     for case in CASES[number : number + 100]:
         assert session(case["claims"]).has(**case["question"]) is (case["has"] is True), case
 
 
-def test_tells_the_organization_as_clerks_sdk_does() -> None:
-    """Id, role, slug and permissions; permissions that are no list are none."""
+def test_reads_the_organization_as_clerks_sdk_does() -> None:
+    """Compares id, role, slug and permissions; permissions that are not a list do not count."""
     for case in CASES:
         if "raises" in case or case["has"] not in (True, False):
             continue
         organization = session(case["claims"]).organization
-        found = (organization.id, organization.role, organization.slug) if organization else (None, None, None)
+        found = (
+            (organization.id, organization.role, organization.slug)
+            if organization
+            else (None, None, None)
+        )
         assert found == (case["org_id"], case["org_role"], case["org_slug"]), case
         permissions = case["org_permissions"] if isinstance(case["org_permissions"], list) else []
         assert list(organization.permissions if organization else ()) == permissions, case
 
 
 def test_reads_the_packed_permissions() -> None:
-    """``fpm`` indexes the organization's features only: ``u:ai`` takes no number."""
-    assert parse_organization(PRO) == Organization("org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage"))
+    """``fpm`` counts the organization's features only: ``u:ai`` has no number in it."""
+    assert parse_organization(PRO) == Organization(
+        "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
+    )
 
 
 BREAKING: list[dict[str, Any]] = [
@@ -57,8 +75,8 @@ BREAKING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("claims", BREAKING)
-def test_denies_all_where_the_sdk_throws(claims: dict[str, Any]) -> None:
-    """Claims of a shape that breaks the reading of them authorize nothing, and break no request."""
+def test_denies_everything_if_the_sdk_throws(claims: dict[str, Any]) -> None:
+    """Claims of an odd shape grant nothing, and raise nothing in ``has()``."""
     odd = PRO | claims
     with pytest.raises(MalformedClaims):
         parse_organization(odd)
@@ -66,21 +84,43 @@ def test_denies_all_where_the_sdk_throws(claims: dict[str, Any]) -> None:
     assert not session(odd).has(role="org:admin")
 
 
-def test_asks_nothing_in_vain() -> None:
-    """No question at all is not a yes."""
+def test_denies_an_empty_question() -> None:
+    """``has()`` without arguments is false."""
     assert not session(PRO).has()
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["o:notes", "read", "3", "admin", "org_1"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "slg", "rol", "per", "fpm", "x"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["o:notes", "read", "3", "admin", "org_1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "slg", "rol", "per", "fpm", "x"]), inner)
+    ),
 )
-names = st.sampled_from(["v", "o", "fea", "pla", "fva", "org_id", "org_role", "org_slug", "org_permissions", "sts", "act"])
+names = st.sampled_from(
+    [
+        "v",
+        "o",
+        "fea",
+        "pla",
+        "fva",
+        "org_id",
+        "org_role",
+        "org_slug",
+        "org_permissions",
+        "sts",
+        "act",
+    ]
+)
 
 
 @given(st.dictionaries(names, values | st.just(2)))
-def test_bears_any_claims(claims: dict[str, Any]) -> None:
-    """Whatever a claim holds, each property of a session reads, and has() says yes or no."""
+def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
+    """For any claims each property of a session can be read, and ``has()`` is a bool."""
     held = session(claims)
     assert held.version in (1, 2)
     assert held.organization is None or held.organization.id
@@ -107,20 +147,31 @@ def test_bears_any_claims(claims: dict[str, Any]) -> None:
         ({"plan": ":pro"}, ValueError, "plan"),
         ({"reverification": "stict"}, ValueError, "strict_mfa"),
         ({"reverification": {"level": "x", "afterMinutes": 5}}, ValueError, "afterMinutes"),
-        ({"reverification": {"level": "first_factor", "afterMinutes": 0}}, ValueError, "afterMinutes"),
+        (
+            {"reverification": {"level": "first_factor", "afterMinutes": 0}},
+            ValueError,
+            "afterMinutes",
+        ),
         ({"reverification": 5}, ValueError, "level"),
     ],
 )
-def test_refuses_questions_that_are_mistakes(questions: dict[str, Any], error: type[Exception], names: str) -> None:
-    """A question that no session could ever meet is told to the programmer."""
+def test_refuses_an_impossible_question(
+    questions: dict[str, Any], error: type[Exception], names: str
+) -> None:
+    """A question that no session can ever meet is a programming error."""
     with pytest.raises(error, match=names):
         check_questions(questions)
 
 
 @pytest.mark.parametrize(
-    "questions", [{"feature": "org:notes"}, {"plan": "user:pro"}, {"reverification": {"level": "multi_factor", "afterMinutes": 1.5}}]
+    "questions",
+    [
+        {"feature": "org:notes"},
+        {"plan": "user:pro"},
+        {"reverification": {"level": "multi_factor", "afterMinutes": 1.5}},
+    ],
 )
-def test_lets_sound_questions_be_asked(questions: dict[str, Any]) -> None:
-    """What Clerk documents is fine."""
+def test_accepts_documented_questions(questions: dict[str, Any]) -> None:
+    """All forms in Clerk's documentation are valid."""
     check_questions(questions)
     assert not is_authorized({}, **questions)

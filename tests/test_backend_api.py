@@ -1,4 +1,4 @@
-"""The client of Clerk's Backend API, against one over HTTP that misbehaves at will."""
+"""The client of Clerk's Backend API, with a fake API over HTTP that can misbehave."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from clerkhooks.clerk import backend_api
 from clerkhooks.clerk.backend_api import BackendApi, RateLimit
-from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.errors import BackendApiError
 from tests.backend import (
     CUT_SHORT,
@@ -43,19 +43,19 @@ from tests.backend import (
     stalling_then_answering,
 )
 
-PACE = 0.001  # patience is an eighth of a second, a pause some milliseconds
+PACE = 0.001  # a call takes at most an eighth of a second, and a pause some milliseconds
 BORN = 1_700_000_000_000
 
 
 @pytest.fixture
 def api(backend: Backend) -> Iterator[BackendApi]:
-    """A client in a hurry."""
+    """A client with short timeouts and pauses."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
         yield api
 
 
 def saying(text: bytes) -> Behaviour:
-    """Answer with these very bytes, which need not be HTTP."""
+    """Answer with exactly these bytes, which need not be HTTP."""
 
     def behave(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(text)
@@ -65,72 +65,82 @@ def saying(text: bytes) -> Behaviour:
 
 
 def failure_of(call: Callable[[], object]) -> BackendApiError:
-    """What *call* raises."""
+    """Return what *call* raises."""
     with pytest.raises(BackendApiError) as caught:
         call()
     return caught.value
 
 
 def sign_up(backend: Backend, count: int) -> list[str]:
-    """The ids of that many users, oldest first, a millisecond apart."""
+    """Create *count* users, a millisecond apart, and return their ids, oldest first."""
     return [backend.sign_up(at=BORN + number) for number in range(count)]
 
 
 def ids(users: list[Any]) -> list[str]:
-    """Their ids, in order."""
+    """Return the ids of *users*, in order."""
     return [user["id"] for user in users]
 
 
 def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
-    """The number is Clerk's own, not that of a page."""
+    """The number is Clerk's own, not the length of a page."""
     sign_up(backend, 11)
     assert api.count_users() == 11
 
 
 def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
-    """A page is as long as Clerk lets it be, and the next begins at the offset."""
+    """A page has the maximum length, and the next one begins at the offset."""
     ids_ = sign_up(backend, 502)
-    assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [ids_[:500], ids_[500:], []]
-    assert backend.requests[1] == ("/v1/users", {"limit": ["500"], "offset": ["500"], "order_by": ["+created_at"]})
+    assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [
+        ids_[:500],
+        ids_[500:],
+        [],
+    ]
+    assert backend.requests[1] == (
+        "/v1/users",
+        {"limit": ["500"], "offset": ["500"], "order_by": ["+created_at"]},
+    )
 
 
 @pytest.mark.parametrize("inclusive", [False, True])
 def test_lists_users_after_a_time(inclusive: bool) -> None:
-    """The bound is passed on in milliseconds; what becomes of its own is Clerk's to say."""
-    with Backend(inclusive=inclusive).open() as backend, BackendApi(backend.api_url, SECRET_KEY) as api:
+    """The bound is sent in milliseconds. Clerk decides whether it is inclusive."""
+    with (
+        Backend(inclusive=inclusive).open() as backend,
+        BackendApi(backend.api_url, SECRET_KEY) as api,
+    ):
         ids_ = sign_up(backend, 5)
         assert ids(api.list_users(BORN + 2, 0)) == ids_[3 - inclusive :]
 
 
 def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
-    """A hundred at a time, without those who do not exist, in one request with its limit set."""
+    """One request with its limit set finds a hundred users; missing ones are left out."""
     ids_ = sign_up(backend, 99)
     assert sorted(ids(api.find_users([*ids_, "user_2nobody"]))) == sorted(ids_)
     assert backend.requests[0][1]["limit"] == ["100"]
 
 
-def test_asks_for_no_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> None:
-    """A question that Clerk refuses is a mistake of the caller."""
+def test_refuses_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> None:
+    """Clerk would refuse the request, so it is a programming error."""
     with pytest.raises(ValueError, match="100 ids at a time"):
         api.find_users([clerk_id("user") for _ in range(101)])
     assert backend.requests == []
 
 
 def test_finds_nobody_for_no_ids(api: BackendApi, backend: Backend) -> None:
-    """Without the filter Clerk would list everybody."""
+    """Without the filter Clerk would list all users."""
     sign_up(backend, 3)
     assert (api.find_users([]), backend.requests) == ([], [])
 
 
-def test_passes_odd_users_on(api: BackendApi, backend: Backend) -> None:
-    """One user that cannot be read does not spoil the page: each is judged by the caller."""
+def test_returns_odd_users_unchanged(api: BackendApi, backend: Backend) -> None:
+    """A user that cannot be parsed does not fail the page: the caller checks each."""
     odd = [None, 5, {"id": 7}, {}]
     backend.behaviours = [answering_json(200, odd), answering_json(200, odd)]
     assert api.list_users(None, 0) == api.find_users(["user_2a"]) == odd
 
 
-def test_confirms_who_is_gone(api: BackendApi, backend: Backend) -> None:
-    """A 404 in Clerk's own words is a proof; a user is one of the contrary."""
+def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None:
+    """A 404 with Clerk's error code proves it; a user in the answer disproves it."""
     user_id = backend.sign_up()
     assert api.is_gone(user_id) is False
     backend.delete(user_id)
@@ -138,13 +148,13 @@ def test_confirms_who_is_gone(api: BackendApi, backend: Backend) -> None:
     assert [path for path, _ in backend.requests] == [f"/v1/users/{user_id}"] * 2
 
 
-def test_asks_for_an_id_as_it_is(api: BackendApi, backend: Backend) -> None:
-    """An id cannot lead to another path: that one's 404 would be taken for a proof."""
+def test_escapes_an_id_in_the_path(api: BackendApi, backend: Backend) -> None:
+    """Otherwise the 404 of another path could prove that a user is gone."""
     assert api.is_gone("user_2a/../count?") is True
     assert backend.requests == [("/v1/users/user_2a%2F..%2Fcount%3F", {})]
 
 
-NO_PROOFS: dict[str, Behaviour] = {
+UNPROVEN: dict[str, Behaviour] = {
     "HTML": answering(404, HTML, Content_Type="text/html"),
     "empty": answering(404),
     "another code": refusing(404, "host_invalid"),
@@ -159,9 +169,11 @@ NO_PROOFS: dict[str, Behaviour] = {
 }
 
 
-@pytest.mark.parametrize("behaviour", NO_PROOFS.values(), ids=NO_PROOFS)
-def test_takes_no_other_answer_for_a_proof(api: BackendApi, backend: Backend, behaviour: Behaviour) -> None:
-    """A user who is there must not be deleted because a proxy, or the wrong API, does not know the path."""
+@pytest.mark.parametrize("behaviour", UNPROVEN.values(), ids=UNPROVEN)
+def test_accepts_no_other_answer_as_proof(
+    api: BackendApi, backend: Backend, behaviour: Behaviour
+) -> None:
+    """A proxy's 404, or that of a wrong API, must not delete a user."""
     user_id = backend.sign_up()
     backend.behaviours = [behaviour]
     assert failure_of(lambda: api.is_gone(user_id)).reason == "answer_unusable"
@@ -169,21 +181,39 @@ def test_takes_no_other_answer_for_a_proof(api: BackendApi, backend: Backend, be
 
 
 FINAL: dict[str, tuple[Behaviour, str, str]] = {
-    "401": (refusing(401, "clerk_key_invalid"), "secret_key_refused", "answered 401.\nCLERK_SECRET_KEY is not of this instance"),
-    "403": (refusing(403, "authorization_invalid"), "secret_key_forbidden", "answered 403.\nCLERK_SECRET_KEY may not read users"),
-    "404": (answering(404, HTML), "answer_unusable", "answered 404.\nThat is not how Clerk answers. Leave CLERK_API_URL unset"),
+    "401": (
+        refusing(401, "clerk_key_invalid"),
+        "secret_key_refused",
+        "answered 401.\nCLERK_SECRET_KEY is not of this instance",
+    ),
+    "403": (
+        refusing(403, "authorization_invalid"),
+        "secret_key_forbidden",
+        "answered 403.\nCLERK_SECRET_KEY may not read users",
+    ),
+    "404": (
+        answering(404, HTML),
+        "answer_unusable",
+        "answered 404.\nThat is not how Clerk answers. Leave CLERK_API_URL unset",
+    ),
     "422": (refusing(422, "form_param_invalid"), "answer_unusable", "answered 422."),
     "redirect": (answering(302, Location="/v1/elsewhere"), "answer_unusable", "answered 302."),
     "moved": (answering(308, b"[]", Location="/v1/elsewhere"), "answer_unusable", "answered 308."),
     "no content": (answering(204), "answer_unusable", "answered 204."),
-    "object": (answering_json(200, {"data": [], "total_count": 0}), "answer_unusable", "did not answer with a list of users."),
+    "object": (
+        answering_json(200, {"data": [], "total_count": 0}),
+        "answer_unusable",
+        "did not answer with a list of users.",
+    ),
     "null": (answering_json(200, None), "answer_unusable", "did not answer with a list of users."),
 }
 
 
 @pytest.mark.parametrize(("behaviour", "reason", "text"), FINAL.values(), ids=FINAL)
-def test_gives_up_at_once_where_trying_is_vain(api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str) -> None:
-    """What no second request would change is told after the first, with what to do, and redirects are not followed."""
+def test_does_not_retry_a_permanent_error(
+    api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str
+) -> None:
+    """The error says what to do. Redirects are not followed."""
     backend.behaviours = [behaviour]
     error = failure_of(lambda: api.list_users(None, 0))
     assert (error.reason, len(backend.requests)) == (reason, 1)
@@ -191,9 +221,13 @@ def test_gives_up_at_once_where_trying_is_vain(api: BackendApi, backend: Backend
     assert len(str(error).splitlines()) == 2
 
 
-@pytest.mark.parametrize("answer", [[], {}, {"total_count": None}, {"total_count": True}, {"total_count": "7"}])
-def test_takes_only_a_number_for_a_count(api: BackendApi, backend: Backend, answer: object) -> None:
-    """A count that is none is no answer of Clerk's."""
+@pytest.mark.parametrize(
+    "answer", [[], {}, {"total_count": None}, {"total_count": True}, {"total_count": "7"}]
+)
+def test_refuses_a_count_that_is_not_a_number(
+    api: BackendApi, backend: Backend, answer: object
+) -> None:
+    """Clerk always answers with a number."""
     backend.behaviours = [answering_json(200, answer)]
     assert failure_of(api.count_users).reason == "answer_unusable"
 
@@ -216,14 +250,17 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "HTML": (answering(200, HTML), "answer_unusable"),
     "empty": (answering(200), "answer_unusable"),
     "no UTF-8": (answering(200, b'["\xff"]'), "answer_unusable"),
-    "truncated gzip": (answering(200, gzip.compress(HTML)[:-12], Content_Encoding="gzip"), "answer_unusable"),
+    "truncated gzip": (
+        answering(200, gzip.compress(HTML)[:-12], Content_Encoding="gzip"),
+        "answer_unusable",
+    ),
     "no gzip": (answering(200, b"[]", Content_Encoding="gzip"), "answer_unusable"),
 }
 
 
 @pytest.mark.parametrize(("behaviour", "reason"), PASSING.values(), ids=PASSING)
-def test_tries_again_what_may_pass(backend: Backend, behaviour: Behaviour, reason: str) -> None:
-    """A hiccup costs a second request; what lasts for longer than patience does is told by its name."""
+def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reason: str) -> None:
+    """One failure costs a second request; one that lasts is raised with its reason."""
     ids_ = sign_up(backend, 2)
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         backend.behaviours = [behaviour]
@@ -235,8 +272,8 @@ def test_tries_again_what_may_pass(backend: Backend, behaviour: Behaviour, reaso
     assert len(backend.requests) < 30
 
 
-def test_tells_that_nobody_listens() -> None:
-    """A connection that is refused is an API that cannot be reached, after some tries."""
+def test_reports_a_refused_connection() -> None:
+    """After some retries the API counts as unreachable."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with BackendApi(f"http://127.0.0.1:{port}", SECRET_KEY, pace=PACE) as api:
@@ -245,45 +282,53 @@ def test_tells_that_nobody_listens() -> None:
 
 
 def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
-    """Pages are large, and compress well."""
+    """Pages are large and compress well."""
     backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]
     assert api.list_users(None, 0) == [{"id": 1}]
 
 
-def test_reads_no_answer_without_bounds(api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What unfolds to more than any page can be is not taken in."""
+def test_limits_the_size_of_an_answer(
+    api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit applies to the decompressed body."""
     monkeypatch.setattr(backend_api, "LARGEST_ANSWER", 10_000)
-    backend.behaviours = [answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")]
+    backend.behaviours = [
+        answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")
+    ]
     assert failure_of(lambda: api.list_users(None, 0)).what == "answered more than 10,000 bytes"
 
 
 def gaps(backend: Backend) -> list[float]:
-    """Seconds between the requests."""
+    """Return the seconds between the requests."""
     return [later - earlier for earlier, later in pairwise(backend.arrivals)]
 
 
-def test_pauses_longer_each_time(backend: Backend) -> None:
-    """An API that is down is not hurried: half a second, one, two, four and so on, and some jitter."""
+def test_retries_with_exponential_backoff(backend: Backend) -> None:
+    """It pauses half a second, one, two, four and so on, with jitter."""
     backend.behaviours = [answering(502, HTML)] * 4
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.02) as api:
         api.count_users()
-    assert [gap >= 0.02 * least for gap, least in zip(gaps(backend), (0.5, 1, 2, 4), strict=True)] == [True] * 4
+    assert [
+        gap >= 0.02 * least for gap, least in zip(gaps(backend), (0.5, 1, 2, 4), strict=True)
+    ] == [True] * 4
 
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("zone", [None, "GMT", "-0000"])
-def test_waits_as_long_as_it_is_told(backend: Backend, status: int, zone: str | None) -> None:
-    """Retry-After counts in seconds or is a date, and is never cut short."""
+def test_honours_retry_after(backend: Backend, status: int, zone: str | None) -> None:
+    """Retry-After is in seconds or a date, and the pause is never shorter."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
-    backend.behaviours = [refusing(status, "busy", Retry_After=date.replace("GMT", zone) if zone else "20")]
+    backend.behaviours = [
+        refusing(status, "busy", Retry_After=date.replace("GMT", zone) if zone else "20")
+    ]
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.01) as api:
         api.count_users()
     (gap,) = gaps(backend)
     assert 0.15 <= gap < 2
 
 
-def test_waits_no_longer_than_is_sane(backend: Backend) -> None:
-    """A minute is the most that is believed, and patience ends there all the same."""
+def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
+    """The call still ends when its time is up."""
     backend.always = limiting("999999999")
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.003) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -291,8 +336,8 @@ def test_waits_no_longer_than_is_sane(backend: Backend) -> None:
     assert all(60 * 0.003 <= gap < 2 for gap in gaps(backend))
 
 
-def test_is_no_more_patient_than_it_is_told(backend: Backend) -> None:
-    """Whoever has only seconds does not wait a minute for an answer."""
+def test_ends_within_the_time_it_is_given(backend: Backend) -> None:
+    """A caller with only seconds does not wait a minute for Retry-After."""
     backend.always = limiting(50)
     with BackendApi(backend.api_url, SECRET_KEY, patience=10, pace=0.01) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -300,8 +345,8 @@ def test_is_no_more_patient_than_it_is_told(backend: Backend) -> None:
     assert 0.1 <= gaps(backend)[0] < 0.5
 
 
-def test_has_every_thread_wait(backend: Backend) -> None:
-    """What one thread was told is true for all: else seven others would go on asking."""
+def test_pauses_all_threads(backend: Backend) -> None:
+    """Retry-After applies to the key, not to the thread that received it."""
     backend.behaviours = [limiting(50)]
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.005) as api, ThreadPool(8) as pool:
         first = pool.apply_async(api.count_users)
@@ -314,7 +359,7 @@ def test_has_every_thread_wait(backend: Backend) -> None:
 
 
 def test_serves_threads_at_once(backend: Backend) -> None:
-    """Eight requests may be under way together, and each gets its own answer."""
+    """Eight requests can run concurrently, and each gets its own answer."""
     ids_ = sign_up(backend, 8)
     backend.behaviours = [stalling_then_answering] * 8
     with BackendApi(backend.api_url, SECRET_KEY) as api, ThreadPool(8) as pool:
@@ -325,7 +370,7 @@ def test_serves_threads_at_once(backend: Backend) -> None:
 
 
 def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
-    """A handshake for each page would cost more than the page."""
+    """A TLS handshake for each page would cost more than the page."""
     peers = set()
 
     def note_peer(backend: Backend, request: BaseHTTPRequestHandler) -> None:
@@ -338,9 +383,11 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
     assert len(peers) == 1
 
 
-@pytest.mark.parametrize(("kind", "allowed"), [("sk_test_", 90), ("sk_live_", 900), ("sk_new_", 90)])
+@pytest.mark.parametrize(
+    ("kind", "allowed"), [("sk_test_", 90), ("sk_live_", 900), ("sk_new_", 90)]
+)
 def test_knows_the_limit_of_the_instance(kind: str, allowed: int) -> None:
-    """A development instance takes a tenth of what production does, and some is left to the application."""
+    """Development instances allow a tenth of production's; the rest is for the application."""
     with BackendApi("http://127.0.0.1:9", f"{kind}abc") as api:
         for _ in range(allowed):
             api._rate_limit.wait()
@@ -349,23 +396,26 @@ def test_knows_the_limit_of_the_instance(kind: str, allowed: int) -> None:
 
 
 def test_keeps_within_the_limit() -> None:
-    """The ninety-first request of a development instance waits until there is room for it."""
+    """The ninety-first request of a development instance waits for the next window."""
     key = SECRET_KEY.replace("live", "test")
-    with Backend(secret_key=key).open() as backend, BackendApi(backend.api_url, key, pace=0.03) as api:
+    with (
+        Backend(secret_key=key).open() as backend,
+        BackendApi(backend.api_url, key, pace=0.03) as api,
+    ):
         for _ in range(91):
             api.count_users()
     assert backend.arrivals[-1] - backend.arrivals[0] >= 0.3
 
 
 class Clock:
-    """One that sleepers move, by as much as they sleep or by less."""
+    """A clock that sleeping moves, by the full time or by less."""
 
     def __init__(self, wakes_early: bool) -> None:
         self.now = 0
         self._wakes_early = wakes_early
 
     def read(self) -> int:
-        """Whole seconds."""
+        """Return whole seconds."""
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -378,8 +428,10 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 
 
 @given(st.lists(Step, max_size=60), st.integers(1, 5), st.integers(1, 20), st.booleans())
-def test_never_exceeds_a_rate(steps: list[tuple[str, int]], allowed: int, window: int, wakes_early: bool) -> None:
-    """In no window more requests begin than are allowed, none while they are held, and none waits without need."""
+def test_never_exceeds_a_rate(
+    steps: list[tuple[str, int]], allowed: int, window: int, wakes_early: bool
+) -> None:
+    """No window has too many requests, none begins during a hold, and none waits too long."""
     clock = Clock(wakes_early)
     limit = RateLimit(allowed, window, clock.read, clock.sleep)
     begun: list[int] = []
@@ -396,11 +448,13 @@ def test_never_exceeds_a_rate(steps: list[tuple[str, int]], allowed: int, window
             limit.wait()
             assert clock.now == earliest
             begun.append(clock.now)
-    assert all(later - earlier >= window for earlier, later in zip(begun, begun[allowed:], strict=False))
+    assert all(
+        later - earlier >= window for earlier, later in zip(begun, begun[allowed:], strict=False)
+    )
 
 
 def test_keeps_the_rate_over_all_threads() -> None:
-    """Threads that wait together do not begin together."""
+    """Threads that wait together do not start together."""
     limit = RateLimit(5, 0.05)
     began: list[float] = []
     guard = threading.Lock()
@@ -416,7 +470,7 @@ def test_keeps_the_rate_over_all_threads() -> None:
 
 
 def test_reads_the_clock_of_the_api(api: BackendApi, backend: Backend) -> None:
-    """Any answer tells the time, also one that refuses the key."""
+    """Any answer has a date, even one that refuses the key."""
     for behaviour in (None, refusing(401, "clerk_key_invalid"), answering(500), limiting(5)):
         backend.behaviours = [behaviour] if behaviour else []
         moment = api.fetch_date()
@@ -432,17 +486,22 @@ def test_reads_the_clock_of_the_api(api: BackendApi, backend: Backend) -> None:
         (b"Date: yesterday\r\n", None),
         (b"Date: Sun, 06 Nov 99999 08:49:37 GMT\r\n", None),
         (b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
-        (b"Date: Sun, 06 Nov 1994 08:49:37 -0000\r\n", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
+        (
+            b"Date: Sun, 06 Nov 1994 08:49:37 -0000\r\n",
+            datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC),
+        ),
     ],
 )
-def test_reads_no_clock_out_of_nothing(api: BackendApi, backend: Backend, header: bytes, moment: datetime | None) -> None:
-    """A date that is missing or none is not guessed; one that is there has a zone."""
+def test_does_not_guess_a_missing_date(
+    api: BackendApi, backend: Backend, header: bytes, moment: datetime | None
+) -> None:
+    """A missing or malformed date is None; any other has a time zone."""
     backend.behaviours = [saying(b"HTTP/1.1 200 OK\r\n" + header + b"Content-Length: 2\r\n\r\n[]")]
     assert api.fetch_date() == moment
 
 
-def test_tells_where_no_clock_can_be_read(api: BackendApi, backend: Backend) -> None:
-    """Without any answer there is no time, and no pretence of one."""
+def test_raises_if_no_date_can_be_read(api: BackendApi, backend: Backend) -> None:
+    """Without an answer there is no date."""
     backend.always = hanging_up
     assert failure_of(api.fetch_date).reason == "api_unreachable"
 
@@ -461,26 +520,35 @@ LOUD: dict[str, Behaviour] = {
 
 
 @pytest.mark.parametrize("behaviour", LOUD.values(), ids=LOUD)
-def test_says_neither_the_key_nor_what_was_answered(
+def test_shows_neither_the_key_nor_the_answer(
     api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Errors, their tracebacks, logs and the client itself may be shown to anybody; the key is not in httpcore's tracing either."""
+    """Not in errors, tracebacks, logs or the client's repr; nor the key in httpcore's trace."""
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
     error = failure_of(lambda: api.list_users(None, 0))
     logged = {
-        level: [f"{vars(record)} {record.getMessage()}" for record in caplog.records if record.levelno >= level] for level in (10, 20)
+        level: [
+            f"{vars(record)} {record.getMessage()}"
+            for record in caplog.records
+            if record.levelno >= level
+        ]
+        for level in (10, 20)
     }
-    shown = [str(error), repr(error), repr(api), str(vars(api)), *traceback.format_exception(error), *logged[logging.INFO]]
+    errors = [str(error), repr(error), *traceback.format_exception(error)]
+    shown = [*errors, repr(api), str(vars(api)), *logged[logging.INFO]]
     assert any("stamina" in text or "HTTP Request" in text for text in logged[logging.INFO])
     assert not [text for text in shown if "ada@example.org" in text]
     assert not [text for text in shown + logged[logging.DEBUG] if SECRET_KEY in text]
 
 
 def test_prints_nothing_about_a_retry(
-    api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: BackendApi,
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A command's own lines are all that a terminal gets: where nobody configured logs, a retry says nothing."""
+    """Without configured logging, Python would print each retry to stderr."""
     monkeypatch.setattr(logging.getLogger("stamina"), "propagate", False)
     backend.behaviours = [answering(502), limiting(1)]
     api.count_users()
@@ -488,45 +556,54 @@ def test_prints_nothing_about_a_retry(
 
 
 class TestTheFake:
-    """The fake answers as Clerk's documentation says; other tests rely on it."""
+    """The fake API answers as Clerk documents; other tests rely on it."""
 
     @staticmethod
     def get(backend: Backend, path: str) -> Any:
-        """The ids that are answered, or the status."""
+        """Return the ids in the answer, or the status."""
         headers = {"Authorization": f"Bearer {backend.secret_key}"}
-        response = httpx.get(f"{backend.api_url}/v1{path}", headers=headers, verify=False)  # reading certificates takes long
+        url = f"{backend.api_url}/v1{path}"
+        response = httpx.get(url, headers=headers, verify=False)  # loading certificates is slow
         return ids(response.json()) if response.status_code == 200 else response.status_code
 
-    def test_takes_no_limit_over_500(self, backend: Backend) -> None:
-        """A limit over 500 silently gives ten rows, as does none; and the newest come first."""
+    def test_ignores_a_limit_over_500(self, backend: Backend) -> None:
+        """Such a limit, or none, silently gives ten rows. The newest come first."""
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]
         assert self.get(backend, "/users?order_by=created_at&limit=2&offset=1") == newest[::-1][1:3]
 
-    def test_takes_no_more_than_100_ids(self, backend: Backend) -> None:
-        """More are an error, and ids alone are answered with ten users."""
+    def test_refuses_more_than_100_ids(self, backend: Backend) -> None:
+        """More are an error; ids without a limit give ten users."""
         query = [f"user_id={user_id}" for user_id in sign_up(backend, 101)]
         assert self.get(backend, f"/users?limit=100&{'&'.join(query)}") == 422
         assert len(self.get(backend, f"/users?{'&'.join(query[:100])}")) == 10
-        assert self.get(backend, "/users?order_by=name") == self.get(backend, "/users?limit=0") == 422
+        assert (
+            self.get(backend, "/users?order_by=name") == self.get(backend, "/users?limit=0") == 422
+        )
 
     def test_limits_requests(self) -> None:
-        """Over its limit it says when to come again, which the client does."""
-        with Backend(most_requests=2).open() as backend, BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
+        """Over the limit it answers 429 with Retry-After, which the client honours."""
+        with (
+            Backend(most_requests=2).open() as backend,
+            BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
+        ):
             assert [self.get(backend, "/users") for _ in range(3)] == [[], [], 429]
             assert failure_of(api.count_users).reason == "rate_limited"
 
     def test_shuffles_ties(self) -> None:
-        """Users of one millisecond have no order that one could rely on."""
+        """The order of users of the same millisecond is undefined."""
         with Backend(shuffles_ties=True).open() as backend:
-            first, *ties = backend.sign_up(at=BORN), *(backend.sign_up(at=BORN + 1) for _ in range(9))
+            first, *ties = (
+                backend.sign_up(at=BORN),
+                *(backend.sign_up(at=BORN + 1) for _ in range(9)),
+            )
             orders = {tuple(self.get(backend, "/users?order_by=%2Bcreated_at")) for _ in range(5)}
         assert len(orders) > 1
         assert all(order[0] == first and set(order[1:]) == set(ties) for order in orders)
 
-    def test_keeps_odd_users_in_their_place(self, backend: Backend) -> None:
-        """A user without a time of creation was created all the same."""
+    def test_keeps_the_place_of_an_odd_user(self, backend: Backend) -> None:
+        """A user without ``created_at`` keeps its place in the order."""
         old, odd, new = (
             backend.sign_up(at=5),
             backend.sign_up(at=6, created_at=None, email_addresses="?"),
@@ -536,6 +613,6 @@ class TestTheFake:
         backend.update(old, first_name="Augusta")
         assert backend.users[old]["updated_at"] > backend.users[new]["updated_at"]
 
-    def test_asks_for_its_key(self, backend: Backend) -> None:
-        """A stranger learns nothing."""
+    def test_requires_its_key(self, backend: Backend) -> None:
+        """A request without the key is answered 401."""
         assert httpx.get(f"{backend.api_url}/v1/users").status_code == 401

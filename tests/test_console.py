@@ -1,4 +1,4 @@
-"""The console in this process: who gets in, what each page says, and that it stays quick and harmless."""
+"""The console in this process: access, the content of each page, and that it is read-only."""
 
 from __future__ import annotations
 
@@ -7,63 +7,84 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
+from flask import Flask, request
+from flask_sqlalchemy import SQLAlchemy
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from werkzeug.test import TestResponse
 
-from clerkhooks import activity, create_app, reports
-from clerkhooks.activity import Activity, Count
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
+from clerkhooks import ClerkHooks, create_app
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.console import access, checkup, texts
+from clerkhooks.console.access import set_headers
 from clerkhooks.console.chart import HEIGHT, draw, round_up
 from clerkhooks.console.checkup import Checkup
-from clerkhooks.diagnosis import Finding, Level
-from clerkhooks.logs import JsonFormatter, TextFormatter
-from clerkhooks.settings import Settings
-from clerkhooks.testing import disconnect
+from clerkhooks.doctor import APPLICATION, SERVICE, Finding, Level, Program, diagnose
+from clerkhooks.store import Store, activity, queries
+from clerkhooks.store.activity import Activity, Count
+from clerkhooks.web.logs import JsonFormatter, TextFormatter
+from clerkhooks.web.state import State, disconnect
 from tests.backend import Backend
 from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, jwk, settle
 from tests.support import NOW_MS, Service, broken_users, deletion, lines, user_event
 
 PASSWORD = "correct horse battery staple"
-WELL = (Finding("settings_valid", Level.OK, "settings", "Every variable is well-formed."),)
-PAGES = ("/console", "/console/", "/console/messages", "/console/messages/msg_1", "/console/users", "/console/users/user_1")
+FINE = (Finding("settings_valid", Level.OK, "settings", "Every variable is valid."),)
+PAGES = (
+    "/console",
+    "/console/",
+    "/console/messages",
+    "/console/messages/msg_1",
+    "/console/users",
+    "/console/users/user_1",
+)
 
 
 class Console:
-    """A browser that has the password."""
+    """A browser whose user knows the password."""
 
     def __init__(self, service: Service, password: str = PASSWORD) -> None:
         self.service, self.http, self.password = service, service.app.test_client(), password
 
     def get(self, path: str, **options: Any) -> TestResponse:
-        """A page."""
+        """Request a page."""
         return self.http.get(path, auth=("operator", self.password), **options)
 
     def read(self, path: str, **options: Any) -> str:
-        """The words of a page that must be there."""
+        """Return the text of a page, which must exist."""
         answer = self.get(path, **options)
         assert answer.status_code == 200, answer.text
         return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", answer.text.replace("<dd", " <dd")))
 
     def search(self, text: str) -> TestResponse:
-        """Where a search leads to."""
-        return self.http.post("/console/users", data={"search": text}, auth=("operator", self.password))
+        """Submit a search."""
+        return self.http.post(
+            "/console/users", data={"search": text}, auth=("operator", self.password)
+        )
+
+
+def find_store(service: Service) -> Store:
+    """Return the service's store."""
+    state: State = service.app.extensions["clerkhooks"]
+    return state.store
 
 
 @pytest.fixture(autouse=True)
 def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor look at nothing outside, and find all well."""
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(WELL))
+    """Let the doctor ask nobody, and find no mistake."""
+    monkeypatch.setattr(checkup, "diagnose", lambda *_, **__: iter(FINE))
 
 
 @pytest.fixture
@@ -74,25 +95,43 @@ def service(make_service: MakeService) -> Service:
 
 @pytest.fixture
 def console(service: Service) -> Console:
-    """A browser that has the password."""
+    """A browser whose user knows the password."""
     return Console(service)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
-def test_is_not_there_without_a_password(make_service: MakeService, method: str) -> None:
-    """Nobody can tell that there might be something."""
+def test_does_not_exist_without_a_configured_password(
+    make_service: MakeService, method: str
+) -> None:
+    """Without CONSOLE_PASSWORD every path is a plain 404, as any unknown path."""
     service = make_service()
     for path in PAGES:
         answer = service.http.open(path, method=method, auth=("operator", ""))
         assert (answer.status_code, answer.get_json()["reason"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize("sent", [
-    None, "", "Basic", "Basic ", "Basic !!!!", "Basic Og==", "Basic YTpi", "Basic /////w==", "Basic AA==" * 2000, "Bearer x",
-    "Basic \xe9", "Basic YWJj\xff", "basic  \x80", "Digest \xe9", "\xff",
-])  # fmt: skip
-def test_lets_nobody_in_without_the_password(service: Service, sent: str | None) -> None:
-    """Whatever is sent in its place, for whatever is asked; and the answer keeps to itself."""
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None,
+        "",
+        "Basic",
+        "Basic ",
+        "Basic !!!!",
+        "Basic Og==",
+        "Basic YTpi",
+        "Basic /////w==",
+        "Basic AA==" * 2000,
+        "Bearer x",
+        "Basic \xe9",
+        "Basic YWJj\xff",
+        "basic  \x80",
+        "Digest \xe9",
+        "\xff",
+    ],
+)
+def test_refuses_requests_without_the_password(service: Service, sent: str | None) -> None:
+    """Any other credentials are 401 on every path and method, with strict headers."""
     headers = {} if sent is None else {"Authorization": sent}
     for method, path in (
         ("GET", "/console"),
@@ -105,12 +144,168 @@ def test_lets_nobody_in_without_the_password(service: Service, sent: str | None)
         assert answer.content_type == "application/problem+json"
         assert_strict(answer)
         if answer.status_code == 401:
-            assert answer.headers["WWW-Authenticate"] == 'Basic realm="clerkhooks console", charset="UTF-8"'
+            assert (
+                answer.headers["WWW-Authenticate"]
+                == 'Basic realm="clerkhooks console", charset="UTF-8"'
+            )
 
 
-@pytest.mark.parametrize("password", ["correct horse", "pässwört-日本語", "with:colon:inside", "'quotes\" and %"])
-def test_lets_in_who_has_the_password(make_service: MakeService, password: str) -> None:
-    """Under any name, with any characters."""
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/console/nowhere", 404),
+        ("PUT", "/console/nowhere", 404),
+        ("GET", "/console/static/nothing.css", 404),
+        ("GET", "/console/users/nobody", 404),
+        ("POST", "/console/messages", 405),
+        ("PUT", "/console/users/", 405),
+        ("OPTIONS", "/console/users", 405),
+        ("TRACE", "/console", 405),
+    ],
+)
+def test_answers_errors_itself(console: Console, method: str, path: str, status: int) -> None:
+    """With the password, unknown paths and methods answer a problem; without it 401."""
+    assert console.service.http.open(path, method=method).status_code == 401
+    answer = console.http.open(path, method=method, auth=("operator", PASSWORD))
+    assert (answer.status_code, answer.content_type) == (status, "application/problem+json")
+    assert ("Allow" in answer.headers) == (status == 405)
+    assert_strict(answer)
+
+
+@pytest.mark.parametrize("prefix", [None, "/ops"])
+def test_is_a_guest_in_an_application(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clerk: FakeClerk, prefix: str | None
+) -> None:
+    """Neither the application's error handlers nor its Jinja options change a page."""
+    variables = {"PORT": "x", "DATABASE_URL": "mysql://", "LOG_FORMAT": "xml", "DYNO": "web.1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(checkup, "diagnose", partial(diagnose_configuration, diagnose))
+    app = Flask("notes", template_folder=str(tmp_path))
+    (tmp_path / "clerkhooks").mkdir()
+    (tmp_path / "clerkhooks" / "base.html").write_text("not ours")
+    app.jinja_options = {"block_start_string": "<%", "block_end_string": "%>"}
+    app.config |= clerk.environ
+    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/notes.db"
+    app.config["CONSOLE_PASSWORD"] = PASSWORD
+    app.config["CLERK_AUDIENCE"] = ["api", "web"]
+    app.config["CLERK_ISSUER"] = ["https://clerk.example.com", "https://clerk.example.org"]
+
+    @app.errorhandler(Exception)
+    def answer_error(_error: Exception) -> tuple[str, int]:
+        return "the application's own", 418
+
+    @app.context_processor
+    def offer_names() -> dict[str, str]:
+        return {"url_for": "", "number": "", "now": ""}
+
+    db = SQLAlchemy()
+    hooks = ClerkHooks(db)
+    db.init_app(app)
+    hooks.init_app(app, routes=("console",), url_prefix=prefix)
+    root = f"{prefix or ''}/console"
+    auth, http = ("operator", PASSWORD), app.test_client()
+    try:
+        before = http.get(root, auth=auth)
+        assert "Migrate: flask db migrate &amp;&amp; flask db upgrade" in before.text
+        assert f"Path={root};" in before.headers["Set-Cookie"]
+        unavailable = http.get(f"{root}/users", auth=auth)
+        assert (unavailable.status_code, unavailable.get_json()["reason"]) == (
+            503,
+            "database_unavailable",
+        )
+        with app.app_context():
+            db.create_all()
+        page = http.get(f"{root}/", auth=auth).text
+        assert "Every variable is valid." in page
+        assert "2 issuers are accepted" in page
+        assert "flask clerk send user.created" in page
+        for name in variables:
+            assert name not in page
+        links = set(re.findall(r'(?:href|action)="(/[^"]*)"', page))
+        assert len(links) > 5
+        for link in links:
+            assert link.startswith(root)
+            assert http.get(link.replace("&amp;", "&"), auth=auth).status_code == 200
+            assert http.get(link.replace("&amp;", "&")).status_code == 401
+        missing = http.get(f"{root}/users/user_1/nothing", auth=auth)
+        assert (missing.status_code, missing.get_json()["reason"]) == (404, "not_found")
+        assert http.post(f"{root}/users", data={"search": "ada"}, auth=auth).location.startswith(
+            f"{root}/users?search="
+        )
+        assert "Content-Security-Policy" not in http.get("/nowhere").headers
+    finally:
+        disconnect(app)
+
+
+def diagnose_configuration(
+    diagnose: Any, values: Mapping[str, Any], *, checks: Any, program: Program
+) -> Any:
+    """Run the checks that ask nobody."""
+    assert program is APPLICATION
+    own = [check for check in checks if check.__module__ != "clerkhooks.doctor.instance"]
+    return diagnose(values, checks=own, program=program)
+
+
+def test_keeps_two_applications_apart(make_service: MakeService) -> None:
+    """Each application in a process has its own password, rate limit and findings."""
+    first, second = (
+        make_service(CONSOLE_PASSWORD=PASSWORD),
+        make_service(CONSOLE_PASSWORD="other" * 3),
+    )
+    for _ in range(6):
+        Console(first, "guess").get("/console")
+    assert Console(first).get("/console").status_code == 429
+    assert Console(second).get("/console").status_code == 401
+    assert Console(second, "other" * 3).get("/console").status_code == 200
+
+
+def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
+    """The console is a blueprint, made anew for each application, with hooks of its own only."""
+    app = service.app
+    assert app.before_request_funcs.keys() == {"clerkhooks.console"}
+    assert set_headers not in app.after_request_funcs[None]
+    assert {name for name in app.extensions if "console" in name or "checkup" in name} == set()
+    with app.test_client() as http:
+        http.get("/console", auth=("operator", PASSWORD))
+        own = {name for name in request.environ if "clerkhooks" in name or "console" in name}
+    assert own == {"clerkhooks"}
+
+
+def test_answers_unexpected_errors_as_problems(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect is a 500 without inner detail, and is logged without the error's text."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("hidden")
+
+    monkeypatch.setattr(queries, "find_users", fail)
+    with lines(JsonFormatter()) as written:
+        answer = console.get("/console/users")
+    assert (answer.status_code, answer.get_json()["reason"]) == (500, "internal_error")
+    assert_strict(answer)
+    assert json.loads(written[0])["error"] == "RuntimeError"
+    assert "hidden" not in answer.text + "".join(written)
+
+
+def test_works_below_a_mount_point(console: Console) -> None:
+    """Links and the cookie's path include the server's SCRIPT_NAME."""
+    answer = console.get("/console", base_url="http://localhost/mounted")
+    assert "Path=/mounted/console;" in answer.headers["Set-Cookie"]
+    assert 'href="/mounted/console/users"' in answer.text
+
+
+def without_date(cookie: str) -> str:
+    """Return *cookie* without its date, which depends on the second of the request."""
+    return re.sub("Expires=[^;]*; ", "", cookie)
+
+
+@pytest.mark.parametrize(
+    "password", ["correct horse", "pässwört-日本語", "with:colon:inside", "'quotes\" and %"]
+)
+def test_admits_requests_with_the_password(make_service: MakeService, password: str) -> None:
+    """The user name does not matter; the password may have any printable characters."""
     service = make_service(CONSOLE_PASSWORD=password)
     for path in PAGES:
         answer = Console(service, password).get(path)
@@ -119,25 +314,36 @@ def test_lets_in_who_has_the_password(make_service: MakeService, password: str) 
 
 
 def assert_strict(answer: TestResponse) -> None:
-    """Nothing may be run, framed, sniffed, told to others or kept."""
-    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    """Check that scripts, framing, sniffing, referrers and caching are forbidden."""
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
+    )
     assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
     assert policy["style-src"] == policy["img-src"] == policy["form-action"] == "'self'"
-    assert policy.keys() == {"default-src", "base-uri", "frame-ancestors", "style-src", "img-src", "form-action"}
+    assert policy.keys() == {
+        "default-src",
+        "base-uri",
+        "frame-ancestors",
+        "style-src",
+        "img-src",
+        "form-action",
+    }
     assert answer.headers["Cache-Control"] == "no-store"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["X-Frame-Options"] == "DENY"
     assert answer.headers["Referrer-Policy"] == "no-referrer"
 
 
-def test_leaves_other_answers_as_they_are(service: Service) -> None:
-    """The headers are the console's."""
+def test_leaves_other_responses_alone(service: Service) -> None:
+    """Only the console's responses have its headers."""
     for path in ("/healthz", "/api/me", "/consoles"):
         assert "Content-Security-Policy" not in service.http.get(path).headers
 
 
-def test_brakes_guessing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five may be wrong at once; then not even the right one is looked at until a while has passed, and then one guess in a while."""
+def test_limits_the_rate_of_wrong_passwords(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After five failures even the right password is refused, until 10 s have passed."""
     now = 1000.0
     monkeypatch.setattr(access.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
 
@@ -159,12 +365,15 @@ def test_brakes_guessing(service: Service, monkeypatch: pytest.MonkeyPatch) -> N
     assert [status("guess")[0] for _ in range(7)] == [401] * 5 + [429] * 2
 
 
-def test_lets_in_who_has_been_in_before_while_others_guess(service: Service) -> None:
-    """A stranger who guesses all day does not keep the operator out; what the browser is known by is no password."""
+def test_admits_a_known_browser_while_others_guess(service: Service) -> None:
+    """An attacker cannot lock the operator out; the cookie does not replace the password."""
     operator = Console(service)
     first = operator.get("/console")
-    assert "Max-Age=2592000; HttpOnly; Path=/console; SameSite=Strict" in first.headers["Set-Cookie"]
-    assert operator.get("/console").headers["Set-Cookie"] == first.headers["Set-Cookie"]  # a month from the last visit
+    assert (
+        "Max-Age=2592000; HttpOnly; Path=/console; SameSite=Strict" in first.headers["Set-Cookie"]
+    )
+    again = operator.get("/console").headers["Set-Cookie"]  # renewed at each visit
+    assert without_date(again) == without_date(first.headers["Set-Cookie"])
     assert "Set-Cookie" not in Console(service, "guess").get("/console").headers
     for _ in range(7):
         Console(service, "guess").get("/console")
@@ -174,37 +383,64 @@ def test_lets_in_who_has_been_in_before_while_others_guess(service: Service) -> 
     assert [operator.get("/console").status_code for _ in range(6)] == [401] * 5 + [429]
 
 
-def test_keeps_the_cookie_to_https(service: Service) -> None:
-    """Also where a proxy says that the browser came by it; and on a developer's machine it works without."""
-    https = ({"X-Forwarded-Proto": "https"}, {"X-Forwarded-Proto": "HTTPS, http"}, {"Forwarded": "for=192.0.2.1;proto=https"})
-    for headers, is_secure in (*((headers, True) for headers in https), ({"X-Forwarded-Proto": "http"}, False), ({}, False)):
+def test_restricts_the_cookie_to_https(service: Service) -> None:
+    """The cookie is Secure behind a TLS proxy, too, and works over plain HTTP in development."""
+    https = (
+        {"X-Forwarded-Proto": "https"},
+        {"X-Forwarded-Proto": "HTTPS, http"},
+        {"Forwarded": "for=192.0.2.1;proto=https"},
+    )
+    for headers, is_secure in (
+        *((headers, True) for headers in https),
+        ({"X-Forwarded-Proto": "http"}, False),
+        ({}, False),
+    ):
         cookie = Console(service).get("/console", headers=headers).headers["Set-Cookie"]
         assert ("Secure" in cookie) == is_secure
-    assert "Secure" in Console(service).get("/console", base_url="https://localhost").headers["Set-Cookie"]
+    assert (
+        "Secure"
+        in Console(service).get("/console", base_url="https://localhost").headers["Set-Cookie"]
+    )
 
 
 def test_changes_nothing(console: Console) -> None:
-    """Every page is read, and every row is as it was."""
+    """Reading every page leaves every row unchanged."""
     user_id = clerk_id("user")
     console.service.deliver(user_event(user_id), "msg_1")
     tables = ("SELECT * FROM users", "SELECT * FROM webhook_messages")
     before = [console.service.rows(query) for query in tables]
-    for path in (*PAGES, f"/console/users/{user_id}", "/console/messages?outcome=failed&since=24h", "/console/users?show=deleted"):
+    for path in (
+        *PAGES,
+        f"/console/users/{user_id}",
+        "/console/messages?outcome=failed&since=24h",
+        "/console/users?show=deleted",
+    ):
         assert console.get(path).status_code == 200
     assert console.search("ada").status_code == 303
     assert [console.service.rows(query) for query in tables] == before
     for method in ("PUT", "PATCH", "DELETE"):
-        assert console.http.open("/console/users", method=method, auth=("operator", PASSWORD)).status_code == 405
+        assert (
+            console.http.open(
+                "/console/users", method=method, auth=("operator", PASSWORD)
+            ).status_code
+            == 405
+        )
 
 
-def test_says_that_all_is_well(console: Console) -> None:
-    """The figures of a day on which nothing went wrong."""
+def test_reports_that_everything_is_ok(console: Console) -> None:
+    """The overview shows the figures of a day without failures."""
     console.service.deliver(user_event(clerk_id("user")))
     gone = clerk_id("user")
     console.service.deliver(deletion(gone))
     words = console.read("/console")
-    assert "All is well" in words
-    for figure in ("Failed, never mended 0", "Users in all 2", "New today (UTC) 2", "Unfilled after an hour 0", "Tombstones 1"):
+    assert "Everything is OK" in words
+    for figure in (
+        "Unresolved failures 0",
+        "Users in total 2",
+        "New today (UTC) 2",
+        "Unfilled for over an hour 0",
+        "Tombstones 1",
+    ):
         assert figure in words
     assert "Messages of the last 24 hours: 2 " in words
     assert "applied 2 stale 0 ignored 0 failed 0" in words
@@ -212,81 +448,100 @@ def test_says_that_all_is_well(console: Console) -> None:
     assert "Last webhook just now" in words or "s ago" in words
 
 
-def test_says_what_is_wrong(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the doctor found comes first, with what to do about it; and what is in the database is found anew at every look."""
-    findings = (Finding("a", Level.OK, "clock", "Right."), Finding("b", Level.WARNING, "keys", "Old.", "Look."))
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(findings))
+def test_reports_errors_and_warnings(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's findings come first, with remedies; the database is checked on each request."""
+    findings = (
+        Finding("a", Level.OK, "clock", "Right."),
+        Finding("b", Level.WARNING, "keys", "Old.", "Look."),
+    )
+    monkeypatch.setattr(checkup, "diagnose", lambda *_, **__: iter(findings))
     console.service.deliver(user_event(clerk_id("user")))
-    assert "Well, with 1 warning keys: Old. Look." in console.read("/console")
+    assert "OK, with 1 warning keys: Old. Look." in console.read("/console")
     body = user_event(clerk_id("user"))
     with broken_users(console.service):
         console.service.deliver(body, "msg_1")
     words = console.read("/console")
-    assert re.search("1 thing is wrong webhooks: Of the last day.* messages 1 failed.* keys: Old. Look. ", words)
-    assert "Failed, never mended 1" in words
+    assert re.search(
+        "1 error webhooks: 1 message of the last 24 hours failed.* keys: Old. Look. ", words
+    )
+    assert "Unresolved failures 1" in words
     assert "applied 1 stale 0 ignored 0 failed 1" in words
     console.service.deliver(body, "msg_1")
-    assert "Well, with 1 warning keys" in console.read("/console")
+    assert "OK, with 1 warning keys" in console.read("/console")
 
 
-def test_says_that_it_does_not_know_yet(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was well an hour ago is no verdict, nor is half of it."""
+def test_reports_that_checks_are_running(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old findings are not shown while new checks are running."""
     console.service.deliver(user_event(clerk_id("user")))
-    assert "All is well" in console.read("/console")
-    own = console.service.app.extensions["clerkhooks.checkup"]
+    assert "Everything is OK" in console.read("/console")
     monkeypatch.setattr(checkup, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
-    monkeypatch.setattr(checkup, "PATIENCE", 0.01)
+    monkeypatch.setattr(checkup, "WAIT_TIMEOUT", 0.01)
     may_end = threading.Event()
-    monkeypatch.setattr(checkup, "diagnose", lambda _environ, checks: iter(WELL if may_end.wait(20) else ()))
+    monkeypatch.setattr(
+        checkup, "diagnose", lambda *_, **__: iter(FINE if may_end.wait(20) else ())
+    )
     words = console.read("/console")
-    assert "Looking into it" in words
-    assert "the rest in some seconds" in words
+    assert "Checking" in words
+    assert "everything else will be in a few seconds" in words
+    [running] = [one for one in threading.enumerate() if one.name == "clerkhooks-checkup"]
     may_end.set()
-    own._thread.join()
-    assert "All is well" in console.read("/console")
+    running.join()
+    assert "Everything is OK" in console.read("/console")
 
 
-def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The overview is a page all the same, and says what to do; other pages are a problem for now."""
+def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> None:
+    """The overview is still a page, with a remedy; other pages answer 503."""
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
     words = console.read("/console")
-    assert "1 thing is wrong database: The database does not answer (OperationalError" in words
-    assert "Is it running, and reachable from here" in words
+    assert "1 error database: The database does not answer (OperationalError" in words
+    assert "Check that it is running, and reachable from here" in words
     answer = console.get("/console/users")
     assert (answer.status_code, answer.get_json()["reason"]) == (503, "database_unavailable")
     assert_strict(answer)
 
 
-def test_says_that_the_database_is_not_migrated(make_database: MakeDatabase, make_service: MakeService, database_url: str) -> None:
-    """And how to."""
+def test_reports_that_the_database_is_not_migrated(
+    make_database: MakeDatabase, make_service: MakeService, database_url: str
+) -> None:
+    """The overview names the command that migrates it."""
     kind = make_url(database_url).get_backend_name()
     console = Console(make_service(DATABASE_URL=make_database(kind), CONSOLE_PASSWORD=PASSWORD))
     words = console.read("/console")
-    assert "1 thing is wrong database: The database answers, and is not migrated. Migrate: flask --app wsgi db upgrade" in words
-    assert "There are no figures until the database answers, and is migrated." in words
+    assert (
+        "1 error database: The database answers, but is not migrated. "
+        "Migrate: flask --app wsgi db upgrade" in words
+    )
+    assert "The figures appear once the database answers, accepts writes and is migrated." in words
 
 
-def test_says_that_the_figures_cannot_be_read(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one of them takes too long, what was found is said all the same, and the log names the error."""
+def test_reports_that_the_figures_cannot_be_read(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a query times out, the findings are still shown, and the log names the error."""
 
-    def find_lag(_now: datetime) -> None:
-        raise OperationalError("SELECT", {}, Exception("canceling statement due to statement timeout"))
+    def find_lag(_store: object, _now: datetime) -> None:
+        raise OperationalError(
+            "SELECT", {}, Exception("canceling statement due to statement timeout")
+        )
 
     monkeypatch.setattr(activity, "find_lag", find_lag)
     console.service.deliver(user_event(clerk_id("user")))
     with lines(JsonFormatter()) as written:
         words = console.read("/console")
     assert "The figures cannot be read now" in words
+    assert "A query failed or took too long. The log has the error." in words
     assert [json.loads(line).get("error") for line in written] == ["OperationalError"]
-    assert "No message of the last day is left failed." in words
+    assert "Every message of the last 24 hours has been processed." in words
 
 
-def test_says_how_the_keys_are(make_service: MakeService) -> None:
-    """Configured, fetched, not fetched yet, or none."""
+def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> None:
+    """Keys are configured, fetched, not fetched yet, or missing."""
     none = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None)
     assert "Session keys none: protected routes answer 503" in Console(none).read("/console")
     with Issuer(jwk(none.clerk)).open() as issuer:
-        fetched = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
+        fetched = make_service(
+            CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url
+        )
         assert "Session keys not fetched yet" in Console(fetched).read("/console")
         fetched.call(clerk_id("user"))
         assert "Session keys fetched just now" in Console(fetched).read("/console")
@@ -294,7 +549,7 @@ def test_says_how_the_keys_are(make_service: MakeService) -> None:
 
 
 def test_filters_messages(console: Console) -> None:
-    """By outcome, type, user and time, each and together; and each leads to its user."""
+    """Filters by outcome, type, user and time combine; each message links to its user."""
     ada, grace = clerk_id("user"), clerk_id("user")
     console.service.deliver(user_event(ada, at=NOW_MS), "msg_new")
     console.service.deliver(user_event(ada, at=NOW_MS - 5000), "msg_old")
@@ -303,7 +558,9 @@ def test_filters_messages(console: Console) -> None:
         console.service.deliver(user_event(clerk_id("user")), "msg_failed")
 
     def shown(query: str) -> set[str]:
-        return set(re.findall(r"/console/messages/(\w+)", console.get(f"/console/messages?{query}").text))
+        return set(
+            re.findall(r"/console/messages/(\w+)", console.get(f"/console/messages?{query}").text)
+        )
 
     assert shown("") == {"msg_new", "msg_old", "msg_grace", "msg_failed"}
     assert shown("outcome=stale") == {"msg_old"}
@@ -311,56 +568,66 @@ def test_filters_messages(console: Console) -> None:
     assert shown("type=user.created") == {"msg_grace"}
     assert shown(f"user={ada}&outcome=applied&type=user.updated&since=24h") == {"msg_new"}
     assert shown("type=nothing") == shown("user=user_nobody") == set()
-    console.service.rows("UPDATE webhook_messages SET received_at = '2020-01-01 00:00:00' WHERE message_id = 'msg_new'")
+    console.service.rows(
+        "UPDATE webhook_messages SET received_at = '2020-01-01 00:00:00' "
+        "WHERE message_id = 'msg_new'"
+    )
     assert "msg_new" not in shown("since=30d")
     assert f"/console/users/{grace}" in console.get("/console/messages").text
 
 
-def test_follows_a_failed_message_to_its_user(console: Console) -> None:
-    """What failed, how often, why, and how the row looks."""
+def test_links_a_failed_message_to_its_user(console: Console) -> None:
+    """The pages show the failure, the number of attempts, the error and the user's row."""
     user_id = clerk_id("user")
     with broken_users(console.service):
         for _ in range(2):
             console.service.deliver(user_event(user_id), "msg_1")
     words = console.read("/console/messages/msg_1")
-    assert "failed It failed, and no retry has succeeded so far." in words
+    assert "failed It failed, and no retry has succeeded yet." in words
     assert "Attempts 2" in words
     assert re.search(r"Error IntegrityError \w+", words)
-    assert "Done not yet" in words
+    assert "Processed not yet" in words
     assert f"No row for {user_id}" in console.read(f"/console/users/{user_id}")
     console.service.deliver(user_event(user_id), "msg_1")
-    assert "applied It was done, and changed something here." in console.read("/console/messages/msg_1")
+    assert "applied It was processed and changed the tables." in console.read(
+        "/console/messages/msg_1"
+    )
     assert "Ada Lovelace" in console.read(f"/console/users/{user_id}")
     assert "There is no such message here." in console.read("/console/messages/msg_2")
 
 
-def test_says_why_a_row_looks_as_it_does(console: Console, syncing: Service, backend: Backend) -> None:
-    """Which event won, or what else made the row."""
+def test_explains_the_source_of_a_row(console: Console, syncing: Service, backend: Backend) -> None:
+    """A user's page names the winning event, or what else made the row."""
     seen, filled, gone, synced = (clerk_id("user") for _ in range(4))
     console.service.call(seen)
     console.service.deliver(user_event(filled, at=NOW_MS), "msg_winner")
     console.service.deliver(user_event(filled, at=NOW_MS - 1000), "msg_loser")
     console.service.deliver(deletion(gone))
     words = console.read(f"/console/users/{filled}")
-    assert re.search(r"The event user\.updated of \d\d \w+ \d{4}, [\d:]+ .* filled it, by the message msg_winner\. Nothing newer", words)
-    assert "The user's first call made it" in console.read(f"/console/users/{seen}")
+    assert re.search(
+        r"The event user\.updated of \d\d \w+ \d{4}, [\d:]+ .*, message msg_winner\. No newer",
+        words,
+    )
+    assert "The user's first call created the row" in console.read(f"/console/users/{seen}")
     assert "Presence offline, last seen" in console.read(f"/console/users/{seen}")
     console.service.call(seen, "PUT", "/api/me/presence", body={"isOnline": True})
     assert "Presence online, last seen" in console.read(f"/console/users/{seen}")
-    assert "That is final" in console.read(f"/console/users/{gone}")
+    assert "This is final" in console.read(f"/console/users/{gone}")
     console.service.rows("DELETE FROM webhook_messages WHERE message_id = 'msg_winner'")
-    assert "msg_winner filled it, which has been pruned from the log" in console.read(f"/console/users/{filled}")
+    assert "The message msg_winner, which has been pruned from the log" in console.read(
+        f"/console/users/{filled}"
+    )
     backend.sign_up(synced)
-    assert syncing.app.test_cli_runner().invoke(args=["users", "sync", synced]).exit_code == 0
-    assert "A sync filled it" in console.read(f"/console/users/{synced}")
+    assert syncing.app.test_cli_runner().invoke(args=["clerk", "sync", synced]).exit_code == 0
+    assert "A sync with Clerk's Backend API." in console.read(f"/console/users/{synced}")
     backend.delete(synced)
     console.service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00'")
-    assert syncing.app.test_cli_runner().invoke(args=["users", "sync", synced]).exit_code == 0
-    assert "A sync did not find the user in Clerk any more" in console.read(f"/console/users/{synced}")
+    assert syncing.app.test_cli_runner().invoke(args=["clerk", "sync", synced]).exit_code == 0
+    assert "A sync did not find the user at Clerk." in console.read(f"/console/users/{synced}")
 
 
 def test_searches_users(console: Console) -> None:
-    """By id, email, and the beginning of a name or of a last name, in any case; and in the address it cannot be read."""
+    """Id, email and the beginning of a first or last name match; the URL is encrypted."""
     ada, grace = clerk_id("user"), clerk_id("user")
     console.service.deliver(user_event(ada))
     changed: dict[str, Any] = {
@@ -380,20 +647,34 @@ def test_searches_users(console: Console) -> None:
 
     both = {"Ada Lovelace", "Grace Brewster Hopper"}
     assert found("") == both
-    assert found("ada@example.org") == found("ADA@example.org") == found(" love ") == found("aDa") == {"Ada Lovelace"}
+    assert (
+        found("ada@example.org")
+        == found("ADA@example.org")
+        == found(" love ")
+        == found("aDa")
+        == {"Ada Lovelace"}
+    )
     assert found("brewster") == found("Grace Brew") == {"Grace Brewster Hopper"}
-    assert found("velace") == found("100%") == found("A_a") == found("nobody@example.org") == set()
+    assert (
+        found("velace")
+        == found("100%")
+        == found("A_a Love")
+        == found("nobody@example.org")
+        == set()
+    )
     assert console.search(f" {ada} ").location == f"/console/users/{ada}"
 
 
-def test_says_that_a_search_cannot_be_read_any_more(console: Console) -> None:
-    """After the signing secret was replaced, or of somebody's making."""
+def test_reports_that_a_search_cannot_be_decrypted(console: Console) -> None:
+    """A token of another key, or a forged one, lists all users with a note."""
     for sealed in ("gAAAAA", "\u202e", "x" * 5000):
-        assert "That search cannot be read any more" in console.read("/console/users", query_string={"search": sealed})
+        assert "This search can no longer be decrypted" in console.read(
+            "/console/users", query_string={"search": sealed}
+        )
 
 
 def test_pages_through_users(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once, whatever was searched for or chosen, until there are no more."""
+    """Each matching user appears once, on pages of a fixed size."""
     monkeypatch.setattr("clerkhooks.console.PAGE", 2)
     ids = {clerk_id("user") for _ in range(5)}
     for user_id in ids:
@@ -412,41 +693,56 @@ def test_pages_through_users(console: Console, monkeypatch: pytest.MonkeyPatch) 
 
 @given(st.data())
 def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
-    """Every message that is wanted comes once, latest first, however small the pages and however far each looks."""
-    outcomes = data.draw(st.lists(st.tuples(st.sampled_from(["applied", "stale", "failed"]), st.integers(0, 3)), max_size=12))
+    """Each matching message appears once, newest first, for any page and search size."""
+    outcomes = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(["applied", "stale", "failed"]), st.integers(0, 3)),
+            max_size=12,
+        )
+    )
     limit, searched = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     wanted = data.draw(st.sampled_from([None, "applied", "stale", "failed"]))
     service.rows("DELETE FROM webhook_messages")
     for number, (outcome, second) in enumerate(outcomes):
         at = f"2026-01-01 00:00:0{second}.000000"
         service.rows(
-            f"INSERT INTO webhook_messages VALUES ('msg_{number:02}', 'user.updated', NULL, '{outcome}', 1, NULL, '{at}', NULL, NULL)"
+            "INSERT INTO webhook_messages VALUES "
+            f"('msg_{number:02}', 'user.updated', NULL, '{outcome}', 1, NULL, '{at}', NULL, NULL)"
         )
-    kept = [(second, f"msg_{number:02}") for number, (outcome, second) in enumerate(outcomes) if wanted in (None, outcome)]
+    kept = [
+        (second, f"msg_{number:02}")
+        for number, (outcome, second) in enumerate(outcomes)
+        if wanted in (None, outcome)
+    ]
     expected = [message_id for _, message_id in sorted(kept, reverse=True)]
     found: list[str] = []
-    before = None
-    with pytest.MonkeyPatch.context() as patch, service.app.app_context():
-        patch.setattr(reports, "SEARCHED", searched)
+    before, store = None, find_store(service)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queries, "SEARCHED", searched)
         for _ in range(40):
-            page = reports.read_message_page(outcome=wanted, before=before, limit=limit)
+            page = queries.read_message_page(store, outcome=wanted, before=before, limit=limit)
             found += [message.message_id for message in page.messages]
-            before = page.next and reports.Place.parse(str(page.next))
+            before = page.next and queries.Cursor.parse(str(page.next))
             if before is None:
                 break
-        latest = reports.find_messages(outcome=wanted, limit=3 * limit)
+        latest = queries.find_messages(store, outcome=wanted, limit=3 * limit)
     assert found == expected
     assert [message.message_id for message in latest] == expected[: 3 * limit]
 
 
-def test_says_how_far_it_looked(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no index serves a filter, a page looks at some of the messages, and the next goes on from there."""
-    monkeypatch.setattr(reports, "SEARCHED", 2)
+def test_reports_how_far_back_it_searched(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an index for a filter, a page searches a part of the log; the next continues."""
+    monkeypatch.setattr(queries, "SEARCHED", 2)
     for number in range(5):
-        console.service.deliver(user_event(clerk_id("user"), "user.created" if number == 0 else "user.updated"), f"msg_{number}")
+        console.service.deliver(
+            user_event(clerk_id("user"), "user.created" if number == 0 else "user.updated"),
+            f"msg_{number}",
+        )
     page = console.get("/console/messages?type=user.created").text
-    assert "None of the messages looked at is one of these." in page
-    assert "Looked as far back as" in page
+    assert "No message so far matches." in page
+    assert "Searched back to" in page
     for _ in range(2):
         following = re.search(r'rel="next" href="([^"]*)"', page)
         assert following is not None
@@ -455,20 +751,22 @@ def test_says_how_far_it_looked(console: Console, monkeypatch: pytest.MonkeyPatc
     assert 'href="/console/messages?type=user.created">Newest' in page
 
 
-def test_lists_each_message_once_while_others_come(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many arrive between the statements that a search takes."""
+def test_lists_each_message_once_while_others_arrive(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New messages between two statements of a search cause no gap and no repetition."""
     for number in range(9):
         service.deliver(user_event(clerk_id("user"), "user.created"), f"msg_{number}")
-    read, ids = reports._read, [f"msg_{number}" for number in range(9)]
+    read, ids = queries._read, [f"msg_{number}" for number in range(9)]
 
-    def read_while_more_come(query: Any) -> Any:
+    def read_while_more_come(store: Store, query: Any) -> Any:
         service.deliver(user_event(clerk_id("user")))
-        return read(query)
+        return read(store, query)
 
-    monkeypatch.setattr(reports, "_read", read_while_more_come)
-    monkeypatch.setattr(reports, "SEARCHED", 2)
-    with service.app.app_context():
-        found = [message.message_id for message in reports.find_messages(event_type="user.created")]
+    monkeypatch.setattr(queries, "_read", read_while_more_come)
+    monkeypatch.setattr(queries, "SEARCHED", 2)
+    messages = queries.find_messages(find_store(service), event_type="user.created")
+    found = [message.message_id for message in messages]
     assert sorted(found) == ids
 
 
@@ -485,17 +783,25 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_shows_hostile_content_as_text(console: Console, name: str) -> None:
-    """In a name, a type, a message's id, an error, a search."""
+def test_escapes_hostile_content(console: Console, name: str) -> None:
+    """Names, types, ids, errors and searches never become markup."""
     user_id = clerk_id("user")
     console.service.deliver(user_event(user_id, first_name=name, last_name=None))
     quoted = name[:200].replace("'", "''")
     at = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     values = f"'msg {quoted}', '{quoted}', '{user_id}', 'failed', 1, NULL, '{at}', NULL, '{quoted}'"
     console.service.rows(
-        f"INSERT INTO webhook_messages VALUES ({values})".replace("%", "%%" if "sqlite" not in console.service.database_url else "%")
+        f"INSERT INTO webhook_messages VALUES ({values})".replace(
+            "%", "%%" if "sqlite" not in console.service.database_url else "%"
+        )
     )
-    for path in ("/console", "/console/users", f"/console/users/{user_id}", "/console/messages", f"/console/messages/msg {name[:200]}"):
+    for path in (
+        "/console",
+        "/console/users",
+        f"/console/users/{user_id}",
+        "/console/messages",
+        f"/console/messages/msg {name[:200]}",
+    ):
         page = console.get(path).text
         assert "<script" not in page
         assert "<img" not in page
@@ -503,41 +809,67 @@ def test_shows_hostile_content_as_text(console: Console, name: str) -> None:
     assert console.get(console.search(name).location).status_code == 200
 
 
-@pytest.mark.parametrize("path", [
-    "/console/messages?user=%00", "/console/messages?type=a%00b", "/console/messages?outcome=nothing", "/console/messages?since=1y",
-    "/console/messages?after=yesterday", "/console/messages?after=0001-01-01T00:00:00%2B14:00,x", "/console/users?after=,",
-    "/console/users?show=secrets", "/console/users?after=9999-12-31T23:59:59-14:00,x", "/console/messages/%00",
-])  # fmt: skip
-def test_refuses_what_no_page_links_to(console: Console, path: str) -> None:
-    """A malformed address is the asker's mistake."""
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/console/messages?user=%00",
+        "/console/messages?type=a%00b",
+        "/console/messages?outcome=nothing",
+        "/console/messages?since=1y",
+        "/console/messages?after=yesterday",
+        "/console/messages?after=0001-01-01T00:00:00%2B14:00,x",
+        "/console/users?after=,",
+        "/console/users?show=secrets",
+        "/console/users?after=9999-12-31T23:59:59-14:00,x",
+        "/console/messages/%00",
+    ],
+)
+def test_refuses_malformed_urls(console: Console, path: str) -> None:
+    """Malformed filters and cursors answer 400."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
     assert_strict(answer)
 
 
-@given(st.sampled_from(["outcome", "type", "user", "since", "after", "show", "search"]), st.text(max_size=30), st.binary(max_size=30))
-def test_bears_any_address(console: Console, name: str, text: str, body: bytes) -> None:
-    """Nothing that is asked for gives a 5xx."""
+@given(
+    st.sampled_from(["outcome", "type", "user", "since", "after", "show", "search"]),
+    st.text(max_size=30),
+    st.binary(max_size=30),
+)
+def test_answers_any_url_without_a_server_error(
+    console: Console, name: str, text: str, body: bytes
+) -> None:
+    """No argument, path or body causes a 5xx."""
     for path in ("/console/messages", "/console/users"):
         assert console.get(path, query_string={name: text}).status_code < 500
     for path in ("/console/messages/", "/console/users/", "/console/"):
         assert console.get(path + text).status_code < 500
-    assert console.http.post("/console/users", data=b"search=" + body, auth=("operator", PASSWORD)).status_code in (303, 400)
+    assert console.http.post(
+        "/console/users", data=b"search=" + body, auth=("operator", PASSWORD)
+    ).status_code in (303, 400)
 
 
-def test_bears_a_database_of_another_encoding(postgresql: str, clerk: PretendedClerk) -> None:
-    """What its characters cannot say is not found, and all the rest is."""
+def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeClerk) -> None:
+    """Characters that the encoding lacks answer 400; everything else works."""
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-    url = make_url(postgresql).set(drivername="postgresql", database="latin").render_as_string(hide_password=False)
+    url = (
+        make_url(postgresql)
+        .set(drivername="postgresql", database="latin")
+        .render_as_string(hide_password=False)
+    )
     migrate(url, clerk)
-    settings = Settings.from_environ(clerk.environ | {"DATABASE_URL": url, "CONSOLE_PASSWORD": PASSWORD})
-    console = Console(Service(create_app(settings), clerk, url))
+    config = clerk.environ | {"DATABASE_URL": url, "CONSOLE_PASSWORD": PASSWORD}
+    console = Console(Service(create_app(config), clerk, url))
     try:
         console.service.deliver(user_event(clerk_id("user"), first_name="Élodie", last_name="Noël"))
         for search in ("Élod", "noël"[:3], "ada@example.org"):
             assert "Élodie Noël" in console.get(console.search(search).location).text
-        for path in (console.search("\U0001f389").location, "/console/messages?type=\U0001f389", "/console/messages/\U0001f389"):
+        for path in (
+            console.search("\U0001f389").location,
+            "/console/messages?type=\U0001f389",
+            "/console/messages/\U0001f389",
+        ):
             assert console.get(path).status_code == 400
     finally:
         disconnect(console.service.app)
@@ -546,8 +878,10 @@ def test_bears_a_database_of_another_encoding(postgresql: str, clerk: PretendedC
 
 
 @pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()])
-def test_logs_neither_searches_nor_the_password(console: Console, formatter: logging.Formatter) -> None:
-    """A line holds the path alone."""
+def test_logs_neither_searches_nor_the_password(
+    console: Console, formatter: logging.Formatter
+) -> None:
+    """A request's log line has its path without the query."""
     with lines(formatter) as written:
         console.get(console.search("ada@example.org").location)
         Console(console.service, "a wrong password").get("/console")
@@ -556,22 +890,29 @@ def test_logs_neither_searches_nor_the_password(console: Console, formatter: log
         assert secret not in "".join(written)
 
 
-def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About as many as there are; what failed is counted, one by one."""
+def test_estimates_a_busy_day_from_a_sample(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are estimated; failures are counted exactly."""
     now = datetime.now(UTC)
     first = now - timedelta(hours=24)
     rows = []
     for number in range(1440):
-        at = first + timedelta(minutes=number + (number == 1439) * 5, seconds=number * 37 % 60)  # the last by a clock that is ahead
+        at = first + timedelta(
+            minutes=number + (number == 1439) * 5, seconds=number * 37 % 60
+        )  # the last by a fast clock
         outcome = "failed" if number % 97 == 0 else "applied"
-        rows.append(f"('msg_{number}', 'user.updated', NULL, '{outcome}', 1, NULL, '{at:%Y-%m-%d %H:%M:%S.%f}', NULL, NULL)")
+        rows.append(
+            f"('msg_{number}', 'user.updated', NULL, '{outcome}', 1, "
+            f"NULL, '{at:%Y-%m-%d %H:%M:%S.%f}', NULL, NULL)"
+        )
     service.rows(f"INSERT INTO webhook_messages VALUES {', '.join(rows)}")
-    with service.app.app_context():
-        whole = activity.read_activity(now)
-        monkeypatch.setattr(activity, "SAMPLE", 150)
-        sample = activity.read_activity(now)
-        monkeypatch.setattr(activity, "COUNTED", 14)
-        disaster = activity.read_activity(now)
+    store = find_store(service)
+    whole = activity.read_activity(store, now)
+    monkeypatch.setattr(activity, "SAMPLE", 150)
+    sample = activity.read_activity(store, now)
+    monkeypatch.setattr(activity, "COUNTED", 14)
+    disaster = activity.read_activity(store, now)
     assert (whole.total, whole.share) == (1440, 1.0)
     assert [sum(counts.values()) for _, counts in whole.hours] == [60] * 24
     assert whole.hours[0][0] == first
@@ -580,99 +921,140 @@ def test_counts_the_hours_of_a_busy_day_from_a_sample(service: Service, monkeypa
     for (_, exact), (_, estimated) in zip(whole.hours, sample.hours, strict=True):
         assert exact["failed"] == estimated["failed"]
     assert sum(counts["failed"] for _, counts in whole.hours) == 15
-    assert {counts["failed"] for _, counts in disaster.hours} <= {round(number / disaster.share) for number in range(6)}
+    assert {counts["failed"] for _, counts in disaster.hours} <= {
+        round(number / disaster.share) for number in range(6)
+    }
 
 
-def test_estimates_what_is_too_much_to_count(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On PostgreSQL; SQLite counts."""
+def test_estimates_large_counts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL estimates; SQLite counts."""
     monkeypatch.setattr(activity, "COUNTED", 3)
     for _ in range(5):
         service.deliver(user_event(clerk_id("user")))
     is_postgresql = not service.database_url.startswith("sqlite")
     if is_postgresql:
         service.rows("ANALYZE users")
-    with service.app.app_context():
-        assert activity.count_users() == Count(5, is_exact=not is_postgresql)
-        assert activity.count_new_users(datetime(2020, 1, 1, tzinfo=UTC)) == (Count(4, is_exact=False) if is_postgresql else Count(5))
-        assert activity.count_tombstones() == Count(0)
+    store = find_store(service)
+    new = activity.count_new_users(store, datetime(2020, 1, 1, tzinfo=UTC))
+    assert activity.count_users(store) == Count(5, is_exact=not is_postgresql)
+    assert new == (Count(4, is_exact=False) if is_postgresql else Count(5))
+    assert activity.count_tombstones(store) == Count(0)
 
 
-def test_takes_the_lag_of_the_latest_messages(service: Service) -> None:
-    """From the event to the end of its processing."""
-    for seconds in (1, 2, 3):
-        service.deliver(user_event(clerk_id("user"), at=NOW_MS - seconds * 100_000))
-    with service.app.app_context():
-        lag = activity.find_lag(datetime.now(UTC))
+def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
+    """The lag lasts from the event to the end of its processing."""
+    now = int(time.time() * 1000)
+    for seconds in (100, 200, 300):
+        service.deliver(user_event(clerk_id("user"), at=now - seconds * 1000))
+    lag = activity.find_lag(find_store(service), datetime.now(UTC))
     assert lag is not None
     assert 199 < lag.median < 290
     assert 299 < lag.p99 < 390
 
 
-def test_examines_beside_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that takes its time holds no page, is made once, and is kept for a minute."""
+def test_runs_checks_beside_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow checks hold up no page, run once at a time, and are kept for a minute."""
     may_end, count = threading.Event(), [0]
 
-    def diagnose(_environ: object, checks: object) -> Any:
+    def diagnose(*_: object, **__: object) -> Any:
         count[0] += 1
         assert may_end.wait(20)
-        return iter(WELL)
+        return iter(FINE)
 
     monkeypatch.setattr(checkup, "diagnose", diagnose)
-    monkeypatch.setattr(checkup, "PATIENCE", 0.01)
+    monkeypatch.setattr(checkup, "WAIT_TIMEOUT", 0.01)
     own = Checkup()
-    assert own.read().findings == own.read().findings == ()
+
+    def read() -> tuple[Finding, ...]:
+        return own.read({}, SERVICE).findings
+
+    assert read() == read() == ()
     assert count == [1]
     may_end.set()
     assert own._thread is not None
     own._thread.join()
-    assert own.read().findings == WELL
+    assert read() == FINE
     assert count == [1]
     monkeypatch.setattr(checkup, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 61))
-    monkeypatch.setattr(checkup, "PATIENCE", 20)
-    assert own.read().findings == WELL
+    monkeypatch.setattr(checkup, "WAIT_TIMEOUT", 20)
+    assert read() == FINE
     assert count == [2]
 
 
 @given(st.integers(0, 10**9))
 def test_rounds_up_to_one_digit(number: int) -> None:
-    """The top of a chart is a number that is easily read, and nothing is higher."""
+    """The top of a chart is a round number that no bar exceeds."""
     top = round_up(number)
     assert number <= top <= max(2 * number, 1)
     assert len(str(top).rstrip("0")) <= 1
 
 
-@given(st.lists(st.fixed_dictionaries({outcome: st.integers(0, 10**6) for outcome in activity.STORED}), min_size=1, max_size=24))
+@given(
+    st.lists(
+        st.fixed_dictionaries({outcome: st.integers(0, 10**6) for outcome in activity.STORED}),
+        min_size=1,
+        max_size=24,
+    )
+)
 def test_draws_within_the_chart(hours: list[dict[str, int]]) -> None:
-    """No bar leaves the chart, and whatever was counted is to be seen."""
+    """No bar leaves the chart, and every counted outcome is visible."""
     first = datetime(2026, 1, 1, tzinfo=UTC)
-    chart = draw(Activity([(first + timedelta(hours=hour), counts) for hour, counts in enumerate(hours)], 1.0))
+    chart = draw(
+        Activity(
+            [(first + timedelta(hours=hour), counts) for hour, counts in enumerate(hours)], 1.0
+        )
+    )
     for bar in chart.bars:
-        assert {piece.outcome for piece in bar.pieces} == {outcome for outcome, count in bar.counts.items() if count}
+        assert {piece.outcome for piece in bar.pieces} == {
+            outcome for outcome, count in bar.counts.items() if count
+        }
         assert all(0 <= piece.y <= HEIGHT for piece in bar.pieces)
         assert 0 <= bar.x <= bar.x + chart.bar_width <= chart.width
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.0401, "40 ms"), (2.5, "2.5 s"), (7, "7 s"), (60, "1 minute"), (3599, "59 minutes"), (7200, "2 hours"), (86_400 * 1200, "1,200 days"),
-])  # fmt: skip
-def test_writes_a_length_of_time(seconds: float, text: str) -> None:
-    """In the unit that suits it."""
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0401, "40 ms"),
+        (2.5, "2.5 s"),
+        (7, "7 s"),
+        (60, "1 minute"),
+        (3599, "59 minutes"),
+        (7200, "2 hours"),
+        (86_400 * 1200, "1,200 days"),
+    ],
+)
+def test_formats_a_duration(seconds: float, text: str) -> None:
+    """The unit suits the length."""
     assert texts.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "just now"), (1, "just now"), (2, "2 s ago"), (7300, "2 hours ago"), (-1, "just now"), (-90, "in 1 minute")]
+    ("seconds", "text"),
+    [
+        (0, "just now"),
+        (1, "just now"),
+        (2, "2 s ago"),
+        (7300, "2 hours ago"),
+        (-1, "just now"),
+        (-90, "in 1 minute"),
+    ],
 )
-def test_writes_how_long_ago(seconds: int, text: str) -> None:
-    """Also of what is ahead, by somebody else's clock."""
+def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
+    """A time in the future, by another clock, is formatted, too."""
     now = datetime.now(UTC)
     assert texts.ago(now - timedelta(seconds=seconds), now) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [
-    (1234, "1,234"), (Count(10_000), "10,000"), (Count(10_001, is_exact=False), "over 10,000"),
-    (Count(1_004_711, is_exact=False), "about 1,000,000"),
-])  # fmt: skip
-def test_writes_a_number(count: int | Count, text: str) -> None:
-    """And whether it was counted."""
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1234, "1,234"),
+        (Count(10_000), "10,000"),
+        (Count(10_001, is_exact=False), "over 10,000"),
+        (Count(1_004_711, is_exact=False), "about 1,000,000"),
+    ],
+)
+def test_formats_a_number(count: int | Count, text: str) -> None:
+    """The text says whether the number is exact."""
     assert texts.number(count) == text

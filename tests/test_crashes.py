@@ -7,6 +7,8 @@ import pytest
 from tests.conftest import KINDS
 from tests.crashes import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loses_nothing_whoever_is_killed(kind: str) -> None:
@@ -15,5 +17,7 @@ def test_loses_nothing_whoever_is_killed(kind: str) -> None:
     assert report.lost == 0
     assert report.messages > 0
     assert report.crashes.total() >= 3
-    if kind == "sqlite":  # it cannot go away, so there is nothing that an answer of 500 would be for
+    if (
+        kind == "sqlite"
+    ):  # it cannot go away, so there is nothing that an answer of 500 would be for
         assert report.attempts["500"] == report.calls["500"] == 0

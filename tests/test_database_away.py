@@ -12,15 +12,14 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
-from clerkhooks.models import THREADS
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from tests.conftest import migrate
 from tests.own_postgresql import OwnPostgreSQL, own_postgresql
 from tests.server import Server, serving
 from tests.support import NOW_MS, user_event
 
 LIMIT = 10  # seconds that no request may take, whatever becomes of the database
-TOGETHER = 2 * THREADS  # as many requests as two workers take at once
+TOGETHER = 16  # requests at once, for two workers
 Delivery = tuple[int, float]
 
 
@@ -32,7 +31,9 @@ def own() -> Iterator[OwnPostgreSQL]:
 
 
 @pytest.fixture(scope="module")
-def away(own: OwnPostgreSQL, clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def away(
+    own: OwnPostgreSQL, clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """The real server on it, with two workers."""
     url = own.make_database("away")
     migrate(url, clerk)
@@ -41,7 +42,7 @@ def away(own: OwnPostgreSQL, clerk: PretendedClerk, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def on_sqlite(clerk: PretendedClerk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def on_sqlite(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The real server on a SQLite file, with two workers."""
     folder = tmp_path_factory.mktemp("sqlite")
     url = f"sqlite:///{folder}/clerkhooks.db"
@@ -55,11 +56,17 @@ def test_answers_500_while_postgresql_is_away(own: OwnPostgreSQL, away: Server) 
     warm_both_pools(away)
     message_ids = [clerk_id("msg") for _ in range(TOGETHER)]
     with own.away():
-        deliveries = deliver_all(away, [(message_id, user_event(clerk_id("user"))) for message_id in message_ids])
+        deliveries = deliver_all(
+            away, [(message_id, user_event(clerk_id("user"))) for message_id in message_ids]
+        )
         ready, healthy = away.request("GET", "/readyz"), away.request("GET", "/healthz")
     assert {status for status, _ in deliveries} == {500}
     assert max(seconds for _, seconds in deliveries) < LIMIT
-    assert (ready.status, ready.json()["reason"], healthy.status) == (503, "database_unavailable", 200)
+    assert (ready.status, ready.json()["reason"], healthy.status) == (
+        503,
+        "database_unavailable",
+        200,
+    )
     failures = [line for line in away.lines() if line["event"] == "request_failed"]
     assert sorted(line["message_id"] for line in failures) == sorted(message_ids)
     assert {line["error"].split()[0] for line in failures} == {"OperationalError"}
@@ -98,8 +105,7 @@ def test_gives_up_on_a_frozen_postgresql(own: OwnPostgreSQL, away: Server) -> No
     warm_both_pools(away)
     with own.frozen():
         assert away.request("GET", "/healthz").status == 200
-        # As many as two workers are sure to take at once, however the kernel deals them out.
-        deliveries = deliver_many(away, THREADS)
+        deliveries = deliver_many(away, TOGETHER)
     assert {status for status, _ in deliveries} == {500}
     assert max(seconds for _, seconds in deliveries) < LIMIT
     assert {status for status, _ in deliver_many(away, TOGETHER)} == {200}
@@ -108,7 +114,9 @@ def test_gives_up_on_a_frozen_postgresql(own: OwnPostgreSQL, away: Server) -> No
 def test_gives_up_on_a_sqlite_that_is_locked_for_ever(on_sqlite: Server) -> None:
     """Another process keeps the write lock: all deliveries end in 500 in time, and their retries are applied afterwards."""
     messages = [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(TOGETHER)]
-    with closing(sqlite3.connect(on_sqlite.database_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+    with closing(
+        sqlite3.connect(on_sqlite.database_url.removeprefix("sqlite:///"), isolation_level=None)
+    ) as other:
         other.execute("BEGIN IMMEDIATE")
         deliveries = deliver_all(on_sqlite, messages)
         assert on_sqlite.request("GET", "/readyz").status == 200  # readers do not wait
@@ -116,7 +124,9 @@ def test_gives_up_on_a_sqlite_that_is_locked_for_ever(on_sqlite: Server) -> None
     assert {status for status, _ in deliveries} == {500}
     assert max(seconds for _, seconds in deliveries) < LIMIT
     assert {status for status, _ in deliver_all(on_sqlite, messages)} == {200}
-    assert on_sqlite.rows("SELECT outcome, count(*) FROM webhook_messages GROUP BY outcome") == [("applied", TOGETHER)]
+    assert on_sqlite.rows("SELECT outcome, count(*) FROM webhook_messages GROUP BY outcome") == [
+        ("applied", TOGETHER)
+    ]
 
 
 def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Delivery]:
@@ -132,13 +142,18 @@ def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Deliv
 
 def deliver_many(server: Server, count: int) -> list[Delivery]:
     """Deliver as many new users at once."""
-    return deliver_all(server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)])
+    return deliver_all(
+        server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)]
+    )
 
 
 def warm_both_pools(server: Server) -> None:
     """Deliver until both workers have a connection."""
     for _ in range(50):
         assert {status for status, _ in deliver_many(server, 2 * TOGETHER)} == {200}
-        if all(worker.net_connections(kind="unix") for worker in psutil.Process(server.process.pid).children()):
+        if all(
+            worker.net_connections(kind="unix")
+            for worker in psutil.Process(server.process.pid).children()
+        ):
             return
     raise AssertionError("only one worker has connections")

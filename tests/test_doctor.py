@@ -1,11 +1,12 @@
-"""``clerkhooks doctor``: each mistake is found, and none where there is none."""
+"""``clerkhooks doctor`` finds each mistake, and reports nothing where there is no mistake."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -13,99 +14,139 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy.engine import make_url
 
-from clerkhooks import diagnosis
-from clerkhooks.cli import main
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
-from clerkhooks.diagnosis import configuration, findings
-from clerkhooks.settings import VARIABLES
+from clerkhooks import doctor
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.cli.main import main
+from clerkhooks.doctor import APPLICATION, OUTSIDE_CHECKS, configuration, findings
+from clerkhooks.doctor.database import judge_database, plain_store
+from clerkhooks.settings import VARIABLES, AppConfig, ServiceSettings
+from clerkhooks.store.database import Database
 from tests.backend import Backend, answering, stalling
-from tests.conftest import MakeService
+from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, jwk
 from tests.server import environ
-from tests.support import Service, broken_users, user_event
+from tests.support import Service, broken_users, rows, user_event
 
 
 @pytest.fixture
-def instance(clerk: PretendedClerk) -> Iterator[Issuer]:
-    """Where the keys are published."""
+def instance(clerk: FakeClerk) -> Iterator[Issuer]:
+    """The endpoint that publishes the keys of the instance."""
     with Issuer(jwk(clerk)).open() as issuer:
         yield issuer
 
 
 @pytest.fixture
-def well(clerk: PretendedClerk, database_url: str, instance: Issuer, backend: Backend) -> dict[str, str]:
-    """Variables with which nothing is wrong; nothing beyond this machine is asked."""
-    secret_key = {"CLERK_SECRET_KEY": backend.secret_key.replace("live", "test")}
-    backend.secret_key = secret_key["CLERK_SECRET_KEY"]
-    return clerk.environ | {"DATABASE_URL": database_url, "CLERK_API_URL": backend.api_url, "CLERK_JWKS_URL": instance.url} | secret_key
+def correct(
+    clerk: FakeClerk, database_url: str, instance: Issuer, backend: Backend
+) -> dict[str, str]:
+    """Variables without a mistake, which lead to no other machine."""
+    backend.secret_key = backend.secret_key.replace("live", "test")
+    return clerk.environ | {
+        "DATABASE_URL": database_url,
+        "CLERK_API_URL": backend.api_url,
+        "CLERK_JWKS_URL": instance.url,
+        "CLERK_SECRET_KEY": backend.secret_key,
+    }
 
 
-def find(variables: dict[str, str], project: Path = Path("/nowhere"), **options: Any) -> dict[str, diagnosis.Finding]:
-    """The findings by their codes; no secret is in any of them, and each that is not well has a remedy."""
-    findings = list(diagnosis.diagnose(variables, project=project, **options))
-    said = repr(findings)
-    for name in ("CLERK_WEBHOOK_SECRET", "CLERK_SECRET_KEY", "CLERK_JWT_KEY", "METRICS_TOKEN", "CONSOLE_PASSWORD"):
-        assert len(variables.get(name, "")) < 8 or variables[name][8:] not in said
-    assert all(finding.remedy for finding in findings if finding.level in ("warning", "wrong"))
-    return {finding.code: finding for finding in findings}
+SECRET_NAMES = (
+    "CLERK_WEBHOOK_SECRET",
+    "CLERK_SECRET_KEY",
+    "CLERK_JWT_KEY",
+    "METRICS_TOKEN",
+    "CONSOLE_PASSWORD",
+)
 
 
-def levels(variables: dict[str, str]) -> dict[str, str]:
-    """The level of each code."""
-    return {code: finding.level for code, finding in find(variables).items()}
+def find(
+    values: Mapping[str, str], project: Path = Path("/nowhere"), **options: Any
+) -> dict[str, doctor.Finding]:
+    """Return the findings by code. None shows a secret; every warning and error has a remedy."""
+    found = list(doctor.diagnose(values, project=project, **options))
+    texts = repr(found)
+    for name in SECRET_NAMES:
+        assert len(values.get(name, "")) < 8 or values[name][8:] not in texts
+    assert all(finding.remedy for finding in found if finding.level in ("warning", "error"))
+    return {finding.code: finding for finding in found}
 
 
-def test_finds_nothing_wrong_where_all_is_well(well: dict[str, str], make_service: MakeService) -> None:
-    """Each check says so."""
-    make_service(**well).outcome(user_event(clerk_id("user")))
-    about_keys = ("jwt_keys_configured", "jwt_keys_match", "clock_right", "secret_key_accepted")
-    about_settings = ("settings_valid", "env_file_absent", "webhook_secret_set", "authorized_parties_set")
-    about_tables = ("database_ready", "messages_well", "webhook_received", "users_filled")
-    assert levels(well) == dict.fromkeys((*about_keys, *about_settings, *about_tables), "ok")
+def levels(values: Mapping[str, str], **options: Any) -> dict[str, str]:
+    """Return the level of each code."""
+    return {code: finding.level for code, finding in find(values, **options).items()}
+
+
+KEYS_OK = ("jwt_keys_configured", "jwt_keys_match", "clock_right", "secret_key_accepted")
+SETTINGS_OK = ("settings_valid", "webhook_secret_set", "authorized_parties_set")
+TABLES_OK = ("database_ready", "messages_processed", "webhook_received", "users_filled")
+
+
+def test_reports_ok_for_every_check(correct: dict[str, str], make_service: MakeService) -> None:
+    """A correct setup has no warning, no error and no skipped check."""
+    make_service(**correct).outcome(user_event(clerk_id("user")))
+    expected = (*KEYS_OK, *SETTINGS_OK, "env_file_absent", *TABLES_OK)
+    assert levels(correct) == dict.fromkeys(expected, "ok")
 
 
 SECRET = "whsec_" + "B" * 32
 LIVE = "pk_live_Y2xlcmsuZXhhbXBsZS5jb20k"
-LOST = "http://127.0.0.1:1"
+CLOSED = "http://127.0.0.1:1"
+NO_KEYS = {
+    "CLERK_JWT_KEY": "",
+    "CLERK_JWKS_URL": "",
+    "CLERK_PUBLISHABLE_KEY": "",
+    "CLERK_SECRET_KEY": "",
+}
+LIVE_ON_LOCALHOST = {
+    "CLERK_PUBLISHABLE_KEY": LIVE,
+    "CLERK_AUTHORIZED_PARTIES": "http://localhost:3000",
+}
+ONLY_FRONT_END = {"NEXT_PUBLIC_CLERK_PUBLISHABLE_KEY": LIVE, "CLERK_PUBLISHABLE_KEY": ""}
+UNREACHABLE = {"DATABASE_URL": "postgresql://nobody:hidden@127.0.0.1:1/none"}
+UNESCAPED = {"DATABASE_URL": "postgresql://nobody:hid@den@127.0.0.1:1/none"}
+ROTATION = {"CLERK_WEBHOOK_SECRET": f"{SECRET},{SECRET[:-1]}A"}
+MOVING = {"CLERK_ISSUER": "https://clerk.example.com,https://clerk.example.org"}
 MISTAKES: list[tuple[dict[str, str], str, str]] = [
-    ({"CLERK_WEBHOOK_SECRET": ""}, "variable_wrong", "wrong"),
-    ({"CLERK_WEBHOOK_SECRET": "whsec_hidden!"}, "variable_wrong", "wrong"),
-    ({"PORT": "x", "WEB_CONCURRENCY": "y"}, "variable_wrong", "wrong"),
-    ({"METRICS_TOKEN": "short"}, "variable_wrong", "wrong"),
-    ({"CONSOLE_PASSWORD": "elevenchars"}, "variable_wrong", "wrong"),
-    ({"LOG_FORMAT": "xml"}, "variable_wrong", "wrong"),
+    ({"CLERK_WEBHOOK_SECRET": ""}, "variable_wrong", "error"),
+    ({"CLERK_WEBHOOK_SECRET": "whsec_hidden!"}, "variable_wrong", "error"),
+    ({"PORT": "x", "WEB_CONCURRENCY": "y"}, "variable_wrong", "error"),
+    ({"METRICS_TOKEN": "short"}, "variable_wrong", "error"),
+    ({"CONSOLE_PASSWORD": "elevenchars"}, "variable_wrong", "error"),
+    ({"LOG_FORMAT": "xml"}, "variable_wrong", "error"),
     ({"CLERK_WEBHOOK_SECRETS": SECRET}, "variable_unknown", "warning"),
     ({"CLERK_XYZZY": SECRET}, "variable_unknown", "warning"),
-    ({"NEXT_PUBLIC_CLERK_PUBLISHABLE_KEY": LIVE, "CLERK_PUBLISHABLE_KEY": ""}, "publishable_key_misplaced", "warning"),
+    (ONLY_FRONT_END, "publishable_key_misplaced", "warning"),
     ({"VITE_CLERK_PUBLISHABLE_KEY": LIVE}, "publishable_keys_differ", "warning"),
     ({"CLERK_WEBHOOK_SIGNING_SECRET": SECRET}, "webhook_secret_unread", "warning"),
     ({"CLERK_WEBHOOK_SECRET": f"{SECRET},{SECRET}"}, "webhook_secret_repeated", "warning"),
-    ({"CLERK_WEBHOOK_SECRET": f"{SECRET},{SECRET[:-1]}A"}, "webhook_secret_rotation", "warning"),
-    ({"CLERK_PUBLISHABLE_KEY": LIVE}, "keys_of_two_instances", "wrong"),
-    ({"CLERK_PUBLISHABLE_KEY": LIVE, "CLERK_AUTHORIZED_PARTIES": "http://localhost:3000"}, "authorized_parties_local", "warning"),
+    (ROTATION, "webhook_secret_rotation", "warning"),
+    ({"CLERK_PUBLISHABLE_KEY": LIVE}, "keys_of_two_instances", "error"),
+    (LIVE_ON_LOCALHOST, "authorized_parties_local", "warning"),
+    ({"CLERK_AUTHORIZED_PARTIES": "native"}, "authorized_parties_set", "ok"),
     ({"CLERK_ISSUER": "https://clerk.other.example"}, "issuer_differs", "warning"),
+    (MOVING, "issuers_several", "warning"),
     ({"CLERK_AUTHORIZED_PARTIES": ""}, "authorized_parties_unset", "warning"),
     ({"CLERK_SECRET_KEY": ""}, "secret_key_unset", "skipped"),
-    ({"CLERK_SECRET_KEY": "sk_test_another"}, "secret_key_refused", "wrong"),
-    ({"CLERK_API_URL": LOST}, "secret_key_not_tried", "skipped"),
-    ({"CLERK_API_URL": LOST}, "clock_not_compared", "skipped"),
-    ({"CLERK_JWT_KEY": PretendedClerk().public_key_pem}, "jwt_key_of_another_instance", "wrong"),
-    ({"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": LOST}, "keys_not_fetched", "wrong"),
+    ({"CLERK_SECRET_KEY": "sk_test_another"}, "secret_key_refused", "error"),
+    ({"CLERK_API_URL": CLOSED}, "secret_key_not_tried", "skipped"),
+    ({"CLERK_API_URL": CLOSED}, "clock_not_compared", "skipped"),
+    ({"CLERK_JWT_KEY": FakeClerk().public_key_pem}, "jwt_key_of_another_instance", "error"),
+    ({"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": CLOSED}, "keys_not_fetched", "error"),
     ({"CLERK_JWT_KEY": ""}, "keys_fetched", "ok"),
-    ({"CLERK_JWKS_URL": LOST}, "jwt_keys_not_compared", "skipped"),
-    ({"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": "", "CLERK_PUBLISHABLE_KEY": "", "CLERK_SECRET_KEY": ""}, "keys_not_configured", "warning"),
-    ({"CLERK_JWT_KEY": "x", "CLERK_JWKS_URL": "", "CLERK_PUBLISHABLE_KEY": "", "CLERK_SECRET_KEY": ""}, "keys_skipped", "skipped"),
-    ({"DATABASE_URL": "postgresql://nobody:hidden@127.0.0.1:1/none"}, "database_unreachable", "wrong"),
-    ({"DATABASE_URL": "postgresql://nobody:hid@den@127.0.0.1:1/none"}, "database_unreachable", "wrong"),
+    ({"CLERK_JWKS_URL": CLOSED}, "jwt_keys_not_compared", "skipped"),
+    (NO_KEYS, "keys_not_configured", "warning"),
+    (NO_KEYS | {"CLERK_JWT_KEY": "x"}, "keys_skipped", "skipped"),
+    (UNREACHABLE, "database_unreachable", "error"),
+    (UNESCAPED, "database_unreachable", "error"),
     ({"DATABASE_URL": "mysql://hidden"}, "database_skipped", "skipped"),
-    ({"DYNO": "web.1"}, "sqlite_on_platform", "wrong"),
+    ({"DYNO": "web.1"}, "sqlite_on_platform", "error"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "code", "level"), MISTAKES)
 def test_finds_each_mistake(
-    clerk: PretendedClerk,
+    clerk: FakeClerk,
     instance: Issuer,
     backend: Backend,
     tmp_path: Path,
@@ -113,61 +154,179 @@ def test_finds_each_mistake(
     code: str,
     level: str,
 ) -> None:
-    """By a code of its own, whatever else is wrong."""
+    """Each has a code of its own, does not hide others, and shows no secret."""
     backend.secret_key = "sk_test_ofThisInstance"
-    variables = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/none.db", "CLERK_JWKS_URL": instance.url}
-    variables |= {"CLERK_API_URL": backend.api_url, "CLERK_SECRET_KEY": backend.secret_key}
-    found = find(variables | changes)
+    values = clerk.environ | {
+        "DATABASE_URL": f"sqlite:///{tmp_path}/none.db",
+        "CLERK_JWKS_URL": instance.url,
+        "CLERK_API_URL": backend.api_url,
+        "CLERK_SECRET_KEY": backend.secret_key,
+    }
+    found = find(values | changes)
     assert found[code].level == level
     assert "hidden" not in repr(found)
-    looked_at = {"database_not_migrated", "database_unreachable", "database_skipped"}
-    assert looked_at & found.keys(), "one mistake hides no other"
+    about_database = {"database_not_migrated", "database_unreachable", "database_skipped"}
+    assert about_database & found.keys(), "one mistake hides no other"
     assert not (tmp_path / "none.db").exists()
 
 
-@pytest.mark.parametrize(("off", "expected"), [(0, "clock_right"), (60, "clock_off"), (-400, "clock_wrong")])
-def test_finds_a_wrong_clock(clerk: PretendedClerk, backend: Backend, off: int, expected: str) -> None:
-    """By the Date of Clerk's answer."""
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=off), usegmt=True)
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0, "clock_right"), (60, "clock_off"), (-400, "clock_wrong")]
+)
+def test_compares_the_clock(
+    clerk: FakeClerk, backend: Backend, seconds: int, expected: str
+) -> None:
+    """Clerk's clock is the Date header of its response."""
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
     def answer(_backend: Any, request: Any) -> None:
         request.date_time_string = lambda *_: date
         answering(200, b"{}")(backend, request)
 
     backend.always = answer
-    assert expected in levels(clerk.environ | {"CLERK_API_URL": backend.api_url, "CLERK_JWKS_URL": LOST, "DATABASE_URL": "mysql://"})
+    values = {
+        "CLERK_API_URL": backend.api_url,
+        "CLERK_JWKS_URL": CLOSED,
+        "DATABASE_URL": "mysql://",
+    }
+    assert expected in levels(clerk.environ | values)
 
 
-def test_finds_what_the_tables_say(well: dict[str, str], make_service: MakeService) -> None:
-    """Failed messages, silence, and rows that nobody filled in; a migration that is missing."""
-    service = make_service(**well)
-    assert levels(well)["webhook_never_received"] == "warning"
+def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: MakeService) -> None:
+    """Failed messages are errors, as are users without a profile; a long silence is a warning."""
+    service = make_service(**correct)
+    assert levels(correct)["webhook_never_received"] == "warning"
     with broken_users(service):
         service.deliver(user_event(clerk_id("user")))
     user_id = clerk_id("user")
     service.call(user_id)
-    assert levels(well).items() >= {"messages_failed": "wrong", "users_filled": "ok", "webhook_received": "ok"}.items()
+    found = levels(correct)
+    expected = {"messages_failed": "error", "users_filled": "ok", "webhook_received": "ok"}
+    assert found.items() >= expected.items()
     service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
     service.rows("UPDATE webhook_messages SET received_at = '2020-01-01 00:00:00.000000'")
-    found = find(well)
-    expected = {"messages_well": "ok", "users_unfilled": "wrong", "webhooks_silent": "warning"}
-    assert {code: found[code].level for code in expected} == expected
-    [(revision,)] = service.rows("SELECT version_num FROM alembic_version")
-    service.rows("UPDATE alembic_version SET version_num = '0001'")
-    try:
-        assert levels(well)["database_not_migrated"] == "wrong"
-        service.rows("UPDATE alembic_version SET version_num = 'later'")
-        assert levels(well)["schema_newer"] == "warning"
-    finally:
-        service.rows(f"UPDATE alembic_version SET version_num = '{revision}'")
+    found = levels(correct)
+    expected = {"messages_processed": "ok", "users_unfilled": "error", "webhooks_silent": "warning"}
+    assert found.items() >= expected.items()
 
 
-def test_finds_an_env_file_that_others_may_read(tmp_path: Path) -> None:
-    """In the repository, not ignored by it, or readable by others of this machine."""
-    settings, _ = diagnosis.read_settings({})
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_compares_the_schema_with_the_code(
+    make_database: MakeDatabase, clerk: FakeClerk, kind: str
+) -> None:
+    """Every table and column that the code needs must exist; others, of a later release, may."""
+    url = make_database(kind)
+    values = clerk.environ | {
+        "DATABASE_URL": url,
+        "CLERK_API_URL": CLOSED,
+        "CLERK_JWKS_URL": CLOSED,
+    }
+
+    def judge() -> tuple[str, str]:
+        found = next(item for item in find(values).values() if item.subject == "database")
+        return found.code, found.what
+
+    rows(url, "CREATE TABLE notes (id INTEGER)")
+    code, what = judge()
+    assert code == "database_not_migrated"
+    assert what.endswith("answers, but is not migrated.")
+    migrate(url, clerk)
+    assert judge()[0] == "database_ready"
+    rows(url, "ALTER TABLE users ADD COLUMN of_a_later_release TEXT")
+    rows(url, "UPDATE clerkhooks_version SET version_num = 'later'")
+    assert judge()[0] == "database_ready"
+    rows(url, "ALTER TABLE webhook_messages DROP COLUMN error")
+    code, what = judge()
+    assert code == "database_not_migrated"
+    assert what.endswith("answers, but lacks tables or columns of this release.")
+    rows(url, "DROP TABLE users")
+    rows(url, "CREATE TABLE users (id INTEGER)")
+    assert judge()[0] == "database_of_others"
+
+
+def test_reports_a_read_only_database(
+    correct: dict[str, str], make_database: MakeDatabase, clerk: FakeClerk
+) -> None:
+    """A standby, or a database that is set to read only, cannot store events."""
+    url = make_database("postgresql")
+    migrate(url, clerk)
+    rows(url, f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only TO on")
+    assert levels(correct | {"DATABASE_URL": url})["database_read_only"] == "error"
+
+
+def test_gives_up_on_a_database_that_does_not_answer(
+    correct: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check ends, however long the database takes."""
+    may_end = threading.Event()
+    monkeypatch.setattr(Database, "connect", lambda _database: may_end.wait(20))
+    monkeypatch.setattr(doctor.database, "DATABASE_TIMEOUT", 0.1)
+    found = find(correct)
+    may_end.set()
+    assert found["database_unreachable"].what.endswith("does not answer (TimeoutError).")
+
+
+def test_names_the_commands_of_the_service(
+    correct: dict[str, str], make_service: MakeService, make_database: MakeDatabase
+) -> None:
+    """Remedies can be copied to a shell."""
+    service = make_service(**correct)
+    assert "clerkhooks send user.created" in str(find(correct)["webhook_never_received"].remedy)
+    with broken_users(service):
+        service.deliver(user_event(clerk_id("user")))
+    service.call(clerk_id("user"))
+    failed = str(find(correct)["messages_failed"].remedy)
+    assert "clerkhooks log --failed" in failed
+    assert "clerkhooks sync --failed" in failed
+    service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
+    assert "clerkhooks sync --missing" in str(find(correct)["users_unfilled"].remedy)
+    found = find(correct | {"DATABASE_URL": make_database("postgresql")})
+    assert str(found["database_not_migrated"].remedy) == "Migrate: flask --app wsgi db upgrade"
+
+
+def test_examines_an_application_by_its_own_settings(
+    clerk: FakeClerk, backend: Backend, instance: Issuer, tmp_path: Path
+) -> None:
+    """Database, logs, server and files of an application are its own business."""
+    (tmp_path / ".env").write_text("PORT=8000")
+    config: dict[str, Any] = clerk.environ | {
+        "CLERK_API_URL": backend.api_url,
+        "CLERK_JWKS_URL": instance.url,
+    }
+    config |= {"CLERK_SECRET_KEY": backend.secret_key, "METRICS_TOKEN": None}
+    service_only = {"DATABASE_URL": "mysql://", "LOG_FORMAT": "xml", "PORT": "x", "DYNO": "web.1"}
+    values: Any = AppConfig(config, service_only | {"CLERK_AUDIENCE": ",", "WEB_CONCURRENCY": "x"})
+    options: dict[str, Any] = {"checks": OUTSIDE_CHECKS, "program": APPLICATION}
+    found = list(doctor.diagnose(values, project=tmp_path, **options))
+    codes = [finding.code for finding in found if finding.level != "ok"]
+    assert codes == ["variable_wrong", "keys_of_two_instances"]
+    assert found[0].subject == "CLERK_AUDIENCE"
+
+
+def test_names_the_commands_of_an_application(
+    make_database: MakeDatabase, make_service: MakeService
+) -> None:
+    """There, clerkhooks' commands are part of its own ``flask``."""
+    url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
+    store = plain_store(url, pool_size=1)
+    [found] = judge_database(store, APPLICATION)
+    store.database.dispose()
+    assert found.remedy == "Migrate: flask db migrate && flask db upgrade"
+    service = make_service()
+    with broken_users(service):
+        service.deliver(user_event(clerk_id("user")))
+    state = service.app.extensions["clerkhooks"]
+    remedies = [finding.remedy for finding in judge_database(state.store, APPLICATION)]
+    assert any("flask clerk sync --failed" in str(remedy) for remedy in remedies)
+
+
+def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
+    """It is exposed if git has it, does not ignore it, or others on this machine can read it."""
+    settings, _ = doctor.read_settings({}, ServiceSettings)
+    case = doctor.Case({}, settings, (), tmp_path)
 
     def codes() -> list[str]:
-        return [finding.code for finding in configuration.check_env_file(diagnosis.Case({}, settings, (), tmp_path))]
+        return [finding.code for finding in configuration.check_env_file(case)]
 
     file, ignored = tmp_path / ".env", tmp_path / ".gitignore"
     assert codes() == ["env_file_absent"]
@@ -184,54 +343,77 @@ def test_finds_an_env_file_that_others_may_read(tmp_path: Path) -> None:
     assert codes() == ["env_file_committed", "env_file_readable"]
 
 
-def test_goes_on_after_a_check_that_breaks() -> None:
-    """And says which one, without the error's text."""
+def test_continues_after_a_check_that_fails() -> None:
+    """The failed check is named, without the error's text."""
 
-    def check_broken(_case: diagnosis.Case) -> Iterator[diagnosis.Finding]:
+    def check_broken(_case: doctor.Case) -> Iterator[doctor.Finding]:
         raise RuntimeError("hidden")
 
     found = find({}, checks=(check_broken, configuration.check_settings))
     assert list(found) == ["check_broken", "variable_wrong"]
+    assert "hidden" not in repr(found)
 
 
-def test_waits_for_nothing_for_long(clerk: PretendedClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Clerk that takes the question and says nothing is passed over."""
-    monkeypatch.setattr(findings, "SECONDS", 0.2)
+def test_gives_up_on_a_clerk_that_does_not_answer(
+    clerk: FakeClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that accepts the request and never responds makes its checks skipped."""
+    monkeypatch.setattr(findings, "TIMEOUT", 0.2)
     backend.always = stalling
-    keys = {"CLERK_API_URL": backend.api_url, "CLERK_SECRET_KEY": backend.secret_key, "CLERK_JWKS_URL": f"{backend.api_url}/keys"}
-    found = levels(clerk.environ | keys | {"DATABASE_URL": "mysql://", "CLERK_PUBLISHABLE_KEY": ""})
-    expected = {"clock_not_compared": "skipped", "secret_key_not_tried": "skipped", "jwt_keys_not_compared": "skipped"}
-    assert {code: found[code] for code in expected} == expected
+    values = clerk.environ | {
+        "CLERK_API_URL": backend.api_url,
+        "CLERK_SECRET_KEY": backend.secret_key,
+        "CLERK_JWKS_URL": f"{backend.api_url}/keys",
+        "DATABASE_URL": "mysql://",
+        "CLERK_PUBLISHABLE_KEY": "",
+    }
+    found = levels(values)
+    expected = ("clock_not_compared", "secret_key_not_tried", "jwt_keys_not_compared")
+    assert {code: found[code] for code in expected} == dict.fromkeys(expected, "skipped")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], *arguments: str) -> Result:
-    """Run it with nothing but *variables* in the environment."""
+def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: str) -> Result:
+    """Run the command with nothing but *values* in the environment."""
     for name in VARIABLES:
-        monkeypatch.setenv(name, variables.get(name, ""))
+        monkeypatch.setenv(name, values.get(name, ""))
     return CliRunner().invoke(main, ["doctor", *arguments])
 
 
-def test_says_what_to_do(monkeypatch: pytest.MonkeyPatch, well: dict[str, str], service: Service) -> None:
-    """As text with a mark and a remedy, as JSON with codes; the status is 1 only if something is wrong."""
+def test_prints_findings_and_remedies(
+    monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
+) -> None:
+    """Text has a mark for each level, JSON has codes. The status is 1 only if there is an error."""
     del service
-    text = run(monkeypatch, well)
+    text = run(monkeypatch, correct)
     assert text.exit_code == 0
-    assert "  ✓ clock                    This machine's clock is right, to some seconds." in text.output
-    broken = well | {"PORT": "x", "CLERK_AUTHORIZED_PARTIES": ""}
+    line = (
+        "  ✓ clock                    This machine's clock agrees with Clerk's to within 5 seconds."
+    )
+    assert line in text.output
+    assert "\n✓ 0 errors, 1 warning, 0 skipped.\n" in text.output
+    broken = correct | {"PORT": "x", "CLERK_AUTHORIZED_PARTIES": ""}
     text = run(monkeypatch, broken)
     assert text.exit_code == 1
-    assert "  ✗ PORT                     PORT is not a number from 1 to 65535.\n      A free TCP port, such as 8000.\n" in text.output
+    line = "  ✗ PORT                     PORT is not a number from 1 to 65535.\n"
+    assert f"{line}      A free TCP port, such as 8000.\n" in text.output
+    assert "\n✗ 1 error, 2 warnings, 0 skipped.\n" in text.output
     as_json = run(monkeypatch, broken, "--json")
-    findings = json.loads(as_json.output)
-    assert (as_json.exit_code, findings[0]["code"], findings[0]["level"]) == (1, "variable_wrong", "wrong")
-    assert findings[0].keys() == {"level", "code", "subject", "what", "remedy"}
+    first = json.loads(as_json.output)[0]
+    assert (as_json.exit_code, first["code"], first["level"]) == (1, "variable_wrong", "error")
+    assert first.keys() == {"level", "code", "subject", "what", "remedy"}
 
 
 def test_works_where_the_service_refuses_to_start(tmp_path: Path) -> None:
-    """Without any setting, from anywhere, and without a traceback."""
-    variables = environ(CLERK_API_URL="http://127.0.0.1:1", CLERK_WEBHOOK_SECRET="sk_test_hidden", DATABASE_URL="\x1b[31mmysql://hidden")
+    """It needs no valid variable and no working directory of its own, and prints no traceback."""
+    values = environ(
+        CLERK_API_URL=CLOSED,
+        CLERK_WEBHOOK_SECRET="sk_test_hidden",
+        DATABASE_URL="\x1b[31mmysql://hidden",
+    )
     command = [sys.executable, "-m", "clerkhooks", "doctor"]
-    ended = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=values, capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stderr) == (1, "")
     assert "CLERK_WEBHOOK_SECRET is an API key" in ended.stdout
     assert "DATABASE_URL is not a database URL." in ended.stdout
@@ -239,14 +421,24 @@ def test_works_where_the_service_refuses_to_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(b"PORT=\xff\xfe", ".env is not text in UTF-8."), (b'AUDIENCE="x\0y"', ".env cannot be read.")]
+    ("content", "problem"),
+    [
+        (b"PORT=\xff\xfe", ".env is not text in UTF-8."),
+        (b'AUDIENCE="x\0y"', ".env cannot be read."),
+    ],
 )
-def test_says_that_dotenv_is_no_text(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, well: dict[str, str], content: bytes, problem: str
+def test_reports_an_unreadable_env_file(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    correct: dict[str, str],
+    content: bytes,
+    problem: str,
 ) -> None:
-    """And goes on with the rest."""
+    """The other checks run all the same."""
     (tmp_path / ".env").write_bytes(content)
-    monkeypatch.setattr("clerkhooks.settings.PROJECT", tmp_path)
-    result = run(monkeypatch, well, "--json")
-    findings = json.loads(result.output)
-    assert (result.exit_code, findings[0]["code"], findings[0]["what"], len(findings) > 5) == (1, "variable_wrong", problem, True)
+    monkeypatch.setattr("clerkhooks.cli.doctor.PROJECT", tmp_path)
+    result = run(monkeypatch, correct, "--json")
+    found = json.loads(result.output)
+    assert result.exit_code == 1
+    assert (found[0]["code"], found[0]["what"]) == ("variable_wrong", problem)
+    assert len(found) > 5

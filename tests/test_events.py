@@ -11,56 +11,93 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks.clerk.events import LAST_MILLISECOND, Event, Profile, UserEvent, Version, is_user_id, parse_event, parse_profile, storable
+from clerkhooks.clerk.events import (
+    LAST_MILLISECOND,
+    Profile,
+    ReceivedEvent,
+    is_user_id,
+    parse_event,
+    parse_profile,
+    storable,
+)
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.errors import EventError
+from clerkhooks.events import Version
 from tests.support import DATA
 
 USER_ID = "user_29w83sxmDNGwOuEthce5gg56FcC"
 ATTEMPT = 1_800_000_000
-ODD: list[Any] = [None, "", " \t", 5, 1.5, True, [], {}, ["x"], {"x": 1}, "nul\x00", "lone \ud800", "\udfff"]
+ODD: list[Any] = [
+    None,
+    "",
+    " \t",
+    5,
+    1.5,
+    True,
+    [],
+    {},
+    ["x"],
+    {"x": 1},
+    "nul\x00",
+    "lone \ud800",
+    "\udfff",
+]
 
 
-def event(body: str | dict[str, Any], message_id: str = "msg_1") -> Event:
-    """The event that a body carries."""
-    return parse_event(VerifiedMessage(message_id, ATTEMPT, body if isinstance(body, str) else json.dumps(body)))
+def event(body: str | dict[str, Any], message_id: str = "msg_1") -> ReceivedEvent:
+    """Return the event in *body*."""
+    return parse_event(
+        VerifiedMessage(message_id, ATTEMPT, body if isinstance(body, str) else json.dumps(body))
+    )
 
 
-def user_event(data: dict[str, Any] | None = None, **envelope: Any) -> UserEvent:
-    """An update of a user with these fields."""
+def user_event(data: dict[str, Any] | None = None, **envelope: Any) -> ReceivedEvent:
+    """Return an update of a user with these fields."""
     parsed = event({"type": "user.updated", "data": {"id": USER_ID} | (data or {})} | envelope)
-    assert isinstance(parsed, UserEvent)
+    assert parsed.user_id == USER_ID
     return parsed
 
 
 def profile(email: Any = None, **data: Any) -> Profile:
-    """The profile of a user with one address and these fields."""
-    address = {"primary_email_address_id": "idn_1", "email_addresses": [{"id": "idn_1", "email_address": email}]}
+    """Return the profile of a user with one address and these fields."""
+    address = {
+        "primary_email_address_id": "idn_1",
+        "email_addresses": [{"id": "idn_1", "email_address": email}],
+    }
     return parse_profile(address | data)
 
 
 @pytest.mark.parametrize(
     ("name", "version", "kept"),
     [
-        ("user.created", (1654012591835, 1654012591835), ("example@example.org", "Example Example", "https://img.clerk.com/xxxxxx")),
+        (
+            "user.created",
+            (1654012591835, 1654012591835),
+            ("example@example.org", "Example Example", "https://img.clerk.com/xxxxxx"),
+        ),
         ("user.created.minimal", (-1, ATTEMPT * 1000), ("minimal@example.org", "minimal", None)),
-        ("user.updated", (1611948436000, 1731000000000), ("john.doe@clerk.test", "John Doe", "https://clerk.com")),
+        (
+            "user.updated",
+            (1611948436000, 1731000000000),
+            ("john.doe@clerk.test", "John Doe", "https://clerk.com"),
+        ),
         ("user.deleted", (1661861640000, 1661861640000), None),
     ],
 )
-def test_reads_clerks_own_payloads(name: str, version: tuple[int, int], kept: tuple[str, str, str | None] | None) -> None:
-    """The payloads of Clerk's documentation and test suite come out as Clerk means them."""
+def test_parses_clerks_own_payloads(
+    name: str, version: tuple[int, int], kept: tuple[str, str, str | None] | None
+) -> None:
+    """These are the payloads of Clerk's documentation and test suite."""
     body = (DATA / f"{name}.json").read_text()
     parsed = event(body)
-    assert isinstance(parsed, UserEvent)
     assert (parsed.message_id, parsed.user_id) == ("msg_1", json.loads(body)["data"]["id"])
     assert parsed.type in name
     assert parsed.version == Version(*version, "msg_1")
     assert parsed.profile == (None if kept is None else Profile(kept[1], kept[0], kept[2]))
 
 
-def test_reads_every_payload_file() -> None:
-    """No payload file is left out above."""
+def test_parses_every_payload_file() -> None:
+    """The test above leaves out no file."""
     assert sorted(path.stem for path in Path(DATA).glob("user.*.json")) == [
         "user.created",
         "user.created.minimal",
@@ -72,13 +109,27 @@ def test_reads_every_payload_file() -> None:
 @pytest.mark.parametrize(
     ("reason", "bodies"),
     [
-        ("body_not_json", ["", "{", "\ufeff{}", '{"type": NaN}', '{"type": -Infinity}', "[" * 100_000, '{"a":' * 100_000]),
+        (
+            "body_not_json",
+            [
+                "",
+                "{",
+                "\ufeff{}",
+                '{"type": NaN}',
+                '{"type": -Infinity}',
+                "[" * 100_000,
+                '{"a":' * 100_000,
+            ],
+        ),
         ("body_not_an_object", ["[]", "null", '"user.created"', "1" * 5000]),
-        ("event_type_missing", ["{}", '{"type": ""}', '{"type": null}', '{"type": ["user.created"]}']),
+        (
+            "event_type_missing",
+            ["{}", '{"type": ""}', '{"type": null}', '{"type": ["user.created"]}'],
+        ),
     ],
 )
-def test_refuses_what_is_no_event(reason: str, bodies: list[str]) -> None:
-    """A verified body that is not an event says why."""
+def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> None:
+    """The reason says what is wrong."""
     for body in bodies:
         with pytest.raises(EventError) as refused:
             event(body)
@@ -87,31 +138,53 @@ def test_refuses_what_is_no_event(reason: str, bodies: list[str]) -> None:
 
 @pytest.mark.parametrize("event_type", ["user.created", "user.updated", "user.deleted"])
 @pytest.mark.parametrize(
-    "data", [None, [], "x", {}, *({"id": value} for value in [None, 5, "", "usr_1", "user_", "user_é", "user_" + "a" * 65, USER_ID + "\n"])]
+    "data",
+    [
+        None,
+        [],
+        "x",
+        {},
+        *(
+            {"id": value}
+            for value in [
+                None,
+                5,
+                "",
+                "usr_1",
+                "user_",
+                "user_é",
+                "user_" + "a" * 65,
+                USER_ID + "\n",
+            ]
+        ),
+    ],
 )
 def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> None:
-    """Whom it is about cannot be guessed."""
+    """Its row cannot be found."""
     with pytest.raises(EventError) as refused:
         event({"type": event_type, "data": data})
     assert refused.value.reason == "user_id_malformed"
 
 
 @pytest.mark.parametrize("user_id", ["user_a", "user_" + "Z9" * 32, USER_ID])
-def test_knows_a_user_id(user_id: str) -> None:
-    """``user_`` and 1 to 64 base-62 characters."""
+def test_recognizes_a_user_id(user_id: str) -> None:
+    """It is ``user_`` and 1 to 64 base-62 characters."""
     assert is_user_id(user_id)
     assert not is_user_id(user_id.replace("user_", "user_-"))
 
 
-@pytest.mark.parametrize("event_type", ["session.created", "user.promoted", "User.created", "user.created "])
+@pytest.mark.parametrize(
+    "event_type", ["session.created", "user.promoted", "User.created", "user.created "]
+)
 @pytest.mark.parametrize("data", [None, {"id": 5}, {"id": USER_ID}])
-def test_keeps_nothing_of_other_events(event_type: str, data: Any) -> None:
-    """A type that nothing here acts on is an event all the same, whatever its data."""
-    assert type(event({"type": event_type, "data": data})) is Event
+def test_parses_other_events_without_a_user(event_type: str, data: Any) -> None:
+    """An event of another type is valid whatever its data, and has no user."""
+    parsed = event({"type": event_type, "data": data})
+    assert (parsed.type, parsed.user_id, parsed.profile) == (event_type, None, None)
 
 
-def test_cleans_an_id_and_a_type_for_the_database() -> None:
-    """Svix lets both be anything; neither may break a statement."""
+def test_cleans_ids_and_types_for_the_database() -> None:
+    """Both may be any text, and must not break a statement."""
     parsed = event({"type": "é\x00\ud800" + "x" * 300}, message_id="\x00" + "m" * 300)
     assert parsed.type == "é\ufffd\ufffd" + "x" * 252
     assert parsed.message_id == parsed.version.message_id
@@ -122,7 +195,7 @@ def test_cleans_an_id_and_a_type_for_the_database() -> None:
 
 @pytest.mark.parametrize(("length", "kept"), [(254, 254), (255, 255), (256, 255)])
 def test_cuts_a_label_at_255(length: int, kept: int) -> None:
-    """Ids and types fit their columns."""
+    """That is the length of the columns of ids and types."""
     assert storable("x" * length) == "x" * kept
 
 
@@ -137,25 +210,33 @@ def test_cuts_a_label_at_255(length: int, kept: int) -> None:
         ({"primary_email_address_id": "b", "email_addresses": "b"}, None),
         ({"primary_email_address_id": "b", "email_addresses": {"b": 1}}, None),
         ({"primary_email_address_id": "b", "email_addresses": [None, 5, "b", {"id": "b"}]}, None),
-        ({"primary_email_address_id": "b", "email_addresses": [None, {"id": "b", "email_address": "x@example.org"}]}, "x@example.org"),
+        (
+            {
+                "primary_email_address_id": "b",
+                "email_addresses": [None, {"id": "b", "email_address": "x@example.org"}],
+            },
+            "x@example.org",
+        ),
     ],
 )
-def test_takes_the_primary_email_address(data: dict[str, Any], email: str | None) -> None:
-    """Not the first address, not the newest: the one whose id is the primary one."""
+def test_uses_the_primary_email_address(data: dict[str, Any], email: str | None) -> None:
+    """It is the address whose id is ``primary_email_address_id``, not the first or the newest."""
     addresses = [{"id": name, "email_address": f"{name}@example.org"} for name in ("a", "b")]
     assert parse_profile({"email_addresses": addresses} | data).email == email
 
 
 @pytest.mark.parametrize("value", ODD)
-def test_counts_an_odd_field_as_absent(value: Any) -> None:
-    """No optional field is worth losing an event for."""
-    assert profile(value, first_name=value, last_name=value, username=value, image_url=value) == Profile("New User")
+def test_treats_an_odd_field_as_absent(value: Any) -> None:
+    """An optional field never makes an event invalid."""
+    assert profile(
+        value, first_name=value, last_name=value, username=value, image_url=value
+    ) == Profile("New User")
     assert profile("ada@example.org", first_name=value, username="u").name == "ada"
 
 
 @pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
 def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
-    """Half an address or half a URL is worse than none."""
+    """Half an address or half a URL would be useless."""
     fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
     assert getattr(profile(**{field: fitting}), field) == fitting
     assert getattr(profile(**{field: long}), field) is None
@@ -172,7 +253,7 @@ def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
     ],
 )
 def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
-    """A long name is still a name; it is cut once it is whole."""
+    """First and last name are joined before the result is cut."""
     assert profile(first_name=first, last_name=last).name == name
 
 
@@ -191,52 +272,97 @@ def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
         ({"email": "x" * 321, "username": ""}, "New User"),
     ],
 )
-def test_finds_a_name(data: dict[str, Any], name: str) -> None:
-    """First and last name, else the local part of the email, else the username, else New User."""
+def test_derives_a_name(data: dict[str, Any], name: str) -> None:
+    """First and last name, else the email's local part, else the username, else New User."""
     assert profile(**{"email": "local@example.org"} | data).name == name
 
 
-@pytest.mark.parametrize("odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300])
-def test_takes_one_time_for_the_other(odd: Any) -> None:
-    """Where one of the two times is missing or none, the other stands in; with neither, the attempt's, below all others."""
-    assert user_event({"updated_at": odd}, timestamp=7).version == Version(7, 7, "msg_1")
-    assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5, 5, "msg_1")
+@pytest.mark.parametrize(
+    "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
+)
+def test_uses_either_time_for_the_other(odd: Any) -> None:
+    """If one is missing or odd, the other replaces it. An event with neither ranks lowest."""
+    assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
+    assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
     timeless = user_event({"updated_at": odd}, timestamp=odd)
     assert (timeless.version, timeless.occurred_at) == (Version(-1, ATTEMPT * 1000, "msg_1"), None)
     assert timeless.version < user_event({"updated_at": 0}, timestamp=0).version
 
 
-@pytest.mark.parametrize("time", [0, 1.0, LAST_MILLISECOND])
-def test_takes_every_time_that_a_database_knows(time: float) -> None:
-    """From 1970 to the last millisecond of 9999, also where a whole number is written as a fraction."""
+@pytest.mark.parametrize(
+    ("time", "milliseconds"),
+    [
+        (0, 0),
+        (1.0, 1000),
+        (1_700_000_000, 1_700_000_000_000),
+        (10**11 - 1, 99_999_999_999_000),
+        (10**11, 10**11),
+        (1_700_000_000_000.0, 1_700_000_000_000),
+        (LAST_MILLISECOND, LAST_MILLISECOND),
+    ],
+)
+def test_accepts_seconds_and_milliseconds(time: float, milliseconds: int) -> None:
+    """A time below 10**11 is in seconds, as in Clerk's examples. Whole floats are accepted."""
     parsed = user_event({"updated_at": time})
-    assert parsed.version == Version(int(time), int(time), "msg_1")
-    assert parsed.occurred_at == datetime.fromtimestamp(time / 1000, UTC)
+    assert parsed.version == Version(milliseconds, milliseconds, "msg_1")
+    assert parsed.occurred_at == datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def test_dates_an_event_by_its_envelope() -> None:
-    """``updated_at`` orders before ``timestamp``; the latter says when it happened."""
-    parsed = user_event({"updated_at": 9_000}, timestamp=5_000)
+    """``updated_at`` orders first; ``timestamp`` is when the event occurred."""
+    parsed = user_event({"updated_at": 9}, timestamp=5)
     assert parsed.version == Version(9_000, 5_000, "msg_1")
     assert parsed.occurred_at == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)
 
 
-texts = st.text(st.characters() | st.sampled_from("\x00\ud800@ ")) | st.text("x@", min_size=250, max_size=330)
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.sampled_from([USER_ID, "idn_1", "user.created", "user.deleted"])
+texts = st.text(st.characters() | st.sampled_from("\x00\ud800@ ")) | st.text(
+    "x@", min_size=250, max_size=330
 )
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=5)
-names = ("primary_email_address_id", "first_name", "last_name", "username", "image_url", "updated_at")
-addresses = st.lists(st.fixed_dictionaries({"id": st.just("idn_1") | scalars, "email_address": values}) | values, max_size=3) | values
-profiles = st.fixed_dictionaries({}, optional=dict.fromkeys(names, scalars) | {"email_addresses": addresses})
-users = st.builds(lambda data, user_id: data | {"id": user_id}, profiles, st.just(USER_ID) | scalars)
-types = st.sampled_from(["user.created", "user.updated", "user.deleted", "session.created"]) | scalars
-envelopes = st.fixed_dictionaries({}, optional={"type": types, "data": users | values, "timestamp": scalars})
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | texts
+    | st.sampled_from([USER_ID, "idn_1", "user.created", "user.deleted"])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+names = (
+    "primary_email_address_id",
+    "first_name",
+    "last_name",
+    "username",
+    "image_url",
+    "updated_at",
+)
+addresses = (
+    st.lists(
+        st.fixed_dictionaries({"id": st.just("idn_1") | scalars, "email_address": values}) | values,
+        max_size=3,
+    )
+    | values
+)
+profiles = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(names, scalars) | {"email_addresses": addresses}
+)
+users = st.builds(
+    lambda data, user_id: data | {"id": user_id}, profiles, st.just(USER_ID) | scalars
+)
+types = (
+    st.sampled_from(["user.created", "user.updated", "user.deleted", "session.created"]) | scalars
+)
+envelopes = st.fixed_dictionaries(
+    {}, optional={"type": types, "data": users | values, "timestamp": scalars}
+)
 
 
 @given(st.text() | (envelopes | values).map(json.dumps), st.text(), st.integers(0, 10**11))
-def test_gives_an_event_or_its_one_error(body: str, message_id: str, attempt: int) -> None:
-    """Whatever was signed, nothing but an Event or EventError comes out, and what is kept can be stored."""
+def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: int) -> None:
+    """Any body gives an event that can be stored, or an EventError."""
     try:
         parsed = parse_event(VerifiedMessage(message_id, attempt, body))
     except EventError:
@@ -247,8 +373,10 @@ def test_gives_an_event_or_its_one_error(body: str, message_id: str, attempt: in
 
 @given(profiles)
 def test_keeps_only_what_a_database_can_store(data: dict[str, Any]) -> None:
-    """Every text of every profile is UTF-8 without NUL and fits its column; there always is a name."""
-    kept = parse_profile(data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")})
+    """Every text is UTF-8 without NUL and fits its column, and there is always a name."""
+    kept = parse_profile(
+        data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")}
+    )
     assert kept.name
     for text, limit in [(kept.email or "", 320), (kept.name, 255), (kept.image_url or "", 2048)]:
         assert len(text) <= limit

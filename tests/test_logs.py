@@ -1,4 +1,4 @@
-"""The log: one line a request, with an id that the answer carries, too."""
+"""The log: one line per request, with an id that the response carries as well."""
 
 from __future__ import annotations
 
@@ -7,131 +7,262 @@ import logging
 import os
 import pty
 import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from flask import Blueprint, abort
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks import logs
-from clerkhooks.cli.pretend import clerk_id
-from clerkhooks.signals import event_processed, user_first_seen
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.settings import PROJECT
+from clerkhooks.web.logs import JsonFormatter, TextFormatter, logger
+from tests.application import Application
+from tests.server import environ
 from tests.support import Service, broken_users, lines, user_event
+
+pytest_plugins = ["tests.application"]
+
+REQUEST_ID = "[0-9a-f]{32}"
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/nowhere", "/api/me"])
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
 def test_names_each_request(service: Service, method: str, path: str) -> None:
-    """Every answer has an id, the line has the same, and the next request another."""
-    with lines(logs.JsonFormatter()) as written:
-        ids = [service.http.open(path, method=method).headers["X-Request-ID"] for _ in range(2)]
+    """Every response has an id, its line has the same, and the next request another."""
+    with lines(JsonFormatter()) as written:
+        answers = [service.http.open(path, method=method) for _ in range(2)]
+    ids = [answer.headers["X-Request-ID"] for answer in answers]
     assert [json.loads(line)["request_id"] for line in written] == ids
     assert ids[0] != ids[1]
-    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
+    assert all(re.fullmatch(REQUEST_ID, request_id) for request_id in ids)
 
 
-def test_names_a_request_that_ends_before_it_began(service: Service) -> None:
-    """An application's own preprocessor may abort before anything else of the request has run."""
+def test_names_a_request_that_a_preprocessor_aborts(service: Service) -> None:
+    """An application's own preprocessor may run before anything else of the request."""
     tenants = Blueprint("tenants", __name__)
     tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
     tenants.add_url_rule("/tenants", view_func=str)
     service.app.register_blueprint(tenants)
-    with lines(logs.JsonFormatter()) as written:
+    with lines(JsonFormatter()) as written:
         response = service.http.get("/tenants")
     [line] = map(json.loads, written)
-    assert (response.status_code, line["status"], line["request_id"]) == (404, 404, response.headers["X-Request-ID"])
+    assert (response.status_code, line["status"]) == (404, 404)
+    assert line["request_id"] == response.headers["X-Request-ID"]
     assert line["duration_ms"] >= 0
 
 
 def test_names_every_line_of_a_request(service: Service) -> None:
-    """Also those of a failure, of a receiver and of a log that could not be written."""
-
-    def fail(_sender: str, **_: object) -> None:
-        raise RuntimeError("receiver")
-
-    headers = {"X-Request-ID": "of-the-proxy"}
+    """The lines of a failure have the id of the request, too."""
     body = user_event(clerk_id("user"))
-    with lines(logs.JsonFormatter()) as written, broken_users(service):
-        service.http.post("/webhooks/clerk", data=body, headers=service.clerk.headers(body) | headers)
-    with lines(logs.JsonFormatter()) as more, event_processed.connected_to(fail):
-        service.http.post("/webhooks/clerk", data=body, headers=service.clerk.headers(body) | headers)
-    said = [(json.loads(line)["event"], json.loads(line)["request_id"]) for line in (*written, *more)]
-    assert said == [(event, "of-the-proxy") for event in ("request_failed", "request", "receiver_failed", "request")]
-    assert json.loads(written[0])["user_id"]
+    headers = service.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
+    with lines(JsonFormatter()) as written, broken_users(service):
+        service.http.post("/webhooks/clerk", data=body, headers=headers)
+    said = [json.loads(line) for line in written]
+    assert [line["event"] for line in said] == ["request_failed", "request"]
+    assert {line["request_id"] for line in said} == {"of-the-proxy"}
+    assert said[0]["user_id"]
+
+
+def test_names_the_lines_of_a_handler_that_failed(application: Application) -> None:
+    """So that what failed after the commit is found by what the platform's router says."""
+
+    @application.hooks.on("user.updated", after_commit=True)
+    def fail(_event: object) -> None:
+        raise RuntimeError("handler")
+
+    body = user_event(clerk_id("user"))
+    headers = application.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
+    with lines(JsonFormatter()) as written:
+        response = application.http.post("/webhooks/clerk", data=body, headers=headers)
+    assert response.status_code == 200
+    said = [json.loads(line) for line in written]
+    assert [line["event"] for line in said] == ["handler_failed", "webhook_delivered"]
+    assert {line["request_id"] for line in said} == {"of-the-proxy"}
 
 
 @pytest.mark.parametrize("sent", ["a", "A.b_c:/+=-9" * 11, "x" * 128])
 def test_keeps_an_id_that_came_in(service: Service, sent: str) -> None:
-    """So that a line is found by what the platform's router says."""
-    assert service.http.get("/healthz", headers={"X-Request-ID": sent}).headers["X-Request-ID"] == sent
+    """A line is then found by what the platform's router says."""
+    answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
+    assert answer.headers["X-Request-ID"] == sent
 
 
-@given(
-    sent=st.one_of(st.just(""), st.just("x" * 129), st.text("ab \t{}\"'<>\\;\x7f\xe9", min_size=1).filter(lambda text: not text.isalpha()))
-)
-def test_replaces_an_id_that_is_none(service: Service, sent: str) -> None:
-    """Whatever a stranger writes into the header, the line and the answer hold a harmless one."""
-    answered = service.http.get("/healthz", headers={"X-Request-ID": sent}).headers["X-Request-ID"]
-    assert re.fullmatch("[0-9a-f]{32}|[ab]+", answered)
+malformed = st.text("ab \t{}\"'<>\\;\x7f\xe9", min_size=1).filter(lambda text: not text.isalpha())
+
+
+@given(sent=st.just("") | st.just("x" * 129) | malformed)
+def test_replaces_a_malformed_id(service: Service, sent: str) -> None:
+    """Whatever a stranger writes into the header, the line and the response hold a harmless id."""
+    answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
+    assert re.fullmatch(f"{REQUEST_ID}|[ab]+", answer.headers["X-Request-ID"])
 
 
 def test_is_readable_on_a_terminal(service: Service) -> None:
-    """A request is a line, and what it holds besides follows; what moves a cursor is escaped."""
-    with lines(logs.TextFormatter()) as written:
+    """A request is a line followed by its fields; what moves a cursor is escaped."""
+    with lines(TextFormatter()) as written:
         service.http.get("/api/me")
         service.http.get("/%1b[31m%0a%e2%80%ae")
-        logs.logger.warning("keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY"})
+        logger.warning("keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY"})
     assert re.fullmatch(
-        r"\d\d:\d\d:\d\d\.\d{3} WARNING GET /api/me 401 [\d.]+ ms  reason=token_missing  request_id=[0-9a-f]{32}", written[0]
+        r"\d\d:\d\d:\d\d\.\d{3} WARNING GET /api/me 401 [\d.]+ ms"
+        rf"  reason=token_missing  request_id={REQUEST_ID}",
+        written[0],
     )
     assert r" GET /\x1b[31m\n\u202e 404 " in written[1]
     assert written[2].endswith(" WARNING keys_not_configured  remedy=Set CLERK_JWT_KEY")
 
 
-@pytest.mark.parametrize(
-    ("is_terminal", "log_format", "expected"),
-    [
-        (True, None, logs.TextFormatter),
-        (False, None, logs.JsonFormatter),
-        (True, "json", logs.JsonFormatter),
-        (False, "text", logs.TextFormatter),
-    ],
-)
-def test_chooses_by_what_stdout_is(
-    monkeypatch: pytest.MonkeyPatch, service: Service, is_terminal: bool, log_format: str | None, expected: type[logging.Formatter]
-) -> None:
-    """And as it is told, where it is told."""
-    monkeypatch.setattr(logs.logger, "handlers", [])
-    master, terminal = pty.openpty()
-    with os.fdopen(terminal if is_terminal else os.dup(terminal), "w") as stdout:
-        if not is_terminal:
-            monkeypatch.setattr(stdout, "isatty", lambda: False, raising=False)
-        monkeypatch.setattr("sys.stdout", stdout)
-        app = type(service.app)("another")
-        logs.init_logs(app, log_format)
-    os.close(master)
-    assert [type(handler.formatter) for handler in logs.logger.handlers] == [expected]
-
-
 def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not where NO_COLOR says so."""
+    """There are no colours with NO_COLOR."""
     record = logging.makeLogRecord({"levelname": "ERROR", "msg": "request_failed"})
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert "\x1b[31mERROR" in logs.TextFormatter().format(record)
+    assert "\x1b[31mERROR" in TextFormatter().format(record)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in logs.TextFormatter().format(record)
+    assert "\x1b" not in TextFormatter().format(record)
 
 
-def test_tells_once_of_a_first_call(service: Service) -> None:
-    """The signal names the user; what a receiver raises is logged and breaks nothing."""
-    told: list[object] = []
-
-    def receive(_app: object, user_id: str) -> None:
-        told.append(user_id)
-        raise RuntimeError("receiver")
-
+def test_logs_one_line_per_delivery_in_an_application(application: Application) -> None:
+    """Its requests are its own business: nothing else is logged, and no response is changed."""
     user_id = clerk_id("user")
-    with lines(logs.JsonFormatter()) as written, user_first_seen.connected_to(receive, service.app):
-        assert [service.call(user_id).status_code for _ in range(2)] == [200, 200]
-    assert told == [user_id]
-    assert [json.loads(line)["user_id"] for line in written if "receiver_failed" in line] == [user_id]
+    with lines(JsonFormatter()) as written:
+        assert application.outcome(user_event(user_id), "msg_1") == "applied"
+        calls = [application.call(user_id), application.http.get("/api/me")]
+        application.http.post("/webhooks/clerk", data=b"{}")
+        calls.append(application.http.get("/nowhere"))
+    applied, refused = map(json.loads, written)
+    assert (applied["event"], applied["level"]) == ("webhook_delivered", "info")
+    assert {name: applied[name] for name in ("message_id", "event_type", "user_id", "outcome")} == {
+        "message_id": "msg_1",
+        "event_type": "user.updated",
+        "user_id": user_id,
+        "outcome": "applied",
+    }
+    assert (refused["event"], refused["level"]) == ("webhook_delivered", "warning")
+    assert refused["reason"] == "signature_headers_missing"
+    assert not any("X-Request-ID" in answer.headers for answer in calls)
+
+
+def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subprocess.PIPE) -> str:
+    """Run *code* in a process of its own, which trusts *clerk*; return what it wrote to stdout."""
+    code = f"CLERK = {clerk.environ!r}\nDATABASE = 'sqlite:///{folder}/logs.db'\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env=environ(),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return f"{done.stdout or ''}{done.stderr}"
+
+
+TWO_SERVICES = """
+from clerkhooks import create_app
+CLERK["DATABASE_URL"] = DATABASE
+apps = [create_app(CLERK | {"LOG_FORMAT": form}) for form in ("json", "text")]
+for app in (*apps, *apps):
+    app.test_client().get("/healthz")
+"""
+
+
+def test_prints_each_service_in_its_own_format(clerk: FakeClerk, tmp_path: Path) -> None:
+    """Two applications in one process share the logger, and neither doubles the other's lines."""
+    printed = run_script(TWO_SERVICES, clerk, tmp_path).splitlines()
+    assert [line.startswith("{") for line in printed] == [True, False, True, False]
+    assert all("/healthz" in line for line in printed)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "log_format", "is_json"),
+    [(True, "", False), (False, "", True), (True, "json", True), (False, "text", False)],
+)
+def test_chooses_the_format_by_what_stdout_is(
+    clerk: FakeClerk, tmp_path: Path, is_terminal: bool, log_format: str, is_json: bool
+) -> None:
+    """On a terminal the log is text, elsewhere JSON, and LOG_FORMAT decides where it is set."""
+    code = f"""
+from clerkhooks import create_app
+app = create_app(CLERK | {{"DATABASE_URL": DATABASE, "LOG_FORMAT": {log_format!r}}})
+app.test_client().get("/healthz")
+"""
+    master, terminal = pty.openpty()
+    stdout = terminal if is_terminal else subprocess.PIPE
+    printed = run_script(code, clerk, tmp_path, stdout=stdout)
+    os.close(terminal)
+    if is_terminal:
+        printed += os.read(master, 65536).decode()
+    os.close(master)
+    assert (printed.startswith("{"), "GET" in printed) == (is_json, True)
+
+
+ROOT_LOGGER = """
+import logging
+from clerkhooks import create_app
+if {before}:
+    logging.basicConfig(format="root %(message)s")
+app = create_app(CLERK | {{"DATABASE_URL": DATABASE}})
+if not {before}:
+    logging.basicConfig(format="root %(message)s")
+app.test_client().get("/healthz")
+app.test_client().get("/api/me")
+"""
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_prints_each_line_once_beside_a_root_logger(
+    clerk: FakeClerk, tmp_path: Path, before: bool
+) -> None:
+    """With logging.basicConfig, before or after, only the root's handler prints the lines."""
+    printed = run_script(ROOT_LOGGER.format(before=before), clerk, tmp_path)
+    assert printed.splitlines() == ["root request"] * 2
+
+
+APPLICATION_BESIDE_A_SERVICE = """
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from clerkhooks import ClerkHooks, create_app
+
+service = create_app(CLERK | {"DATABASE_URL": DATABASE})
+db = SQLAlchemy()
+app = Flask("mine")
+app.config |= CLERK | {"SQLALCHEMY_DATABASE_URI": DATABASE}
+db.init_app(app)
+ClerkHooks(db).init_app(app)
+app.add_url_rule("/mine", view_func=lambda: "mine")
+for one in (app, service, app):
+    one.test_client().get("/mine")
+    one.test_client().post("/webhooks/clerk")
+"""
+
+
+def test_prints_nothing_for_an_application(clerk: FakeClerk, tmp_path: Path) -> None:
+    """
+    Only the service's lines are printed by the service's handler.
+
+    What an application has not configured, Python's last resort would print as a warning.
+    """
+    printed = run_script(APPLICATION_BESIDE_A_SERVICE, clerk, tmp_path).splitlines()
+    paths = [json.loads(line)["path"] for line in printed if line.startswith("{")]
+    assert paths == ["/mine", "/webhooks/clerk"]
+
+
+def test_describes_an_exception_that_flask_logs(service: Service) -> None:
+    """Flask logs what a view raises, with a traceback; the line has its class and frames only."""
+
+    def fail() -> str:
+        raise RuntimeError("Failing row contains (ada@example.org)")
+
+    service.app.add_url_rule("/fails", view_func=fail)
+    with lines(JsonFormatter()) as written:
+        assert service.http.get("/fails").status_code == 500
+    first, second = map(json.loads, written)
+    assert (first["error"], second["status"]) == ("RuntimeError", 500)
+    assert first["frames"][-1].endswith(" fail")
+    assert "ada@example.org" not in "".join(written)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,14 +13,17 @@ from typing import Any
 
 import psycopg
 import pytest
-from flask import Response, request
+from flask import Flask, Response, request
+from flask_sqlalchemy import SQLAlchemy
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 
-from clerkhooks import metrics
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body
-from clerkhooks.metrics import FAMILIES
+from clerkhooks import ClerkHooks
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.settings import PROJECT
+from clerkhooks.web import metrics
+from clerkhooks.web.metrics import FAMILIES
+from clerkhooks.web.state import disconnect
 from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, answering, jwk, settle
 from tests.server import Server, environ, serving
@@ -77,7 +79,10 @@ def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
     }
     assert found[("webhook_duration_seconds_count",)] == 6
     assert found[("webhook_lag_seconds_count",)] == 3
-    assert (found[("webhook_lag_seconds_bucket", "1800.0")], found[("webhook_lag_seconds_bucket", "7200.0")]) == (1, 2)
+    assert (
+        found[("webhook_lag_seconds_bucket", "1800.0")],
+        found[("webhook_lag_seconds_bucket", "7200.0")],
+    ) == (1, 2)
 
 
 def test_counts_refusals_by_reason(counted: Service) -> None:
@@ -89,11 +94,15 @@ def test_counts_refusals_by_reason(counted: Service) -> None:
     counted.call(clerk_id("user"), "PUT", "/api/me/presence", body={})
     counted.http.get("/nowhere")
     found = scrape(counted)
-    assert {key[1]: value for key, value in found.items() if key[0] == "webhook_refusals_total"} == {
+    assert {
+        key[1]: value for key, value in found.items() if key[0] == "webhook_refusals_total"
+    } == {
         "signature_headers_missing": 1,
         "body_not_an_object": 1,
     }
-    assert {key[1]: value for key, value in found.items() if key[0] == "sessions_refused_total"} == {
+    assert {
+        key[1]: value for key, value in found.items() if key[0] == "sessions_refused_total"
+    } == {
         "token_missing": 1,
         "token_malformed": 1,
     }
@@ -101,32 +110,46 @@ def test_counts_refusals_by_reason(counted: Service) -> None:
 
 
 def test_knows_who_waits_for_a_webhook(counted: Service) -> None:
-    """Users created by a first call, once each, and how many of them are still unfilled; and how long no webhook has come."""
+    """
+    Users that a first call created are counted once each, and those still unfilled now.
+
+    The age of the last webhook is told as soon as there is one.
+    """
     ids = [clerk_id("user") for _ in range(2)]
     assert ("last_webhook_age_seconds",) not in scrape(counted)
     for user_id in (*ids, *ids):
         counted.call(user_id)
     counted.outcome(user_event(ids[0]))
     found = scrape(counted)
-    assert (found[("fallback_users_total",)], found[("users_unfilled",)], found[("database_up",)]) == (2, 1, 1)
+    assert (
+        found[("fallback_users_total",)],
+        found[("users_unfilled",)],
+        found[("database_up",)],
+    ) == (2, 1, 1)
     assert 0 <= found[("last_webhook_age_seconds",)] < 60
-    assert (found[("database_connections_in_use",)], found[("database_connections_limit",)]) == (0, 10)
+    assert (found[("database_connections_in_use",)], found[("database_connections_limit",)]) == (
+        0,
+        10,
+    )
 
 
-def test_says_that_the_database_is_away(make_service: MakeService, tmp_path: Path) -> None:
+def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
     """The rest is told all the same."""
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    service = make_service(METRICS_TOKEN=TOKEN, DATABASE_URL=f"sqlite:///{folder}/clerkhooks.db")
-    folder.rmdir()
+    service = make_unreachable(METRICS_TOKEN=TOKEN)
     service.http.get("/api/me")
     found = scrape(service)
     assert (found[("database_up",)], found[("sessions_refused_total", "token_missing")]) == (0, 1)
     assert ("users_unfilled",) not in found
 
 
-def test_counts_no_connection_that_was_never_made(make_database: MakeDatabase, make_service: MakeService, clerk: PretendedClerk) -> None:
-    """Calls in an outage leave none behind, and none too few: the pool also takes back what it could not open."""
+def test_counts_no_connection_that_was_never_made(
+    make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk
+) -> None:
+    """
+    The number of connections in use is right after an outage.
+
+    The pool also takes back what it could not open.
+    """
     url = make_database("postgresql")
     migrate(url, clerk)
     service = make_service(METRICS_TOKEN=TOKEN, DATABASE_URL=url)
@@ -134,7 +157,10 @@ def test_counts_no_connection_that_was_never_made(make_database: MakeDatabase, m
     name = url.partition("?")[0].rpartition("/")[2]
     with psycopg.connect(url.replace(f"/{name}", "/postgres"), autocommit=True) as other:
         other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
-        other.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+        other.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s",
+            [name],
+        )
         away = [service.call(clerk_id("user")).status_code for _ in range(3)]
         found = scrape(service)
         other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
@@ -145,11 +171,11 @@ def test_counts_no_connection_that_was_never_made(make_database: MakeDatabase, m
     assert (found[("database_up",)], found[("database_connections_in_use",)]) == (1, 0)
 
 
-def test_watches_the_signing_keys(make_service: MakeService, clerk: PretendedClerk) -> None:
+def test_watches_the_signing_keys(make_service: MakeService, clerk: FakeClerk) -> None:
     """Fetches, good and bad, and how old the keys are."""
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
-        keys: Any = service.app.extensions["clerkhooks.auth"].verifier.keys
+        keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
         assert ("signing_keys_age_seconds",) not in scrape(service)
         keys.cooldown = 0
         for behaviour in (issuer.behaviour, answering(b"", 500)):
@@ -157,70 +183,136 @@ def test_watches_the_signing_keys(make_service: MakeService, clerk: PretendedCle
             keys.fetch_soon()
             settle()
         found = scrape(service)
-    assert (found[("signing_keys_fetches_total", "ok")], found[("signing_keys_fetches_total", "failed")]) == (1, 1)
+    assert (
+        found[("signing_keys_fetches_total", "ok")],
+        found[("signing_keys_fetches_total", "failed")],
+    ) == (1, 1)
     assert 0 <= found[("signing_keys_age_seconds",)] < 60
 
 
-def test_does_not_take_an_answer_that_came_too_late_for_fresh_keys(make_service: MakeService, clerk: PretendedClerk) -> None:
+def test_does_not_take_an_answer_that_came_too_late_for_fresh_keys(
+    make_service: MakeService, clerk: FakeClerk
+) -> None:
     """A fetch that was given up changes no key, so it makes none younger."""
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
-        keys: Any = service.app.extensions["clerkhooks.auth"].verifier.keys
-        keys._fetch_now()  # in a thread that is not, or no longer, the one whose answer is waited for
+        keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
+        # In a thread that is not, or no longer, the one whose answer is waited for.
+        keys._fetch_now()
     found = scrape(service)
     assert keys.age is None
     assert ("signing_keys_age_seconds",) not in found
     assert found[("signing_keys_fetches_total", "failed")] == 1
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN])
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN],
+)
 def test_is_not_there_for_strangers(counted: Service, header: str | None) -> None:
     """Nor is it told apart from a path that does not exist."""
     headers = {} if header is None else {"Authorization": header}
-    answer, nowhere = counted.http.get("/metrics", headers=headers), counted.http.get("/nowhere", headers=headers)
+    answer, nowhere = (
+        counted.http.get("/metrics", headers=headers),
+        counted.http.get("/nowhere", headers=headers),
+    )
     assert (answer.status_code, answer.data) == (404, nowhere.data)
 
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE", "TRACE", "ANY"])
 def test_takes_no_other_method(counted: Service, service: Service, method: str) -> None:
-    """Who has the token is told so; to a stranger, and where it is off, there is nothing under any method."""
+    """
+    A caller with the token gets a 405.
+
+    For a stranger, and without METRICS_TOKEN, the route does not exist under any method.
+    """
     answer = counted.http.open("/metrics", method=method, headers=AUTHORIZED)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
     for http in (counted.http, service.http):
-        assert (http.open("/metrics", method=method).status_code, http.open("/metrics", method=method).headers.get("Allow")) == (404, None)
+        assert (
+            http.open("/metrics", method=method).status_code,
+            http.open("/metrics", method=method).headers.get("Allow"),
+        ) == (404, None)
 
 
 def test_is_not_there_without_a_token(service: Service) -> None:
     """Also not for an empty one."""
     for token in ("", "None", TOKEN):
-        assert service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code == 404
+        assert (
+            service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code
+            == 404
+        )
 
 
-def test_loads_nothing_where_it_is_off(clerk: PretendedClerk, tmp_path: Path) -> None:
+def test_loads_nothing_where_it_is_off(clerk: FakeClerk, tmp_path: Path) -> None:
     """Nobody pays at start-up for what is switched off."""
     code = "import sys, wsgi; sys.exit('prometheus_client' in sys.modules)"
     variables = environ(**clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=variables, timeout=30).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, env=variables, timeout=30
+        ).returncode
+        == 0
+    )
 
 
 def test_makes_no_series_for_a_sender(counted: Service) -> None:
-    """Whatever types are signed and whatever headers are sent, there are as many series as there are families and codes."""
+    """There are only as many series as families and codes, whatever a sender signs or sends."""
     for number in range(40):
         counted.deliver(event_body(f"type{number}.created", {}, 1))
         counted.deliver(event_body(f"user.{number}", {}, 1))
-        counted.http.post("/webhooks/clerk", data=b"{}", headers={"svix-id": f"msg_{number}", "svix-signature": str(number)})
+        counted.http.post(
+            "/webhooks/clerk",
+            data=b"{}",
+            headers={"svix-id": f"msg_{number}", "svix-signature": str(number)},
+        )
         counted.http.get("/api/me", headers={"Authorization": f"Bearer {number}"})
         counted.http.get(f"/{number}")
     labels = {key[1:] for key in scrape(counted) if key[0].endswith("_total") and len(key) > 1}
-    assert labels == {("other", "ignored"), ("user", "ignored"), ("signature_headers_missing",), ("token_malformed",)}
+    assert labels == {
+        ("other", "ignored"),
+        ("user", "ignored"),
+        ("signature_headers_missing",),
+        ("token_malformed",),
+    }
     assert "user" in FAMILIES
 
 
 def test_makes_no_series_for_what_an_application_answers(counted: Service) -> None:
-    """One that answers in front of the endpoint gives no reason of ours."""
-    counted.app.before_request(lambda: Response(status=403) if request.path == "/webhooks/clerk" else None)
-    counted.http.post("/webhooks/clerk", data=b"{}")
-    assert scrape(counted)[("webhook_refusals_total", "other")] == 1
+    """A delivery that the application refuses before our endpoint is not ours to count."""
+    counted.app.before_request(
+        lambda: Response(status=403) if request.path == "/webhooks/clerk" else None
+    )
+    assert counted.http.post("/webhooks/clerk", data=b"{}").status_code == 403
+    found = scrape(counted)
+    assert not [
+        key for key in found if key[0].startswith("webhook") and len(key) > 1 and found[key]
+    ]
+
+
+def test_moves_with_its_prefix(clerk: FakeClerk, tmp_path: Path) -> None:
+    """An application may serve the metrics, below its own prefix, with the same protection."""
+    app, own_db = Flask("guest"), SQLAlchemy()
+    url = f"sqlite:///{tmp_path}/x.db"
+    app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url, METRICS_TOKEN=TOKEN)
+    own_db.init_app(app)
+    ClerkHooks(own_db).init_app(app, routes=("webhooks", "metrics"), url_prefix="/internal")
+    http = app.test_client()
+    assert http.get("/internal/metrics", headers=AUTHORIZED).status_code == 200
+    assert http.open("/internal/metrics", method="ANY").status_code == 404
+    assert http.get("/metrics", headers=AUTHORIZED).status_code == 404
+    assert http.post("/internal/webhooks/clerk", data=b"{}").status_code == 401
+    counted = samples(http.get("/internal/metrics", headers=AUTHORIZED).text)
+    assert counted[("webhook_refusals_total", "signature_headers_missing")] == 1
+    disconnect(app)
+
+
+def test_counts_for_each_application(make_service: MakeService) -> None:
+    """Two applications in one process share no figure."""
+    first, second = make_service(METRICS_TOKEN=TOKEN), make_service(METRICS_TOKEN=TOKEN)
+    first.outcome(user_event(clerk_id("user")))
+    assert scrape(first)[("webhooks_total", "user.updated", "applied")] == 1
+    assert ("webhooks_total", "user.updated", "applied") not in scrape(second)
 
 
 def deliver_and_call(server: Server, count: int) -> None:
@@ -234,7 +326,12 @@ def deliver_and_call(server: Server, count: int) -> None:
 
 def workers(server: Server) -> list[int]:
     """The process ids of the server's workers."""
-    return [int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        .read_text()
+        .split()
+    ]
 
 
 def scrape_once_both_serve(server: Server) -> Samples:
@@ -247,11 +344,19 @@ def scrape_once_both_serve(server: Server) -> Samples:
         assert time.monotonic() < deadline
 
 
-def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp_path: Path) -> None:
-    """What two workers counted adds up, also after one of them was killed; its gauges go with it, and nothing is left in the end."""
+def test_is_whole_over_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
+    """
+    What two workers count adds up, also after one of them was killed.
+
+    Its gauges go with it, and the server leaves no file behind.
+    """
     folder = tmp_path / "tmp"
     folder.mkdir()
-    variables = {"METRICS_TOKEN": TOKEN, "TMPDIR": str(folder), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
+    variables = {
+        "METRICS_TOKEN": TOKEN,
+        "TMPDIR": str(folder),
+        "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
+    }
     with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
         deliver_and_call(server, 8)
         first = scrape_once_both_serve(server)
@@ -260,7 +365,11 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
         [directory] = folder.glob("clerkhooks-metrics-*")
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 15
-        while len(now := workers(server)) < 2 or victim in now or list(directory.glob(f"gauge_live*_{victim}.db")):
+        while (
+            len(now := workers(server)) < 2
+            or victim in now
+            or list(directory.glob(f"gauge_live*_{victim}.db"))
+        ):
             assert time.monotonic() < deadline
         deliver_and_call(server, 4)
         second = scrape_once_both_serve(server)
@@ -275,7 +384,9 @@ def test_is_whole_over_all_workers(database_url: str, clerk: PretendedClerk, tmp
     assert not list(folder.glob("clerkhooks-metrics-*"))
 
 
-def test_waits_for_a_process_that_makes_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_waits_for_a_process_that_makes_its_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A file is empty for a moment, and then has the size that says how much of it is used."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     file = tmp_path / "counter_1.db"
@@ -291,23 +402,44 @@ def test_waits_for_a_process_that_makes_its_files(monkeypatch: pytest.MonkeyPatc
     assert len(waits) == 1
 
 
-def test_counts_anew_at_each_boot(clerk: PretendedClerk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever directory an earlier server left in the environment, each has an empty one of its own, which only its master removes."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name, value in (clerk.environ | {"METRICS_TOKEN": TOKEN}).items():
-        monkeypatch.setenv(name, value)
-    removals: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("atexit.register", lambda *call: removals.append(call))
-    directories = []
-    for _ in range(2):
-        runpy.run_module("clerkhooks.serving", run_name="configuration")
-        directories.append(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
-    assert len({tmp_path, *directories}) == 3
-    assert not any(path for directory in directories for path in directory.iterdir())
-    for remove, directory, owner in removals:
-        remove(directory, owner + 1)
-    assert all(directory.is_dir() for directory in directories)
-    for remove, directory, owner in removals:
-        remove(directory, owner)
-    assert not any(directory.exists() for directory in directories)
+BOOTS = """
+import atexit, os, runpy
+from pathlib import Path
+
+removals = []
+atexit.register = lambda *call: removals.append(call)
+directories = []
+for _ in range(2):
+    runpy.run_path("gunicorn.conf.py", run_name="configuration")
+    directories.append(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+removals = [call for call in removals if call[0].__name__ == "_remove_metrics"]
+assert len({Path("/nowhere"), *directories}) == 3
+assert not any(path for directory in directories for path in directory.iterdir())
+for remove, directory, owner in removals:
+    remove(directory, owner + 1)
+assert all(directory.is_dir() for directory in directories)
+for remove, directory, owner in removals:
+    remove(directory, owner)
+assert not any(directory.exists() for directory in directories)
+print(len(removals))
+"""
+
+
+def test_counts_anew_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None:
+    """
+    Each boot has an empty directory of its own, which only its master removes.
+
+    It does not matter which directory an earlier server left in the environment.
+    """
+    own = {"METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": "/nowhere", "TMPDIR": str(tmp_path)}
+    variables = environ(**clerk.environ, **own, DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
+    # A process of its own: the configuration patches everything that waits.
+    ended = subprocess.run(
+        [sys.executable, "-c", BOOTS],
+        cwd=PROJECT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "2\n", "")

@@ -1,54 +1,179 @@
-"""How databases are reached."""
+"""Tables: what a model of users may be, and the guarded write for an application's own tables."""
 
 from __future__ import annotations
 
-import psycopg
+from itertools import permutations
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import mapped_column
 
-from clerkhooks.cli.pretend import clerk_id
-from clerkhooks.errors import describe
-from clerkhooks.models import autocommit, db, execute_alone
-from tests.conftest import MakeDatabase, MakeService, MigratedUrl
-from tests.support import user_event
+from clerkhooks import ClerkHooks, ClerkUser, Event, Versioned, upsert
+from clerkhooks.clerk.fake import FakeClerk, event_body
+from clerkhooks.web.state import disconnect
+from tests.application import Application
+from tests.conftest import MakeDatabase
+from tests.racing import delivery, meet, outcomes
+from tests.support import NOW_MS, Service, user_event
 
-OPTIONS = "options=-csearch_path%3Dpublic&options=-c%20lock_timeout%3D9s%20-c%20timezone%3DAsia/Tokyo"
-
-
-@pytest.mark.parametrize(("options", "expected"), [("", ["2s", "3s", "UTC", '"$user", public']), (OPTIONS, ["9s", "3s", "UTC", "public"])])
-def test_keeps_its_limits_beside_options_of_the_url(
-    make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
-) -> None:
-    """What an operator asks for in DATABASE_URL wins, and drops none of the timeouts that it does not name."""
-    url = make_database("postgresql")
-    service = make_service(DATABASE_URL=f"{url}{'&' if '?' in url else '?'}{options}")
-    with service.app.app_context(), autocommit() as connection:
-        names = ("lock_timeout", "statement_timeout", "timezone", "search_path")
-        assert [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names] == expected
+pytest_plugins = ["tests.application"]
 
 
-def test_tells_what_fails_as_sqlalchemy_does(make_service: MakeService, migrated: MigratedUrl) -> None:
-    """Also where a statement is handed to the driver as it is: the class, the SQLSTATE, and nothing of the row."""
-    service = make_service(DATABASE_URL=migrated("postgresql"))
-    with service.app.app_context():
-        with pytest.raises(DBAPIError) as raised:
-            execute_alone(sa.select(sa.literal(1) / sa.bindparam("divisor", type_=sa.Integer)), {"divisor": 0})
-        assert describe(raised.value) == "DataError 22012"
-        assert execute_alone(sa.select(sa.bindparam("number", type_=sa.Integer)), {"number": 7}) == [(7,)]
-        assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatabase) -> None:
+    """Without a model of its own an application has ``users``, with the plain columns."""
+    db, app, url = SQLAlchemy(), Flask("plain"), make_database("sqlite")
+    hooks = ClerkHooks(db)
+    app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url)
+    db.init_app(app)
+    hooks.init_app(app)
+    with app.app_context():
+        db.create_all()
+    service = Service(app, clerk, url)
+    assert service.outcome(user_event("user_1")) == "applied"
+    assert service.call("user_1").get_json()["name"] == "Ada Lovelace"
+    assert set(db.metadata.tables) == {"users", "webhook_messages"}
+    disconnect(app)
 
 
-def test_replaces_a_connection_that_the_server_has_closed(make_service: MakeService, migrated: MigratedUrl) -> None:
-    """Without an error for anybody: a closed socket is seen before it is used."""
-    url = migrated("postgresql")
-    service = make_service(DATABASE_URL=url)
-    user_id = clerk_id("user")
-    with service.app.app_context(), autocommit() as connection:
-        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
-    with psycopg.connect(url, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(%s)", [pid])
-        while other.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() != (0,):
-            pass
-    assert service.call(user_id).status_code == 200
-    assert service.outcome(user_event(user_id)) == "applied"
+def declare(db: SQLAlchemy, name: str = "User", **attributes: Any) -> type[Any]:
+    """Declare a model of users."""
+    parents: tuple[Any, ...] = (ClerkUser, db.Model)
+    return type(name, parents, {"__module__": __name__, **attributes})
+
+
+def test_refuses_a_model_that_is_not_of_users() -> None:
+    """The mixin brings the columns that clerkhooks writes."""
+    db = SQLAlchemy()
+    table: Any = type(
+        "Team",
+        (db.Model,),
+        {"__module__": __name__, "id": mapped_column(sa.Text, primary_key=True)},
+    )
+    models: list[Any] = [table, "User", ClerkUser()]
+    for model in models:
+        with pytest.raises(TypeError, match="must derive from ClerkUser"):
+            ClerkHooks(db, model)
+
+
+def test_refuses_a_table_that_is_taken() -> None:
+    """An application with a table of users is told to derive it, and to use one object."""
+    db = SQLAlchemy()
+    model = declare(db)
+    with pytest.raises(ValueError, match=r"Let its model derive from ClerkUser"):
+        ClerkHooks(db)
+    ClerkHooks(db, model)
+    with pytest.raises(ValueError, match="Use one ClerkHooks for each SQLAlchemy object"):
+        ClerkHooks(db, declare(db, "Other", __tablename__="others"))
+
+
+def test_refuses_an_application_that_is_not_ready(application: Application) -> None:
+    """``db.init_app`` comes first, and ``hooks.init_app`` once."""
+    with pytest.raises(RuntimeError, match=r"Call db.init_app\(app\) before"):
+        application.hooks.init_app(Flask("second"))
+    with pytest.raises(RuntimeError, match="call init_app once"):
+        application.hooks.init_app(application.app)
+
+
+@pytest.fixture
+def teams(application: Application) -> type[Any]:
+    """
+    A table of the application's own.
+
+    Its key has two columns, and one has another name in Python.
+    """
+    attributes = {
+        "__module__": __name__,
+        "__tablename__": "teams",
+        "tenant": mapped_column(sa.Text, primary_key=True),
+        "id": mapped_column(sa.Text, primary_key=True),
+        "title": mapped_column("name", sa.Text),
+        "note": mapped_column(sa.Text),
+    }
+    parents: tuple[Any, ...] = (Versioned, application.db.Model)
+    model = type("Team", parents, attributes)
+    application.create_all()
+
+    @application.hooks.on("organization.*")
+    def keep(event: Event) -> None:
+        values = {"tenant": "t", "id": event.data["id"], "title": event.data.get("name")}
+        written.append(upsert(model, event, **values))
+
+    written.clear()
+    return model
+
+
+written: list[bool] = []
+TEAMS = "SELECT tenant, id, name, note, version_updated_at FROM teams"
+
+
+def team(at: int, name: str | None, **data: Any) -> bytes:
+    """Return an event of an organization."""
+    whole = {"id": "org_1", "name": name, "updated_at": NOW_MS + at} | data
+    return event_body("organization.updated", whole, NOW_MS + at)
+
+
+@pytest.mark.usefixtures("teams")
+def test_ends_with_the_newest_version(application: Application) -> None:
+    """In every order ``upsert`` says whether it wrote, and leaves other columns alone."""
+    events = {at: team(at, f"Name {at}") for at in (1, 2, 3)}
+    for order in permutations(events):
+        application.rows("DELETE FROM teams")
+        written.clear()
+        for number, at in enumerate(order):
+            assert application.outcome(events[at]) == "applied"
+            assert written[-1] is (at == max(order[: number + 1]))
+            application.rows("UPDATE teams SET note = 'own'")
+        assert application.rows(TEAMS) == [("t", "org_1", "Name 3", "own", NOW_MS + 3)]
+
+
+@pytest.mark.usefixtures("teams")
+def test_fills_a_row_that_has_no_version(application: Application) -> None:
+    """A row that the application made itself takes the first event, however old it is."""
+    application.rows("INSERT INTO teams (tenant, id, name) VALUES ('t', 'org_1', 'Own')")
+    assert application.outcome(event_body("organization.created", {"id": "org_1"}, 0)) == "applied"
+    assert application.rows(TEAMS) == [("t", "org_1", None, None, 0)]
+    assert written == [True]
+
+
+@pytest.mark.usefixtures("teams")
+@pytest.mark.parametrize("newer_first", [False, True], ids=["older first", "newer first"])
+def test_lets_the_newer_of_two_writes_win(application: Application, newer_first: bool) -> None:
+    """Two events at once, of a row that is new: the second waits, and the newer stays."""
+    acts = [delivery(application, team(1, "Older")), delivery(application, team(2, "Newer"))]
+    first, second = reversed(acts) if newer_first else acts
+    assert outcomes(meet(application, first, second)) == ["applied", "applied"]
+    assert application.rows(TEAMS) == [("t", "org_1", "Newer", None, NOW_MS + 2)]
+    assert written == [True, not newer_first]
+
+
+def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams: Any) -> None:
+    """
+    A model without versions, or a row without its whole key, is a mistake.
+
+    The delivery is answered 500.
+    """
+    errors: list[Exception] = []
+
+    @application.hooks.on("session.*")
+    def keep(event: Event) -> None:
+        calls: list[tuple[Any, dict[str, str | None]]] = [
+            (application.db.Model, {"id": "1"}),
+            ("teams", {"id": "1"}),
+            (teams, {"id": "1"}),
+            (teams, {"tenant": "t", "id": None}),
+        ]
+        for model, values in calls:
+            try:
+                upsert(model, event, **values)
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+        raise errors[0]
+
+    assert application.deliver(event_body("session.created", {}, NOW_MS)).status_code == 500
+    assert [type(error) for error in errors] == [TypeError, TypeError, ValueError, ValueError]
+    assert "derives from Versioned" in str(errors[0])
+    assert "primary key: tenant" in str(errors[2])
+    assert "primary key: id" in str(errors[3])

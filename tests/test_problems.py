@@ -1,44 +1,53 @@
-"""Errors as responses, and what the log says of them."""
+"""Errors as responses, and what the log says about them."""
 
 from __future__ import annotations
 
 import json
-import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from flask import redirect
+from flask import Response, abort, make_response, redirect
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.wrappers import Response as BaseResponse
 
-from clerkhooks import logs
-from clerkhooks.cli.pretend import clerk_id
+from clerkhooks import require_auth
+from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.errors import ClerkhooksError, describe
-from clerkhooks.models import db
-from tests.support import Service, broken_users, user_event
+from clerkhooks.service import db
+from clerkhooks.web.logs import JsonFormatter
+from tests.application import Application
+from tests.support import Service, broken_users, lines, user_event
+
+pytest_plugins = ["tests.application"]
 
 SECRET = "ada@example.org"
+PROBLEM = "application/problem+json"
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log records of the service."""
-    caplog.set_level(logging.INFO, logger="clerkhooks")
-    return caplog
+def written() -> Iterator[list[str]]:
+    """What is logged, as JSON."""
+    with lines(JsonFormatter()) as written:
+        yield written
 
 
-def shown(lines: pytest.LogCaptureFixture) -> list[dict[str, object]]:
-    """What the records look like in the log."""
-    return [json.loads(logs.JsonFormatter().format(record)) for record in lines.records]
+def shown(written: list[str]) -> list[dict[str, Any]]:
+    """Return the lines, parsed."""
+    return [json.loads(line) for line in written]
 
 
-def test_logs_a_line_a_request(service: Service, lines: pytest.LogCaptureFixture) -> None:
+def test_logs_one_line_per_request(service: Service, written: list[str]) -> None:
     """A delivery's line holds what an operator looks for, and nothing of the profile."""
     user_id = clerk_id("user")
     service.deliver(user_event(user_id, private_metadata={"iban": "DE00"}), "msg_1")
-    [line] = shown(lines)
+    [line] = shown(written)
     assert line.pop("time")
     assert line.pop("duration_ms")
+    assert line.pop("request_id")
     assert "lag_s" in line
     del line["lag_s"]
     assert line == {
@@ -54,34 +63,78 @@ def test_logs_a_line_a_request(service: Service, lines: pytest.LogCaptureFixture
     }
 
 
-def test_logs_who_called(service: Service, lines: pytest.LogCaptureFixture) -> None:
-    """A call's line names the user by id; a refused one says why, without the token."""
+def test_logs_who_called(service: Service, written: list[str]) -> None:
+    """A call's line names the user by id; that of a refused call says why, without the token."""
     user_id = clerk_id("user")
     service.call(user_id)
     service.call(user_id, exp=1)
-    first, second = shown(lines)
+    first, second = shown(written)
     assert first["user_id"] == user_id
     assert (second["level"], second["reason"]) == ("warning", "token_expired")
     assert "ey" not in json.dumps(second)
 
 
-def test_answers_a_failure_without_its_text(service: Service, lines: pytest.LogCaptureFixture) -> None:
-    """A database's message quotes the row; neither answer, log nor table repeats it, and the retry is processed."""
+def test_answers_a_failure_without_its_text(service: Service, written: list[str]) -> None:
+    """
+    A database's message quotes the row; answer, log and table do not repeat it.
+
+    The retry is processed.
+    """
     user_id = clerk_id("user")
     body = user_event(user_id)
     with broken_users(service):
         response = service.deliver(body, "msg_1")
     assert response.status_code == 500
-    assert response.get_json() == {"type": "about:blank", "title": "Internal Server Error", "status": 500, "reason": "internal_error"}
-    failure, request = shown(lines)
-    assert (failure["event"], failure["message_id"], request["status"]) == ("request_failed", "msg_1", 500)
-    assert any("users.py" in str(frame) for frame in failure["frames"])  # type: ignore[attr-defined]
-    [(outcome, attempts, error)] = service.rows("SELECT outcome, attempts, error FROM webhook_messages")
+    assert response.get_json() == {
+        "type": "about:blank",
+        "title": "Internal Server Error",
+        "status": 500,
+        "reason": "internal_error",
+    }
+    failure, request = shown(written)
+    assert (failure["event"], failure["level"]) == ("request_failed", "error")
+    assert (failure["message_id"], request["status"]) == ("msg_1", 500)
+    assert any("users.py" in frame for frame in failure["frames"])
+    [(outcome, attempts, error)] = service.rows(
+        "SELECT outcome, attempts, error FROM webhook_messages"
+    )
     assert (outcome, attempts, error) == ("failed", 1, failure["error"])
-    assert SECRET not in json.dumps(shown(lines)) + str(service.rows("SELECT * FROM webhook_messages"))
+    stored = service.rows("SELECT * FROM webhook_messages")
+    assert SECRET not in "".join(written) + response.text + str(stored)
     assert service.user(user_id) is None
     assert service.outcome(body, "msg_1") == "applied"
-    assert service.rows("SELECT outcome, attempts, error FROM webhook_messages") == [("applied", 2, None)]
+    stored = service.rows("SELECT outcome, attempts, error FROM webhook_messages")
+    assert stored == [("applied", 2, None)]
+
+
+def fail_twice() -> None:
+    """Raise an error whose text, and whose cause's text, hold profile data."""
+    try:
+        raise KeyError(SECRET)
+    except KeyError as error:
+        raise RuntimeError(f"Failing row contains ({SECRET})") from error
+
+
+def test_shows_where_a_handler_failed_and_not_its_text(
+    application: Application, written: list[str]
+) -> None:
+    """A frame is a file, a line and a function; no text of the error or its cause is logged."""
+    application.hooks.on("user.*")(lambda event: fail_twice())
+    response = application.deliver(user_event(clerk_id("user")), "msg_1")
+    assert (response.status_code, response.get_json()["reason"]) == (500, "internal_error")
+    [failure] = shown(written)
+    assert (failure["event"], failure["error"]) == ("request_failed", "RuntimeError")
+    frames = failure["frames"]
+    assert all(re.fullmatch(r"[^/]+/[^/]+:\d+ \S+", frame) for frame in frames), frames
+    assert re.fullmatch(r"tests/test_problems\.py:\d+ fail_twice", frames[-1])
+    assert failure["message_id"] == "msg_1"
+    for kept in (
+        "".join(written),
+        response.text,
+        str(application.rows("SELECT * FROM webhook_messages")),
+    ):
+        assert SECRET not in kept
+        assert "Failing row" not in kept
 
 
 def test_counts_the_attempts_of_a_failure(service: Service) -> None:
@@ -90,38 +143,159 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
     with broken_users(service):
         for _ in range(3):
             assert service.deliver(body, "msg_1").status_code == 500
-    assert service.rows("SELECT outcome, attempts FROM webhook_messages") == [("failed", 3)]
+    stored = service.rows("SELECT outcome, attempts FROM webhook_messages")
+    assert stored == [("failed", 3)]
 
 
-def test_answers_500_when_not_even_the_failure_can_be_written(unreachable: Service, lines: pytest.LogCaptureFixture) -> None:
-    """With the database away the answer is 500 all the same, and the log has message, cause and that it was not recorded."""
+def test_answers_500_if_not_even_the_failure_can_be_recorded(
+    unreachable: Service, written: list[str]
+) -> None:
+    """While the database is away the log has message and cause, and says what is missing."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
-    second, failure, _ = shown(lines)
+    second, failure, _ = shown(written)
     assert (second["event"], second["message_id"]) == ("failure_not_recorded", "msg_1")
     assert (failure["event"], failure["message_id"]) == ("request_failed", "msg_1")
 
 
-def test_answers_every_error_as_a_problem(service: Service) -> None:
-    """Not found, a redirect, an own error that nobody translated and an HTTP error each have one shape."""
+def add_failing_views(service: Service) -> None:
+    """Add views that end in every way that Flask knows."""
 
-    @service.app.get("/moved")
+    def raise_own() -> str:
+        raise ClerkhooksError("never_translated")
+
+    def raise_other() -> str:
+        raise RuntimeError(SECRET)
+
+    def raise_busy() -> str:
+        raise ServiceUnavailable("Come back later.", retry_after=7)
+
     def moved() -> BaseResponse:
         return redirect("/elsewhere")
 
-    @service.app.get("/own")
-    def own() -> str:
-        raise ClerkhooksError("never_translated")
+    views: dict[str, Callable[[], Any]] = {
+        "own": raise_own,
+        "other": raise_other,
+        "busy": raise_busy,
+        "moved": moved,
+        "teapot": lambda: abort(418),
+        "text": lambda: abort(404, "There is no such note."),
+        "unknown": lambda: abort(make_response("as it is", 460)),
+        "response": lambda: abort(Response("mine", 403, content_type="text/plain")),
+    }
+    for name, view in views.items():
+        service.app.add_url_rule(f"/{name}", name, view)
 
-    assert service.http.get("/nowhere").get_json()["reason"] == "not_found"
+
+@pytest.mark.parametrize(("path", "status", "reason"), [
+    ("/nowhere", 404, "not_found"),
+    ("/own", 500, "internal_error"),
+    ("/other", 500, "internal_error"),
+    ("/busy", 503, "service_unavailable"),
+    ("/teapot", 418, "i_m_a_teapot"),
+    ("/text", 404, "not_found"),
+])  # fmt: skip
+def test_answers_every_error_of_the_service_as_a_problem(
+    service: Service, path: str, status: int, reason: str
+) -> None:
+    """Each has the one shape, and no text of an exception."""
+    add_failing_views(service)
+    response = service.http.get(path)
+    problem = response.get_json()
+    assert (response.status_code, response.content_type) == (status, PROBLEM)
+    assert (problem["type"], problem["status"], problem["reason"]) == (
+        "about:blank",
+        status,
+        reason,
+    )
+    assert problem["title"]
+    assert SECRET not in response.text
+
+
+def test_keeps_what_an_error_says(service: Service) -> None:
+    """The text of ``abort`` is the detail, and headers stay; Werkzeug's own texts are left out."""
+    add_failing_views(service)
+    assert service.http.get("/text").get_json()["detail"] == "There is no such note."
+    busy = service.http.get("/busy")
+    assert (busy.get_json()["detail"], busy.headers["Retry-After"]) == ("Come back later.", "7")
+    assert "detail" not in service.http.get("/nowhere").get_json()
+    refused = service.http.post("/healthz")
+    assert (refused.status_code, refused.get_json()["reason"]) == (405, "method_not_allowed")
+    assert set(refused.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+
+
+def test_leaves_responses_as_they_are(service: Service) -> None:
+    """A redirect, and a response that a view aborted with, are answers and not errors."""
+    add_failing_views(service)
     assert service.http.get("/moved").headers["Location"] == "/elsewhere"
-    assert (service.http.get("/own").status_code, service.http.get("/own").get_json()["reason"]) == (500, "internal_error")
-    for path in ("/nowhere", "/own"):
-        assert service.http.get(path).content_type == "application/problem+json"
+    for path, status, body in (("/response", 403, "mine"), ("/unknown", 460, "as it is")):
+        response = service.http.get(path)
+        assert (response.status_code, response.text) == (status, body)
+
+
+class ClientClosed(HTTPException):
+    """A status that http.HTTPStatus does not know."""
+
+    code = 460
+    description = "The client went away."
+
+
+@pytest.mark.parametrize("detail", [None, "It waited for 9 s."])
+def test_answers_a_status_that_has_no_name(service: Service, detail: str | None) -> None:
+    """A code of the application's own has a title, a reason and a detail as well."""
+
+    def raise_closed() -> str:
+        raise ClientClosed(detail)
+
+    service.app.add_url_rule("/closed", view_func=raise_closed)
+    response = service.http.get("/closed")
+    assert (response.status_code, response.content_type) == (460, PROBLEM)
+    problem = response.get_json()
+    assert (problem["title"], problem["reason"]) == ("Unknown Error", "unknown_error")
+    assert problem["detail"] == (detail or "The client went away.")
+
+
+def test_leaves_the_errors_of_an_application_alone(application: Application) -> None:
+    """Without ``problems=True`` only routes and exceptions of clerkhooks end in problems."""
+    app, http = application.app, application.http
+    add_failing_views(application)
+    app.add_url_rule("/notes", view_func=require_auth(lambda: "notes"))
+    for path in ("/nowhere", "/text", "/teapot"):
+        assert http.get(path).content_type == "text/html; charset=utf-8", path
+    refused = http.get("/webhooks/clerk")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
+    assert refused.content_type == "text/html; charset=utf-8"
+    app.testing = True
+    with pytest.raises(RuntimeError):
+        http.get("/other")
+    app.testing = False
+    for response in (http.get("/notes"), http.get("/api/me"), http.post("/webhooks/clerk")):
+        assert (response.status_code, response.content_type) == (401, PROBLEM)
+
+
+def test_leaves_the_error_handlers_of_an_application_alone(application: Application) -> None:
+    """What it registers for its own errors, even for Exception, never answers for our routes."""
+
+    def answer(error: Exception) -> tuple[str, int]:
+        return f"mine: {type(error).__name__}", 599
+
+    application.app.register_error_handler(Exception, answer)
+    add_failing_views(application)
+    assert application.http.get("/other").text == "mine: RuntimeError"
+    assert application.http.get("/nowhere").text == "mine: NotFound"
+    with broken_users(application):
+        failed = application.deliver(user_event(clerk_id("user")))
+    for response, status in (
+        (failed, 500),
+        (application.http.post("/webhooks/clerk"), 401),
+        (application.http.get("/api/me"), 401),
+    ):
+        assert (response.status_code, response.content_type) == (status, PROBLEM)
 
 
 def test_describes_errors_by_class_and_state_only(service: Service) -> None:
-    """What may be stored of an exception: its class, and the database's code for it."""
+    """What may be stored of an exception is its class, and the database's code for it."""
     with service.app.app_context(), pytest.raises(DBAPIError) as caught:
         db.session.execute(text(f"SELECT '{SECRET}' FROM nowhere"))
-    assert describe(caught.value) in ("OperationalError SQLITE_ERROR", "ProgrammingError 42P01")
+    expected = ("OperationalError SQLITE_ERROR", "ProgrammingError 42P01")
+    assert describe(caught.value) in expected
     assert describe(ValueError(SECRET)) == "ValueError"

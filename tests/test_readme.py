@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+import clerkhooks
+from clerkhooks.cli.main import main
 from clerkhooks.settings import PROJECT, VARIABLES
 
 README = (PROJECT / "README.md").read_text()
@@ -13,25 +15,34 @@ EXAMPLE = PROJECT / "tests/examples/notes"
 
 
 def shown(section: str) -> dict[str, str]:
-    """The files that a section shows: blocks of Python whose first line is a comment with the file's name."""
+    """Return the files that a section shows: blocks of Python that begin with the file's name."""
     _, _, rest = README.partition(f"\n## {section}\n")
     text, _, _ = rest.partition("\n## ")
     return dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
 
 
-@pytest.mark.parametrize(("name", "file"), [("notes/__init__.py", "__init__.py"), ("tests/test_notes.py", "test_notes.py")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("notes.py", "app.py"), ("test_notes.py", "test_app.py")]
+)
 def test_shows_the_example_whole(name: str, file: str) -> None:
-    """A newcomer types what the tests have run; only there the package lies elsewhere."""
-    assert shown("Protect a route of your own")[name] == (EXAMPLE / file).read_text().replace("tests.examples.notes", "notes")
-
-
-def test_shows_an_application_that_registers_the_example() -> None:
-    """The README's wsgi.py is ours and one line of the reader's."""
-    written = shown("Protect a route of your own")["wsgi.py"].replace("from notes import blueprint\n", "")
-    assert written.replace("app.register_blueprint(blueprint)\n", "") == (PROJECT / "wsgi.py").read_text().partition("\n\n")[2]
+    """A newcomer types what the tests have run; only there the module has another name."""
+    code = (EXAMPLE / file).read_text().replace("tests.examples.notes.app", "notes")
+    assert shown("Use the extension")[name] == code
 
 
 @pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"DYNO"}))
 def test_explains_every_variable(variable: str) -> None:
     """What is read is described."""
     assert f"`{variable}`" in README
+
+
+@pytest.mark.parametrize("name", sorted(set(clerkhooks.__all__) - {"Outcome", "create_app"}))
+def test_mentions_every_public_name(name: str) -> None:
+    """What may be imported is shown."""
+    assert name in README
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_explains_every_command(command: str) -> None:
+    """What can be typed is described."""
+    assert re.search(rf"`(clerkhooks )?{command}\b", README)

@@ -1,4 +1,4 @@
-"""Verification of session tokens: Clerk's checks in Clerk's order, never looser than its own SDK."""
+"""Verification of session tokens: Clerk's checks in Clerk's order, never looser than its SDK."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ from flask import Flask
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks.auth import Authenticator, find_token
-from clerkhooks.clerk.session_tokens import ANY_CATEGORY, LAST_SECOND, LONGEST, Session, SessionVerifier, TokenRules
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.clerk.session_tokens import (
+    ANY_CATEGORY,
+    LAST_SECOND,
+    LONGEST,
+    Session,
+    SessionVerifier,
+    TokenRules,
+)
 from clerkhooks.clerk.signing_keys import ConfiguredKeys
-from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.errors import Unauthenticated
+from clerkhooks.web.auth import find_tokens
+from clerkhooks.web.state import Authenticator
 from tests.support import load
 
 SDK = load("session_tokens.json")
 SDK_KEY = load_pem_public_key(SDK["public_key"].encode())
-SDK_RULES = TokenRules(SDK["issuer"], frozenset(SDK["authorized_parties"]))
+SDK_RULES = TokenRules(frozenset([SDK["issuer"]]), frozenset(SDK["authorized_parties"]))
 STRICTER = {
     "far": "token_exp_malformed",
     "crit": "token_header_critical",
@@ -35,16 +43,27 @@ STRICTER = {
     "sts": "session_status_unknown",
     "user id": "token_subject_malformed",
 }
-CLERK = PretendedClerk()
+CLERK = FakeClerk()
 KEY = CLERK.private_key.public_key()
-RULES = TokenRules(f"https://{CLERK.frontend_api}", frozenset([CLERK.authorized_party]), frozenset(["a", "b"]))
+ISSUER = f"https://{CLERK.frontend_api}"
+RULES = TokenRules(
+    frozenset([ISSUER, "https://clerk.second.example"]),
+    frozenset([CLERK.authorized_party]),
+    frozenset(["a", "b"]),
+)
 NOW = 1_800_000_000
 USER_ID = "user_29w83sxmDNGwOuEthce5gg56FcC"
 ABSENT: Any = object()
 NO_TIMES: list[Any] = [None, "1800000000", True, [], {}, LAST_SECOND + 1, -LAST_SECOND - 1, 10**400]
 HEADER: dict[str, Any] = {"alg": "RS256", "cat": "cl_B7d4PD111AAA", "kid": "ins_1", "typ": "JWT"}
 TIMES = {"exp": NOW + 60, "iat": NOW, "nbf": NOW - 10}
-CLAIMS: dict[str, Any] = TIMES | {"azp": CLERK.authorized_party, "iss": RULES.issuer, "sid": "sess_1", "sts": "active", "sub": USER_ID}
+CLAIMS: dict[str, Any] = TIMES | {
+    "azp": CLERK.authorized_party,
+    "iss": ISSUER,
+    "sid": "sess_1",
+    "sts": "active",
+    "sub": USER_ID,
+}
 
 
 def base64url(raw: bytes) -> str:
@@ -56,24 +75,34 @@ def as_json(value: Any) -> bytes:
 
 
 def raw_token(header: bytes, payload: bytes) -> str:
-    """These bytes, signed by the instance."""
+    """Return a token of these bytes, signed by the instance."""
     signed = f"{base64url(header)}.{base64url(payload)}"
-    return f"{signed}.{base64url(CLERK.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
+    signature = CLERK.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
+    return f"{signed}.{base64url(signature)}"
 
 
 def token(header: dict[str, Any] | None = None, **claims: Any) -> str:
-    """A sound session token, but for these parameters and claims; ABSENT leaves one out."""
+    """Return a valid token with parameters and claims replaced; ABSENT leaves one out."""
     parts = (HEADER | (header or {}), CLAIMS | claims)
-    return raw_token(*(as_json({name: value for name, value in part.items() if value is not ABSENT}) for part in parts))
+    return raw_token(
+        *(
+            as_json({name: value for name, value in part.items() if value is not ABSENT})
+            for part in parts
+        )
+    )
 
 
-def verify_session_token(text: str, keys: list[RSAPublicKey], rules: TokenRules, now: float) -> Session:
-    """Verify a token that was never seen before."""
+def verify_session_token(
+    text: str, keys: list[RSAPublicKey], rules: TokenRules, now: float
+) -> Session:
+    """Verify a token with an empty cache."""
     return SessionVerifier(ConfiguredKeys(tuple(keys)), rules).verify(text, now)
 
 
-def reason_of(text: str, now: float = NOW, key: RSAPublicKey = KEY, rules: TokenRules = RULES) -> str | None:
-    """Why a token is refused, or None where it holds. It never ends otherwise."""
+def reason_of(
+    text: str, now: float = NOW, key: RSAPublicKey = KEY, rules: TokenRules = RULES
+) -> str | None:
+    """Return why a token is refused, or None if it is valid."""
     try:
         session = verify_session_token(text, [key], rules, now)
     except Unauthenticated as error:
@@ -84,7 +113,7 @@ def reason_of(text: str, now: float = NOW, key: RSAPublicKey = KEY, rules: Token
 
 
 def sdk_verdict(case: dict[str, Any]) -> str | None:
-    """Why a case of the SDK is refused here; the header is read as the service does."""
+    """Return why a case of the SDK is refused here, or None if it is accepted."""
     scheme, _, text = case["authorization"].partition(" ")
     if scheme.lower() != "bearer":
         return "token_missing"
@@ -93,33 +122,51 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """No recorded verdict is looser here, and what is stricter is so for the reason that the record allows."""
+    """None is looser here, and stricter ones have the reason that the record allows."""
     assert len(SDK["cases"]) == 400
-    judged = [case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])]
-    differing = [(case, sdk_verdict(case)) for case in judged if (sdk_verdict(case) is None) is not case["accept"]]
+    judged = [
+        case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])
+    ]
+    differing = [
+        (case, sdk_verdict(case))
+        for case in judged
+        if (sdk_verdict(case) is None) is not case["accept"]
+    ]
     assert [case["name"] for case, _ in differing if not case["accept"]] == []
-    unexplained = [(case["name"], why) for case, why in differing if why not in [STRICTER.get(rule) for rule in case["may_be_stricter"]]]
+    unexplained = [
+        (case["name"], why)
+        for case, why in differing
+        if why not in [STRICTER.get(rule) for rule in case["may_be_stricter"]]
+    ]
     assert unexplained == []
 
 
 def test_differs_from_clerks_sdk_in_the_scheme_and_in_odd_features_only() -> None:
-    """Any case of the scheme is good here and a bare token is not; features of an odd shape break features, not the session."""
+    """The scheme may have any case and is required; odd features do not end the session."""
     odd = [case for case in SDK["cases"] if {"scheme", "o shape"} & set(case["may_be_stricter"])]
     looser = {case["name"] for case in odd if not case["accept"] and sdk_verdict(case) is None}
     stricter = {case["name"] for case in odd if case["accept"] and sdk_verdict(case) is not None}
     assert (looser, stricter) == ({"scheme", "fea odd"}, {"no scheme", "scheme + no scheme"})
 
 
-def test_gives_the_session() -> None:
-    """A sound token says who is signed in, in which session, and all its claims."""
+def test_returns_the_session() -> None:
+    """It has the user, the session id and all claims."""
     session = verify_session_token(token(org_role="admin"), [KEY], RULES, NOW)
-    assert (session.id, session.user_id, session.actor, session.impersonated) == ("sess_1", USER_ID, None, False)
+    assert (session.id, session.user_id, session.actor, session.impersonated) == (
+        "sess_1",
+        USER_ID,
+        None,
+        False,
+    )
     assert session.claims["org_role"] == "admin"
 
 
-@pytest.mark.parametrize(("act", "actor"), [({"sub": "user_2"}, {"sub": "user_2"}), ({}, {}), ("user_2", None), (False, None)])
-def test_knows_an_impersonator(act: Any, actor: Any) -> None:
-    """Whoever acts in a user's name leaves a trace, also one of an odd shape."""
+@pytest.mark.parametrize(
+    ("act", "actor"),
+    [({"sub": "user_2"}, {"sub": "user_2"}), ({}, {}), ("user_2", None), (False, None)],
+)
+def test_detects_impersonation(act: Any, actor: Any) -> None:
+    """``act`` of any shape counts as impersonation."""
     session = verify_session_token(token(act=act), [KEY], RULES, NOW)
     assert (session.actor, session.impersonated) == (actor, True)
 
@@ -127,34 +174,51 @@ def test_knows_an_impersonator(act: Any, actor: Any) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "a", "a.b", "a.b.c", "....", "a.b.c.d", "é.é.é", "\ud800.a.b", "aa.aa.aa", "a=.b=.c="),
+        *(
+            "",
+            "a",
+            "a.b",
+            "a.b.c",
+            "....",
+            "a.b.c.d",
+            "é.é.é",
+            "\ud800.a.b",
+            "aa.aa.aa",
+            "a=.b=.c=",
+        ),
         *(token() + end for end in (".", "=", "\n", " ", "\x85", "\N{NO-BREAK SPACE}", " x")),
         *(start + token() for start in (" ", "A", ".", "Bearer ")),
         *(token().replace(".", inside, 1) for inside in ("\n.", "+.", ".A", "..", "")),
     ],
 )
-def test_refuses_a_text_that_is_no_token(text: str) -> None:
-    """Three parts of base64url, and nothing around them."""
+def test_refuses_a_malformed_token(text: str) -> None:
+    """A token is three parts of base64url, and nothing around them."""
     assert reason_of(text) == "token_malformed"
 
 
 def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
-    """One signature is one text: 256 bytes leave four bits that must be zero."""
+    """Otherwise one signature would have several spellings: 256 bytes leave four unused bits."""
     sound = token()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     stray = sound[:-1] + digits[digits.index(sound[-1]) + 1]
-    assert base64.urlsafe_b64decode(stray.rpartition(".")[2] + "==") == base64.urlsafe_b64decode(sound.rpartition(".")[2] + "==")
+    assert base64.urlsafe_b64decode(stray.rpartition(".")[2] + "==") == base64.urlsafe_b64decode(
+        sound.rpartition(".")[2] + "=="
+    )
     assert reason_of(stray) == "token_malformed"
 
 
-@pytest.mark.parametrize(("length", "reason"), [(LONGEST, "token_malformed"), (LONGEST + 1, "token_too_long")])
+@pytest.mark.parametrize(
+    ("length", "reason"), [(LONGEST, "token_malformed"), (LONGEST + 1, "token_too_long")]
+)
 def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
-    """A longer text is not even looked at."""
+    """A longer token is refused unread."""
     assert reason_of("A" * length) == reason
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000])
-def test_refuses_a_part_that_is_no_object(raw: bytes) -> None:
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000]
+)
+def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
     """Header and payload are JSON objects in UTF-8."""
     assert reason_of(raw_token(raw, as_json(CLAIMS))) == "token_malformed"
     assert reason_of(raw_token(as_json(HEADER), raw)) == "token_malformed"
@@ -164,8 +228,16 @@ def test_refuses_a_part_that_is_no_object(raw: bytes) -> None:
     ("name", "values", "reason"),
     [
         ("typ", ["jwt", "at+jwt", "application/at+jwt", None, "", ["JWT"]], "token_type_mismatch"),
-        ("alg", ["none", "HS256", "RS384", "RS512", "PS256", "rs256", None, ABSENT, ["RS256"]], "token_algorithm_refused"),
-        ("cat", ["cl_B7d4PD222AAA", "cl_B7d4PD333AAA", "", None, [], {}], "token_category_mismatch"),
+        (
+            "alg",
+            ["none", "HS256", "RS384", "RS512", "PS256", "rs256", None, ABSENT, ["RS256"]],
+            "token_algorithm_refused",
+        ),
+        (
+            "cat",
+            ["cl_B7d4PD222AAA", "cl_B7d4PD333AAA", "", None, [], {}],
+            "token_category_mismatch",
+        ),
         ("crit", [["exp"], [], None], "token_header_critical"),
         ("typ", ["JWT", ABSENT], None),
         ("cat", [ABSENT, ANY_CATEGORY], None),
@@ -173,13 +245,13 @@ def test_refuses_a_part_that_is_no_object(raw: bytes) -> None:
         ("jwk", [{}], None),
     ],
 )
-def test_reads_the_header(name: str, values: list[Any], reason: str | None) -> None:
-    """Only a session token's marks pass, and what is unknown but not critical."""
+def test_checks_the_header(name: str, values: list[Any], reason: str | None) -> None:
+    """Type, algorithm and category must be a session token's; unknown parameters are ignored."""
     assert {reason_of(token({name: value})) for value in values} == {reason}
 
 
 def test_checks_in_clerks_order() -> None:
-    """Form, header, signature, claims: a stranger learns nothing of the claims' rules."""
+    """Form, header, signature, claims: only a signed token is told about its claims."""
     header, payload, signature = token({"alg": "none"}, sub=5).split(".")
     assert reason_of(f"{header}.{payload}.A") == "token_malformed"
     assert reason_of(f"{header}.{payload}.AAAA") == "token_algorithm_refused"
@@ -187,9 +259,9 @@ def test_checks_in_clerks_order() -> None:
     assert reason_of(token(sub=5)) == "token_subject_malformed"
 
 
-def test_takes_any_of_our_keys_and_no_other() -> None:
-    """While a key is rotated both are good."""
-    other = PretendedClerk().private_key.public_key()
+def test_accepts_each_configured_key_and_no_other() -> None:
+    """During a rotation both keys verify."""
+    other = FakeClerk().private_key.public_key()
     assert verify_session_token(token(), [other, KEY], RULES, NOW).user_id == USER_ID
     with pytest.raises(Unauthenticated, match="token_signature_mismatch"):
         verify_session_token(token(), [other], RULES, NOW)
@@ -200,7 +272,18 @@ def test_takes_any_of_our_keys_and_no_other() -> None:
     [
         (
             "sub",
-            [ABSENT, None, "", 5, "mch_1", "user_", "user_é", "user_" + "a" * 65, USER_ID + "\n", [USER_ID]],
+            [
+                ABSENT,
+                None,
+                "",
+                5,
+                "mch_1",
+                "user_",
+                "user_é",
+                "user_" + "a" * 65,
+                USER_ID + "\n",
+                [USER_ID],
+            ],
             "token_subject_malformed",
         ),
         ("sub", ["user_a", "user_" + "Z9" * 32], None),
@@ -211,20 +294,46 @@ def test_takes_any_of_our_keys_and_no_other() -> None:
         ("sts", ["active", ABSENT], None),
         ("sts", ["pending"], "session_pending"),
         ("sts", ["ended", "Active", "", None, [], ["active"]], "session_status_unknown"),
-        ("iss", [ABSENT, None, "", f"{RULES.issuer}/", "https://clerk.example.org", [RULES.issuer]], "token_issuer_mismatch"),
-        ("azp", [ABSENT, None, "", "https://example.com", [CLERK.authorized_party], {}], "token_authorized_party_mismatch"),
+        (
+            "iss",
+            [ABSENT, None, "", f"{ISSUER}/", "https://clerk.example.org", [ISSUER]],
+            "token_issuer_mismatch",
+        ),
+        ("iss", [ISSUER, "https://clerk.second.example"], None),
+        (
+            "azp",
+            [None, "", "https://example.com", [CLERK.authorized_party], {}],
+            "token_authorized_party_mismatch",
+        ),
+        ("azp", [ABSENT], "token_authorized_party_missing"),
         ("aud", ["c", ["c"], 5, {"a": 1}, [["a"]], [5], False], "token_audience_mismatch"),
         ("aud", [ABSENT, None, "", [], "a", ["c", "b"], ["a", 5]], None),
         ("o", [None, 5, [], {"id": 5}], None),
     ],
 )
-def test_reads_the_claims(name: str, values: list[Any], reason: str | None) -> None:
-    """Each claim must be what Clerk makes it; a template's token, for one, has no ``sid``."""
+def test_checks_the_claims(name: str, values: list[Any], reason: str | None) -> None:
+    """Each claim must have the form that Clerk gives it; a template's token has no ``sid``."""
     assert {reason_of(token(**{name: value})) for value in values} == {reason}
 
 
-def test_enforces_no_rule_that_it_is_not_given() -> None:
-    """Issuer, authorized party and audience count where they are configured."""
+@pytest.mark.parametrize("parties", [frozenset[str](), RULES.authorized_parties])
+def test_admits_native_apps_without_an_origin(parties: frozenset[str]) -> None:
+    """A bearer token may lack ``azp``; a cookie may not, and a wrong ``azp`` is refused."""
+    verifier = SessionVerifier(
+        ConfiguredKeys((KEY,)), TokenRules(authorized_parties=parties, native=True)
+    )
+    text = token(azp=ABSENT)
+    for _ in range(2):  # new, and remembered
+        assert verifier.verify(text, NOW).user_id == USER_ID
+        with pytest.raises(Unauthenticated, match="token_authorized_party_missing"):
+            verifier.verify(text, NOW, in_cookie=True)
+    for azp in (None, "", "https://evil.example.com"):
+        with pytest.raises(Unauthenticated, match="token_authorized_party_mismatch"):
+            verifier.verify(token(azp=azp), NOW)
+
+
+def test_enforces_configured_rules_only() -> None:
+    """Issuer, authorized party and audience are checked only if configured."""
     odd = token(iss=ABSENT, azp=ABSENT, aud="c")
     assert verify_session_token(odd, [KEY], TokenRules(), NOW).user_id == USER_ID
 
@@ -237,43 +346,79 @@ def test_enforces_no_rule_that_it_is_not_given() -> None:
         ("iat", [NOW + 5, NOW + 5.9, 0], [NOW + 6, LAST_SECOND], "token_issued_in_the_future"),
     ],
 )
-def test_allows_clocks_five_seconds(name: str, good: list[Any], bad: list[Any], reason: str) -> None:
-    """Clocks differ by a little; fractions of a token's seconds are cut, as in JavaScript."""
+def test_tolerates_five_seconds_of_clock_skew(
+    name: str, good: list[Any], bad: list[Any], reason: str
+) -> None:
+    """Fractions of a token's seconds are cut, as in JavaScript."""
     assert [reason_of(token(**{name: time})) for time in good] == [None] * len(good)
     assert [reason_of(token(**{name: time})) for time in bad] == [reason] * len(bad)
 
 
 @pytest.mark.parametrize(
-    ("now", "reason"), [(NOW + 64.999, None), (NOW + 65, "token_expired"), (NOW - 5, None), (NOW - 5.001, "token_issued_in_the_future")]
+    ("now", "reason"),
+    [
+        (NOW + 64.999, None),
+        (NOW + 65, "token_expired"),
+        (NOW - 5, None),
+        (NOW - 5.001, "token_issued_in_the_future"),
+    ],
 )
-def test_counts_fractions_of_our_own_clock(now: float, reason: str | None) -> None:
-    """``exp`` is past once five seconds have passed, not before."""
+def test_counts_fractions_of_its_own_clock(now: float, reason: str | None) -> None:
+    """A token is refused exactly five seconds after ``exp``."""
     assert reason_of(token(), now) == reason
 
 
 texts = st.text(max_size=8) | st.sampled_from([USER_ID, "JWT", "RS256", "active", "sess_1"])
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.integers(NOW - 100, NOW + 100)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=4)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | texts
+    | st.integers(NOW - 100, NOW + 100)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=4,
+)
 odd_header = st.dictionaries(st.sampled_from(sorted(HEADER)) | texts, values, max_size=1)
-odd_claims = st.dictionaries(st.sampled_from([*CLAIMS, "aud", "act", "fea", "o", "fva"]) | texts, values, max_size=2)
-tokens = st.builds(raw_token, odd_header.map(HEADER.__or__).map(as_json), odd_claims.map(CLAIMS.__or__).map(as_json))
-raw_tokens = st.builds(raw_token, st.just(as_json(HEADER)) | st.binary(), st.binary() | values.map(as_json))
+odd_claims = st.dictionaries(
+    st.sampled_from([*CLAIMS, "aud", "act", "fea", "o", "fva"]) | texts, values, max_size=2
+)
+tokens = st.builds(
+    raw_token,
+    odd_header.map(HEADER.__or__).map(as_json),
+    odd_claims.map(CLAIMS.__or__).map(as_json),
+)
+raw_tokens = st.builds(
+    raw_token, st.just(as_json(HEADER)) | st.binary(), st.binary() | values.map(as_json)
+)
 
 
-@pytest.mark.parametrize("text", ["", " ", " a.b.c", "a.b.c\x85", "a.b.c\xa0", "\x1ca.b.c", "a.b.c"])
-def test_takes_nothing_from_the_token_of_a_header(text: str) -> None:
-    """Python's own strip() would accept what Clerk's SDK refuses."""
+@pytest.mark.parametrize(
+    "text", ["", " ", " a.b.c", "a.b.c\x85", "a.b.c\xa0", "\x1ca.b.c", "a.b.c"]
+)
+def test_reads_the_token_of_a_header_unchanged(text: str) -> None:
+    """Python's strip() would accept what Clerk's SDK refuses."""
     authenticator = Authenticator(SessionVerifier(ConfiguredKeys((KEY,)), RULES), frozenset(), ())
-    with Flask(__name__).test_request_context(environ_overrides={"HTTP_AUTHORIZATION": f"bearer {text}"}):
+    with Flask(__name__).test_request_context(
+        environ_overrides={"HTTP_AUTHORIZATION": f"bearer {text}"}
+    ):
         if text:
-            assert find_token(authenticator) == text
+            assert list(find_tokens(authenticator)) == [(text, False)]
             return
         with pytest.raises(Unauthenticated, match="token_missing"):
-            find_token(authenticator)
+            list(find_tokens(authenticator))
 
 
-@given(tokens | raw_tokens | st.text() | st.from_regex(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"))
-def test_gives_a_session_or_its_one_error(text: str) -> None:
-    """Whatever was sent or signed, nothing but a Session or Unauthenticated comes out."""
+@given(
+    tokens
+    | raw_tokens
+    | st.text()
+    | st.from_regex(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+)
+def test_raises_nothing_but_its_own_error(text: str) -> None:
+    """Any text gives a Session or raises Unauthenticated."""
     reason = reason_of(text)
     assert reason is None or re.fullmatch("(token|session)_[a-z_]+", reason)

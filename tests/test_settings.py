@@ -4,45 +4,64 @@ from __future__ import annotations
 
 import base64
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks import settings as settings_module
-from clerkhooks.cli.pretend import PretendedClerk
-from clerkhooks.errors import SettingsError
-from clerkhooks.settings import VARIABLES, Settings, load_settings
+from clerkhooks import SettingsError, create_app, service
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.settings import VARIABLES, AppConfig, ServiceSettings, Settings, read_environ
+from clerkhooks.web.state import State, disconnect
+from tests.application import Application
+from tests.conftest import MakeService
+from tests.server import environ
 
-CLERK, OTHER = PretendedClerk(), PretendedClerk()
+CLERK, OTHER = FakeClerk(), FakeClerk()
 PEM, OTHER_PEM = CLERK.public_key_pem, OTHER.public_key_pem
 BODY = "".join(PEM.splitlines()[1:-1])
-EC_PEM = ec.generate_private_key(ec.SECP256R1()).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+EC_PEM = (
+    ec.generate_private_key(ec.SECP256R1())
+    .public_key()
+    .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    .decode()
+)
 SHORT_KEY = rsa.generate_private_key(65537, 1024).public_key()
 SHORT_PEM = SHORT_KEY.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 PKCS1_PEM = CLERK.private_key.public_key().public_bytes(Encoding.PEM, PublicFormat.PKCS1).decode()
-PRIVATE_PEM = CLERK.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+PRIVATE_PEM = CLERK.private_key.private_bytes(
+    Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+).decode()
 
 
 def whsec(length: int, byte: bytes = b"s") -> str:
+    """Return a signing secret of so many bytes."""
     return "whsec_" + base64.b64encode(byte * length).decode()
 
 
 def publishable(text: str, kind: str = "live") -> str:
+    """Return a publishable key that holds *text*."""
     return f"pk_{kind}_" + base64.b64encode(text.encode()).decode()
 
 
-def read(**environ: str) -> Settings:
-    """The settings of a service that has a signing secret and these variables."""
-    return Settings.from_environ({"CLERK_WEBHOOK_SECRET": whsec(24)} | environ)
+def read(**environ: Any) -> ServiceSettings:
+    """Return the settings of a service that has a signing secret and these variables."""
+    return ServiceSettings.from_mapping({"CLERK_WEBHOOK_SECRET": whsec(24)} | environ)
 
 
-def faults(**environ: str) -> dict[str, str]:
-    """What is wrong, by variable."""
+def faults(**environ: Any) -> dict[str, str]:
+    """Return what is wrong, by variable."""
     with pytest.raises(SettingsError) as refused:
         read(**environ)
     assert refused.value.reason == "invalid_settings"
@@ -51,7 +70,10 @@ def faults(**environ: str) -> dict[str, str]:
 
 def test_needs_a_signing_secret_only() -> None:
     """All other variables have defaults."""
-    assert read() == Settings(webhook_secrets=(b"s" * 24,))
+    assert read() == ServiceSettings(webhook_secrets=(b"s" * 24,))
+    minimal = {"CLERK_WEBHOOK_SECRET": whsec(24)}
+    assert Settings.from_mapping(minimal) == Settings(webhook_secrets=(b"s" * 24,))
+    assert (Settings.pool_size, ServiceSettings.pool_size) == (5, 10)
 
 
 def test_counts_an_empty_variable_as_unset() -> None:
@@ -63,83 +85,219 @@ def test_counts_an_empty_variable_as_unset() -> None:
 @pytest.mark.parametrize(
     ("environ", "field", "value"),
     [
-        ({"CLERK_WEBHOOK_SECRET": whsec(24).removeprefix("whsec_")}, "webhook_secrets", (b"s" * 24,)),
-        ({"CLERK_WEBHOOK_SECRET": whsec(64)}, "webhook_secrets", (b"s" * 64,)),
-        ({"CLERK_WEBHOOK_SECRET": f" {whsec(24)}, {whsec(64)}\n{whsec(32)}"}, "webhook_secrets", (b"s" * 24, b"s" * 64, b"s" * 32)),
+        (
+            {"CLERK_WEBHOOK_SECRET": whsec(24).removeprefix("whsec_")},
+            "webhook_secrets",
+            (b"s" * 24,),
+        ),
+        ({"CLERK_WEBHOOK_SECRET": whsec(75)}, "webhook_secrets", (b"s" * 75,)),
+        (
+            {"CLERK_WEBHOOK_SECRET": f" {whsec(24)}, {whsec(64)}\n{whsec(32)}"},
+            "webhook_secrets",
+            (b"s" * 24, b"s" * 64, b"s" * 32),
+        ),
         ({"CLERK_WEBHOOK_SIGNING_SECRET": whsec(24, b"b")}, "webhook_secrets", (b"s" * 24,)),
-        ({"CLERK_WEBHOOK_SECRET": " ", "CLERK_WEBHOOK_SIGNING_SECRET": whsec(24, b"b")}, "webhook_secrets", (b"b" * 24,)),
+        (
+            {"CLERK_WEBHOOK_SECRET": " ", "CLERK_WEBHOOK_SIGNING_SECRET": whsec(24, b"b")},
+            "webhook_secrets",
+            (b"b" * 24,),
+        ),
         ({"DATABASE_URL": "postgres://u:p@h/n"}, "database_url", "postgresql+psycopg://u:p@h/n"),
-        ({"DATABASE_URL": "postgresql://u:p%40@h:5/n?sslmode=require"}, "database_url", "postgresql+psycopg://u:p%40@h:5/n?sslmode=require"),
+        (
+            {"DATABASE_URL": "postgresql://u:p%40@h:5/n?sslmode=require"},
+            "database_url",
+            "postgresql+psycopg://u:p%40@h:5/n?sslmode=require",
+        ),
         ({"DATABASE_URL": "postgresql+psycopg://h/n"}, "database_url", "postgresql+psycopg://h/n"),
         ({"DATABASE_URL": "sqlite:////tmp/x.db"}, "database_url", "sqlite:////tmp/x.db"),
         ({"DATABASE_URL": "sqlite+pysqlite:///x.db"}, "database_url", "sqlite+pysqlite:///x.db"),
-        ({"DATABASE_URL": "postgres://h/n", "DYNO": "web.1"}, "database_url", "postgresql+psycopg://h/n"),
-        ({"CLERK_PUBLISHABLE_KEY": publishable("clerk.example.com$")}, "issuer", "https://clerk.example.com"),
-        ({"CLERK_PUBLISHABLE_KEY": publishable("a-b.example$", "test").rstrip("=")}, "issuer", "https://a-b.example"),
-        ({"CLERK_PUBLISHABLE_KEY": publishable("a.b$"), "CLERK_ISSUER": "https://c.d/"}, "issuer", "https://c.d"),
-        ({"CLERK_ISSUER": "https://a.example:8443/path"}, "issuer", "https://a.example:8443/path"),
-        *(({"CLERK_ISSUER": f"http://{host}"}, "issuer", f"http://{host}") for host in ("127.0.0.2:3", "[::1]:5", "a.localhost")),
-        ({"CLERK_SECRET_KEY": "sk_test_aB3", "CLERK_API_URL": "https://a.b", "CLERK_JWKS_URL": "https://a.b/jwks"}, "issuer", None),
-        ({"CLERK_AUTHORIZED_PARTIES": "https://a.b, http://localhost:3000"}, "authorized_parties", ("https://a.b", "http://localhost:3000")),
-        ({"CLERK_AUTHORIZED_PARTIES": "chrome-extension://abc"}, "authorized_parties", ("chrome-extension://abc",)),
+        (
+            {"DATABASE_URL": "postgres://h/n", "DYNO": "web.1"},
+            "database_url",
+            "postgresql+psycopg://h/n",
+        ),
+        (
+            {"CLERK_PUBLISHABLE_KEY": publishable("clerk.example.com$")},
+            "issuers",
+            ("https://clerk.example.com",),
+        ),
+        (
+            {"CLERK_PUBLISHABLE_KEY": publishable("a-b.example$", "test").rstrip("=")},
+            "issuers",
+            ("https://a-b.example",),
+        ),
+        (
+            {"CLERK_PUBLISHABLE_KEY": publishable("a.b$"), "CLERK_ISSUER": "https://c.d/"},
+            "issuers",
+            ("https://c.d",),
+        ),
+        (
+            {"CLERK_ISSUER": "https://a.example:8443/path"},
+            "issuers",
+            ("https://a.example:8443/path",),
+        ),
+        (
+            {"CLERK_ISSUER": "https://a.b, https://c.d/\nhttps://e.f"},
+            "issuers",
+            ("https://a.b", "https://c.d", "https://e.f"),
+        ),
+        *(
+            ({"CLERK_ISSUER": f"http://{host}"}, "issuers", (f"http://{host}",))
+            for host in ("127.0.0.2:3", "[::1]:5", "a.localhost")
+        ),
+        (
+            {
+                "CLERK_SECRET_KEY": "sk_test_aB3",
+                "CLERK_API_URL": "https://a.b",
+                "CLERK_JWKS_URL": "https://a.b/jwks",
+            },
+            "issuers",
+            (),
+        ),
+        (
+            {"CLERK_AUTHORIZED_PARTIES": "https://a.b, http://localhost:3000"},
+            "authorized_parties",
+            ("https://a.b", "http://localhost:3000"),
+        ),
+        (
+            {"CLERK_AUTHORIZED_PARTIES": "chrome-extension://abc"},
+            "authorized_parties",
+            ("chrome-extension://abc",),
+        ),
+        ({"CLERK_AUTHORIZED_PARTIES": "native"}, "authorized_parties", ("native",)),
+        (
+            {"CLERK_AUTHORIZED_PARTIES": "https://a.b native"},
+            "authorized_parties",
+            ("https://a.b", "native"),
+        ),
+        ({"CLERK_JWKS_KEEP_HOURS": "168"}, "jwks_keep_hours", 168),
+        *(({"DATABASE_POOL_SIZE": str(size)}, "pool_size", size) for size in (1, 100)),
+        ({"LOG_FORMAT": "text"}, "log_format", "text"),
         ({"CLERK_AUDIENCE": "a,b c"}, "audience", ("a", "b", "c")),
         *(({"PORT": str(port)}, "port", port) for port in (1, 65535)),
         *(({"WEB_CONCURRENCY": str(count)}, "web_concurrency", count) for count in (1, 512)),
     ],
-)  # fmt: skip
+)
 def test_reads_a_good_value(environ: dict[str, str], field: str, value: Any) -> None:
     """Every form that the contract names."""
     assert getattr(read(**environ), field) == value
 
 
 BAD_URLS = {
-    "": ["https://", "https:", "//a.b", "a.b", "https://u:p@a.b", "https://@a.b", "https://a.b:x", "https://a.b:70000", "https://[::1"],
+    "": [
+        "https://",
+        "https:",
+        "//a.b",
+        "a.b",
+        "https://u:p@a.b",
+        "https://@a.b",
+        "https://a.b:x",
+        "https://a.b:70000",
+        "https://[::1",
+    ],
     "http": ["http://a.b", "http://localhost.a.b", "http://128.0.0.1", "http://0.0.0.0"],
     "path": ["https://a.b?x", "https://a.b#x", "https://a.b?", "https://a.b#"],
-}  # fmt: skip
+}
 BAD = {
     "CLERK_WEBHOOK_SECRET": {
         "is an API key": ["sk_test_abc", "pk_test_abc", f"{whsec(24)},sk_live_x"],
-        "24 to 64 bytes": [whsec(23), whsec(65), "whsec_", whsec(24) + "," + whsec(23)],
-        "whsec_ and base64": [whsec(25)[:-3] + "x==", whsec(25)[:-2], whsec(24) + "!", "whsec_é", "x_" + whsec(24), "-_" * 20],
+        "24 to 75 bytes": [whsec(23), whsec(76), "whsec_", whsec(24) + "," + whsec(23)],
+        "whsec_ and base64": [
+            whsec(25)[:-3] + "x==",
+            whsec(25)[:-2],
+            whsec(24) + "!",
+            "whsec_é",
+            "x_" + whsec(24),
+            "-_" * 20,
+        ],
         "nothing but separators": [",", " , "],
     },
     "DATABASE_URL": {
         "is not a database URL": ["x", "postgres://h:port/n", "://", "postgres:/h"],
         "not supported": ["mysql://h/n", "postgresql+psycopg2://h/n", "sqlite+aiosqlite:///x"],
-        "in a folder that is not there": ["sqlite:////nonexistent/x.db", "sqlite:///file:/nonexistent/x.db?uri=true"],
+        "in a folder that is not there": [
+            "sqlite:////nonexistent/x.db",
+            "sqlite:///file:/nonexistent/x.db?uri=true",
+        ],
         "libpq takes": ["postgresql://h/n?nonsense=1"],
-        "in memory": ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true", "sqlite:///file::memory:?uri=true"],
+        "in memory": [
+            "sqlite://",
+            "sqlite:///:memory:",
+            "sqlite:///file:x?mode=memory&uri=true",
+            "sqlite:///file::memory:?uri=true",
+        ],
     },
     "CLERK_JWT_KEY": {
-        "is not a PEM public key": [PEM[:200], BODY[:99], "x", PEM.replace("M", "!"), '""', "é", PEM + PEM[:200], PEM[99:] + PEM],
+        "is not a PEM public key": [
+            PEM[:200],
+            BODY[:99],
+            "x",
+            PEM.replace("M", "!"),
+            '""',
+            "é",
+            PEM + PEM[:200],
+            PEM[99:] + PEM,
+        ],
         "is not an RSA key": [EC_PEM, SHORT_PEM, PEM + EC_PEM],
         "holds a private key": [PRIVATE_PEM, PEM + PRIVATE_PEM],
     },
     "CLERK_PUBLISHABLE_KEY": {
         "is not a publishable key": [
-            *("pk_live_", "pk_live_x", "sk_live_YS5iJA", whsec(24), publishable("a.b$", "prod"), publishable("a.b$")[:-3] + "B=="),
+            *(
+                "pk_live_",
+                "pk_live_x",
+                "sk_live_YS5iJA",
+                whsec(24),
+                publishable("a.b$", "prod"),
+                publishable("a.b$")[:-3] + "B==",
+            ),
             *(publishable(text) for text in ("a.b", "a b$", "é$", "$", "a.b/$", "a.b$$", "A.b$")),
         ],
     },
-    "CLERK_SECRET_KEY": {"is not a secret key": ["sk_live_", "pk_live_x", "sk_x", "sk_live_a-b", "x"]},
+    "CLERK_SECRET_KEY": {
+        "is not a secret key": ["sk_live_", "pk_live_x", "sk_x", "sk_live_a-b", "x"]
+    },
     "CLERK_AUTHORIZED_PARTIES": {
-        "is not": [*BAD_URLS[""], *BAD_URLS["path"], "https://a.b/", "https://A.b", "HTTPS://a.b", "https://*.a.b", "https://a.b:", "null"],
+        "is not": [
+            *BAD_URLS[""],
+            *BAD_URLS["path"],
+            "https://a.b/",
+            "https://A.b",
+            "HTTPS://a.b",
+            "https://*.a.b",
+            "https://a.b:",
+            "null",
+        ],
         "is http:// to another machine": [*BAD_URLS["http"], "https://a.b,http://a.b"],
+        "of the form https://host": ["Native", "NATIVE"],
         "browsers leave out": ["https://a.b:443", "http://localhost:80"],
         "nothing but separators": [",", ", ,"],
     },
     "CLERK_AUDIENCE": {"nothing but separators": [","]},
-    "CONSOLE_PASSWORD": {"is not 12 or more": ["x", "elevenchars", " " * 5 + "elevenchars", "twelve\u202echars", "twelve\tchars!"]},
+    "CONSOLE_PASSWORD": {
+        "is not 12 or more": [
+            "x",
+            "elevenchars",
+            " " * 5 + "elevenchars",
+            "twelve\u202echars",
+            "twelve\tchars!",
+        ]
+    },
     "PORT": {"is not a number from 1 to 65535": ["0", "65536", "-1", "8e3", "x", "٣", "1" * 5000]},
     "WEB_CONCURRENCY": {"is not a number from 1 to 512": ["0", "513", "auto"]},
+    "DATABASE_POOL_SIZE": {"is not a number from 1 to 100": ["0", "101", "-5", "5.0", "many"]},
+    "CLERK_JWKS_KEEP_HOURS": {"is not a number from 1 to 168": ["0", "169", "1.5"]},
+    "LOG_FORMAT": {"is neither json nor text": ["JSON", "xml"]},
+    "METRICS_TOKEN": {
+        "is not 16 or more": ["x", "fifteen-of-them", "with a blank in it", "sixteen-of-them-é"]
+    },
 } | {
     name: {
         "is not": [*BAD_URLS[""], *BAD_URLS["path"], "ftp://a.b", "https://a b", "https://*.a.b"],
         "is http:// to another machine": BAD_URLS["http"],
     }
     for name in ("CLERK_ISSUER", "CLERK_API_URL", "CLERK_JWKS_URL")
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -168,37 +326,50 @@ def test_lists_every_fault_at_once() -> None:
     """One message, with what is wrong with each variable and where the right value is found."""
     environ = {variable: next(iter(kinds.values()))[0] for variable, kinds in BAD.items()}
     with pytest.raises(SettingsError) as refused:
-        Settings.from_environ(environ)
+        ServiceSettings.from_mapping(environ)
     assert {fault.variable for fault in refused.value.faults} == set(BAD)
     for fault in refused.value.faults:
-        assert f"{fault.variable} {fault.problem}\n      {VARIABLES[fault.variable]}" in str(refused.value)
+        assert f"{fault.variable} {fault.problem}\n      {VARIABLES[fault.variable]}" in str(
+            refused.value
+        )
 
 
 def test_names_the_missing_secret() -> None:
     """An empty environment says what is required, and where it is found."""
     with pytest.raises(SettingsError, match=r"CLERK_WEBHOOK_SECRET is not set.\n.*Signing Secret"):
-        Settings.from_environ({})
+        ServiceSettings.from_mapping({})
 
 
 def test_names_the_variable_that_was_read() -> None:
     """A fault of the fallback is not blamed on the first."""
-    assert list(faults(CLERK_WEBHOOK_SECRET="", CLERK_WEBHOOK_SIGNING_SECRET="x")) == ["CLERK_WEBHOOK_SIGNING_SECRET"]
+    assert list(faults(CLERK_WEBHOOK_SECRET="", CLERK_WEBHOOK_SIGNING_SECRET="x")) == [
+        "CLERK_WEBHOOK_SIGNING_SECRET"
+    ]
 
 
 @pytest.mark.parametrize(
     "text",
     [
         *(PEM.replace("\n", broken) for broken in ("\n", "\\n", "\r\n", "\\r\\n", "", " ")),
-        *(BODY, "\n".join(PEM.splitlines()[1:-1]), f'"{PEM}"', f"'{PEM.strip()}'", PKCS1_PEM, "A comment.\n" + PEM),
+        *(
+            BODY,
+            "\n".join(PEM.splitlines()[1:-1]),
+            f'"{PEM}"',
+            f"'{PEM.strip()}'",
+            PKCS1_PEM,
+            "A comment.\n" + PEM,
+        ),
     ],
-)  # fmt: skip
+)
 def test_reads_a_mangled_key(text: str) -> None:
     """Platforms mangle line breaks; the key is the same."""
     assert read(CLERK_JWT_KEY=text).jwt_keys == (CLERK.private_key.public_key(),)
 
 
 @pytest.mark.parametrize("separator", ["", "\n", "\\n", " ", ","])
-@pytest.mark.parametrize("mangle", [str, lambda pem: pem.replace("\n", ""), lambda pem: pem.replace("\n", "\\n")])
+@pytest.mark.parametrize(
+    "mangle", [str, lambda pem: pem.replace("\n", ""), lambda pem: pem.replace("\n", "\\n")]
+)
 def test_reads_several_keys(separator: str, mangle: Any) -> None:
     """One after the other, while a key is rotated."""
     keys = read(CLERK_JWT_KEY=mangle(PEM) + separator + mangle(OTHER_PEM)).jwt_keys
@@ -207,9 +378,16 @@ def test_reads_several_keys(separator: str, mangle: Any) -> None:
 
 def test_shows_no_secret_in_its_repr() -> None:
     """Settings end up in tracebacks."""
-    environ = CLERK.environ | {"DATABASE_URL": "postgres://user:password@host/n", "CLERK_SECRET_KEY": "sk_live_abc", "DYNO": "web.1"}
-    environ |= {"METRICS_TOKEN": "hidden-metrics-token", "CONSOLE_PASSWORD": "hidden console password"}
-    shown = repr(Settings.from_environ(environ))
+    environ = CLERK.environ | {
+        "DATABASE_URL": "postgres://user:password@host/n",
+        "CLERK_SECRET_KEY": "sk_live_abc",
+        "DYNO": "web.1",
+    }
+    environ |= {
+        "METRICS_TOKEN": "hidden-metrics-token",
+        "CONSOLE_PASSWORD": "hidden console password",
+    }
+    shown = repr(ServiceSettings.from_mapping(environ))
     for part in (
         *(CLERK.environ[name] for name in ("CLERK_WEBHOOK_SECRET", "CLERK_JWT_KEY")),
         repr(CLERK.secret),
@@ -222,7 +400,22 @@ def test_shows_no_secret_in_its_repr() -> None:
 
 
 marked = st.tuples(
-    *[st.text(max_size=8) | st.sampled_from(["whsec_", "pk_live_", "https://", "sqlite:///", "postgres://h:", ",", "http://[", "?", ":"])]
+    *[
+        st.text(max_size=8)
+        | st.sampled_from(
+            [
+                "whsec_",
+                "pk_live_",
+                "https://",
+                "sqlite:///",
+                "postgres://h:",
+                ",",
+                "http://[",
+                "?",
+                ":",
+            ]
+        )
+    ]
     * 2
 )
 
@@ -231,7 +424,7 @@ marked = st.tuples(
 def test_never_shows_a_value(environ: dict[str, str]) -> None:
     """No message quotes what it refuses, and nothing but SettingsError comes out."""
     try:
-        Settings.from_environ(environ)
+        ServiceSettings.from_mapping(environ)
     except SettingsError as error:
         shown = str(error) + repr(error) + repr(error.faults)
         assert "zq7xj9" not in shown.lower()
@@ -239,39 +432,293 @@ def test_never_shows_a_value(environ: dict[str, str]) -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """An environment without any of our variables, in a project without a .env file."""
-    monkeypatch.setattr(settings_module, "PROJECT", tmp_path)
+    """An environment without any of our variables, and a project without a .env file."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(service, "read_environ", lambda: read_environ(tmp_path))
     return monkeypatch
 
 
+def ended(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the message with which ``create_app()`` ends the process, with status 2."""
+    with pytest.raises(SystemExit) as end:
+        create_app()
+    shown = capsys.readouterr()
+    assert (end.value.code, shown.out) == (2, "")
+    assert shown.err.startswith("clerkhooks cannot start. Please correct:\n")
+    return shown.err
+
+
 def test_loads_the_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A .env beside wsgi.py is read; real variables win."""
-    (tmp_path / ".env").write_text(f"CLERK_WEBHOOK_SECRET={whsec(24)}\nPORT=1\nWEB_CONCURRENCY=3\n")
+    """A .env beside wsgi.py is read; real variables win, also where they are empty."""
+    lines = [f"CLERK_WEBHOOK_SECRET={whsec(24)}", "PORT=1", "WEB_CONCURRENCY=3", "LOG_FORMAT=text"]
+    (tmp_path / ".env").write_text("\n".join(lines))
     environment.setenv("PORT", "2")
-    loaded = load_settings()
+    environment.setenv("LOG_FORMAT", "")
+    read = read_environ(tmp_path)
+    loaded = ServiceSettings.from_mapping(read)
     assert (loaded.webhook_secrets, loaded.port, loaded.web_concurrency) == ((b"s" * 24,), 2, 3)
+    assert loaded.log_format is None
+    assert read["PATH"] == os.environ["PATH"]
 
 
-def test_ends_with_status_2_and_the_message(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leaves_the_environment_alone(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A .env is read into a mapping, so that no other program in the process sees it."""
+    (tmp_path / ".env").write_text("PORT=1\nexport LOG_FORMAT='text'\nCLERK_AUDIENCE\n")
+    before = dict(os.environ)
+    assert (
+        read_environ(tmp_path) == {"PORT": "1", "LOG_FORMAT": "text", "CLERK_AUDIENCE": ""} | before
+    )
+    assert dict(os.environ) == before
+
+
+def test_needs_no_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a platform there are only real variables."""
+    assert read_environ(tmp_path) == dict(os.environ)
+
+
+def test_creates_the_service_from_the_environment(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``create_app()`` reads what the platform sets and what .env adds to it."""
+    (tmp_path / ".env").write_text(f"CLERK_WEBHOOK_SECRET={whsec(24)}\nDATABASE_POOL_SIZE=3\n")
+    environment.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/x.db")
+    app = create_app()
+    state: State = app.extensions["clerkhooks"]
+    assert (state.settings.webhook_secrets, state.settings.pool_size) == ((b"s" * 24,), 3)
+    assert app.config["SQLALCHEMY_DATABASE_URI"] == f"sqlite:///{tmp_path}/x.db"
+    disconnect(app)
+
+
+def test_ends_with_status_2_and_the_message(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing starts; the message is for a person, on stderr."""
     environment.setenv("PORT", "x")
-    with pytest.raises(SystemExit) as ended:
-        load_settings()
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out) == (2, "")
-    assert shown.err.startswith("clerkhooks cannot start. Please correct:\n")
-    assert "CLERK_WEBHOOK_SECRET is not set." in shown.err
-    assert "PORT is not a number" in shown.err
+    message = ended(capsys)
+    assert "CLERK_WEBHOOK_SECRET is not set." in message
+    assert "PORT is not a number" in message
 
 
-def test_explains_an_env_file_that_is_no_text(environment: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file saved in another encoding is named, without a traceback."""
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("PORT=ü".encode("utf-16"), ".env is not text in UTF-8"),
+        (b"PORT=1\0\n", ".env cannot be read"),
+        (None, ".env cannot be read"),
+    ],
+)
+def test_explains_an_env_file_that_is_not_text(
+    environment: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    problem: str,
+) -> None:
+    """A file in another encoding, or one that cannot be opened, is named without a traceback."""
     environment.setenv("PORT", "1")
-    (tmp_path / ".env").write_bytes("PORT=ü".encode("utf-16"))
-    with pytest.raises(SystemExit) as ended:
-        load_settings()
-    assert ended.value.code == 2
-    assert ".env is not text in UTF-8" in capsys.readouterr().err
+    if content is None:  # root may read whatever has no permission
+        environment.setattr("clerkhooks.settings.dotenv_values", refuse)
+    else:
+        (tmp_path / ".env").write_bytes(content)
+    assert problem in ended(capsys)
+
+
+def refuse(_path: Path) -> dict[str, str | None]:
+    """Stand in for a file without read permission."""
+    raise PermissionError
+
+
+def test_raises_for_a_mapping(environment: pytest.MonkeyPatch) -> None:
+    """A caller that passes a configuration gets an exception and keeps running."""
+    with pytest.raises(SettingsError, match="PORT is not a number"):
+        create_app({"CLERK_WEBHOOK_SECRET": whsec(24), "PORT": "x"})
+    assert SettingsError.__mro__[1].__name__ == "ClerkhooksError"
+
+
+def test_reads_nothing_but_the_mapping(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A service that is given a configuration does not read its own from elsewhere."""
+    for name in VARIABLES:
+        environment.setenv(name, "x")
+    own = {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "CLERK_AUDIENCE": ""}
+    app = create_app(CLERK.environ | own)
+    state: State = app.extensions["clerkhooks"]
+    expected = ServiceSettings.from_mapping(CLERK.environ | own)
+    for name in Settings.__dataclass_fields__:
+        assert getattr(state.settings, name) == getattr(expected, name)
+    disconnect(app)
+
+
+def settings_of(application: Application) -> Settings:
+    """Return what an application was configured with, and close its connections."""
+    disconnect(application.app)
+    return application.state.settings
+
+
+def test_reads_an_application_before_the_environment(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``app.config`` wins, the environment adds to it, and None and empty values are unset."""
+    environment.setenv("CLERK_ISSUER", "https://environment.example")
+    environment.setenv("CLERK_AUDIENCE", "environment")
+    environment.setenv("CLERK_JWKS_KEEP_HOURS", "24")
+    environment.setenv("METRICS_TOKEN", "a-token-of-the-environment")
+    config: dict[str, Any] = {
+        "CLERK_ISSUER": "https://config.example",
+        "CLERK_AUDIENCE": None,
+        "METRICS_TOKEN": "",
+    }
+    settings = settings_of(Application(CLERK, f"sqlite:///{tmp_path}/x.db", **config))
+    assert settings.issuers == ("https://config.example",)
+    assert settings.audience == ("environment",)
+    assert settings.jwks_keep_hours == 24
+    assert settings.metrics_token == "a-token-of-the-environment"
+
+
+def test_takes_lists_and_numbers_from_an_application(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python code configures with Python's types."""
+    config: dict[str, Any] = {
+        "CLERK_WEBHOOK_SECRET": [whsec(24), whsec(32)],
+        "CLERK_JWT_KEY": (PEM, OTHER_PEM),
+        "CLERK_ISSUER": ["https://a.b", "https://c.d"],
+        "CLERK_AUTHORIZED_PARTIES": ["https://a.b", "native"],
+        "CLERK_AUDIENCE": frozenset({"only"}),
+        "CLERK_JWKS_KEEP_HOURS": 48,
+        "DATABASE_POOL_SIZE": 7,
+    }
+    application = Application(CLERK, f"sqlite:///{tmp_path}/x.db", **config)
+    settings, pool = settings_of(application), application.database.engine.pool
+    assert settings.webhook_secrets == (b"s" * 24, b"s" * 32)
+    assert len(settings.jwt_keys) == 2
+    assert settings.issuers == ("https://a.b", "https://c.d")
+    assert settings.authorized_parties == ("https://a.b", "native")
+    assert settings.audience == ("only",)
+    assert settings.jwks_keep_hours == 48
+    assert settings.pool_size == pool.size() == 7  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], ()])
+def test_counts_an_empty_value_as_unset(empty: object) -> None:
+    """An application may set a variable to nothing in any of Python's ways."""
+    assert read(PORT=empty, DATABASE_POOL_SIZE=empty).port == 8000
+    assert list(faults(CLERK_WEBHOOK_SECRET=empty)) == ["CLERK_WEBHOOK_SECRET"]
+
+
+def test_does_not_read_the_service_in_an_application(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PORT and DATABASE_URL are the application's own there, and DYNO is no reason to refuse."""
+    for name, value in (("PORT", "x"), ("DATABASE_URL", "mysql://h/n"), ("DYNO", "web.1")):
+        environment.setenv(name, value)
+    settings = settings_of(Application(CLERK, f"sqlite:///{tmp_path}/x.db"))
+    assert type(settings) is Settings
+
+
+def test_lists_every_fault_of_an_application(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``init_app`` raises one SettingsError, wherever the wrong values come from."""
+    environment.setenv("CLERK_ISSUER", "x")
+    with pytest.raises(SettingsError) as refused:
+        Application(CLERK, f"sqlite:///{tmp_path}/x.db", DATABASE_POOL_SIZE=0, METRICS_TOKEN=7)
+    variables = {fault.variable for fault in refused.value.faults}
+    assert variables == {"CLERK_ISSUER", "DATABASE_POOL_SIZE", "METRICS_TOKEN"}
+
+
+def test_reads_nothing_but_its_variables_from_an_application() -> None:
+    """``app.config`` holds many keys of others; the environment's are as they are."""
+    config = {"SECRET_KEY": "x", "PORT": 1, "LOG_FORMAT": None, "CLERK_AUDIENCE": []}
+    values = AppConfig(config, {"PORT": "2", "CLERK_AUDIENCE": "a", "HOME": "/root"})
+    assert dict(values) == {"PORT": 1, "CLERK_AUDIENCE": "a", "HOME": "/root"}
+    assert len(values) == 3
+
+
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_sizes_its_own_pool(make_service: MakeService, size: str) -> None:
+    """DATABASE_POOL_SIZE counts for clerkhooks' own connections, and never grows beyond."""
+    state: State = make_service(DATABASE_POOL_SIZE=size).app.extensions["clerkhooks"]
+    pool: Any = state.store.database.engine.pool
+    assert (pool.size(), pool._max_overflow) == (int(size), 0)
+
+
+def test_accepts_every_issuer(make_service: MakeService) -> None:
+    """Tokens of each listed issuer hold, and those of another do not."""
+    both = make_service(CLERK_ISSUER="https://a.example, https://b.example")
+    for issuer, status in (("https://a.example", 200), ("https://b.example", 200), (None, 401)):
+        assert both.call("user_2abc", iss=issuer).status_code == status
+    refused = both.call("user_2abc", iss="https://clerk.example.com")
+    assert refused.get_json()["reason"] == "token_issuer_mismatch"
+
+
+def test_admits_a_native_client_only_where_it_is_listed(make_service: MakeService) -> None:
+    """``native`` admits a bearer token without azp; a wrong azp is refused all the same."""
+    web, native = (
+        make_service(CLERK_AUTHORIZED_PARTIES=parties)
+        for parties in ("https://app.example.com", "native")
+    )
+    assert web.call("user_2abc", azp=None).status_code == 401
+    assert native.call("user_2abc", azp=None).status_code == 200
+    refused = native.call("user_2abc")
+    assert refused.get_json()["reason"] == "token_authorized_party_mismatch"
+    cookie = {"Cookie": f"__session={native.clerk.session_token('user_2abc', azp=None)}"}
+    assert native.http.get("/api/me", headers=cookie).status_code == 401
+
+
+IMPORT = """
+import logging, os, sys, threading
+
+class Environ(dict):
+    def refuse(self, name):
+        assert not name.startswith(("CLERK_", "DATABASE_", "METRICS_", "LOG_")), name
+        assert name not in ("PORT", "WEB_CONCURRENCY", "DYNO", "CONSOLE_PASSWORD"), name
+
+    def __getitem__(self, name):
+        self.refuse(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name):
+        self.refuse(name)
+        return super().__contains__(name)
+
+    def get(self, name, default=None):
+        self.refuse(name)
+        return super().get(name, default)
+
+before = dict(os.environ)
+os.environ = Environ(before)
+import clerkhooks
+for name in clerkhooks.__all__:
+    getattr(clerkhooks, name)
+assert set(dict.items(os.environ)) == set(before.items())
+heavy = {"gevent", "gunicorn", "prometheus_client", "pytest"} & set(sys.modules)
+assert not heavy, heavy
+for name in (None, "clerkhooks"):
+    assert not logging.getLogger(name).handlers
+assert logging.getLogger("clerkhooks").level == logging.NOTSET
+assert threading.active_count() == 1
+"""
+
+
+def run_python(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run *code* in a process of its own, in *folder*."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=environ(**variables), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_has_no_side_effect_when_it_is_imported(tmp_path: Path) -> None:
+    """An import reads no variable, adds no handler, starts no thread and loads nothing heavy."""
+    ended = run_python(IMPORT, tmp_path, **dict.fromkeys(VARIABLES, "wrong"))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loads_its_modules_on_first_use(tmp_path: Path) -> None:
+    """``import clerkhooks`` alone loads none of them: gunicorn.conf.py patches first."""
+    code = "import sys, clerkhooks; print([n for n in sys.modules if n.startswith('clerkhooks.')])"
+    ended = run_python(code, tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[]\n", "")

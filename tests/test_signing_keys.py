@@ -1,4 +1,4 @@
-"""The keys behind session tokens, fetched from a real endpoint that misbehaves in every way that we could think of."""
+"""Fetching the keys for session tokens from an endpoint that misbehaves in many ways."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clerkhooks.clerk import signing_keys
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import FetchedKeys
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
 from clerkhooks.errors import KeysUnavailable, Unauthenticated
 from tests.issuer import (
     MISBEHAVIOURS,
@@ -28,12 +28,12 @@ from tests.issuer import (
     stalling_then_publishing,
 )
 
-CLERK, OTHER = PretendedClerk(), PretendedClerk()
+CLERK, OTHER = FakeClerk(), FakeClerk()
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that stands still until it is set."""
+    """A clock that stands still until a test sets it."""
     clock = Clock()
     monkeypatch.setattr(signing_keys, "time", clock)
     return clock
@@ -41,14 +41,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """An endpoint that publishes the key of CLERK."""
+    """A JWKS endpoint that publishes the key of CLERK."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
     settle()
 
 
 def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
-    """Whoever comes while a fetch is under way waits for that one, also without any cooldown."""
+    """Calls during a fetch wait for that one (single flight), even without a cooldown."""
     keys, everybody = FetchedKeys(issuer.url, cooldown=0), threading.Barrier(17)
     issuer.behaviour = stalling_then_publishing(jwk(CLERK))
 
@@ -66,7 +66,7 @@ def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
 
 
 def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Clock) -> None:
-    """The request that starts the refresh does not wait for it either."""
+    """Not even the call that starts the refresh waits for it."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.behaviour, clock.now = stalling, clock.now + 300
     assert reason_of(keys, CLERK) is None
@@ -78,8 +78,10 @@ def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Cloc
 
 
 @pytest.mark.parametrize(("age", "requests"), [(299.9, 1), (300, 2)])
-def test_refreshes_in_the_background_after_five_minutes(issuer: Issuer, clock: Clock, age: float, requests: int) -> None:
-    """Any call notices that the keys have aged, and not before."""
+def test_refreshes_in_the_background_after_five_minutes(
+    issuer: Issuer, clock: Clock, age: float, requests: int
+) -> None:
+    """Any call starts the refresh, and not earlier."""
     keys = fetched(FetchedKeys(issuer.url))
     clock.now += age
     assert reason_of(keys, CLERK) is None
@@ -88,8 +90,8 @@ def test_refreshes_in_the_background_after_five_minutes(issuer: Issuer, clock: C
     assert keys.age == pytest.approx(0 if requests == 2 else age)
 
 
-def test_keeps_keys_through_an_outage_and_then_gives_them_up(issuer: Issuer, clock: Clock) -> None:
-    """For twelve hours the known keys serve, for remembered tokens and new ones; then none does."""
+def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) -> None:
+    """They verify new tokens and remembered ones for twelve hours, and then nothing."""
     keys = fetched(FetchedKeys(issuer.url))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     issuer.behaviour, start = answering(b"", 500), clock.now
@@ -104,8 +106,8 @@ def test_keeps_keys_through_an_outage_and_then_gives_them_up(issuer: Issuer, clo
     assert raised.value.retry_after == 29
 
 
-def test_takes_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
-    """A key that was published five minutes before its first use is known by then, or the call waits for it."""
+def test_accepts_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
+    """A key published five minutes before its first use is known then, or waited for."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.publish(jwk(CLERK), jwk(OTHER, "ins_new"))
     for _ in range(11):
@@ -118,7 +120,7 @@ def test_takes_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> No
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_waits_out_the_cooldown_after_a_fetch(issuer: Issuer, clock: Clock, failing: bool) -> None:
-    """A rotation that nobody announced is noticed within 30 seconds, also after a fetch that failed."""
+    """A sudden rotation is noticed within 30 seconds, even after a failed fetch."""
     keys = fetched(FetchedKeys(issuer.url))
     if failing:
         issuer.behaviour, clock.now = answering(b"", 500), clock.now + 300
@@ -136,29 +138,40 @@ def test_waits_out_the_cooldown_after_a_fetch(issuer: Issuer, clock: Clock, fail
 
 @pytest.mark.parametrize("behaviour", MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
 def test_keeps_good_keys_whatever_is_answered(
-    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, behaviour: Behaviour
+    issuer: Issuer,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    behaviour: Behaviour,
 ) -> None:
-    """Only a good answer replaces what is known; any other is a warning, and over within the timeout."""
+    """Only a good answer replaces keys. Any other ends within the timeout, with a warning."""
     keys = fetched(FetchedKeys(issuer.url))
-    monkeypatch.setattr(signing_keys, "TIMEOUT", 0.3)
+    monkeypatch.setattr(signing_keys, "TIMEOUT", 0.6)
     issuer.behaviour, clock.now = behaviour, clock.now + 300
     assert reason_of(keys, CLERK) is None
     settle()
     assert len(issuer.requests) == 2
-    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["signing_keys_not_fetched"]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "signing_keys_not_fetched"
+    ]
     assert reason_of(keys, CLERK) is None
 
 
-def test_passes_over_keys_that_it_cannot_use(issuer: Issuer) -> None:
-    """One odd key does not spoil the good one beside it."""
-    issuer.publish({"kid": "ec", "kty": "EC"}, jwk(OTHER, "enc", use="enc"), jwk(CLERK), jwk(OTHER, "short", n="u" * 171))
+def test_skips_unusable_keys(issuer: Issuer) -> None:
+    """An odd key does not affect the good one beside it."""
+    issuer.publish(
+        {"kid": "ec", "kty": "EC"},
+        jwk(OTHER, "enc", use="enc"),
+        jwk(CLERK),
+        jwk(OTHER, "short", n="u" * 171),
+    )
     keys = fetched(FetchedKeys(issuer.url))
     assert reason_of(keys, CLERK) is None
     assert [reason_of(keys, OTHER, kid) for kid in ("ec", "enc", "short")] == ["unknown_key"] * 3
 
 
-def test_fetches_once_however_many_tokens_are_forged(issuer: Issuer, clock: Clock) -> None:
-    """Those that come while the fetch is under way are served by it; those in the cooldown are refused at once."""
+def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock) -> None:
+    """Calls during the fetch use its result; during the cooldown they are refused at once."""
     keys = fetched(FetchedKeys(issuer.url))
     clock.now += 30
     issuer.behaviour = stalling_then_publishing(jwk(CLERK), jwk(OTHER, "ins_new"))
@@ -174,15 +187,15 @@ def test_fetches_once_however_many_tokens_are_forged(issuer: Issuer, clock: Cloc
 
 
 def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> None:
-    """A known ``kid`` is known, whoever signed."""
+    """The key of a known ``kid`` is not fetched again, whatever the signature."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     assert {reason_of(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
     settle()
     assert len(issuer.requests) == 1
 
 
-def test_refuses_a_key_that_vanished_from_a_good_answer(issuer: Issuer) -> None:
-    """Clerk takes a key away when it leaked: a token that was remembered goes with it."""
+def test_drops_a_key_that_is_no_longer_published(issuer: Issuer) -> None:
+    """Clerk removes a key that leaked. Remembered tokens are refused with it."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     verifier.verify(token, time.time())
@@ -192,8 +205,10 @@ def test_refuses_a_key_that_vanished_from_a_good_answer(issuer: Issuer) -> None:
         verifier.verify(token, time.time())
 
 
-def test_gives_up_a_fetch_that_never_ends(issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the cooldown another may start, and what the lost one brings at last is too old to count."""
+def test_abandons_a_fetch_that_never_ends(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the cooldown another starts, and the late result of the first is ignored."""
     monkeypatch.setattr(signing_keys, "TIMEOUT", 20)
     keys = FetchedKeys(issuer.url)
     issuer.behaviour = stalling_then_publishing(jwk(OTHER))

@@ -1,4 +1,4 @@
-"""``flask users sync``, as an operator and a scheduler meet it."""
+"""``clerkhooks sync``, as an operator and a scheduler meet it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from clerkhooks import reconcile
-from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.settings import PROJECT
+from clerkhooks.sync import reconcile
 from tests.backend import Backend, refusing, stalling
 from tests.conftest import MakeService
 from tests.server import environ
@@ -25,8 +25,8 @@ LONG_AGO = NOW_MS - 3_600_000
 
 
 def run(service: Service, *arguments: str) -> Result:
-    """Run it as ``flask --app wsgi`` does."""
-    return service.app.test_cli_runner().invoke(args=["users", "sync", *arguments])
+    """Run it as ``flask --app wsgi clerk sync`` does."""
+    return service.app.test_cli_runner().invoke(args=["clerk", "sync", *arguments])
 
 
 def objects(result: Result) -> list[Any]:
@@ -43,10 +43,15 @@ def test_says_what_became_of_the_users(syncing: Service, backend: Backend) -> No
     lines = first.stdout.splitlines()
     assert lines[0].startswith("Synced 3 users in ")
     assert lines[1].split() == ["created", "3"]
-    assert [line.split(":")[0] for line in first.stderr.splitlines()] == ["users at Clerk", "rows here"]
+    assert [line.split(":")[0] for line in first.stderr.splitlines()] == [
+        "users at Clerk",
+        "rows here",
+    ]
     assert "users at Clerk: 3 of 3, " in first.stderr
     second = run(syncing, "--json")
-    zeros = dict.fromkeys(("created", "updated", "fresher_here", "tombstoned", "unknown", "failed", "withheld"), 0)
+    zeros = dict.fromkeys(
+        ("created", "updated", "fresher_here", "tombstoned", "unknown", "failed", "withheld"), 0
+    )
     assert objects(second) == [{"summary": zeros | {"unchanged": 3, "well": True}}]
 
 
@@ -70,17 +75,29 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
         "reason": None,
         "fields": {"name": {"here": "Ada Lovelace", "clerk": "Grace Lovelace"}},
     }
-    assert (missing["kind"], missing["id"], summary["summary"]["drift"], as_json.exit_code) == ("missing_here", ids[1], 2, 1)
+    assert (missing["kind"], missing["id"], summary["summary"]["drift"], as_json.exit_code) == (
+        "missing_here",
+        ids[1],
+        2,
+        1,
+    )
     assert run(syncing).exit_code == 0
     well = run(syncing, "--check")
-    assert (well.exit_code, well.stdout.splitlines()[-1]) == (0, "Nothing differs from what Clerk has.")
+    assert (well.exit_code, well.stdout.splitlines()[-1]) == (
+        0,
+        "Nothing differs from what Clerk has.",
+    )
 
 
 def test_does_the_users_that_are_named(syncing: Service, backend: Backend) -> None:
     """Others are not read; one whom neither Clerk nor the table knows makes the status 1."""
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
-    assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (0, ("Ada Lovelace",), None)
+    assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (
+        0,
+        ("Ada Lovelace",),
+        None,
+    )
     unknown = run(syncing, named, clerk_id("user"), "--json")
     assert (unknown.exit_code, objects(unknown)[-1]["summary"]["unknown"]) == (1, 1)
 
@@ -91,7 +108,10 @@ def test_does_a_part(syncing: Service, backend: Backend, which: str) -> None:
     user_id = backend.sign_up(at=LONG_AGO)
     syncing.call(user_id)
     result = run(syncing, which, "--json")
-    assert (result.exit_code, objects(result)[-1]["summary"]["updated"]) == (0, 1 if which == "--missing" else 0)
+    assert (result.exit_code, objects(result)[-1]["summary"]["updated"]) == (
+        0,
+        1 if which == "--missing" else 0,
+    )
 
 
 def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backend: Backend) -> None:
@@ -121,7 +141,11 @@ def test_tells_of_a_user_that_cannot_be_read(syncing: Service, backend: Backend)
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["user_1", "--missing"], "one of them"), (["--missing", "--failed"], "one of them"), (["org_1"], "not a Clerk user id")],
+    [
+        (["user_1", "--missing"], "one of them"),
+        (["--missing", "--failed"], "one of them"),
+        (["org_1"], "not a Clerk user id"),
+    ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], says: str) -> None:
     """With status 2, before anything is asked."""
@@ -150,7 +174,7 @@ def test_says_what_is_wrong_with_the_key(syncing: Service, backend: Backend, sta
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
     """A scheduler that is impatient does no harm."""
-    with syncing.app.app_context(), reconcile.sole_writer():
+    with reconcile.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
     assert "Another sync is at work" in result.output
@@ -170,7 +194,14 @@ def test_says_that_the_database_fails(make_service: MakeService, backend: Backen
     assert "SELECT" not in result.output
 
 
-def test_can_be_interrupted_and_run_again(syncing: Service, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "clerkhooks", "sync"], ["-m", "flask", "--app", "wsgi", "clerk", "sync"]],
+    ids=["clerkhooks", "flask"],
+)
+def test_can_be_interrupted_and_run_again(
+    syncing: Service, backend: Backend, command: list[str]
+) -> None:
     """Ctrl-C on a terminal ends it at once, also while Clerk does not answer; what was done stays, and a next run does the rest."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
@@ -181,10 +212,18 @@ def test_can_be_interrupted_and_run_again(syncing: Service, backend: Backend) ->
             backend.behaviours.append(stalling)
 
     backend.before = stall
-    variables = environ(**syncing.clerk.environ | backend.environ | {"DATABASE_URL": syncing.database_url})
+    variables = environ(
+        **syncing.clerk.environ | backend.environ | {"DATABASE_URL": syncing.database_url}
+    )
     master, terminal = pty.openpty()
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", "users", "sync"]
-    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=PROJECT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+    )
     os.close(terminal)
     backend.wait_for(4)
     process.send_signal(signal.SIGINT)

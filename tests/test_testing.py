@@ -1,4 +1,4 @@
-"""The pytest plugin: what it signs is what Clerk would sign, and the service believes nothing else."""
+"""The pytest plugin signs what Clerk would sign, and the service accepts nothing else."""
 
 from __future__ import annotations
 
@@ -16,51 +16,68 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import clerkhooks
-from clerkhooks import current_session, require_auth
+from clerkhooks import create_app, current_session, require_auth
 from clerkhooks.clerk.authorization import Preset, is_authorized, parse_organization
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id, user_data
-from clerkhooks.settings import Settings
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, user_data
+from clerkhooks.settings import PROJECT
 from clerkhooks.testing import ClerkService, session_claims
+from clerkhooks.web.state import disconnect
 from tests.support import rows
 
-names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=6).filter(lambda name: not name.startswith("sys_"))
+names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=6).filter(
+    lambda name: not name.startswith("sys_")
+)
 permissions = st.lists(st.builds("org:{}:{}".format, names, names), max_size=8)
 listed = st.none() | st.builds("{}{}".format, st.sampled_from(["", "org:", "user:"]), names)
 
 
 @given(granted=permissions, asked=permissions, feature=listed, plan=listed)
 @example(granted=["org:org:_"], asked=["org:org:_"], feature=None, plan=None)
-def test_packs_permissions_that_unpack_to_the_same(granted: list[str], asked: list[str], feature: str | None, plan: str | None) -> None:
-    """Whatever else is in the claims, a session has the permissions that it was given, each once, and no other."""
-    claims = {"v": 2} | session_claims("org_1", role="org:admin", permissions=granted, feature=feature, plan=plan)
+def test_packs_permissions_that_unpack_to_the_same(
+    granted: list[str], asked: list[str], feature: str | None, plan: str | None
+) -> None:
+    """A session has the permissions that it was given, each once, and no other."""
+    claims = {"v": 2} | session_claims(
+        "org_1", role="org:admin", permissions=granted, feature=feature, plan=plan
+    )
     organization = parse_organization(claims)
     assert organization is not None
     assert (organization.id, organization.role) == ("org_1", "org:admin")
     assert sorted(organization.permissions) == sorted(set(granted))
     for permission in asked:
-        # Clerk's SDK takes any number of org: for one, so what a feature that is called "org" gives can never be asked for.
-        assert is_authorized(claims, permission=permission) is (re.sub("^(org:)*", "org:", permission) in granted)
+        # Clerk's SDK counts any number of "org:" as one. What a feature called "org" gives can
+        # never be asked for.
+        assert is_authorized(claims, permission=permission) is (
+            re.sub("^(org:)*", "org:", permission) in granted
+        )
     assert feature is None or is_authorized(claims, feature=feature)
     assert plan is None or is_authorized(claims, plan=plan)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"permissions": ["org:sys_memberships:manage"]}, "system permission"),
-    ({"permissions": ["org:admin"]}, "org:feature:action"),
-    ({"permissions": ["org:notes:delete,org:notes:read"]}, "org:feature:action"),
-    ({"plan": "team:pro"}, "begins with org: or user:"),
-    ({"feature": "team:ai"}, "begins with org: or user:"),
-])  # fmt: skip
-def test_refuses_to_grant_what_clerk_never_would(clerk_service: ClerkService, wrong: dict[str, Any], message: str) -> None:
-    """A test that grants it would prove nothing about production, and its author is told."""
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"permissions": ["org:sys_memberships:manage"]}, "system permission"),
+        ({"permissions": ["org:admin"]}, "org:feature:action"),
+        ({"permissions": ["org:notes:delete,org:notes:read"]}, "org:feature:action"),
+        ({"plan": "team:pro"}, "begins with org: or user:"),
+        ({"feature": "team:ai"}, "begins with org: or user:"),
+    ],
+)
+def test_refuses_to_grant_what_clerk_never_would(
+    clerk_service: ClerkService, wrong: dict[str, Any], message: str
+) -> None:
+    """A test that grants it would prove nothing about production, so its author gets an error."""
     with pytest.raises(ValueError, match=message):
         clerk_service.token("user_1", **wrong)
 
 
-def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_settings: Settings) -> None:
+def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[str, Any]) -> None:
     """The row is what the event says, and fields of the event can be replaced."""
-    user_id = clerk_service.sign_up(email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None)
-    stored = rows(clerkhooks_settings.database_url, "SELECT id, email, name, image_url FROM users")
+    user_id = clerk_service.sign_up(
+        email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None
+    )
+    stored = rows(clerkhooks_config["DATABASE_URL"], "SELECT id, email, name, image_url FROM users")
     assert stored == [(user_id, "grace@example.org", "Grace Hopper", None)]
     assert clerk_service.sign_up(id="user_2chosen") == "user_2chosen"
 
@@ -72,15 +89,22 @@ def test_says_that_a_sign_up_was_refused(clerk_service: ClerkService) -> None:
 
 
 def test_delivers_events_in_their_order(clerk_service: ClerkService) -> None:
-    """Each is newer than the one before, also within a millisecond; a repeated one is a duplicate."""
+    """Each event is newer than the one before, even within a millisecond; a retry is not."""
     user_id = clerk_service.sign_up()
     for number in range(20):
-        data = user_data(user_id, email=None, first_name=f"Ada {number}", last_name=None, updated_at=0)
+        data = user_data(
+            user_id, email=None, first_name=f"Ada {number}", last_name=None, updated_at=0
+        )
         del data["updated_at"]
         assert clerk_service.deliver("user.updated", data).get_json()["outcome"] == "applied"
     gone = {"deleted": True, "id": user_id, "object": "user"}
     assert clerk_service.deliver("user.deleted", gone, "msg_1").get_json()["outcome"] == "applied"
-    assert clerk_service.deliver("user.deleted", gone, "msg_1", int(time.time()) + 5).get_json()["outcome"] == "duplicate"
+    assert (
+        clerk_service.deliver("user.deleted", gone, "msg_1", int(time.time()) + 5).get_json()[
+            "outcome"
+        ]
+        == "duplicate"
+    )
     late = clerk_service.deliver("user.deleted", gone, timestamp=int(time.time()) - 301)
     assert (late.status_code, late.get_json()["reason"]) == (401, "timestamp_out_of_tolerance")
     assert clerk_service.client(user_id).get("/api/me").get_json()["reason"] == "user_deleted"
@@ -97,7 +121,9 @@ def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkServi
         return {"version": current_session.version, "organization": current_session.organization}
 
     client, other = clerk_service.client("user_1"), clerk_service.client("user_1")
-    assert [each.get("/seen").get_json() for each in (client, client, other)] == [{"version": 2, "organization": None}] * 3
+    assert [each.get("/seen").get_json() for each in (client, client, other)] == [
+        {"version": 2, "organization": None}
+    ] * 3
     assert len(set(seen)) == 3
     assert len({session for session, _ in seen}) == 2
 
@@ -108,14 +134,26 @@ def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService)
     assert response.get_json()["reason"] == "token_malformed"
 
 
-@pytest.mark.parametrize(("claims", "status"), [
-    ({"fva": [0, 0]}, 200), ({"fva": [2000, 2000]}, 403), ({"fva": None}, 403), ({"act": {"sub": "user_2"}, "fva": [0, -1]}, 200),
-    ({"lifetime": -60}, 401), ({"azp": "https://evil.example.com"}, 401), ({"header": {"typ": "at+jwt"}}, 401),
-])  # fmt: skip
-def test_takes_any_claims(clerk_service: ClerkService, claims: dict[str, object], status: int) -> None:
+@pytest.mark.parametrize(
+    ("claims", "status"),
+    [
+        ({"fva": [0, 0]}, 200),
+        ({"fva": [2000, 2000]}, 403),
+        ({"fva": None}, 403),
+        ({"act": {"sub": "user_2"}, "fva": [0, -1]}, 200),
+        ({"lifetime": -60}, 401),
+        ({"azp": "https://evil.example.com"}, 401),
+        ({"header": {"typ": "at+jwt"}}, 401),
+    ],
+)
+def test_takes_any_claims(
+    clerk_service: ClerkService, claims: dict[str, object], status: int
+) -> None:
     """Claims of the test's own are signed as they are, and verified as ever."""
     preset: Preset = "strict"
-    clerk_service.app.add_url_rule("/strict", view_func=require_auth(reverification=preset)(lambda: "done"))
+    clerk_service.app.add_url_rule(
+        "/strict", view_func=require_auth(reverification=preset)(lambda: "done")
+    )
     client = clerk_service.client("user_1", **claims)  # type: ignore[arg-type]
     assert client.get("/strict").status_code == status
 
@@ -144,26 +182,137 @@ def test_shares_an_organization_unless_told_otherwise(clerk_service: ClerkServic
 
 def test_trusts_only_its_own_keys(clerkhooks_app: Flask) -> None:
     """Nothing is patched: another instance's signatures do not hold."""
-    stranger = ClerkService(clerkhooks_app, PretendedClerk())
+    stranger = ClerkService(clerkhooks_app, FakeClerk())
     with pytest.raises(AssertionError, match=r"401.*signature_mismatch"):
         stranger.sign_up()
-    assert stranger.client("user_1").get("/api/me").get_json()["reason"] == "token_signature_mismatch"
+    assert (
+        stranger.client("user_1").get("/api/me").get_json()["reason"] == "token_signature_mismatch"
+    )
 
 
 def test_is_loaded_by_nothing_but_tests() -> None:
     """Production runs without pytest: no other module imports it, nor the plugin."""
     for file in Path(clerkhooks.__file__).parent.rglob("*.py"):
         if file.name != "testing.py":
-            assert not re.search(r"\b(import|from) +(pytest|clerkhooks\.testing)\b|clerkhooks import .*\btesting\b", file.read_text())
+            assert not re.search(
+                r"\b(import|from) +(pytest|clerkhooks\.testing)\b|clerkhooks import .*\btesting\b",
+                file.read_text(),
+            )
+
+
+def test_closes_the_connections_of_a_test(clerkhooks_config: dict[str, Any]) -> None:
+    """A test that makes applications itself closes them with ``disconnect``."""
+    app = create_app(clerkhooks_config)
+    pool: Any = app.extensions["clerkhooks"].store.database.engine.pool
+    with app.app_context():
+        app.extensions["sqlalchemy"].create_all()
+    assert app.test_client().get("/readyz").status_code == 200
+    assert pool.checkedin() == 1
+    disconnect(app)
+    assert app.extensions["clerkhooks"].store.database.engine.pool.checkedin() == 0
+
+
+def run_pytest(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Write *files*, and run pytest on them without options or variables of ours."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(folder), "."]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={"PATH": "", "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+CONFTEST = """
+from clerkhooks.testing import ClerkService
+
+pytest_plugins = ["clerkhooks.testing"]
+"""
+
+TEST = """
+def test_mine(clerk_service):
+    client = clerk_service.client(clerk_service.sign_up(email=None))
+    assert client.get("/api/me").json["name"] == "Ada Lovelace"
+"""
+
+
+def test_works_for_the_service(tmp_path: Path) -> None:
+    """One line in conftest.py is all: no other fixture, option or variable, and no warning."""
+    done = run_pytest(tmp_path, {"conftest.py": CONFTEST, "test_mine.py": TEST})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+SHOP = """
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from clerkhooks import ClerkHooks, ClerkUser, from_clerk, require_auth
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+db = SQLAlchemy(model_class=Base)
+
+
+class User(ClerkUser, db.Model):
+    username: Mapped[str | None] = from_clerk("username")
+    plan: Mapped[str] = mapped_column(server_default="free")
+
+
+hooks = ClerkHooks(db, User)
+
+
+def create_app(config):
+    app = Flask("shop")
+    app.config.update(config)
+    db.init_app(app)
+    hooks.init_app(app, url_prefix="/auth")
+
+    @app.get("/plan")
+    @require_auth
+    def plan():
+        return {"username": hooks.current_user.username, "plan": hooks.current_user.plan}
+
+    return app
+"""
+
+SHOP_TEST = """
+import pytest
+
+from shop import create_app
+
+
+@pytest.fixture
+def clerkhooks_app(clerkhooks_config):
+    return create_app(clerkhooks_config)
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_has_a_database_of_its_own(clerk_service, turn):
+    assert clerk_service.app.test_client().get("/plan").status_code == 401
+    client = clerk_service.client(clerk_service.sign_up(username="ada"))
+    assert client.get("/plan").json == {"username": "ada", "plan": "free"}
+    assert client.get("/auth/api/me").json["email"] == "ada@example.org"
+    with clerk_service.app.app_context():
+        from shop import User, db
+
+        assert db.session.query(User).count() == 1
+"""
 
 
 def test_works_in_an_application_of_its_own(tmp_path: Path) -> None:
-    """One line in conftest.py is all: no other fixture, option or variable, and no warning."""
-    (tmp_path / "conftest.py").write_text('from clerkhooks.testing import ClerkService\npytest_plugins = ["clerkhooks.testing"]\n')
-    called = "clerk_service.client(clerk_service.sign_up(email=None)).get('/api/me')"
-    (tmp_path / "test_mine.py").write_text(f"def test_mine(clerk_service):\n    assert {called}.json['name'] == 'Ada Lovelace'\n")
-    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path)]
-    command = [sys.executable, "-m", "pytest", *options, "."]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    """An application overrides one fixture; its model, prefix and views are what is tested."""
+    files = {"conftest.py": CONFTEST, "shop.py": SHOP, "test_shop.py": SHOP_TEST}
+    done = run_pytest(tmp_path, files)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout

@@ -1,51 +1,67 @@
-"""``flask users list`` and ``flask users show``."""
+"""``users`` and ``user``, as ``clerkhooks …`` and as ``flask clerk …``."""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 from click.testing import Result
 
-from clerkhooks.cli.pretend import clerk_id
-from tests.support import NOW_MS, Service, deletion, user_event
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.settings import PROJECT
+from tests.server import environ
+from tests.support import NOW_MS, Service, deletion, rows, user_event
+
+RunProcess = Callable[..., CompletedProcess[str]]
 
 
 def run(service: Service, *arguments: str) -> Result:
-    """Run a command as ``flask --app wsgi users`` does."""
-    return service.app.test_cli_runner().invoke(args=["users", *arguments])
+    """Run a command as ``flask clerk`` does."""
+    return service.app.test_cli_runner().invoke(args=["clerk", *arguments])
 
 
 def listed(service: Service, *arguments: str) -> list[str]:
-    """The ids that a list shows, as JSON; the table must show the same."""
-    users = json.loads(run(service, "list", *arguments, "--json").stdout)["users"]
-    table = run(service, "list", *arguments).stdout
-    assert [line.split()[0] for line in table.splitlines()[1:] if line] == [user["id"] for user in users] or table == "No such user.\n"
+    """Return the ids that are listed as JSON; the table must show the same."""
+    users = json.loads(run(service, "users", *arguments, "--json").stdout)["users"]
+    table = run(service, "users", *arguments).stdout
+    assert [line.split()[0] for line in table.splitlines()[1:] if line] == [
+        user["id"] for user in users
+    ] or table == "No such user.\n"
     return [user["id"] for user in users]
 
 
 @pytest.fixture
 def people(service: Service) -> dict[str, str]:
-    """A user of each kind, the oldest first."""
+    """Make a user of each kind, the oldest first."""
     ids = {name: clerk_id("user") for name in ("ada", "grace", "unfilled", "deleted")}
     service.outcome(user_event(ids["ada"]))
-    service.outcome(user_event(ids["grace"], first_name="grace", last_name="Hopper%", email_addresses=[]))
+    service.outcome(
+        user_event(ids["grace"], first_name="grace", last_name="Hopper%", email_addresses=[])
+    )
     service.call(ids["unfilled"])
     service.outcome(deletion(ids["deleted"]))
     return ids
 
 
 def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> None:
-    """All of them, or the tombstones, or what nothing has filled in."""
+    """All users are listed, or only tombstones, or only rows that nothing has filled in."""
     assert listed(service) == list(people.values())[::-1]
     assert listed(service, "--deleted") == [people["deleted"]]
     assert listed(service, "--unsynced") == [people["unfilled"]]
-    assert run(service, "list", "--deleted", "--unsynced").exit_code == 2
+    assert run(service, "users", "--deleted", "--unsynced").exit_code == 2
 
 
-def test_finds_by_id_email_and_beginning_of_the_name(service: Service, people: dict[str, str]) -> None:
-    """Or of the last name, whatever the case; a percent sign is one."""
+def test_finds_by_id_email_and_beginning_of_the_name(
+    service: Service, people: dict[str, str]
+) -> None:
+    """The last name is searched as well, in any case; a percent sign is no wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -55,68 +71,195 @@ def test_finds_by_id_email_and_beginning_of_the_name(service: Service, people: d
 
 
 def test_says_what_no_database_can_hold(service: Service) -> None:
-    """A byte of an argument that is no UTF-8 comes as half a character."""
-    ended = run(service, "list", "\udcff")
+    """A byte of an argument that is not UTF-8 arrives as a lone surrogate."""
+    ended = run(service, "users", "\udcff")
     assert ended.exit_code == 2
-    assert "cannot hold some characters" in ended.output
+    assert "Some characters cannot be represented in the database's encoding" in ended.output
 
 
 def test_goes_on_where_a_page_ended(service: Service, people: dict[str, str]) -> None:
-    """Page by page, each user once; the text says how."""
+    """Each user is on one page; the text names the cursor of the next."""
     read: list[str] = []
     arguments: list[str] = []
     while True:
-        page: dict[str, Any] = json.loads(run(service, "list", "--limit", "3", *arguments, "--json").stdout)
+        page: dict[str, Any] = json.loads(
+            run(service, "users", "--limit", "3", *arguments, "--json").stdout
+        )
         read += [user["id"] for user in page["users"]]
         if page["next"] is None:
             break
-        assert f"--after {page['next']}" in run(service, "list", "--limit", "3", *arguments).stderr
+        assert f"--after {page['next']}" in run(service, "users", "--limit", "3", *arguments).stderr
         arguments = ["--after", page["next"]]
     assert read == list(people.values())[::-1]
-    assert run(service, "list", "--after", "yesterday").exit_code == 2
+    assert run(service, "users", "--after", "yesterday").exit_code == 2
 
 
 def test_shows_a_user_and_why(service: Service, people: dict[str, str]) -> None:
-    """The row, what filled it, and its messages."""
+    """A user is shown with what filled the row, and with the last messages about it."""
     service.outcome(user_event(people["ada"], at=NOW_MS - 1), "msg_late")
-    shown = run(service, "show", people["ada"])
+    shown = run(service, "user", people["ada"])
     assert shown.exit_code == 0
     lines = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines()[:10])
-    assert (lines["id"], lines["email"], lines["name"], lines["deleted_at"]) == (people["ada"], "ada@example.org", "Ada Lovelace", "-")
+    assert (lines["id"], lines["email"], lines["name"], lines["deleted_at"]) == (
+        people["ada"],
+        "ada@example.org",
+        "Ada Lovelace",
+        "-",
+    )
     assert lines["filled"].startswith("by   webhook, as of 20")
     assert "msg_late" in shown.stdout
-    whole = json.loads(run(service, "show", people["ada"], "--json").stdout)
+    whole = json.loads(run(service, "user", people["ada"], "--json").stdout)
     assert (whole["user"]["source"], whole["user"]["version_updated_at"]) == ("webhook", NOW_MS)
     assert [message["outcome"] for message in whole["messages"]] == ["stale", "applied"]
 
 
 def test_says_what_made_each_row(service: Service, people: dict[str, str]) -> None:
-    """A first call, or the user's end; the rest is told where syncs are."""
-    sources = {name: json.loads(run(service, "show", user_id, "--json").stdout)["user"]["source"] for name, user_id in people.items()}
-    assert sources == {"ada": "webhook", "grace": "webhook", "unfilled": "first call", "deleted": "user.deleted"}
-    assert "filled by   first call\n" in run(service, "show", people["unfilled"]).stdout
+    """A row is made by a webhook, a first call or the user's deletion."""
+    sources = {
+        name: json.loads(run(service, "user", user_id, "--json").stdout)["user"]["source"]
+        for name, user_id in people.items()
+    }
+    assert sources == {
+        "ada": "webhook",
+        "grace": "webhook",
+        "unfilled": "first call",
+        "deleted": "user.deleted",
+    }
+    assert "filled by   first call\n" in run(service, "user", people["unfilled"]).stdout
 
 
 def test_says_that_there_is_no_such_user(service: Service) -> None:
-    """With status 1, and how to get one who is at Clerk."""
+    """The status is 1, and the text says how to fetch a user whom Clerk has."""
     user_id = clerk_id("user")
-    text, as_json = run(service, "show", user_id), run(service, "show", user_id, "--json")
+    text, as_json = run(service, "user", user_id), run(service, "user", user_id, "--json")
     assert (text.exit_code, as_json.exit_code) == (1, 1)
-    assert f"users sync {user_id}" in text.stdout
+    assert f"clerkhooks sync {user_id}" in text.stdout
     assert json.loads(as_json.stdout) == {"user": None, "messages": []}
 
 
 def test_shows_hostile_names_as_text(service: Service) -> None:
     """No control character, escape or bidirectional override reaches the terminal."""
     user_id = clerk_id("user")
-    service.outcome(user_event(user_id, first_name="\x1b[31mred\r\n", last_name="\u202egnp.exe\u2028"))
-    for output in (run(service, "list").stdout, run(service, "show", user_id).stdout):
+    service.outcome(
+        user_event(user_id, first_name="\x1b[31mred\r\n", last_name="\u202egnp.exe\u2028")
+    )
+    for output in (run(service, "users").stdout, run(service, "user", user_id).stdout):
         assert "red" in output
         assert not set(output.replace("\n", "")) & set("\x1b\r\u202e\u2028")
 
 
 def test_says_that_the_database_fails(unreachable: Service) -> None:
-    """Status 2, without a traceback and without the database's own words."""
-    for arguments in (["list"], ["show", clerk_id("user")]):
+    """The status is 2, without a traceback and without the database's own words."""
+    for arguments in (["users"], ["user", clerk_id("user")]):
         result = run(unreachable, *arguments)
-        assert (result.exit_code, "The database failed (OperationalError" in result.output) == (2, True)
+        assert result.exit_code == 2
+        assert "The database failed (OperationalError" in result.output
+        assert "SELECT" not in result.output
+
+
+APPLICATION = """
+import os
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase
+
+from clerkhooks import ClerkHooks, ClerkUser
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+db = SQLAlchemy(model_class=Base)
+
+
+class User(ClerkUser, db.Model):
+    __tablename__ = "members"
+
+
+hooks = ClerkHooks(db, User)
+
+
+def create_app():
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///" + os.environ["FILE"]
+    db.init_app(app)
+    hooks.init_app(app, routes=("webhooks",))
+    with app.app_context():
+        db.create_all()
+    return app
+"""
+
+
+@pytest.fixture
+def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
+    """Run ``flask clerk …`` in a small application, in a process of its own."""
+    (tmp_path / "shop.py").write_text(APPLICATION)
+    variables = environ(**clerk.environ, FILE=str(tmp_path / "shop.db"))
+
+    def run_process(*arguments: str, **changes: str) -> CompletedProcess[str]:
+        command = [sys.executable, "-m", "flask", "--app", "shop", "clerk", *arguments]
+        own = variables | changes
+        return subprocess.run(
+            command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=60
+        )
+
+    return run_process
+
+
+def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path) -> None:
+    """The commands find the application's own model, and name themselves as it runs them."""
+    user_id = clerk_id("user")
+    unknown = flask_clerk("user", user_id)
+    assert (unknown.returncode, unknown.stderr) == (1, "")
+    assert f"If Clerk has this user: flask clerk sync {user_id}" in unknown.stdout
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    columns = "id, name, is_online, last_seen, created_at, updated_at"
+    now = "'2026-01-31 08:00:00'"
+    rows(
+        url, f"INSERT INTO members ({columns}) VALUES ('{user_id}', 'Ada', 0, {now}, {now}, {now})"
+    )
+    listed = flask_clerk("users", "--json")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [user["id"] for user in json.loads(listed.stdout)["users"]] == [user_id]
+    shown = flask_clerk("user", user_id)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "filled by   first call\n" in shown.stdout
+    assert flask_clerk("log").stdout == "No such message.\n"
+    assert flask_clerk("prune", "--json").stdout == '{"pruned": 0}\n'
+    assert "5000/webhooks/clerk does not answer" in flask_clerk("send", "user.created").stderr
+
+
+def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> None:
+    """What is the service's own, such as the demonstration, is left out."""
+    shown = flask_clerk("--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    commands = re.findall(r"^  ([a-z]+)  ", shown.stdout, re.MULTILINE)
+    assert commands == ["log", "prune", "send", "sync", "user", "users"]
+
+
+def test_ends_with_an_application_that_is_configured_wrongly(flask_clerk: RunProcess) -> None:
+    """An application's ``SettingsError`` reaches whoever runs the command."""
+    ended = flask_clerk("users", CLERK_WEBHOOK_SECRET="whsec_hidden!")
+    assert ended.returncode != 0
+    assert "CLERK_WEBHOOK_SECRET is not a signing secret" in ended.stderr
+    assert "hidden" not in ended.stderr
+
+
+def test_is_the_same_command_in_the_service(service: Service) -> None:
+    """``clerkhooks users`` reads the environment, as gunicorn does."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id))
+    variables = environ(**service.clerk.environ, DATABASE_URL=service.database_url)
+    for command in (["clerkhooks"], ["flask", "--app", "wsgi", "clerk"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", *command, "users", "--json"],
+            cwd=PROJECT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert [user["id"] for user in json.loads(ended.stdout)["users"]] == [user_id]

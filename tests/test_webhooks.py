@@ -1,4 +1,4 @@
-"""POST /webhooks/clerk, as Svix meets it."""
+"""``POST /webhooks/clerk``, as Svix uses it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from tests.conftest import MakeService
 from tests.support import DATA, NOW_MS, Service, deletion, user_event
 
@@ -21,15 +21,17 @@ def test_creates_updates_and_deletes(service: Service) -> None:
     """A user's life in three events, each applied."""
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id, "user.created", at=NOW_MS)) == "applied"
-    assert service.user(user_id) == ("ada@example.org", "Ada Lovelace", f"https://img.clerk.com/{user_id}")
-    assert service.outcome(user_event(user_id, "user.updated", at=NOW_MS + 1, first_name="Augusta")) == "applied"
+    profile = ("ada@example.org", "Ada Lovelace", f"https://img.clerk.com/{user_id}")
+    assert service.user(user_id) == profile
+    updated = user_event(user_id, at=NOW_MS + 1, first_name="Augusta")
+    assert service.outcome(updated) == "applied"
     assert service.user(user_id, ["name"]) == ("Augusta Lovelace",)
     assert service.outcome(deletion(user_id, NOW_MS + 2)) == "applied"
     assert service.user(user_id) == (None, "Deleted User", None)
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_takes_every_documented_payload(service: Service, name: str) -> None:
+def test_applies_every_documented_payload(service: Service, name: str) -> None:
     """Each example of Clerk's documentation is applied to an empty table."""
     body = (DATA / name).read_bytes()
     assert service.outcome(body) == "applied"
@@ -42,8 +44,8 @@ def test_answers_the_documented_shape(service: Service) -> None:
     assert response.get_json() == {"outcome": "applied", "messageId": "msg_1"}
 
 
-def test_does_a_message_once(service: Service) -> None:
-    """The same message again, with a new attempt's timestamp, is a duplicate and changes nothing."""
+def test_processes_a_message_once(service: Service) -> None:
+    """A redelivery, with the timestamp of its own attempt, is a duplicate and changes nothing."""
     user_id = clerk_id("user")
     body = user_event(user_id)
     assert service.outcome(body, "msg_1") == "applied"
@@ -54,39 +56,44 @@ def test_does_a_message_once(service: Service) -> None:
 
 
 def test_ignores_other_types(service: Service) -> None:
-    """A type that nothing handles is taken, logged and changes no user."""
-    assert service.outcome(event_body("session.created", {"id": "sess_1"}, NOW_MS), "msg_1") == "ignored"
-    assert service.outcome(event_body("session.created", {"id": "sess_1"}, NOW_MS), "msg_1") == "duplicate"
-    assert service.rows("SELECT event_type, outcome, clerk_user_id FROM webhook_messages") == [("session.created", "ignored", None)]
+    """A type that nothing handles is accepted and recorded, and changes no user."""
+    body = event_body("session.created", {"id": "sess_1"}, NOW_MS)
+    assert [service.outcome(body, "msg_1") for _ in range(2)] == ["ignored", "duplicate"]
+    stored = service.rows("SELECT event_type, outcome, clerk_user_id FROM webhook_messages")
+    assert stored == [("session.created", "ignored", None)]
     assert service.rows("SELECT count(*) FROM users") == [(0,)]
 
 
 def test_keeps_long_message_ids_apart(service: Service) -> None:
-    """Ids that differ only beyond what an index takes are two messages, and each may come twice."""
+    """Ids that differ only beyond what is stored are two messages; each may be repeated."""
     for message_id in ("msg_" + "x" * 900 + "1", "msg_" + "x" * 900 + "2"):
         body = user_event(clerk_id("user"))
-        assert service.deliver(body, message_id).get_json() == {"outcome": "applied", "messageId": message_id}
+        answer = service.deliver(body, message_id).get_json()
+        assert answer == {"outcome": "applied", "messageId": message_id}
         assert service.outcome(body, message_id) == "duplicate"
     assert service.rows("SELECT max(length(message_id)) FROM webhook_messages") == [(255,)]
 
 
 def test_ignores_types_that_no_database_could_store(service: Service) -> None:
-    """A type of hostile characters and endless length is ignored like any other, and so is such a message id."""
-    assert service.outcome(event_body("user.created\x00\ud800" + "x" * 5000, {}, NOW_MS), "msg_" + "ü" * 900) == "ignored"
+    """Hostile characters and endless length, in the type or the message id, are no failure."""
+    body = event_body("user.created\x00\ud800" + "x" * 5000, {}, NOW_MS)
+    assert service.outcome(body, "msg_" + "ü" * 900) == "ignored"
     [(event_type, message_id)] = service.rows("SELECT event_type, message_id FROM webhook_messages")
     assert (len(event_type), len(message_id)) == (255, 255)
 
 
 @pytest.mark.parametrize("path", ["/webhooks/clerk", "/webhooks/clerk/"])
-def test_is_there_with_and_without_a_slash(service: Service, path: str) -> None:
-    """No redirect: Svix counts one as a failure."""
+def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
+    """Neither path redirects: Svix counts a redirect as a failure."""
     body = user_event(clerk_id("user"))
-    assert service.http.post(path, data=body, headers=service.clerk.headers(body)).status_code == 200
+    assert (
+        service.http.post(path, data=body, headers=service.clerk.headers(body)).status_code == 200
+    )
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_refuses_other_methods(service: Service, method: str) -> None:
-    """Anything but POST is 405 and says so."""
+    """Anything but POST is answered 405, with Allow."""
     response = service.http.open("/webhooks/clerk", method=method)
     assert response.status_code == 405
     assert response.headers["Allow"] == "POST"
@@ -96,16 +103,26 @@ def test_refuses_other_methods(service: Service, method: str) -> None:
 def test_answers_a_bad_signature_with_401(service: Service) -> None:
     """A body changed after signing is refused, says why, and leaves no trace."""
     body = user_event(clerk_id("user"))
-    response = service.http.post("/webhooks/clerk", data=body + b" ", headers=service.clerk.headers(body))
+    response = service.http.post(
+        "/webhooks/clerk", data=body + b" ", headers=service.clerk.headers(body)
+    )
     assert response.status_code == 401
-    assert response.get_json() == {"type": "about:blank", "title": "Unauthorized", "status": 401, "reason": "signature_mismatch"}
+    assert response.get_json() == {
+        "type": "about:blank",
+        "title": "Unauthorized",
+        "status": 401,
+        "reason": "signature_mismatch",
+    }
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
 
 
 def test_answers_no_headers_with_401(service: Service) -> None:
-    """A request that is not Svix's at all is refused before its body matters."""
+    """A request without Svix's headers is refused before its body matters."""
     response = service.http.post("/webhooks/clerk", data=b"\xff")
-    assert (response.status_code, response.get_json()["reason"]) == (401, "signature_headers_missing")
+    assert (response.status_code, response.get_json()["reason"]) == (
+        401,
+        "signature_headers_missing",
+    )
 
 
 BAD_EVENTS = {
@@ -126,15 +143,17 @@ BAD_EVENTS = {
 
 
 @pytest.mark.parametrize("body", BAD_EVENTS, ids=range(len(BAD_EVENTS)))
-def test_answers_a_proven_message_that_is_no_event_with_400(service: Service, body: bytes) -> None:
-    """Clerk sent it, but it cannot be meant: Svix goes on retrying, and nothing is written."""
+def test_answers_a_verified_message_that_is_not_an_event_with_400(
+    service: Service, body: bytes
+) -> None:
+    """Svix goes on retrying, and nothing is written."""
     response = service.deliver(body)
     assert (response.status_code, response.get_json()["reason"]) == (400, BAD_EVENTS[body])
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
 
 
 def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
-    """A body of a mebibyte is read and judged; one byte more is 413, with a length or without."""
+    """A body of 1 MiB is processed; one byte more is answered 413."""
     body = user_event(clerk_id("user"), public_metadata={"x": ""})
     padded = body.replace(b'"x":""', b'"x":"' + b"y" * (1024 * 1024 - len(body)) + b'"')
     assert service.outcome(padded) == "applied"
@@ -143,7 +162,7 @@ def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
 
 
 def test_reads_chunked_bodies(service: Service) -> None:
-    """A body without a length has the same limit, and one that reaches it is whole."""
+    """A body without Content-Length has the same limit, and one that reaches it is complete."""
     body = user_event(clerk_id("user"))
     padded = body + b" " * (1024 * 1024 - len(body))
     for extra, status in ((b"", 200), (b" ", 413), (b" " * 100_000, 413)):
@@ -157,35 +176,71 @@ def test_reads_chunked_bodies(service: Service) -> None:
         assert response.status_code == status
 
 
-def test_accepts_every_secret_while_rotating(make_service: MakeService, clerk: PretendedClerk) -> None:
-    """Messages signed with the old and with the new secret are both taken; a third secret's are not."""
-    old, new = PretendedClerk(private_key=clerk.private_key), PretendedClerk(private_key=clerk.private_key)
-    service = make_service(CLERK_WEBHOOK_SECRET=",".join(one.environ["CLERK_WEBHOOK_SECRET"] for one in (old, new)))
+def test_accepts_every_secret_while_rotating(make_service: MakeService, clerk: FakeClerk) -> None:
+    """Messages signed with the old or the new secret are accepted; a third secret's are refused."""
+    old, new = FakeClerk(private_key=clerk.private_key), FakeClerk(private_key=clerk.private_key)
+    secrets = ",".join(one.environ["CLERK_WEBHOOK_SECRET"] for one in (old, new))
+    service = make_service(CLERK_WEBHOOK_SECRET=secrets)
     body = user_event(clerk_id("user"))
-    statuses = [service.http.post("/webhooks/clerk", data=body, headers=one.headers(body)).status_code for one in (old, new, clerk)]
-    assert statuses == [200, 200, 401]
+    answers = [
+        service.http.post("/webhooks/clerk", data=body, headers=one.headers(body))
+        for one in (old, new, clerk)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 401]
 
 
-HEADER_NAMES = st.sampled_from(["svix-id", "svix-timestamp", "svix-signature", "webhook-id", "content-type", "content-encoding"])
-HEADER_VALUES = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\x00"), max_size=50)
+HEADER_NAMES = st.sampled_from(
+    [
+        "svix-id",
+        "svix-timestamp",
+        "svix-signature",
+        "webhook-id",
+        "content-type",
+        "content-encoding",
+    ]
+)
+HEADER_VALUES = st.text(
+    st.characters(max_codepoint=255, exclude_characters="\r\n\x00"), max_size=50
+)
 
 
 @given(headers=st.dictionaries(HEADER_NAMES, HEADER_VALUES), body=st.binary(max_size=200))
-def test_never_answers_a_stranger_with_a_5xx(unreachable: Service, headers: dict[str, str], body: bytes) -> None:
-    """Hostile bytes in headers and body end in a 401; the database is not even asked."""
+def test_never_answers_a_stranger_with_a_5xx(
+    unreachable: Service, headers: dict[str, str], body: bytes
+) -> None:
+    """Hostile headers and bodies are answered 401, without asking the database."""
     response = unreachable.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 401
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf),
 )
-FIELDS = ("first_name", "last_name", "username", "image_url", "email_addresses", "primary_email_address_id", "updated_at", "unheard_of")
+FIELDS = (
+    "first_name",
+    "last_name",
+    "username",
+    "image_url",
+    "email_addresses",
+    "primary_email_address_id",
+    "updated_at",
+    "unheard_of",
+)
 
 
 @given(data=st.dictionaries(st.sampled_from(FIELDS), JSON), timestamp=JSON)
-def test_takes_a_user_whatever_their_optional_fields_are(service: Service, data: dict[str, object], timestamp: object) -> None:
-    """A user event with a Clerk user id is 200, on both databases, whatever else is in it."""
-    envelope = {"type": "user.updated", "timestamp": timestamp, "data": data | {"id": clerk_id("user")}}
+def test_accepts_a_user_whatever_the_optional_fields_hold(
+    service: Service, data: dict[str, object], timestamp: object
+) -> None:
+    """A user event with a Clerk user id is answered 200, whatever else is in it."""
+    envelope = {
+        "type": "user.updated",
+        "timestamp": timestamp,
+        "data": data | {"id": clerk_id("user")},
+    }
     assert service.deliver(json.dumps(envelope).encode()).status_code == 200

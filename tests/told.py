@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from clerkhooks.cli.pretend import BASE62, event_body, user_data
+from clerkhooks.clerk.fake import BASE62, event_body, user_data
 from tests.support import NOW_MS
 
 Row = tuple[str | None, str, str | None, int | None, int | None, str | None, bool]
@@ -25,7 +25,11 @@ class Message:
 def history(chance: random.Random) -> list[Message]:
     """A user's creation, some updates, of which several may share their times, and perhaps the end."""
     user_id = _id(chance, "user")
-    types = ["user.created"] + ["user.updated"] * chance.randrange(6) + ["user.deleted"] * (chance.random() < 0.3)
+    types = (
+        ["user.created"]
+        + ["user.updated"] * chance.randrange(6)
+        + ["user.deleted"] * (chance.random() < 0.3)
+    )
     return [_message(chance, user_id, event_type) for event_type in types]
 
 
@@ -34,7 +38,13 @@ def expected_row(messages: list[Message]) -> Row:
     if any(message.version is None for message in messages):
         return (None, "Deleted User", None, None, None, None, True)
     version, newest = max((message.version or (0, 0, ""), message) for message in messages)
-    return (newest.email, "Ada Lovelace", f"https://img.clerk.com/{newest.user_id}", *version, False)
+    return (
+        newest.email,
+        "Ada Lovelace",
+        f"https://img.clerk.com/{newest.user_id}",
+        *version,
+        False,
+    )
 
 
 def _message(chance: random.Random, user_id: str, event_type: str) -> Message:
@@ -44,8 +54,16 @@ def _message(chance: random.Random, user_id: str, event_type: str) -> Message:
     if event_type == "user.deleted":
         body = event_body(event_type, {"deleted": True, "id": user_id, "object": "user"}, timestamp)
         return Message(message_id, user_id, None, email, body)
-    data = user_data(user_id, email=email, first_name="Ada", last_name="Lovelace", updated_at=updated_at)
-    return Message(message_id, user_id, (updated_at, timestamp, message_id), email, event_body(event_type, data, timestamp))
+    data = user_data(
+        user_id, email=email, first_name="Ada", last_name="Lovelace", updated_at=updated_at
+    )
+    return Message(
+        message_id,
+        user_id,
+        (updated_at, timestamp, message_id),
+        email,
+        event_body(event_type, data, timestamp),
+    )
 
 
 def _id(chance: random.Random, prefix: str) -> str:

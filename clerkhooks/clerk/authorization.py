@@ -67,8 +67,12 @@ def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
         role = f"org:{told['rol']}" if isinstance(told.get("rol"), str) and told["rol"] else None
         return _organization(told.get("id"), told.get("slg"), role, _permissions(claims, told))
     listed = claims.get("org_permissions")
-    permissions = tuple(text for text in listed if isinstance(text, str)) if isinstance(listed, list) else ()
-    return _organization(claims.get("org_id"), claims.get("org_slug"), claims.get("org_role"), permissions)
+    permissions = (
+        tuple(text for text in listed if isinstance(text, str)) if isinstance(listed, list) else ()
+    )
+    return _organization(
+        claims.get("org_id"), claims.get("org_slug"), claims.get("org_role"), permissions
+    )
 
 
 def is_authorized(
@@ -81,15 +85,19 @@ def is_authorized(
     reverification: Preset | Reverification | None = None,
 ) -> bool:
     """
-    Whether the session meets every question that is asked, and at least one is; whatever is missing or malformed denies.
+    Return whether the session meets every question, of which there must be one.
 
-    Source: @clerk/shared 4, createCheckAuthorization; Clerk, "Verify whether a user has access" and "Reverification".
+    What is missing or malformed denies.
+
+    Source: @clerk/shared 4, createCheckAuthorization; Clerk, "Verify whether a user has access" and
+    "Reverification".
     """
     try:
         organization = parse_organization(claims)
         answers = [
             role is None or _has_role(organization, role),
-            permission is None or (organization is not None and _with_prefix(permission) in organization.permissions),
+            permission is None
+            or (organization is not None and _with_prefix(permission) in organization.permissions),
             feature is None or _is_listed(claims.get("fea"), feature),
             plan is None or _is_listed(claims.get("pla"), plan),
             reverification is None or _is_fresh(claims.get("fva"), reverification),
@@ -115,21 +123,27 @@ def parse_reverification(reverification: object) -> Reverification | None:
     if not isinstance(reverification, Mapping):
         return None
     level, after = reverification.get("level"), reverification.get("afterMinutes")
-    if level not in LEVELS or isinstance(after, bool) or not isinstance(after, int | float) or not after > 0:
+    if (
+        level not in LEVELS
+        or isinstance(after, bool)
+        or not isinstance(after, int | float)
+        or not after > 0
+    ):
         return None
     return {"afterMinutes": after, "level": level}
 
 
 def check_questions(questions: Mapping[str, Any]) -> dict[str, Any]:
     """
-    *questions*, copied, unless one is such that no session could ever meet it: a mistake of the programmer.
+    Return a copy of *questions*, refusing any that no session could ever meet.
 
     Raises:
-        TypeError: if one is of a wrong type.
-        ValueError: if one is malformed, or asks for a system permission, which Clerk puts into no token.
+        TypeError: if one is of a wrong type. ValueError: if one is malformed, or asks for a system
+        permission, which Clerk puts into no token.
     """
     return {
-        name: _check_reverification(value) if name == "reverification" else _check_name(name, value) for name, value in questions.items()
+        name: _check_reverification(value) if name == "reverification" else _check_name(name, value)
+        for name, value in questions.items()
     }
 
 
@@ -137,14 +151,21 @@ def _check_name(kind: str, value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{kind} is a string, such as {_FORMS[kind][1]!r}; not {value!r}.")
     if not re.fullmatch(_FORMS[kind][0], value):
-        raise ValueError(f"{kind} is a name such as {_FORMS[kind][1]!r}; not {value!r}. System permissions are in no token.")
+        raise ValueError(
+            f"{kind} is a name such as {_FORMS[kind][1]!r}; not {value!r}. System permissions are in no token."
+        )
     return value
 
 
 def _check_reverification(value: object) -> object:
     wanted = parse_reverification(value)
-    if wanted is None or (isinstance(value, Mapping) and (set(value) != set(wanted) or not math.isfinite(wanted["afterMinutes"]))):
-        raise ValueError(f"reverification is one of {', '.join(PRESETS)}, or a level and afterMinutes; not {value!r}.")
+    if wanted is None or (
+        isinstance(value, Mapping)
+        and (set(value) != set(wanted) or not math.isfinite(wanted["afterMinutes"]))
+    ):
+        raise ValueError(
+            f"reverification is one of {', '.join(PRESETS)}, or a level and afterMinutes; not {value!r}."
+        )
     return value if isinstance(value, str) else wanted
 
 
@@ -153,10 +174,17 @@ def _is_falsy(value: object) -> bool:
     return value is None or value is False or value in ("", 0)
 
 
-def _organization(id_: object, slug: object, role: object, permissions: tuple[str, ...]) -> Organization | None:
+def _organization(
+    id_: object, slug: object, role: object, permissions: tuple[str, ...]
+) -> Organization | None:
     if not isinstance(id_, str) or not id_:
         return None
-    return Organization(id_, slug if isinstance(slug, str) else None, role if isinstance(role, str) and role else None, permissions)
+    return Organization(
+        id_,
+        slug if isinstance(slug, str) else None,
+        role if isinstance(role, str) and role else None,
+        permissions,
+    )
 
 
 def _permissions(claims: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, ...]:
@@ -169,9 +197,17 @@ def _permissions(claims: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[st
         raise MalformedClaims
     names = [name.strip() for name in per.split(",")]
     # A feature beyond the map, and a number that is none, give nothing.
-    packed = [int(bits) if re.fullmatch("[0-9]{1,4000}", bits) else 0 for bits in map(str.strip, fpm.split(","))]
+    packed = [
+        int(bits) if re.fullmatch("[0-9]{1,4000}", bits) else 0
+        for bits in map(str.strip, fpm.split(","))
+    ]
     pairs = zip(features, packed, strict=False)
-    return tuple(f"org:{feature}:{name}" for feature, bits in pairs for at, name in enumerate(names) if bits >> at & 1)
+    return tuple(
+        f"org:{feature}:{name}"
+        for feature, bits in pairs
+        for at, name in enumerate(names)
+        if bits >> at & 1
+    )
 
 
 def _split_by_scope(listed: object) -> dict[str, list[str]]:
@@ -203,7 +239,11 @@ def _is_listed(listed: object, asked: str) -> bool:
 
 
 def _has_role(organization: Organization | None, role: str) -> bool:
-    return organization is not None and organization.role is not None and _with_prefix(organization.role) == _with_prefix(role)
+    return (
+        organization is not None
+        and organization.role is not None
+        and _with_prefix(organization.role) == _with_prefix(role)
+    )
 
 
 def _with_prefix(text: str) -> str:
@@ -211,7 +251,12 @@ def _with_prefix(text: str) -> str:
 
 
 def _is_factor_age(age: object) -> bool:
-    return isinstance(age, int | float) and not isinstance(age, bool) and math.isfinite(age) and (age == -1 or age >= 0)
+    return (
+        isinstance(age, int | float)
+        and not isinstance(age, bool)
+        and math.isfinite(age)
+        and (age == -1 or age >= 0)
+    )
 
 
 def _is_fresh(fva: object, reverification: object) -> bool:
@@ -219,7 +264,9 @@ def _is_fresh(fva: object, reverification: object) -> bool:
     if ages is None or wanted is None or ages == (-1, -1):
         return False
     first, second = (age != -1 and wanted["afterMinutes"] > age for age in ages)
-    if wanted["level"] == "first_factor" or ages[1] == -1:  # without a second factor the first one stands in
+    if (
+        wanted["level"] == "first_factor" or ages[1] == -1
+    ):  # without a second factor the first one stands in
         return first
     if wanted["level"] == "second_factor":
         return second

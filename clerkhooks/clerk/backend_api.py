@@ -22,11 +22,16 @@ from clerkhooks.errors import BackendApiError
 T = TypeVar("T")
 PAGE = 500  # the most users of a page: a higher limit is silently answered with ten
 IDS = 100  # the most ids of a question
-ALLOWED = {"sk_live_": 900, "sk_test_": 90}  # of 1,000 and 100 in ten seconds: the rest is the application's own
+ALLOWED = {
+    "sk_live_": 900,
+    "sk_test_": 90,
+}  # of 1,000 and 100 in ten seconds: the rest is the application's own
 WINDOW = 11.0  # seconds; Clerk counts in ten, but not every request is as long on its way
 PATIENCE = 120.0  # seconds until a call is given up
 LONGEST_PAUSE = 60.0  # seconds, also where Retry-After says more
-LARGEST_ANSWER = 64 * 1024 * 1024  # bytes; a page of 500 users with all the metadata that Clerk lets them have is half of it
+LARGEST_ANSWER = (
+    64 * 1024 * 1024
+)  # bytes; a page of 500 users with all the metadata that Clerk lets them have is half of it
 _CONNECT_TIMEOUT, _TIMEOUT = 5.0, 30.0
 _NO_PARAMETERS: Mapping[str, Any] = {}
 # A retry that helps is no news: without any handler Python would print each to stderr.
@@ -37,7 +42,11 @@ class RateLimit:
     """Lets at most *allowed* requests begin in any *window* seconds, from however many threads."""
 
     def __init__(
-        self, allowed: int, window: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], object] = time.sleep
+        self,
+        allowed: int,
+        window: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._begun: deque[float] = deque(maxlen=allowed)
         self._held_until = 0.0
@@ -76,31 +85,48 @@ class _Passing(BackendApiError):
 
 class BackendApi:
     """
-    A client that keeps within Clerk's rate limits and tries again where that may help. Threads may share it.
+    A client that keeps within Clerk's rate limits and retries. Threads may share it.
 
-    Every method raises BackendApiError, at the latest some *patience* seconds later. *pace* scales patience and all
-    pauses, for tests, which are in a hurry; *timeout* (seconds) is how long the API may be silent.
+    Every method raises BackendApiError, at the latest some *patience* seconds later. *pace* scales
+    patience and all pauses, for tests, which are in a hurry; *timeout* (seconds) is how long the
+    API may be silent.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests.
     """
 
-    def __init__(self, api_url: str, secret_key: str, *, patience: float = PATIENCE, pace: float = 1.0, timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self,
+        api_url: str,
+        secret_key: str,
+        *,
+        patience: float = PATIENCE,
+        pace: float = 1.0,
+        timeout: float = _TIMEOUT,
+    ) -> None:
         self._client = httpx.Client(
             base_url=f"{api_url}/v1",
             headers={"Authorization": f"Bearer {secret_key}"},
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
             follow_redirects=False,
-            # To read the certificates takes a noticeable time, which plain HTTP to this machine has no use for.
+            # To read the certificates takes a noticeable time, which plain HTTP to this machine has
+            # no use for.
             verify=httpx.URL(api_url).scheme != "http",
         )
-        self._rate_limit = RateLimit(ALLOWED.get(secret_key[:8], ALLOWED["sk_test_"]), WINDOW * pace)
+        self._rate_limit = RateLimit(
+            ALLOWED.get(secret_key[:8], ALLOWED["sk_test_"]), WINDOW * pace
+        )
         self._patience, self._pace, self._timeout = patience, pace, timeout
 
     def __enter__(self) -> Self:
         """Connections are made when they are needed."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Close them."""
         self._client.close()
 
@@ -116,7 +142,8 @@ class BackendApi:
         """
         A page of users, oldest first, each as Clerk gives it.
 
-        With *created_at_after* (milliseconds) only those of later; Clerk does not say whether the millisecond itself is among them.
+        With *created_at_after* (milliseconds) only those of later; Clerk does not say whether the
+        millisecond itself is among them.
         """
         bound = {} if created_at_after is None else {"created_at_after": created_at_after}
         return self._list({"limit": PAGE, "offset": offset, "order_by": "+created_at"} | bound)
@@ -130,11 +157,19 @@ class BackendApi:
 
     def is_gone(self, user_id: str) -> bool:
         """Whether there is no such user, in Clerk's own words: the 404 of a proxy or of a wrong URL proves nothing."""
-        return self._patiently(lambda: _judge_user(self._send(f"/users/{quote(user_id, safe='')}", _NO_PARAMETERS), user_id))
+        return self._patiently(
+            lambda: _judge_user(
+                self._send(f"/users/{quote(user_id, safe='')}", _NO_PARAMETERS), user_id
+            )
+        )
 
     def fetch_date(self) -> datetime | None:
         """What the API's clock says, to the second, whatever else it answers; None where it does not say."""
-        return _parse_date(self._patiently(lambda: self._send("/users/count", _NO_PARAMETERS)).headers.get("Date", ""))
+        return _parse_date(
+            self._patiently(lambda: self._send("/users/count", _NO_PARAMETERS)).headers.get(
+                "Date", ""
+            )
+        )
 
     def _list(self, parameters: Mapping[str, Any]) -> list[Any]:
         users = self._get("/users", parameters)
@@ -185,11 +220,15 @@ class BackendApi:
             for piece in response.iter_bytes():
                 body += piece
                 if len(body) > LARGEST_ANSWER:
-                    raise BackendApiError("answer_unusable", f"answered more than {LARGEST_ANSWER:,} bytes")
+                    raise BackendApiError(
+                        "answer_unusable", f"answered more than {LARGEST_ANSWER:,} bytes"
+                    )
                 if time.monotonic() > until:
                     raise _Passing("api_unreachable", "did not answer in time")
         except (httpx.RemoteProtocolError, httpx.DecodingError):
-            raise _Passing("answer_unusable", "sent an answer that was cut short or garbled") from None
+            raise _Passing(
+                "answer_unusable", "sent an answer that was cut short or garbled"
+            ) from None
         return bytes(body)
 
 
@@ -221,7 +260,9 @@ def _judge_user(answer: _Answer, user_id: str) -> bool:
 
 def _is_not_found(body: bytes) -> bool:
     try:
-        return any(error["code"] == "resource_not_found" for error in strict_json.parse(body)["errors"])
+        return any(
+            error["code"] == "resource_not_found" for error in strict_json.parse(body)["errors"]
+        )
     except (ValueError, TypeError, KeyError):
         return False
 

@@ -7,29 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 from clerkhooks.clerk import strict_json
+from clerkhooks.clerk.fields import find_primary
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.errors import EventError
+from clerkhooks.events import Version
 
 EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
 NEW_USER = "New User"
 LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, the last that databases and Python know
+FIRST_MILLISECOND = (
+    10**11
+)  # a smaller time is in seconds: as milliseconds it would be before 1973-03-04
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-
-
-class Version(NamedTuple):
-    """
-    Which of two states of a user is the newer: compared from left to right, times in milliseconds.
-
-    An event that has neither time has ``updated_at`` -1, below all others, and its attempt's time for ``timestamp``.
-    """
-
-    updated_at: int
-    timestamp: int
-    message_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +30,8 @@ class Profile:
     """
     What is kept of a Clerk user: every text fits its column and can be stored.
 
-    Each field is a column of ``users``; in a tombstone and before the first event all but the name are None.
+    Each field is a column of ``users``; in a tombstone and before the first event all but the name
+    are None.
     """
 
     name: str
@@ -46,11 +40,12 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ReceivedEvent:
     """
-    An event of any type. *data* is the object that it is about, as Clerk sent it; nothing of it belongs in a log.
+    An event of any type, before it is applied.
 
-    *occurred_at* is None where Clerk did not say.
+    *user_id* is set for the events of a user. *profile* is then what Clerk keeps of the user, or
+    None if the user was deleted.
     """
 
     message_id: str
@@ -58,14 +53,8 @@ class Event:
     version: Version
     occurred_at: datetime | None
     data: Mapping[str, Any] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class UserEvent(Event):
-    """A user as of *version*; without a profile, the user was deleted."""
-
-    user_id: str
-    profile: Profile | None
+    user_id: str | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +64,7 @@ class Snapshot:
     user_id: str
     updated_at: int
     profile: Profile
+    data: Mapping[str, Any] = field(repr=False)
 
     @property
     def version(self) -> Version:
@@ -87,7 +77,7 @@ def is_user_id(value: object) -> bool:
     return isinstance(value, str) and _USER_ID.fullmatch(value) is not None
 
 
-def parse_event(message: VerifiedMessage) -> Event:
+def parse_event(message: VerifiedMessage) -> ReceivedEvent:
     """
     The event that *message* carries.
 
@@ -108,12 +98,15 @@ def parse_event(message: VerifiedMessage) -> Event:
     data = payload.get("data")
     data = data if isinstance(data, dict) else {}
     message_id = storable_id(message.message_id)
-    common = (message_id, storable(event_type), *_parse_version(payload, data, message_id, message.attempt_timestamp), data)
+    version, occurred_at = _parse_version(payload, data, message_id, message.attempt_timestamp)
+    common = (message_id, storable(event_type), version, occurred_at, data)
     if event_type not in ("user.created", "user.updated", "user.deleted"):
-        return Event(*common)
+        return ReceivedEvent(*common)
     if not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
-    return UserEvent(*common, data["id"], None if event_type == "user.deleted" else parse_profile(data))
+    return ReceivedEvent(
+        *common, data["id"], None if event_type == "user.deleted" else parse_profile(data)
+    )
 
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
@@ -122,12 +115,15 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
 
     A field that is null, empty, absent, of a wrong type, too long or not storable counts as absent.
     """
-    email = _text(_primary_email_address(data), EMAIL_LENGTH)
+    address = find_primary(data, "primary_email_address_id", "email_addresses")
+    email = _text(address.get("email_address"), EMAIL_LENGTH)
     names = (_name(data.get("first_name")), _name(data.get("last_name")))
     full_name = " ".join(name for name in names if name)
     local_part = email.rsplit("@", 1)[0].strip() if email else ""
     name = full_name or local_part or _name(data.get("username")) or NEW_USER
-    return Profile(name[:NAME_LENGTH].rstrip(), email, _text(data.get("image_url"), IMAGE_URL_LENGTH))
+    return Profile(
+        name[:NAME_LENGTH].rstrip(), email, _text(data.get("image_url"), IMAGE_URL_LENGTH)
+    )
 
 
 def parse_snapshot(data: object) -> Snapshot:
@@ -135,14 +131,15 @@ def parse_snapshot(data: object) -> Snapshot:
     A user object of the Backend API.
 
     Raises:
-        EventError: if it is not one, or does not say when it was updated, without which it cannot be ranked.
+        EventError: if it is not one, or does not say when it was updated, without which it cannot
+        be ranked.
     """
     if not isinstance(data, dict) or not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
     updated_at = milliseconds(data.get("updated_at"))
     if updated_at is None:
         raise EventError("updated_at_missing")
-    return Snapshot(data["id"], updated_at, parse_profile(data))
+    return Snapshot(data["id"], updated_at, parse_profile(data), data)
 
 
 def storable(text: str) -> str:
@@ -161,7 +158,10 @@ def storable_id(message_id: str) -> str:
 def _parse_version(
     payload: Mapping[str, Any], data: Mapping[str, Any], message_id: str, attempt_timestamp: int
 ) -> tuple[Version, datetime | None]:
-    updated_at, timestamp = milliseconds(data.get("updated_at")), milliseconds(payload.get("timestamp"))
+    updated_at, timestamp = (
+        milliseconds(data.get("updated_at")),
+        milliseconds(payload.get("timestamp")),
+    )
     newest = timestamp if timestamp is not None else updated_at
     if newest is None:
         return Version(-1, attempt_timestamp * 1000, message_id), None
@@ -173,19 +173,19 @@ def milliseconds(value: object) -> int | None:
     """A time of Clerk's, or None for anything that is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if 0 <= value <= LAST_MILLISECOND and value == int(value) else None
-
-
-def _primary_email_address(data: Mapping[str, Any]) -> object:
-    primary, addresses = data.get("primary_email_address_id"), data.get("email_addresses")
-    if not isinstance(primary, str) or not isinstance(addresses, list):
+    if not 0 <= value <= LAST_MILLISECOND or value != int(value):
         return None
-    matching = (address for address in addresses if isinstance(address, dict) and address.get("id") == primary)
-    return next(matching, {}).get("email_address")
+    # Clerk's own examples give the envelope's time in seconds; its deliveries give milliseconds.
+    return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
 
 
 def _text(value: object, length: int) -> str | None:
-    if not isinstance(value, str) or not value.strip() or len(value) > length or _UNSTORABLE.search(value):
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > length
+        or _UNSTORABLE.search(value)
+    ):
         return None
     return value
 

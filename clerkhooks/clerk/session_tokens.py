@@ -46,9 +46,10 @@ Claims = NewType("Claims", Mapping[str, Any])
 class TokenRules:
     """What a token must say beside being sound. An empty or None rule is not enforced."""
 
-    issuer: str | None = None
+    issuers: frozenset[str] = frozenset()
     authorized_parties: frozenset[str] = frozenset()
     audience: frozenset[str] = frozenset()
+    native: bool = False  # a token without ``azp`` is admitted, unless it came in a cookie
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,16 @@ class Session:
         """
         Whether the session meets every question that is asked: what Clerk's own ``has()`` says.
 
-        A permission is ``org:feature:action``; a feature or plan may begin with ``org:`` or ``user:``.
+        A permission is ``org:feature:action``; a feature or plan may begin with ``org:`` or
+        ``user:``.
         """
-        questions = {"role": role, "permission": permission, "feature": feature, "plan": plan, "reverification": reverification}
+        questions = {
+            "role": role,
+            "permission": permission,
+            "feature": feature,
+            "plan": plan,
+            "reverification": reverification,
+        }
         return is_authorized(self.claims, **questions)  # type: ignore[arg-type]
 
 
@@ -124,12 +132,13 @@ class SessionVerifier:
     """
     Verifies session tokens with *keys* and *rules*, and remembers those that held.
 
-    A browser sends one token many times within its minute. To remember it is safe: the same text carries the same
-    claims under the same signature, so only what depends on the time and on the keys may change. Expiry is checked at
-    every use (``nbf`` and ``iat`` once, for time goes on), and an entry counts only for the generation of keys that it
-    was verified with. What is kept is the digest of the token and its claims in bytes, read anew for each use, so that
-    no caller changes another's.
-    Only tokens that held are remembered, the newest *remember* of them, so that a forger fills nothing.
+    A browser sends one token many times within its minute. To remember it is safe: the same text
+    carries the same claims under the same signature, so only what depends on the time and on the
+    keys may change. Expiry is checked at every use (``nbf`` and ``iat`` once, for time goes on),
+    and an entry counts only for the generation of keys that it was verified with. What is kept is
+    the digest of the token and its claims in bytes, read anew for each use, so that no caller
+    changes another's. Only tokens that held are remembered, the newest *remember* of them, so that
+    a forger fills nothing.
     """
 
     def __init__(self, keys: SigningKeys, rules: TokenRules, remember: int = 4096) -> None:
@@ -137,28 +146,38 @@ class SessionVerifier:
         self._remembered: dict[bytes, tuple[int | None, int, bytes]] = {}
         self._guard = threading.Lock()
 
-    def verify(self, token: str, now: float) -> Session:
+    def verify(self, token: str, now: float, *, in_cookie: bool = False) -> Session:
         """
-        The session that *token* proves; *now* in seconds since the epoch.
+        Return the session that *token* proves; *now* in seconds since the epoch.
+
+        A token *in_cookie* always needs an ``azp``, if authorized parties are configured.
 
         Raises:
             Unauthenticated: with the reason, for every token that does not hold.
             KeysUnavailable: if there is no key to verify it with.
 
-        Source: Clerk, "Manual JWT verification"; the checks of @clerk/backend 3.25, and stricter where it is lax.
+        Source: Clerk, "Manual JWT verification"; the checks of @clerk/backend 3.25, and stricter
+        where it is lax.
         """
         if len(token) > LONGEST:
             raise Unauthenticated("token_too_long")
-        generation, digest = self.keys.refresh_if_due(), sha256(token.encode("utf-8", "replace")).digest()
+        generation, digest = (
+            self.keys.refresh_if_due(),
+            sha256(token.encode("utf-8", "replace")).digest(),
+        )
         held_in, expiry, frozen = self._remembered.get(digest, (None, 0, b""))
         if held_in is not None and held_in == generation and expiry > now - LEEWAY:
-            return _session(marshal.loads(frozen))  # noqa: S302  # our own bytes, which never left this process
+            claims = marshal.loads(frozen)  # noqa: S302  # our own bytes, which never left this process
+            verify_authorized_party(claims, self._rules, in_cookie=in_cookie)
+            return _session(claims)
         unverified = parse_form(token)
         verify_header(unverified.unverified_header)
         verify_signature(unverified, self.keys.find(unverified.unverified_header.get("kid")))
         claims = parse_claims(unverified.unverified_payload)
-        session = verify_claims(claims, self._rules, now)
-        with suppress(ValueError):  # claims nested too deeply for marshal, which is thrice as fast as JSON
+        session = verify_claims(claims, self._rules, now, in_cookie=in_cookie)
+        with suppress(
+            ValueError
+        ):  # claims nested too deeply for marshal, which is thrice as fast as JSON
             self._remember(digest, (generation, int(claims["exp"]), marshal.dumps(claims)))
         return session
 
@@ -170,7 +189,9 @@ class SessionVerifier:
                 del self._remembered[next(iter(self._remembered))]
 
 
-def verify_claims(claims: dict[str, Any], rules: TokenRules, now: float) -> Session:
+def verify_claims(
+    claims: dict[str, Any], rules: TokenRules, now: float, *, in_cookie: bool = False
+) -> Session:
     """
     The session of a token whose signature holds, once each of its claims does.
 
@@ -182,9 +203,9 @@ def verify_claims(claims: dict[str, Any], rules: TokenRules, now: float) -> Sess
     verify_expiry(claims, now)
     verify_not_before(claims, now)
     verify_issued_at(claims, now)
-    verify_issuer(claims, rules.issuer)
+    verify_issuer(claims, rules.issuers)
     verify_audience(claims, rules.audience)
-    verify_authorized_party(claims, rules.authorized_parties)
+    verify_authorized_party(claims, rules, in_cookie=in_cookie)
     verify_status(claims)
     return _session(claims)
 
@@ -252,9 +273,10 @@ def verify_issued_at(claims: Mapping[str, Any], now: float) -> None:
         raise Unauthenticated("token_issued_in_the_future")
 
 
-def verify_issuer(claims: Mapping[str, Any], issuer: str | None) -> None:
+def verify_issuer(claims: Mapping[str, Any], issuers: frozenset[str]) -> None:
     """``iss`` is our instance, where it is known: a key may be shared between instances."""
-    if issuer is not None and claims.get("iss") != issuer:
+    iss = claims.get("iss")
+    if issuers and not (isinstance(iss, str) and iss in issuers):
         raise Unauthenticated("token_issuer_mismatch")
 
 
@@ -263,21 +285,33 @@ def verify_audience(claims: Mapping[str, Any], audience: frozenset[str]) -> None
     aud = claims.get("aud")
     if not audience or aud in (None, "", []):
         return
-    if audience.isdisjoint(value for value in (aud if isinstance(aud, list) else [aud]) if isinstance(value, str)):
+    if audience.isdisjoint(
+        value for value in (aud if isinstance(aud, list) else [aud]) if isinstance(value, str)
+    ):
         raise Unauthenticated("token_audience_mismatch")
 
 
-def verify_authorized_party(claims: Mapping[str, Any], authorized_parties: frozenset[str]) -> None:
-    """``azp`` is there and one of ours: else a subdomain that was taken over could use its visitors' tokens."""
+def verify_authorized_party(
+    claims: Mapping[str, Any], rules: TokenRules, *, in_cookie: bool
+) -> None:
+    """``azp`` is one of ours: otherwise a subdomain that was taken over could use its visitors' tokens."""
     azp = claims.get("azp")
-    if authorized_parties and not (isinstance(azp, str) and azp in authorized_parties):
+    if not (rules.authorized_parties or rules.native):
+        return
+    if "azp" not in claims:
+        # Native apps, and tokens made by the Backend API, have none. A browser's cookie always has.
+        if in_cookie or not rules.native:
+            raise Unauthenticated("token_authorized_party_missing")
+    elif not (isinstance(azp, str) and azp in rules.authorized_parties):
         raise Unauthenticated("token_authorized_party_mismatch")
 
 
 def verify_status(claims: Mapping[str, Any]) -> None:
     """``sts`` is absent or active; a pending session has tasks left and counts as signed out."""
     if claims.get("sts", "active") != "active":
-        raise Unauthenticated("session_pending" if claims["sts"] == "pending" else "session_status_unknown")
+        raise Unauthenticated(
+            "session_pending" if claims["sts"] == "pending" else "session_status_unknown"
+        )
 
 
 def _session(claims: dict[str, Any]) -> Session:
@@ -308,6 +342,10 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 def _seconds(claims: Mapping[str, Any], name: str) -> int:
     """A NumericDate cut to whole seconds, as JavaScript does. PyJWT would take a string, too."""
     value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LAST_SECOND:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) <= LAST_SECOND
+    ):
         raise Unauthenticated(f"token_{name}_malformed")
     return int(value)

@@ -25,7 +25,9 @@ class SigningSecret:
 
     def sign(self, message_id: str, timestamp: int, body: str) -> str:
         """The base64 signature, without its version, of *body* sent at *timestamp* (seconds)."""
-        return self._webhook.sign(message_id, datetime.fromtimestamp(timestamp, UTC), body).removeprefix("v1,")
+        return self._webhook.sign(
+            message_id, datetime.fromtimestamp(timestamp, UTC), body
+        ).removeprefix("v1,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class VerifiedMessage:
     body: str
 
 
-def verify_signature(headers: Mapping[str, str], body: bytes, secrets: Sequence[SigningSecret], now: float) -> VerifiedMessage:
+def verify_signature(
+    headers: Mapping[str, str], body: bytes, secrets: Sequence[SigningSecret], now: float
+) -> VerifiedMessage:
     """
     The message, once one of its signatures matches one of *secrets*.
 
@@ -46,7 +50,8 @@ def verify_signature(headers: Mapping[str, str], body: bytes, secrets: Sequence[
     Raises:
         SignatureError: for every way a stranger can get this wrong.
 
-    Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend 3.25.
+    Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend
+    3.25.
     """
     message_id, timestamp, signatures = (headers.get(name, "").strip(_BLANKS) for name in HEADERS)
     if not (message_id and timestamp and signatures):
@@ -61,7 +66,9 @@ def verify_signature(headers: Mapping[str, str], body: bytes, secrets: Sequence[
     # svix's own verify() decodes base64 leniently, gives up at the first garbled signature,
     # and takes no clock; so it signs here, and the texts are compared as Clerk's SDK does.
     # No early exit: the time taken tells nothing of which secret or signature came close.
-    matches = [hmac.compare_digest(sent, own) for sent in _parse_signatures(signatures) for own in expected]
+    matches = [
+        hmac.compare_digest(sent, own) for sent in _parse_signatures(signatures) for own in expected
+    ]
     if not any(matches):
         raise SignatureError("signature_mismatch")
     return VerifiedMessage(message_id, attempt_timestamp, text)

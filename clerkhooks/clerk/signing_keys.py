@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,6 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import RSAAlgorithm
 
-from clerkhooks import coroutines
 from clerkhooks.clerk import strict_json
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
@@ -36,7 +36,8 @@ class SigningKeys(Protocol):
         """
         Have the keys confirmed in the background if that is due.
 
-        Gives the number of their generation, another one whenever they are others; None where none counts.
+        Gives the number of their generation, another one whenever they are others; None where none
+        counts.
         """
 
     def require_any(self) -> None:
@@ -92,8 +93,9 @@ class FetchedKeys:
     """
     The keys at *url*, for one process.
 
-    A known key never makes a request wait. One fetch at a time, in a thread of its own; one within the cooldown at
-    most, so that forged tokens cost Clerk nothing; and only a good answer ever replaces what is known.
+    A known key never makes a request wait. One fetch at a time, in a thread of its own; one within
+    the cooldown at most, so that forged tokens cost Clerk nothing; and only a good answer ever
+    replaces what is known.
     """
 
     url: str
@@ -140,11 +142,15 @@ class FetchedKeys:
         if not self._usable():
             self._wait_for_fetch()
         if not self._usable():
-            raise KeysUnavailable("keys_unavailable", retry_after=max(1, math.ceil(self.cooldown - self._since_tried())))
+            raise KeysUnavailable(
+                "keys_unavailable",
+                retry_after=max(1, math.ceil(self.cooldown - self._since_tried())),
+            )
 
     def _wait_for_fetch(self) -> None:
-        # A fetch that somebody else started serves as well; where none is under way and none allowed, nobody waits.
-        # With keys at hand only who started it waits long: else a flood of forged tokens could hold every thread.
+        # A fetch that somebody else started serves as well; where none is under way and none
+        # allowed, nobody waits. With keys at hand only who started it waits long: else a flood of
+        # forged tokens could hold every thread.
         fetch, is_ours = self._start_or_join()
         if fetch is not None:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEFLY)
@@ -157,7 +163,11 @@ class FetchedKeys:
         """A fetch, and whether this call started it."""
         with self._guard:
             elapsed = self._since_tried()
-            if self._fetch is not None and self._fetch.is_alive() and elapsed < max(self.cooldown, STUCK_AFTER):
+            if (
+                self._fetch is not None
+                and self._fetch.is_alive()
+                and elapsed < max(self.cooldown, STUCK_AFTER)
+            ):
                 return self._fetch, False
             if elapsed < self.cooldown:
                 return None, False
@@ -181,40 +191,84 @@ class FetchedKeys:
             keys = parse_key_set(download(self.url, self.headers))
         except Exception as error:  # noqa: BLE001  # whatever an endpoint may answer, the known keys stay
             self.on_fetch(False)
-            logger.warning("signing_keys_not_fetched", extra={"error": describe(error), "keys_known": len(self._usable())})
+            logger.warning(
+                "signing_keys_not_fetched",
+                extra={"error": describe(error), "keys_known": len(self._usable())},
+            )
             return
         with self._guard:
             # The answer to a fetch that was given up is older than what has been learnt since.
             in_time = self._fetch is threading.current_thread()
             if in_time:
                 known = self._known
-                self._known = _KeySet(keys, time.monotonic(), known.generation + (keys != known.keys))
+                self._known = _KeySet(
+                    keys, time.monotonic(), known.generation + (keys != known.keys)
+                )
         self.on_fetch(in_time)
 
 
 def download(url: str, headers: Mapping[str, str]) -> bytes:
     """
-    The body at *url*, read within a few seconds and 256 KiB.
+    Return the body at *url*, read within a few seconds and 256 KiB.
 
     Raises:
-        ValueError: if it is answered with anything but 200, or is too long; a redirect is not followed.
-        TimeoutError, httpx.HTTPError: if it is not answered, or not in time.
+        ValueError: the status is not 200, or the body is too long; redirects are not followed.
+        TimeoutError, httpx.HTTPError: no answer, or not in time.
     """
-    return coroutines.run(_download(url, headers))
-
-
-async def _download(url: str, headers: Mapping[str, str]) -> bytes:
-    # Timeouts of a blocking client begin anew with each byte; this one ends also an answer that drips.
-    plain = {**headers, "Accept-Encoding": "identity"}  # and what was compressed to little could unfold to anything
+    # Compressed, a small body could unfold to any size.
+    plain = {**headers, "Accept-Encoding": "identity"}
     body = bytearray()
-    async with asyncio.timeout(TIMEOUT), httpx.AsyncClient(timeout=TIMEOUT) as client, client.stream("GET", url, headers=plain) as response:
+    with (
+        _deadline(TIMEOUT) as trace,
+        httpx.Client(timeout=TIMEOUT) as client,
+        client.stream("GET", url, headers=plain, extensions={"trace": trace}) as response,
+    ):
         if response.status_code != 200:
             raise ValueError("not answered with 200")
-        async for piece in response.aiter_raw():
-            body += piece
+        for chunk in response.iter_raw():
+            body += chunk
             if len(body) > LARGEST_ANSWER:
                 raise ValueError("too long")
     return bytes(body)
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """
+    Cut the connection of a request after *seconds*; yields its trace function for httpx.
+
+    httpx' own timeouts begin anew with each byte, so that a dripping answer would never end.
+
+    Raises:
+        TimeoutError: the connection was cut.
+    """
+    sockets: list[socket.socket] = []
+    expired = threading.Event()
+
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            sockets.append(info["return_value"].get_extra_info("socket"))
+            if expired.is_set():  # the timer ran while this one was connecting
+                cut()
+
+    def cut() -> None:
+        expired.set()
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield trace
+    except httpx.HTTPError:
+        if not expired.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise TimeoutError
 
 
 def parse_key_set(body: bytes) -> dict[str, RSAPublicKey]:
@@ -228,7 +282,11 @@ def parse_key_set(body: bytes) -> dict[str, RSAPublicKey]:
     """
     parsed = strict_json.parse(body)
     listed = parsed.get("keys") if isinstance(parsed, dict) else None
-    found = {jwk["kid"]: key for jwk in listed if (key := _parse_key(jwk)) is not None} if isinstance(listed, list) else {}
+    found = (
+        {jwk["kid"]: key for jwk in listed if (key := _parse_key(jwk)) is not None}
+        if isinstance(listed, list)
+        else {}
+    )
     if not found:
         raise ValueError("no signing key in it")
     return found
@@ -237,7 +295,11 @@ def parse_key_set(body: bytes) -> dict[str, RSAPublicKey]:
 def _parse_key(jwk: Any) -> RSAPublicKey | None:
     if not isinstance(jwk, dict) or not isinstance(jwk.get("kid"), str):
         return None
-    if jwk.get("kty") != "RSA" or jwk.get("use", "sig") != "sig" or jwk.get("alg", "RS256") != "RS256":
+    if (
+        jwk.get("kty") != "RSA"
+        or jwk.get("use", "sig") != "sig"
+        or jwk.get("alg", "RS256") != "RS256"
+    ):
         return None
     try:
         key = RSAAlgorithm.from_jwk({"kty": "RSA", "n": jwk.get("n"), "e": jwk.get("e")})

@@ -11,7 +11,8 @@ def parse(text: bytes | str) -> Any:
     The value that *text* stands for.
 
     Raises:
-        ValueError: for all that is not JSON in UTF-8, also for NaN and for nesting too deep to be meant.
+        ValueError: for all that is not JSON in UTF-8, also for NaN and for nesting too deep to be
+        meant.
 
     Source: RFC 8259.
     """
@@ -26,7 +27,8 @@ def _refuse_constant(name: str) -> Never:
 
 
 def _parse_int(digits: str) -> int | float:
-    # Python refuses to convert thousands of digits; JavaScript reads them as a float, and so does this.
+    # Python refuses to convert thousands of digits; JavaScript reads them as a float, and so does
+    # this.
     return int(digits) if len(digits) < 300 else float(digits)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body, user_data
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 from clerkhooks.cli.server import ask
 
-MINUTE = 60_000  # milliseconds
+STEP = 10  # milliseconds between the events of a person
 Row = tuple[str, str, str | None, str | None]
 
 
@@ -42,19 +42,24 @@ class Person:
     email: str
     signed_up: int
 
-    def event(self, event_type: str, minutes: int = 0, **changes: str) -> bytes:
-        """The event of a profile as it was some *minutes* after the sign-up."""
-        at = self.signed_up + minutes * MINUTE
-        names: dict[str, Any] = {"first_name": self.first_name, "last_name": self.last_name} | changes
-        return event_body(event_type, user_data(self.id, email=self.email, updated_at=at, **names), at)
+    def event(self, event_type: str, steps: int = 0, **changes: str) -> bytes:
+        """The event of a profile as it was some *steps* after the sign-up."""
+        at = self.signed_up + steps * STEP
+        names: dict[str, Any] = {
+            "first_name": self.first_name,
+            "last_name": self.last_name,
+        } | changes
+        return event_body(
+            event_type, user_data(self.id, email=self.email, updated_at=at, **names), at
+        )
 
 
 class Story:
     """Ada, Grace and Alan, what happens to them, and the rows that must come of it."""
 
-    def __init__(self, clerk: PretendedClerk) -> None:
+    def __init__(self, clerk: FakeClerk) -> None:
         self.clerk = clerk
-        start = int(time.time() * 1000) - 10 * MINUTE
+        start = int(time.time() * 1000) - 10 * STEP
         self.ada = Person(clerk_id("user"), "Ada", "Byron", "ada@example.org", start)
         self.grace = Person(clerk_id("user"), "Grace", "Hopper", "grace@example.org", start)
         self.alan = Person(clerk_id("user"), "Alan", "Turing", "alan@example.org", start)
@@ -70,7 +75,10 @@ class Story:
     def scenes(self) -> list[tuple[str, list[Step]]]:
         """What happens, in order."""
         return [
-            ("Ada signs up. Clerk's webhooks come twice, late and forged, and her row stays right.", self._ada()),
+            (
+                "Ada signs up. Clerk's webhooks come twice, late and forged, and her row stays right.",
+                self._ada(),
+            ),
             ("Grace is faster than her webhook.", self._grace()),
             ("Alan deletes his account, and that is final.", self._alan()),
         ]
@@ -78,13 +86,27 @@ class Story:
     def _ada(self) -> list[Step]:
         married = self.ada.event("user.updated", 5, last_name="Lovelace")
         earlier = self.ada.event("user.updated", 3, last_name="King")
-        forged = self._webhook("user.updated, forged", "401 signature_mismatch", "a stranger gets nowhere", married)
-        forged.headers["svix-signature"] = PretendedClerk(private_key=self.clerk.private_key).headers(married)["svix-signature"]
+        forged = self._webhook(
+            "user.updated, forged", "401 signature_mismatch", "a stranger gets nowhere", married
+        )
+        forged.headers["svix-signature"] = FakeClerk(private_key=self.clerk.private_key).headers(
+            married
+        )["svix-signature"]
         message_id = clerk_id("msg")
         return [
-            self._webhook("user.created", "200 applied", "Ada Byron has a row", self.ada.event("user.created")),
-            self._webhook("user.updated", "200 applied", "now she is Ada Lovelace", married, message_id),
-            self._webhook("user.updated, repeated", "200 duplicate", "each message is done once", married, message_id),
+            self._webhook(
+                "user.created", "200 applied", "Ada Byron has a row", self.ada.event("user.created")
+            ),
+            self._webhook(
+                "user.updated", "200 applied", "now she is Ada Lovelace", married, message_id
+            ),
+            self._webhook(
+                "user.updated, repeated",
+                "200 duplicate",
+                "each message is done once",
+                married,
+                message_id,
+            ),
             self._webhook("user.updated, older", "200 stale", "the newer name stays", earlier),
             forged,
         ]
@@ -98,16 +120,27 @@ class Story:
         ]
 
     def _alan(self) -> list[Step]:
-        signed_up, changed = self.alan.event("user.created"), self.alan.event("user.updated", 2, first_name="Al")
-        deletion = event_body("user.deleted", {"deleted": True, "id": self.alan.id, "object": "user"}, self.alan.signed_up)
+        signed_up, changed = (
+            self.alan.event("user.created"),
+            self.alan.event("user.updated", 2, first_name="Al"),
+        )
+        deletion = event_body(
+            "user.deleted",
+            {"deleted": True, "id": self.alan.id, "object": "user"},
+            self.alan.signed_up,
+        )
         return [
             self._webhook("user.created", "200 applied", "Alan Turing has a row", signed_up),
-            self._webhook("user.deleted", "200 applied", "name, email and image are erased", deletion),
+            self._webhook(
+                "user.deleted", "200 applied", "name, email and image are erased", deletion
+            ),
             self._webhook("user.updated, too late", "200 stale", "nothing revives him", changed),
             self._call(self.alan, "401 user_deleted", "nor does a token that outlived him"),
         ]
 
-    def _webhook(self, says: str, expected: str, meaning: str, body: bytes, message_id: str | None = None) -> Step:
+    def _webhook(
+        self, says: str, expected: str, meaning: str, body: bytes, message_id: str | None = None
+    ) -> Step:
         headers = self.clerk.headers(body, message_id)
         return Step(f"webhook {says}", expected, meaning, "POST", "/webhooks/clerk", headers, body)
 
@@ -130,7 +163,10 @@ def show(story: Story, port: int, database: Path) -> bool:
     if wrong:
         click.secho(f"\n{mark(False)} {wrong} of {len(verdicts) + 1} checks failed.", fg="red")
     else:
-        click.secho(f"\n{mark(True)} All {len(verdicts)} steps and the table are as they must be.", fg="green")
+        click.secho(
+            f"\n{mark(True)} All {len(verdicts)} steps and the table are as they must be.",
+            fg="green",
+        )
     return not wrong
 
 
@@ -155,13 +191,20 @@ def _take(step: Step, port: int) -> bool:
     well = answer == step.expected
     colour = "green" if well else "red"
     told = step.meaning if well else f"expected: {step.expected}"
-    click.echo(f"  {click.style(mark(well), fg=colour)} {step.says:<32}{click.style(f'{answer:<26}', fg=colour)}{told}")
+    click.echo(
+        f"  {click.style(mark(well), fg=colour)} {step.says:<32}{click.style(f'{answer:<26}', fg=colour)}{told}"
+    )
     return well
 
 
 def _print_table(rows: list[Row]) -> None:
-    lines = [("id", "name", "email", "deleted_at"), *(tuple(value or "-" for value in row) for row in rows)]
+    lines = [
+        ("id", "name", "email", "deleted_at"),
+        *(tuple(value or "-" for value in row) for row in rows),
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     for number, line in enumerate(lines):
-        text = "  ".join(f"{value:<{width}}" for value, width in zip(line, widths, strict=True)).rstrip()
+        text = "  ".join(
+            f"{value:<{width}}" for value, width in zip(line, widths, strict=True)
+        ).rstrip()
         click.secho(f"  {text}", dim=number == 0)

@@ -18,10 +18,9 @@ import click
 from flask import Flask
 from flask_migrate import upgrade
 
+from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.cli import demonstration
-from clerkhooks.cli.pretend import PretendedClerk
 from clerkhooks.cli.server import HOST, Server, ServerFailed, running_server, signals_as
-from clerkhooks.models import db, init_database
 from clerkhooks.settings import PROJECT, VARIABLES
 
 TOKEN_LIFETIME = 3600  # seconds
@@ -56,7 +55,11 @@ class Files:
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="End after the demonstration, with status 0 only if every step did what it should.")
+@click.option(
+    "--once",
+    is_flag=True,
+    help="End after the demonstration, with status 0 only if every step did what it should.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -69,9 +72,10 @@ def dev(context: click.Context, once: bool, port: int) -> None:
     """
     Run the whole service here and show what it does.
 
-    Needs no Clerk account, no settings and no database server. Makes a SQLite file in the instance folder, and keys that
-    are forgotten when it ends; starts the real server; sends it signed webhooks and API calls and prints what became of
-    them. Then it goes on serving, for you to try, until Ctrl-C.
+    Needs no Clerk account, no settings and no database server. Makes a SQLite file in the instance
+    folder, and keys that are forgotten when it ends; starts the real server; sends it signed
+    webhooks and API calls and prints what became of them. Then it goes on serving, for you to try,
+    until Ctrl-C.
 
     Your own settings, .env and database are neither read nor touched. Each run starts over.
     """
@@ -80,7 +84,7 @@ def dev(context: click.Context, once: bool, port: int) -> None:
 
 def run(files: Files, port: int, *, once: bool) -> int:
     """
-    Prepare, start, demonstrate and, unless *once*, serve until a signal comes; gives the exit status.
+    Prepare, start, demonstrate and, unless *once*, serve until a signal; return the status.
 
     Raises:
         Refused: if it cannot run like this.
@@ -90,11 +94,13 @@ def run(files: Files, port: int, *, once: bool) -> int:
     with signals_as(signal.default_int_handler), _sole_run(files), _listening(port) as listener:
         port = listener.getsockname()[1]
         files.lock.write_text(f"process {os.getpid()}, http://{HOST}:{port}")
-        story = demonstration.Story(PretendedClerk())
+        story = demonstration.Story(FakeClerk())
         password = secrets.token_hex(6)
         environ = server_environ(os.environ, story.clerk, files.database, password)
-        click.secho("clerkhooks dev: the real server, with keys and a database made for this run", bold=True)
-        prepare_database(files.database)
+        click.secho(
+            "clerkhooks dev: the real server, with keys and a database made for this run", bold=True
+        )
+        prepare_database(files.database, environ)
         _say("database", f"{_short(files.database)}, migrated")
         with running_server(listener, environ, files.log) as server:
             _say("server", f"http://{HOST}:{port}, gunicorn; its log is {_short(files.log)}")
@@ -104,30 +110,41 @@ def run(files: Files, port: int, *, once: bool) -> int:
     return 0 if well else 1
 
 
-def server_environ(environ: Mapping[str, str], clerk: PretendedClerk, database: Path, password: str) -> dict[str, str]:
+def server_environ(
+    environ: Mapping[str, str], clerk: FakeClerk, database: Path, password: str
+) -> dict[str, str]:
     """
-    The server's environment: *environ*, in which only *clerk*, *database* and the console's *password* are configured.
+    Return *environ* with only *clerk*, *database* and the console's *password* configured.
 
-    Every other variable of ours is there and empty: that counts as unset, and keeps .env from setting it.
+    Every other variable of ours is there and empty: that counts as unset, and keeps .env from
+    setting it.
     """
-    others = {name: value for name, value in environ.items() if not name.startswith(("GUNICORN_", "SCRIPT_NAME"))}
-    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | {"DATABASE_URL": f"sqlite:///{database}", "CONSOLE_PASSWORD": password}
+    others = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("GUNICORN_", "SCRIPT_NAME"))
+    }
+    own = {"DATABASE_URL": f"sqlite:///{database}", "CONSOLE_PASSWORD": password}
+    # gunicorn reads this one by itself, and cannot parse an empty one.
+    return others | dict.fromkeys(VARIABLES, "") | clerk.environ | own | {"WEB_CONCURRENCY": "2"}
 
 
-def prepare_database(database: Path) -> None:
-    """Start over with an empty *database*, migrated by the project's own migrations."""
+def prepare_database(database: Path, environ: Mapping[str, str]) -> None:
+    """Start over with an empty *database*, migrated by the service that *environ* configures."""
+    from clerkhooks import create_app
+    from clerkhooks.web.state import disconnect
+
     for suffix in ("", "-wal", "-shm", "-journal"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
-    app = Flask("clerkhooks")
-    init_database(app, f"sqlite:///{database}")
+    app = create_app(environ)
     with app.app_context():
         upgrade()
-        db.session.remove()
-        db.engine.dispose()
+    disconnect(app)
 
 
 def _require_checkout(project: Path) -> None:
-    missing = [name for name in ("wsgi.py", "migrations") if not (project / name).exists()]
+    needed = ("wsgi.py", "gunicorn.conf.py", "migrations")
+    missing = [name for name in needed if not (project / name).exists()]
     if missing:
         raise Refused(
             f"clerkhooks dev runs from a checkout, and {project} has no {' and no '.join(missing)}.\n"
@@ -162,8 +179,14 @@ def _listening(port: int) -> Iterator[socket.socket]:
         try:
             listener.bind((HOST, port))
         except OSError as error:
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            raise Refused(f"Port {port} {why}.\nChoose another one, for example: clerkhooks dev --port {port % 65535 + 1}") from None
+            why = (
+                "is taken by another program"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be used: {error.strerror}"
+            )
+            raise Refused(
+                f"Port {port} {why}.\nChoose another one, for example: clerkhooks dev --port {port % 65535 + 1}"
+            ) from None
         yield listener
 
 
@@ -175,9 +198,15 @@ def _serve(server: Server, story: demonstration.Story, port: int, password: str,
         click.secho(f"\nServing on http://{HOST}:{port}. Ctrl-C stops it.", bold=True)
         click.echo(f"Call the API as Ada (her token is good until {until}):\n")
         click.echo(f"  curl -H 'Authorization: Bearer {token}' http://{HOST}:{port}/api/me\n")
-        click.echo(f"See what happened: http://{HOST}:{port}/console, any user name, password {password}\n")
-        click.echo("Then with your own Clerk application: put its signing secret (Clerk Dashboard, Webhooks, your endpoint)")
-        click.echo(f"into {_short(PROJECT / '.env')} as CLERK_WEBHOOK_SECRET=whsec_... and go on with README.md.")
+        click.echo(
+            f"See what happened: http://{HOST}:{port}/console, any user name, password {password}\n"
+        )
+        click.echo(
+            "Then with your own Clerk application: put its signing secret (Clerk Dashboard, Webhooks, your endpoint)"
+        )
+        click.echo(
+            f"into {_short(PROJECT / '.env')} as CLERK_WEBHOOK_SECRET=whsec_... and go on with README.md."
+        )
         server.wait()
     except KeyboardInterrupt:
         click.echo("\nStopping.")

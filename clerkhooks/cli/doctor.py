@@ -1,4 +1,4 @@
-"""``clerkhooks doctor``: what is wrong here, and how to mend it."""
+"""``clerkhooks doctor``: finds mistakes in configuration and setup, and says how to fix them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import click
 
 from clerkhooks.cli.demonstration import mark
 from clerkhooks.cli.options import json_option, printable
-from clerkhooks.diagnosis import Finding, Level, diagnose
+from clerkhooks.doctor import Finding, Level, diagnose
 from clerkhooks.errors import Fault, SettingsError
-from clerkhooks.settings import load_dotenv_file
+from clerkhooks.settings import PROJECT, read_environ
 
-_COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.WRONG: "red", Level.SKIPPED: "bright_black"}
+_COLOURS = {
+    Level.OK: "green",
+    Level.WARNING: "yellow",
+    Level.ERROR: "red",
+    Level.SKIPPED: "bright_black",
+}
 
 
 @click.command()
@@ -22,15 +27,16 @@ _COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.WRONG: "red", Leve
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
     """
-    Check everything that is easily set up wrong, and say how to mend it.
+    Check the configuration, the keys, the clock and the database.
 
-    Works where the service itself refuses to start. Reads the environment and .env, asks Clerk and the database a few
-    questions, changes nothing, and shows no secret.
+    Works even if the service refuses to start. Reads the environment and .env, sends a few requests
+    to Clerk and a few queries to the database, changes nothing, and shows no secret.
 
-    Status: 0 if nothing is wrong, warnings or not; 1 if anything is.
+    Exit status: 0 without errors, warnings or not; 1 with errors.
     """
     findings = []
-    for finding in diagnose(os.environ, unread=_load_dotenv()):
+    values, faults = _read_environ()
+    for finding in diagnose(values, unread=faults, project=PROJECT):
         findings.append(finding)
         if not as_json:
             _show(finding)
@@ -38,20 +44,20 @@ def doctor(context: click.Context, as_json: bool) -> None:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         _sum_up(findings)
-    context.exit(1 if any(finding.level is Level.WRONG for finding in findings) else 0)
+    context.exit(1 if any(finding.level is Level.ERROR for finding in findings) else 0)
 
 
-def _load_dotenv() -> tuple[Fault, ...]:
+def _read_environ() -> tuple[dict[str, str], tuple[Fault, ...]]:
     try:
-        load_dotenv_file()
+        return read_environ(PROJECT), ()
     except SettingsError as error:
-        return error.faults
-    return ()
+        return dict(os.environ), error.faults
 
 
 def _show(finding: Finding) -> None:
     colour = _COLOURS[finding.level]
-    click.echo(f"  {click.style(_sign(finding.level), fg=colour)} {printable(finding.subject):<24} {printable(finding.what)}")
+    sign = click.style(_sign(finding.level), fg=colour)
+    click.echo(f"  {sign} {printable(finding.subject):<24} {printable(finding.what)}")
     if finding.remedy:
         click.secho(f"      {printable(finding.remedy)}", fg=colour)
 
@@ -61,8 +67,12 @@ def _sign(level: Level) -> str:
 
 
 def _sum_up(findings: list[Finding]) -> None:
-    wrong, warnings, skipped = (
-        sum(finding.level is level for finding in findings) for level in (Level.WRONG, Level.WARNING, Level.SKIPPED)
-    )
-    verdict = f"{mark(not wrong)} {f'{wrong} wrong' if wrong else 'Nothing is wrong'}"
-    click.secho(f"\n{verdict}; {warnings} warning{'' if warnings == 1 else 's'}, {skipped} skipped.", bold=True)
+    levels = [finding.level for finding in findings]
+    errors, warnings = levels.count(Level.ERROR), levels.count(Level.WARNING)
+    counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+    skipped = f"{levels.count(Level.SKIPPED)} skipped"
+    click.secho(f"\n{mark(not errors)} {counts}, {skipped}.", bold=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

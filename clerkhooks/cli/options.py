@@ -12,12 +12,15 @@ from shutil import get_terminal_size
 from typing import Any
 
 import click
+from flask import current_app
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from clerkhooks.errors import describe
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option: Callable[..., Any] = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON."
+)
 
 
 class CannotDo(click.ClickException):
@@ -31,7 +34,8 @@ class DatabaseFailed(CannotDo):
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
-            f"The database failed ({describe(error)}). Is DATABASE_URL right, and is it migrated: flask --app wsgi db upgrade?"
+            f"The database failed ({describe(error)}). Is its URL right, and has it been migrated? "
+            "In the service: flask --app wsgi db upgrade"
         )
 
 
@@ -41,9 +45,16 @@ def database_failures() -> Iterator[None]:
     try:
         yield
     except (DataError, UnicodeEncodeError) as error:
-        raise CannotDo(f"The database cannot hold some characters of what it was asked or given ({describe(error)}).") from None
+        raise CannotDo(
+            f"Some characters cannot be represented in the database's encoding ({describe(error)})."
+        ) from None
     except SQLAlchemyError as error:
         raise DatabaseFailed(error) from None
+
+
+def command(name: str) -> str:
+    """Return how the user of the current application types one of our commands."""
+    return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
 
 
 class Age(click.ParamType[timedelta]):
@@ -51,7 +62,9 @@ class Age(click.ParamType[timedelta]):
 
     name = "age"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
         """Text to timedelta; anything else ends the command with status 2."""
         found = re.fullmatch(r"([0-9]{1,4})([smhdw])", value)
         if found is None:
@@ -78,7 +91,9 @@ def printable(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
     text = "-" if value is None or value == "" else str(value)
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
 
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -87,10 +102,18 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     limit = get_terminal_size().columns if sys.stdout.isatty() else None
     for number, line in enumerate(lines):
-        text = "  ".join(f"{value:<{width}}" for value, width in zip(line, widths, strict=True)).rstrip()
-        click.secho(text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…", bold=number == 0)
+        text = "  ".join(
+            f"{value:<{width}}" for value, width in zip(line, widths, strict=True)
+        ).rstrip()
+        click.secho(
+            text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…",
+            bold=number == 0,
+        )
 
 
 def as_object(report: Any) -> dict[str, Any]:
     """A report as JSON knows it: times in ISO 8601, UTC."""
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(report).items()}
+    return {
+        name: value.isoformat() if isinstance(value, datetime) else value
+        for name, value in asdict(report).items()
+    }

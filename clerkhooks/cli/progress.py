@@ -24,7 +24,12 @@ class Progress:
         """Nothing is shown yet."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Leave the terminal as it was."""
         self.end()
 
@@ -34,7 +39,13 @@ class Progress:
         self._what, self._total, self._done = what, total or 0, 0
         self._began = self._said = time.monotonic()
         if sys.stderr.isatty() and total is not None:
-            self._bar = click.progressbar(length=total, label=what, file=sys.stderr, show_pos=True, item_show_func=lambda _: self._rate())
+            self._bar = click.progressbar(
+                length=total,
+                label=what,
+                file=sys.stderr,
+                show_pos=True,
+                item_show_func=lambda _: self._rate(),
+            )
             self._bar.__enter__()
 
     def advance(self, count: int) -> None:
@@ -57,7 +68,11 @@ class Progress:
 
     def _say(self) -> None:
         rate = self._done / max(time.monotonic() - self._began, 0.001)
-        left = f", {max(0, self._total - self._done) / rate:,.0f} s left" if rate and self._done < self._total else ""
+        left = (
+            f", {max(0, self._total - self._done) / rate:,.0f} s left"
+            if rate and self._done < self._total
+            else ""
+        )
         of = f" of {self._total:,}" if self._total else ""
         click.echo(f"{self._what}: {self._done:,}{of}, {self._rate()}{left}", err=True)
 

@@ -28,7 +28,8 @@ Server = subprocess.Popen[bytes]
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 # The guard leads the process group of the server and reads from a pipe that only we can write to.
-# The kernel closes the pipe when we die, however we die, and the guard then takes the whole group with it.
+# The kernel closes the pipe when we die, however we die, and the guard then takes the whole group
+# with it.
 _GUARD = ("/bin/sh", "-c", "read _; kill -KILL 0")
 
 
@@ -37,12 +38,16 @@ class ServerFailed(click.ClickException):
 
     def __init__(self, what: str, log: Path) -> None:
         lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        super().__init__("\n".join([f"{what} The end of {log}:", "", *(f"  {line}" for line in lines)]))
+        super().__init__(
+            "\n".join([f"{what} The end of {log}:", "", *(f"  {line}" for line in lines)])
+        )
 
 
-def ask(port: int, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b"") -> str:
+def ask(
+    port: int, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+) -> str:
     """
-    One request and, in short, its answer: the status, then the outcome, reason or name that the body holds.
+    Send a request and return its answer in short: the status, then outcome, reason or name.
 
     A server that does not answer is an answer, too: it begins with ``no answer``.
     """
@@ -51,7 +56,10 @@ def ask(port: int, method: str, path: str, headers: Mapping[str, str] | None = N
         connection.request(method, path, body or None, dict(headers or {}))
         response = connection.getresponse()
         answer = json.loads(response.read())
-        told = next((str(answer[key]) for key in ("outcome", "reason", "name", "status") if key in answer), "")
+        told = next(
+            (str(answer[key]) for key in ("outcome", "reason", "name", "status") if key in answer),
+            "",
+        )
         return f"{response.status} {told}".strip()
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"no answer ({type(error).__name__})"
@@ -64,7 +72,8 @@ def signals_as(handler: Handler) -> Iterator[None]:
     """Give every signal that means the end, also of a closed terminal, to *handler*; nohup keeps its meaning."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
-        # A script's shell starts what runs in its background with SIGINT ignored; whoever sends it here means it.
+        # A script's shell starts what runs in its background with SIGINT ignored; whoever sends it
+        # here means it.
         if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
             signal.signal(number, handler)
     try:
@@ -75,9 +84,11 @@ def signals_as(handler: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def running_server(listener: socket.socket, environ: Mapping[str, str], log: Path) -> Iterator[Server]:
+def running_server(
+    listener: socket.socket, environ: Mapping[str, str], log: Path
+) -> Iterator[Server]:
     """
-    Run gunicorn on *listener* for as long as the block lasts; the block begins when the server answers.
+    Run gunicorn on *listener* until the block ends; the block begins when it answers.
 
     Raises:
         ServerFailed: if it ends or stays silent instead.
@@ -97,9 +108,10 @@ def running_server(listener: socket.socket, environ: Mapping[str, str], log: Pat
 
 
 def _start(listener: socket.socket, environ: Mapping[str, str], output: int, group: int) -> Server:
-    # The socket is bound by us: a port that is taken shows before anything starts, and nobody can take it in between.
+    # The socket is bound by us: a port that is taken shows before anything starts, and nobody can
+    # take it in between.
     bind = f"fd://{listener.fileno()}"
-    command = [sys.executable, "-m", "clerkhooks.serving", "--bind", bind]
+    command = [sys.executable, "-m", "gunicorn", "--bind", bind, "wsgi:app"]
     return subprocess.Popen(  # noqa: S603  # constants and a number
         command,
         cwd=PROJECT,

@@ -1,44 +1,46 @@
 """
 The doctor's findings for the overview.
 
-Some checks ask Clerk, so they are made beside the request, and kept for a minute. What is in the database is asked anew each time.
+Some checks ask Clerk. They run beside the request, and their findings are kept for a minute. The
+database is asked anew each time.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from clerkhooks.diagnosis import OUTSIDE_CHECKS, Finding, Level, diagnose
+from clerkhooks.doctor import OUTSIDE_CHECKS, Finding, Level, Program, diagnose
 
-KEPT = 60.0  # seconds
-PATIENCE = 1.5  # seconds that a look waits for findings where the last ones are older
-_RANKS = (Level.WRONG, Level.WARNING, Level.OK, Level.SKIPPED)
+MAX_AGE = 60.0  # seconds that findings are kept
+WAIT_TIMEOUT = 1.5  # seconds that a request waits for new findings
+_SEVERITIES = (Level.ERROR, Level.WARNING, Level.OK, Level.SKIPPED)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, the worst first, and how long ago in seconds; None while not all was looked into."""
+    """Findings, the most severe first. *age* is in seconds, or None while checks are running."""
 
     findings: tuple[Finding, ...] = ()
     age: float | None = None
 
     def plus(self, findings: Iterable[Finding]) -> Report:
-        """These and *findings*, which were made now."""
-        everything = sorted((*self.findings, *findings), key=lambda finding: _RANKS.index(finding.level))
-        return Report(tuple(everything), self.age)
+        """Return a report that also has *findings*, which are new."""
+        combined = (*self.findings, *findings)
+        ordered = sorted(combined, key=lambda finding: _SEVERITIES.index(finding.level))
+        return Report(tuple(ordered), self.age)
 
     @property
-    def wrong(self) -> list[Finding]:
-        """What must be mended."""
-        return self._of(Level.WRONG)
+    def errors(self) -> list[Finding]:
+        """The findings that need action."""
+        return self._of(Level.ERROR)
 
     @property
     def warnings(self) -> list[Finding]:
-        """What should be looked at."""
+        """The findings that need a look."""
         return self._of(Level.WARNING)
 
     def _of(self, level: Level) -> list[Finding]:
@@ -46,7 +48,7 @@ class Report:
 
 
 class Checkup:
-    """Examines in a thread of its own, one at a time, when somebody looks."""
+    """Runs the doctor in a thread when a page needs its findings; never twice at the same time."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -54,26 +56,34 @@ class Checkup:
         self._findings: tuple[Finding, ...] = ()
         self._done_at: float | None = None
 
-    def read(self) -> Report:
-        """What was found within the last minute; else it is looked into, which is not waited for long."""
-        report, thread = self._look()
+    def read(self, values: Mapping[str, Any], program: Program) -> Report:
+        """
+        Return the findings about *values* from the last minute, or run the checks.
+
+        If they take longer than WAIT_TIMEOUT, the report is empty; they go on for the next request.
+        """
+        report, thread = self._look(values, program)
         if thread is not None:
-            thread.join(PATIENCE)
-            report, _ = self._look()
+            thread.join(WAIT_TIMEOUT)
+            report, _ = self._look(values, program)
         return report
 
-    def _look(self) -> tuple[Report, threading.Thread | None]:
-        """The last report, if it is new enough, or else who makes the next."""
+    def _look(
+        self, values: Mapping[str, Any], program: Program
+    ) -> tuple[Report, threading.Thread | None]:
+        """Return the last report if it is recent, else an empty one and the thread that checks."""
         with self._guard:
             age = None if self._done_at is None else time.monotonic() - self._done_at
-            if age is not None and age <= KEPT:
+            if age is not None and age <= MAX_AGE:
                 return Report(self._findings, age), None
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._examine, name="checkup", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, args=(values, program), name="clerkhooks-checkup", daemon=True
+                )
                 self._thread.start()
             return Report(), self._thread
 
-    def _examine(self) -> None:
-        found = tuple(diagnose(os.environ, checks=OUTSIDE_CHECKS))
+    def _run(self, values: Mapping[str, Any], program: Program) -> None:
+        found = tuple(diagnose(values, checks=OUTSIDE_CHECKS, program=program))
         with self._guard:
             self._findings, self._done_at = found, time.monotonic()

@@ -1,18 +1,18 @@
-"""How the console's pages write figures and times."""
+"""How the console's pages write numbers and times."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from clerkhooks.activity import COUNTED, Count
-from clerkhooks.auth import Authenticator
 from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
+from clerkhooks.store.activity import COUNTED, Count
+from clerkhooks.web.state import Authenticator
 
-_STEPS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+_UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
 def number(count: Count | int) -> str:
-    """A number of rows, and whether it is one that was counted."""
+    """Write a number of rows, and whether it is exact."""
     if isinstance(count, int):
         return f"{count:,}"
     if count.is_exact:
@@ -24,18 +24,18 @@ def number(count: Count | int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its own unit: 40 ms, 2.5 s, 3 minutes."""
+    """Write a length of time in the unit that suits it: 40 ms, 2.5 s, 3 minutes."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s".replace(".0 s", " s")
-    size, unit = next((size, unit) for size, unit in _STEPS if seconds >= size)
+    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
     whole = int(seconds // size)
     return f"{whole:,} {unit}{'' if whole == 1 else 's'}"
 
 
 def ago(then: datetime, now: datetime) -> str:
-    """How long ago *then* was, or how long it is till then, as a clock elsewhere may be ahead."""
+    """Write how long ago *then* was; a time by a clock that runs ahead may be in the future."""
     passed = int((now - then).total_seconds())
     if abs(passed) < 2:
         return "just now"
@@ -43,16 +43,21 @@ def ago(then: datetime, now: datetime) -> str:
 
 
 def moment(then: datetime) -> str:
-    """A point in time, in UTC."""
+    """Write a point in time, in UTC."""
     return f"{then.astimezone(UTC):%d %b %Y, %H:%M:%S}"
 
 
 def key_set(authenticator: Authenticator) -> tuple[str, str]:
-    """How the keys for session tokens are, as a level and in words."""
+    """Return the state of the session keys as a level and in words."""
     keys = authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         if keys.age is None:
             return "warning", "not fetched yet"
-        return "ok", f"fetched {duration(int(keys.age))} ago" if keys.age >= 1 else "fetched just now"
+        return (
+            "ok",
+            f"fetched {duration(int(keys.age))} ago" if keys.age >= 1 else "fetched just now",
+        )
     count = len(keys.keys) if isinstance(keys, ConfiguredKeys) else 0
-    return ("ok", f"{count} key{'' if count == 1 else 's'} configured") if count else ("warning", "none: protected routes answer 503")
+    if not count:
+        return "warning", "none: protected routes answer 503"
+    return "ok", f"{count} key{'' if count == 1 else 's'} configured"

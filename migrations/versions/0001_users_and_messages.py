@@ -33,6 +33,11 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_users"),
     )
     op.create_index("ix_users_email", "users", ["email"])
+    op.create_index("ix_users_created_at_id", "users", ["created_at", "id"])
+    create_partial_index(
+        "users", "unfilled", ["created_at"], "version_updated_at IS NULL AND deleted_at IS NULL"
+    )
+    create_partial_index("users", "deleted", ["created_at", "id"], "deleted_at IS NOT NULL")
     op.create_table(
         "webhook_messages",
         sa.Column("message_id", bytewise, nullable=False),
@@ -47,9 +52,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("message_id", name="pk_webhook_messages"),
     )
     op.create_index("ix_webhook_messages_received_at", "webhook_messages", ["received_at"])
-    op.create_index("ix_webhook_messages_clerk_user_id_received_at", "webhook_messages", ["clerk_user_id", "received_at"])
-    failed = sa.text("outcome = 'failed'")
-    op.create_index("ix_webhook_messages_failed", "webhook_messages", ["received_at"], postgresql_where=failed, sqlite_where=failed)
+    op.create_index(
+        "ix_webhook_messages_clerk_user_id_received_at",
+        "webhook_messages",
+        ["clerk_user_id", "received_at"],
+    )
+    create_partial_index("webhook_messages", "failed", ["received_at"], "outcome = 'failed'")
+
+
+def create_partial_index(table: str, suffix: str, columns: list[str], condition: str) -> None:
+    """Create an index of the rows that meet a condition."""
+    where = sa.text(condition)
+    name = f"ix_{table}_{suffix}"
+    op.create_index(name, table, columns, postgresql_where=where, sqlite_where=where)
 
 
 def downgrade() -> None:

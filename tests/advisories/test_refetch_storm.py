@@ -1,7 +1,8 @@
 """
-A flood of tokens with made-up key ids, each of which has the verifier fetch the keys again.
+A flood of tokens with invented key ids makes the verifier fetch the keys for each.
 
-It bit users of PyJWKClient and jwks-rsa without its rate limit: the issuer answers 429, and then nobody is let in.
+Affected users of PyJWKClient, and of jwks-rsa without its rate limit: the issuer answers 429, and
+nobody can sign in.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from tests.advisories import ATTACKER, CLERK, refusal, sound_token
 from tests.issuer import Issuer, fetched, jwk
 
 
-def test_costs_clerk_one_request_however_many_are_forged() -> None:
-    """All within one cooldown are refused for what the last answer said, and the good ones pass."""
+def test_fetches_once_for_a_flood_of_forged_tokens() -> None:
+    """During the cooldown the last answer decides: forged tokens are refused, good ones pass."""
     with Issuer(jwk(CLERK)).open() as issuer:
         keys = fetched(FetchedKeys(issuer.url))
         forged = [sound_token(ATTACKER, {"kid": f"ins_{number}"}) for number in range(100)]

@@ -1,21 +1,22 @@
 """
-A deleted user who comes back with an update that was late.
+A late update restores a deleted user.
 
-It bites every receiver that upserts: Svix retries for a day and promises no order, and the erased profile is there again.
+Affects every receiver that upserts: Svix retries for a day and promises no order, and the erased
+profile reappears.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from clerkhooks.cli.pretend import clerk_id
+from clerkhooks.clerk.fake import clerk_id
 from tests.support import NOW_MS, Service, deletion, user_event
 
 
 @pytest.mark.parametrize("event_type", ["user.created", "user.updated"])
 @pytest.mark.parametrize("late", [-1, 0, 60_000])
-def test_revives_nobody(service: Service, event_type: str, late: int) -> None:
-    """Neither an older event nor a newer one undoes the deletion, nor does a token that still runs."""
+def test_keeps_a_deleted_user_deleted(service: Service, event_type: str, late: int) -> None:
+    """No event undoes the deletion, older or newer, nor does a token that has not expired."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     assert service.outcome(deletion(user_id)) == "applied"

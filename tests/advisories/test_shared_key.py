@@ -1,7 +1,8 @@
 """
-One key, several instances: satellite domains, a copied development instance, a proxy in front of several.
+Several instances share one key: satellite domains, or a copied development instance.
 
-Clerk's own ``authenticateRequest`` compares no issuer, so that a user of the one is let into the other.
+Clerk's own ``authenticateRequest`` does not compare the issuer, so a user of one instance is
+accepted by the other.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from tests.advisories import CLERK, refusal, sound_token
 NEIGHBOUR = replace(CLERK, frontend_api="clerk.example.net")
 
 
-def test_takes_no_token_of_a_neighbour_with_the_same_key() -> None:
-    """The signature holds, the issuer does not."""
+def test_refuses_a_token_of_another_instance_with_the_same_key() -> None:
+    """The signature is valid, the issuer is not."""
     assert refusal(sound_token(NEIGHBOUR)) == "token_issuer_mismatch"
 
 
-@pytest.mark.parametrize("iss", [None, "", "https://clerk.example.com/", "https://clerk.example.com.evil.example", "clerk.example.com"])
-def test_takes_nothing_that_merely_resembles_our_issuer(iss: object) -> None:
-    """It is compared whole."""
+@pytest.mark.parametrize(
+    "iss",
+    [
+        None,
+        "",
+        "https://clerk.example.com/",
+        "https://clerk.example.com.evil.example",
+        "clerk.example.com",
+    ],
+)
+def test_refuses_an_issuer_that_only_resembles_its_own(iss: object) -> None:
+    """The whole text is compared."""
     assert refusal(sound_token(iss=iss)) == "token_issuer_mismatch"

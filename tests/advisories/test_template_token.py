@@ -1,7 +1,7 @@
 """
-A token that was made from a JWT template, for somebody else's service, shown as a session.
+A token made from a JWT template, for another service, is presented as a session.
 
-It bites users of Clerk's SDKs, which take it: it may last for years, and no sign-out ends it.
+Affects users of Clerk's SDKs, which accept it: it may last for years, and no sign-out ends it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from tests.advisories import refusal, sound_token
 
 
-def test_takes_no_template_token_for_a_session() -> None:
-    """It has a category of its own, and where that is missing, no session id."""
-    assert refusal(sound_token(header={"cat": "cl_B7d4PD222AAA"}, sid=None, sts=None, v=None)) == "token_category_mismatch"
+def test_refuses_a_template_token() -> None:
+    """It has a category of its own, and without one it still has no session id."""
+    marked = sound_token(header={"cat": "cl_B7d4PD222AAA"}, sid=None, sts=None, v=None)
+    assert refusal(marked) == "token_category_mismatch"
     assert refusal(sound_token(sid=None, sts=None, v=None)) == "token_session_missing"

@@ -1,7 +1,8 @@
 """
-Good keys thrown away for an answer that holds none.
+Good keys are dropped because of an answer that has none.
 
-It bit PyJWKClient, which drops its cache before the new keys are there, and whoever stored a proxy's error page.
+Affected PyJWKClient, which clears its cache before the new keys have arrived, and clients that
+cached a proxy's error page.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from tests.advisories import CLERK, refusal, sound_token
 from tests.issuer import Issuer, answering, fetched, jwk, key_set
 
 
-@pytest.mark.parametrize(("status", "body"), [(500, b""), (200, b"<html>"), (200, key_set()), (429, b'{"errors": []}')])
+@pytest.mark.parametrize(
+    ("status", "body"), [(500, b""), (200, b"<html>"), (200, key_set()), (429, b'{"errors": []}')]
+)
 def test_keeps_its_keys_when_a_fetch_fails(status: int, body: bytes) -> None:
-    """Users stay signed in through an outage of Clerk."""
+    """Users stay signed in during an outage of Clerk."""
     with Issuer(jwk(CLERK)).open() as issuer:
         fetches: list[bool] = []
         keys = fetched(FetchedKeys(issuer.url, cooldown=0, on_fetch=fetches.append))

@@ -1,4 +1,8 @@
-"""What users and messages cost on disk: ``python -m tests.benchmarks.disk [--users 1000000] [--events 10]``."""
+"""
+What users and messages cost on disk.
+
+    python -m tests.benchmarks.disk [--users 1000000] [--events 10]
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,26 @@ from pathlib import Path
 
 import psycopg
 
-from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.clerk.fake import FakeClerk
 from tests.conftest import migrate, started_postgresql
 
 USERS = """
-INSERT INTO users
-SELECT 'user_' || substr(md5(n::text) || md5(n::text), 1, 27), 'somebody.' || n || '@example.org', 'Somebody Number ' || n,
+INSERT INTO users (id, email, name, image_url, is_online, last_seen, created_at, updated_at,
+  version_updated_at, version_timestamp, version_message_id)
+SELECT 'user_' || substr(md5(n::text) || md5(n::text), 1, 27),
+  'somebody.' || n || '@example.org', 'Somebody Number ' || n,
   'https://img.clerk.com/' || repeat('eyJ0eXBlIjoicHJveHki', 5) || md5(n::text),
-  false, now(), now() - make_interval(secs => n * 30), now(), NULL, 1795444335792, 1795444335792, 'msg_' || substr(md5(n::text), 1, 27)
+  false, now(), now() - make_interval(secs => n * 30), now(),
+  1795444335792, 1795444335792, 'msg_' || substr(md5(n::text), 1, 27)
 FROM generate_series(1, %(users)s) n ORDER BY md5(n::text || 'order')
 """
 MESSAGES = """
-INSERT INTO webhook_messages SELECT 'msg_' || substr(md5(n || '-' || e) || 'abc', 1, 27),
-  CASE e WHEN 1 THEN 'user.created' ELSE 'user.updated' END, 'user_' || substr(md5(n::text) || md5(n::text), 1, 27), 'applied', 1,
-  now(), now() - make_interval(secs => n * e), now(), NULL
+INSERT INTO webhook_messages (message_id, event_type, clerk_user_id, outcome, attempts,
+  occurred_at, received_at, processed_at)
+SELECT 'msg_' || substr(md5(n || '-' || e) || 'abc', 1, 27),
+  CASE e WHEN 1 THEN 'user.created' ELSE 'user.updated' END,
+  'user_' || substr(md5(n::text) || md5(n::text), 1, 27), 'applied', 1,
+  now(), now() - make_interval(secs => n * e), now()
 FROM generate_series(1, %(users)s) n, generate_series(1, %(events)s) e ORDER BY n * e
 """
 SIZES = """
@@ -38,7 +48,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=10, help="messages for each user")
     arguments = parser.parse_args()
     with started_postgresql() as url, tempfile.TemporaryDirectory() as folder:
-        migrate(url, PretendedClerk())
+        migrate(url, FakeClerk())
         with psycopg.connect(url, autocommit=True) as connection:
             for statement in (USERS, MESSAGES):
                 connection.execute(statement, vars(arguments))
@@ -50,7 +60,7 @@ def main() -> None:
 
 def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
     """Write the same rows into a SQLite file, and print what it takes."""
-    migrate(f"sqlite:///{path}", PretendedClerk())
+    migrate(f"sqlite:///{path}", FakeClerk())
     file = sqlite3.connect(path)
     for name in ("users", "webhook_messages"):
         before = path.stat().st_size
@@ -58,7 +68,8 @@ def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
             for row in cursor.stream(f"SELECT * FROM {name}".encode()):
                 marks = ", ".join("?" * len(row))
                 file.execute(
-                    f"INSERT INTO {name} VALUES ({marks})", [str(value)[:26] if hasattr(value, "tzinfo") else value for value in row]
+                    f"INSERT INTO {name} VALUES ({marks})",
+                    [str(value)[:26] if hasattr(value, "tzinfo") else value for value in row],
                 )
         file.commit()
         file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -69,7 +80,11 @@ def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
 
 def print_line(database: str, name: str, rows: int, table: int, indexes: int) -> None:
     """One table: its rows, and bytes for each and in all."""
-    each = f"{table / rows:6.0f} + {indexes / rows:4.0f} bytes a row" if indexes else f"{table / rows:6.0f} bytes a row with indexes"
+    each = (
+        f"{table / rows:6.0f} + {indexes / rows:4.0f} bytes a row"
+        if indexes
+        else f"{table / rows:6.0f} bytes a row with indexes"
+    )
     print(f"{database:10}  {name:16}  {rows:>10,} rows  {each}  {(table + indexes) / 1e9:6.2f} GB")
 
 

@@ -1,4 +1,4 @@
-"""Load on a running server: many kept connections, each sending one prepared request after the other."""
+"""Load on a running server: kept connections, each sending one prepared request after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id, event_body, user_data
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 
 START = 1_700_000_000_000  # milliseconds
 
@@ -31,7 +31,10 @@ class Result:
 
     def quantile(self, share: float) -> float:
         """The latency, in milliseconds, that this share of the requests stayed below."""
-        return sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))] * 1000
+        return (
+            sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
+            * 1000
+        )
 
     @property
     def errors(self) -> int:
@@ -41,33 +44,50 @@ class Result:
 
 def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
     """A request as bytes."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"Content-Length: {len(body)}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def webhooks(clerk: PretendedClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
+def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
     """Sign-ups of new users and updates of *known* ones in turn, every message new."""
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
-        body = event_body("user.updated", user_data(user_id, email="ada@example.org", first_name="Ada", last_name="L", updated_at=at), at)
+        body = event_body(
+            "user.updated",
+            user_data(
+                user_id, email="ada@example.org", first_name="Ada", last_name="L", updated_at=at
+            ),
+            at,
+        )
         yield raw("POST", "/webhooks/clerk", clerk.headers(body), body)
 
 
-def unsigned(_clerk: PretendedClerk) -> Iterator[bytes]:
+def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
     """What a stranger sends, with headers that look right."""
-    headers = {"svix-id": "msg_x", "svix-timestamp": str(int(time.time())), "svix-signature": "v1,AAAA"}
+    headers = {
+        "svix-id": "msg_x",
+        "svix-timestamp": str(int(time.time())),
+        "svix-signature": "v1,AAAA",
+    }
     return itertools.repeat(raw("POST", "/webhooks/clerk", headers, b"x" * 2000))
 
 
-def calls(clerk: PretendedClerk, users: Sequence[str]) -> Iterator[bytes]:
+def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
     """Calls of these users, ten with each token."""
     for number in itertools.count():
         token = clerk.session_token(users[number % len(users)])
         yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
 
 
-def apply_load(port: int, requests: Iterator[bytes], seconds: float, connections: int = 8) -> Result:
+def apply_load(
+    port: int, requests: Iterator[bytes], seconds: float, connections: int = 8
+) -> Result:
     """Send *requests*, which are prepared first, over so many connections for so long."""
     prepared = list(itertools.islice(requests, int(seconds * 4000)))
     result, guard, ends = Result(), threading.Lock(), time.monotonic() + seconds

@@ -1,8 +1,11 @@
 """
-The whole service under load, as a table: ``python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]``.
+The whole service under load, as a table.
 
-Parts: ``floor`` (against the leanest function that does the same), ``scale`` (more users), ``sqlite`` (against the bare statements),
-``start`` (against a bare Flask with the same imports), ``memory`` and ``overload``. The load comes from this machine, too;
+    python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]
+
+Parts: ``floor`` (against the leanest function that does the same), ``scale`` (more users),
+``sqlite`` (against the bare statements), ``start`` (against a bare Flask with the same imports),
+``memory`` and ``overload``. The load comes from this machine, too;
 ratios are of turns in one run.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +26,7 @@ from pathlib import Path
 
 import psycopg
 
-from clerkhooks.cli.pretend import PretendedClerk
+from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT
 from tests.benchmarks import bare_sqlite
 from tests.benchmarks.disk import USERS
@@ -30,10 +34,11 @@ from tests.benchmarks.load import Result, apply_load, calls, median_ratio, unsig
 from tests.conftest import migrate, started_postgresql
 from tests.server import Server, environ, free_port, serving, wait_until_healthy, web_command
 
-CLERK = PretendedClerk()
+CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
 BARE = """
-import cryptography.hazmat.primitives.asymmetric.rsa, dotenv, flask_cors, flask_migrate, flask_sqlalchemy
+import cryptography.hazmat.primitives.asymmetric.rsa
+import dotenv, flask_cors, flask_migrate, flask_sqlalchemy
 import httpx, jwt, psycopg, sqlalchemy, svix.webhooks
 from flask import Flask
 app = Flask("bare")
@@ -59,7 +64,10 @@ def measure_floor(folder: Path) -> None:
         )
         for name, database, requests in works:
             migrate(database, CLERK)
-            with serving(database, CLERK, folder / "service.log") as server, _serving_floor(database) as floor:
+            with (
+                serving(database, CLERK, folder / "service.log") as server,
+                _serving_floor(database, folder / "floor.log") as floor,
+            ):
                 apply_load(server.port, calls(CLERK, [ONE]), 1)  # the user exists from now on
                 rates: list[list[float]] = [[], []]
                 for _ in range(5):
@@ -67,19 +75,22 @@ def measure_floor(folder: Path) -> None:
                         result = apply_load(port, requests(), 3)
                         assert not result.errors, result.statuses
                         own.append(result.rate)
-            line("floor", f"{name}, to the leanest that does the same", f"{median_ratio(*rates):.2f}")
+            line(
+                "floor", f"{name}, to the leanest that does the same", f"{median_ratio(*rates):.2f}"
+            )
 
 
 @contextlib.contextmanager
-def _serving_floor(database_url: str) -> Iterator[int]:
+def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
     port = free_port()
-    worker = "gthread" if database_url.startswith("sqlite") else "gevent"
-    options = ["-w", "2", "-k", worker, "--threads", "8", "--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
+    # Not gunicorn.conf.py, whose hooks are for the service. The package has no settings in it.
+    options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
+    options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
-    process = subprocess.Popen(
-        command, cwd=PROJECT, env=environ(**CLERK.environ, DATABASE_URL=database_url), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    server = Server(process, database_url, port, Path(os.devnull), CLERK)
+    variables = environ(**CLERK.environ, DATABASE_URL=database_url)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=out, stderr=out)
+    server = Server(process, database_url, port, log, CLERK)
     try:
         wait_until_healthy(server)
         yield port
@@ -99,19 +110,29 @@ def measure_scale(largest: int, folder: Path) -> None:
             with psycopg.connect(own, autocommit=True) as connection:
                 connection.execute(USERS.encode(), {"users": count})
                 connection.execute("VACUUM ANALYZE users")
-                known[count] = [row[0] for row in connection.execute("SELECT id FROM users ORDER BY md5(id) LIMIT 500")]
+                known[count] = [
+                    row[0]
+                    for row in connection.execute("SELECT id FROM users ORDER BY md5(id) LIMIT 500")
+                ]
             servers[count] = stack.enter_context(serving(own, CLERK, folder / f"{count}.log"))
         rates: dict[tuple[int, str], list[float]] = {}
         for _ in range(5):
             for count, server in servers.items():
-                for name, requests in (("webhook", webhooks(CLERK, known[count])), ("/api/me", calls(CLERK, known[count]))):
+                for name, requests in (
+                    ("webhook", webhooks(CLERK, known[count])),
+                    ("/api/me", calls(CLERK, known[count])),
+                ):
                     result = apply_load(server.port, requests, 3)
                     assert not result.errors, result.statuses
                     rates.setdefault((count, name), []).append(result.rate)
         for count in counts[1:]:
             for name in ("webhook", "/api/me"):
                 cost = median_ratio(rates[counts[0], name], rates[count, name])
-                line("scale", f"cost of {name} with {count:,} users, to that with 10,000", f"{cost:.2f}")
+                line(
+                    "scale",
+                    f"cost of {name} with {count:,} users, to that with 10,000",
+                    f"{cost:.2f}",
+                )
 
 
 def _database(url: str, name: str) -> str:
@@ -132,7 +153,11 @@ def measure_sqlite(folder: Path) -> None:
             assert not result.errors, result.statuses
             ours.append(result.rate)
             bare.append(_bare_sqlite(folder / "bare.db", 3))
-    line("sqlite", "webhooks a second, to the bare statements in sqlite3", f"{median_ratio(ours, bare):.2f}")
+    line(
+        "sqlite",
+        "webhooks a second, to the bare statements in sqlite3",
+        f"{median_ratio(ours, bare):.2f}",
+    )
 
 
 def _bare_sqlite(file: Path, seconds: float) -> float:
@@ -153,18 +178,37 @@ def measure_start(folder: Path) -> None:
     (folder / "bare.py").write_text(BARE)
     ours, bare = [], []
     for _ in range(7):
-        ours.append(_start(web_command(), PROJECT, CLERK.environ | {"DATABASE_URL": url, "WEB_CONCURRENCY": "2"}))
+        ours.append(
+            _start(
+                web_command(),
+                PROJECT,
+                CLERK.environ | {"DATABASE_URL": url, "WEB_CONCURRENCY": "2"},
+            )
+        )
         port = free_port()
-        options = ["--preload", "-w", "2", "-k", "gthread", "--threads", "8", "-b", f"127.0.0.1:{port}"]
-        bare.append(_start([sys.executable, "-m", "gunicorn", *options, "bare:app"], folder, {}, port))
-    line("start", "exec to the first 200, to a bare Flask with the same imports", f"{median_ratio(ours, bare):.2f}")
+        options = ["--preload", "-w", "2", "-k", "gevent", "-b", f"127.0.0.1:{port}"]
+        bare.append(
+            _start([sys.executable, "-m", "gunicorn", *options, "bare:app"], folder, {}, port)
+        )
+    line(
+        "start",
+        "exec to the first 200, to a bare Flask with the same imports",
+        f"{median_ratio(ours, bare):.2f}",
+    )
 
 
-def _start(command: list[str], cwd: Path, variables: dict[str, str], port: int | None = None) -> float:
+def _start(
+    command: list[str], cwd: Path, variables: dict[str, str], port: int | None = None
+) -> float:
     port = port or free_port()
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=cwd, env=environ(**variables | {"PORT": str(port)}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=cwd,
+        env=environ(**variables | {"PORT": str(port)}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     server = Server(process, "", port, Path(os.devnull), CLERK)
     while True:
@@ -174,7 +218,7 @@ def _start(command: list[str], cwd: Path, variables: dict[str, str], port: int |
         assert process.poll() is None
         time.sleep(0.002)
     took = time.monotonic() - began
-    process.terminate()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return took
 
@@ -193,13 +237,19 @@ def measure_memory(folder: Path, requests: int) -> None:
                         + apply_load(server.port, calls(CLERK, [ONE]), 4).statuses[200]
                     )
                 sizes.append(_megabytes(server))
-    line("memory", "a worker after its start / 10,000 requests", f"{sizes[0]:.0f} MB / {sizes[1]:.0f} MB")
+    line(
+        "memory",
+        "a worker after its start / 10,000 requests",
+        f"{sizes[0]:.0f} MB / {sizes[1]:.0f} MB",
+    )
     line("memory", f"a worker after {requests:,} more", f"{sizes[2]:.0f} MB")
 
 
 def _megabytes(server: Server) -> float:
     """PSS of a worker, in the mean."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    children = (
+        Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    )
     sizes = []
     for pid in children:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -208,7 +258,7 @@ def _megabytes(server: Server) -> float:
 
 
 def measure_overload(folder: Path, seconds: float) -> None:
-    """Four times more connections than threads; every 200 is in the database; garbage beside takes no more than its share."""
+    """Four times the usual connections: every 200 is stored, and garbage takes its share only."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "overload.log") as server:
@@ -222,18 +272,20 @@ def measure_overload(folder: Path, seconds: float) -> None:
     taken = usual.statuses[200] + heavy.statuses[200]
     line(
         "overload",
-        f"64 connections on 16 threads for {seconds:.0f} s: errors, answers of 200, messages stored",
+        f"64 connections for {seconds:.0f} s: errors, answers of 200, messages stored",
         f"{heavy.errors}, {taken}, {stored}",
     )
     line(
         "overload",
         "p50 and p99, and throughput to that of 16 connections",
-        f"{heavy.quantile(0.5):.0f} ms, {heavy.quantile(0.99):.0f} ms, {heavy.rate / usual.rate:.2f}",
+        f"{heavy.quantile(0.5):.0f} ms, {heavy.quantile(0.99):.0f} ms, "
+        f"{heavy.rate / usual.rate:.2f}",
     )
     share = beside.rate / usual.rate
     line(
         "overload",
-        f"deliveries beside {garbage.statuses[401] / garbage.seconds:,.0f} unsigned ones a second, to those alone",
+        f"deliveries beside {garbage.statuses[401] / garbage.seconds:,.0f} unsigned ones a second, "
+        "to those alone",
         f"{share:.2f}, errors {beside.errors}",
     )
 
@@ -241,7 +293,8 @@ def measure_overload(folder: Path, seconds: float) -> None:
 def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
     results: dict[int, Result] = {}
     threads = [
-        threading.Thread(target=lambda n=number, work=work: results.update({n: work()})) for number, work in enumerate((first, second))
+        threading.Thread(target=lambda n=number, work=work: results.update({n: work()}))
+        for number, work in enumerate((first, second))
     ]
     for thread in threads:
         thread.start()
@@ -252,10 +305,16 @@ def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tupl
 
 def main() -> None:
     """Run the parts and print their lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["floor", "scale", "sqlite", "start", "memory", "overload"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=["floor", "scale", "sqlite", "start", "memory", "overload"]
+    )
     parser.add_argument("--largest", type=int, default=1_000_000, help="the most users of scale")
-    parser.add_argument("--thorough", action="store_true", help="200,000 requests for memory, a minute of overload")
+    parser.add_argument(
+        "--thorough", action="store_true", help="200,000 requests for memory, a minute of overload"
+    )
     options = parser.parse_args()
     parts: dict[str, Callable[[Path], None]] = {
         "floor": measure_floor,

@@ -1,7 +1,7 @@
 """
 What the check of a session token costs, as ratios: ``python -m tests.benchmarks.session_tokens``.
 
-Clerk's own SDK is compared where it is there: ``pip install clerk-backend-api``. It is part of no extra.
+Clerk's own SDK is compared if it is installed: ``pip install clerk-backend-api``. No extra has it.
 All rounds are interleaved, so that a busy machine slows each row alike; the median round counts.
 """
 
@@ -18,14 +18,15 @@ import jwt
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules, parse_form
 from clerkhooks.clerk.signing_keys import ConfiguredKeys
-from clerkhooks.cli.pretend import PretendedClerk, clerk_id
 
 ROUNDS, CALLS = 41, 200
-CLERK = PretendedClerk()
+CLERK = FakeClerk()
 KEY = CLERK.private_key.public_key()
-RULES = TokenRules(f"https://{CLERK.frontend_api}", frozenset([CLERK.authorized_party]))
+ISSUER = f"https://{CLERK.frontend_api}"
+RULES = TokenRules(frozenset([ISSUER]), frozenset([CLERK.authorized_party]))
 
 
 def subjects() -> dict[str, Callable[[], object]]:
@@ -33,10 +34,20 @@ def subjects() -> dict[str, Callable[[], object]]:
     tokens = [CLERK.session_token(clerk_id("user"), lifetime=3600) for _ in range(CALLS)]
     token, keys, now = tokens[0], ConfiguredKeys((KEY,)), time.time()
     forgetful, mindful = SessionVerifier(keys, RULES, remember=0), SessionVerifier(keys, RULES)
-    form, prepared, next_token = parse_form(token), jwt.PyJWK.from_dict(jwk()), cycle(tokens).__next__
-    required: dict[str, Any] = {"algorithms": ["RS256"], "options": {"require": ["exp", "iat", "sub"]}, "issuer": RULES.issuer}
+    form, prepared, next_token = (
+        parse_form(token),
+        jwt.PyJWK.from_dict(jwk()),
+        cycle(tokens).__next__,
+    )
+    required: dict[str, Any] = {
+        "algorithms": ["RS256"],
+        "options": {"require": ["exp", "iat", "sub"]},
+        "issuer": ISSUER,
+    }
     found: dict[str, Callable[[], object]] = {
-        "bare RSA verification": lambda: KEY.verify(form.signature, form.signed, padding.PKCS1v15(), hashes.SHA256()),
+        "bare RSA verification": lambda: KEY.verify(
+            form.signature, form.signed, padding.PKCS1v15(), hashes.SHA256()
+        ),
         "PyJWT decode": lambda: jwt.decode(next_token(), prepared, **required),
         "new token": lambda: forgetful.verify(next_token(), now),
         "token seen before": lambda: mindful.verify(token, now),
@@ -46,7 +57,11 @@ def subjects() -> dict[str, Callable[[], object]]:
 
 def jwk() -> dict[str, Any]:
     """The instance's public key."""
-    return {"kid": "ins_pretended", "alg": "RS256", "use": "sig"} | jwt.algorithms.RSAAlgorithm.to_jwk(KEY, as_dict=True)
+    return {
+        "kid": "ins_pretended",
+        "alg": "RS256",
+        "use": "sig",
+    } | jwt.algorithms.RSAAlgorithm.to_jwk(KEY, as_dict=True)
 
 
 def clerks_own(token: str) -> dict[str, Callable[[], object]]:
@@ -57,8 +72,12 @@ def clerks_own(token: str) -> dict[str, Callable[[], object]]:
         from clerk_backend_api.security.types import AuthenticateRequestOptions  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         return {}
-    options = AuthenticateRequestOptions(jwt_key=CLERK.public_key_pem, authorized_parties=[CLERK.authorized_party])
-    request = httpx.Request("GET", "https://app.example.com", headers={"Authorization": f"Bearer {token}"})
+    options = AuthenticateRequestOptions(
+        jwt_key=CLERK.public_key_pem, authorized_parties=[CLERK.authorized_party]
+    )
+    request = httpx.Request(
+        "GET", "https://app.example.com", headers={"Authorization": f"Bearer {token}"}
+    )
     assert authenticate_request(request, options).is_signed_in
     return {"Clerk's authenticate_request": lambda: authenticate_request(request, options)}
 

@@ -1,5 +1,5 @@
 """
-``flask users sync`` with a Backend API that answers at once: users a second, and the memory that it takes.
+``clerkhooks sync`` with a Backend API that answers at once: users a second, and memory.
 
     python -m tests.benchmarks.sync [--users 1000000]
 
@@ -19,14 +19,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing import Process
 from urllib.parse import parse_qs, urlsplit
 
-from clerkhooks.cli.pretend import PretendedClerk, user_data
+from clerkhooks.clerk.fake import FakeClerk, user_data
 from clerkhooks.settings import PROJECT
 from tests.conftest import migrate, started_postgresql
 from tests.server import environ, free_port
 
-START = 1_700_000_000_000  # milliseconds: when the first user signed up; each other one a millisecond later
+START = 1_700_000_000_000  # when the first user signed up; each other one a millisecond later
 ID = "user_" + "0" * 27
-TEMPLATE = json.dumps(user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START))
+TEMPLATE = json.dumps(
+    user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START)
+)
 
 
 class Api(BaseHTTPRequestHandler):
@@ -45,7 +47,12 @@ class Api(BaseHTTPRequestHandler):
         if "user_id" in query:
             numbers = [int(user_id[5:]) for user_id in query["user_id"]]
         else:
-            first = int(query.get("created_at_after", [START - 1])[0]) - START + 1 + int(query["offset"][0])
+            first = (
+                int(query.get("created_at_after", [START - 1])[0])
+                - START
+                + 1
+                + int(query["offset"][0])
+            )
             numbers = list(range(first, min(first + int(query["limit"][0]), self.count)))
         self._answer(f"[{','.join(map(_user, numbers))}]")
 
@@ -81,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     count = parser.parse_args().users
-    clerk, port = PretendedClerk(), free_port()
+    clerk, port = FakeClerk(), free_port()
     api = Process(target=serve, args=(port, count), daemon=True)
     api.start()
     with started_postgresql() as url:
@@ -99,8 +106,15 @@ def main() -> None:
 def run(state: str, variables: dict[str, str], count: int) -> None:
     """One sync, in a process of its own."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", "users", "sync", "--json"]
-    process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "clerkhooks", "sync", "--json"]
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr
     assert process.stdout
     read_by = {}
@@ -109,7 +123,10 @@ def run(state: str, variables: dict[str, str], count: int) -> None:
     summary = process.stdout.read().splitlines()[-1]
     _, status, usage = os.wait4(process.pid, 0)
     took = time.monotonic() - began
-    print(f"{state}: {count / took:,.0f} users a second over all, at most {usage.ru_maxrss / 1024:.0f} MB, status {status}")
+    print(
+        f"{state}: {count / took:,.0f} users a second over all, "
+        f"at most {usage.ru_maxrss / 1024:.0f} MB, status {status}"
+    )
     for line in read_by.values():
         print(f"  {line}")
     print(f"  {summary}", flush=True)

@@ -1,0 +1,69 @@
+"""Declared columns: fields of Clerk's user object that an application keeps beside the profile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PHONE_NUMBER = "primary_phone_number"
+_PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[^.\s][^.]*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Where a declared column's value is in Clerk's user object, and how it is parsed."""
+
+    path: str
+    parse: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """
+        Refuse a path that can never have a value, or must never be stored.
+
+        Raises:
+            ValueError: the path is malformed, or leads into ``private_metadata``.
+        """
+        if not isinstance(self.path, str) or not _PATH.fullmatch(self.path):
+            raise ValueError(
+                f"{self.path!r} is not a path into Clerk's user object. "
+                "Use a field such as 'username', or a dotted path such as 'public_metadata.plan'."
+            )
+        if self.path.partition(".")[0] == "private_metadata":
+            raise ValueError(
+                "private_metadata is for your back end's secrets and must not be kept in a column. "
+                "Use public_metadata."
+            )
+
+    def find(self, data: Mapping[str, Any]) -> Any:
+        """
+        Return the value in *data*, a user object, or None if it is absent.
+
+        Raises:
+            Exception: whatever ``parse`` raises for a value that it does not expect.
+        """
+        value = _primary_phone_number(data) if self.path == PHONE_NUMBER else _walk(data, self.path)
+        return value if value is None or self.parse is None else self.parse(value)
+
+
+def _walk(data: Mapping[str, Any], path: str) -> Any:
+    value: Any = data
+    for name in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _primary_phone_number(data: Mapping[str, Any]) -> Any:
+    return find_primary(data, "primary_phone_number_id", "phone_numbers").get("phone_number")
+
+
+def find_primary(data: Mapping[str, Any], id_name: str, list_name: str) -> Mapping[str, Any]:
+    """Return the object of a list whose id *data* names as the primary one; empty if absent."""
+    primary, listed = data.get(id_name), data.get(list_name)
+    if not isinstance(primary, str) or not isinstance(listed, list):
+        return {}
+    matching = (item for item in listed if isinstance(item, dict) and item.get("id") == primary)
+    return next(matching, {})

@@ -1,0 +1,146 @@
+"""``log`` and ``prune``: the messages that Clerk sent."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+from flask.cli import with_appcontext
+
+from clerkhooks.cli.options import (
+    Age,
+    Since,
+    as_object,
+    database_failures,
+    json_option,
+    print_table,
+    printable,
+)
+from clerkhooks.events import Outcome
+from clerkhooks.store import Store, messages, queries
+from clerkhooks.web.state import current_state
+
+Message = queries.MessageReport
+SAFE_AGE = timedelta(days=7)
+COLUMNS = (
+    "received_at",
+    "event_type",
+    "outcome",
+    "attempts",
+    "clerk_user_id",
+    "message_id",
+    "error",
+)
+POLL = 1.0  # seconds
+OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message may commit later
+
+
+@click.command()
+@click.option(
+    "--failed", is_flag=True, help="Only those that failed and were never retried to success."
+)
+@click.option("--user", "user_id", metavar="ID", help="Only those about this user.")
+@click.option(
+    "--type", "event_type", metavar="TYPE", help="Only those of this type, such as user.updated."
+)
+@click.option(
+    "--since", type=Since(), help="Only those received since: 10m, 12h, 30d, or 2026-01-31T08:00."
+)
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most."
+)
+@click.option("--follow", is_flag=True, help="Go on with new ones as they come, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@with_appcontext
+def log(
+    failed: bool,
+    user_id: str | None,
+    event_type: str | None,
+    since: datetime | None,
+    limit: int,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """List the latest messages, newest last. A failed one is listed again after its next retry."""
+    wanted: queries.Wanted = {
+        "outcome": "failed" if failed else None,
+        "user_id": user_id,
+        "event_type": event_type,
+    }
+    store = current_state().store
+    with database_failures(), suppress(KeyboardInterrupt):
+        began = datetime.now(UTC)
+        found = queries.find_messages(store, since=since, limit=limit, **wanted)[::-1]
+        _print(found, as_json, with_names=True)
+        if not found and not follow and not as_json:
+            click.echo("No such message.")
+        if follow:
+            for new in _follow(store, began, found, wanted):
+                _print(new, as_json, with_names=False)
+
+
+def _follow(
+    store: Store, since: datetime, shown: list[Message], wanted: queries.Wanted
+) -> Iterator[list[Message]]:
+    """What is new at each look: a message that was not there, or one that had failed and was tried again."""
+    states = {message.message_id: _state(message) for message in shown}
+    while True:
+        looked = datetime.now(UTC)
+        failed = [name for name, (outcome, _) in states.items() if outcome == Outcome.FAILED]
+        found = queries.find_new_messages(store, since - OVERLAP, failed, **wanted)
+        yield [message for message in found if states.get(message.message_id) != _state(message)]
+        states = {message.message_id: _state(message) for message in found}
+        since = looked
+        time.sleep(POLL)
+
+
+def _state(message: Message) -> tuple[str, int]:
+    return message.outcome, message.attempts
+
+
+def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
+    if as_json:
+        for message in found:
+            click.echo(json.dumps(as_object(message)))
+    elif found and with_names:
+        print_table(COLUMNS, [_row(message) for message in found])
+    else:
+        for message in found:
+            click.echo("  ".join(map(printable, _row(message))))
+
+
+def _row(message: Message) -> list[Any]:
+    return [getattr(message, name) for name in COLUMNS]
+
+
+@click.command()
+@click.option(
+    "--older-than",
+    type=Age(),
+    default="30d",
+    show_default=True,
+    help="Delete messages that were received and processed longer ago: 12h, 30d, 8w.",
+)
+@click.option("--force", is_flag=True, help="Also delete messages younger than 7 days.")
+@json_option
+@with_appcontext
+def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
+    """
+    Delete old messages, in batches that no delivery waits for.
+
+    A message that Svix delivers again after it was deleted is judged by its version: its user is up
+    to date, so it changes nothing. An application's own handlers would run again, though, and Svix
+    retries and replays for days. So messages younger than 7 days need --force.
+    """
+    if older_than < SAFE_AGE and not force:
+        raise click.UsageError(
+            "Svix may still redeliver messages younger than 7 days. To delete them all the same: --force"
+        )
+    with database_failures():
+        pruned = sum(messages.prune(current_state().store, datetime.now(UTC) - older_than))
+    click.echo(json.dumps({"pruned": pruned}) if as_json else f"{pruned} messages deleted.")

@@ -1,0 +1,82 @@
+"""Diagnosis of common integration mistakes. A check examines one thing and prints nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clerkhooks.doctor import configuration, database, instance
+from clerkhooks.doctor.findings import APPLICATION as APPLICATION
+from clerkhooks.doctor.findings import SERVICE as SERVICE
+from clerkhooks.doctor.findings import Case as Case
+from clerkhooks.doctor.findings import Finding as Finding
+from clerkhooks.doctor.findings import Level as Level
+from clerkhooks.doctor.findings import Program as Program
+from clerkhooks.errors import Fault, SettingsError, describe
+from clerkhooks.settings import PROJECT, SECRET_VARIABLES, Settings
+
+S = TypeVar("S", bound=Settings)
+Check = Callable[[Case], Iterator[Finding]]
+PLACEHOLDER = "whsec_" + base64.b64encode(bytes(24)).decode()
+OUTSIDE_CHECKS: tuple[Check, ...] = (
+    configuration.check_settings,
+    configuration.check_names,
+    configuration.check_env_file,
+    configuration.check_webhook_secrets,
+    configuration.check_instance,
+    configuration.check_authorized_parties,
+    instance.check_keys,
+    instance.check_clock,
+    instance.check_secret_key,
+    database.check_database_url,
+)
+"""All checks except that of the database, which a running program asks over its own connections."""
+
+
+def diagnose(
+    values: Mapping[str, Any],
+    *,
+    checks: Sequence[Check] = (*OUTSIDE_CHECKS, database.check_database),
+    program: Program = SERVICE,
+    unread: Sequence[Fault] = (),
+    project: Path = PROJECT,
+) -> Iterator[Finding]:
+    """
+    Yield every finding of *checks* about the variables *values*, good and bad, check by check.
+
+    *unread* are faults that were found earlier, such as an unreadable ``.env``. Each check takes a
+    few seconds at most, changes nothing and raises nothing.
+    """
+    settings, faults = read_settings(values, program.settings)
+    case = Case(values, settings, (*unread, *faults), project, program)
+    for check in checks:
+        try:
+            yield from check(case)
+        except Exception as error:  # noqa: BLE001  # one failing check must not hide the others
+            yield Finding(
+                "check_broken",
+                Level.ERROR,
+                check.__name__.removeprefix("check_"),
+                f"This check failed: {describe(error)}.",
+                "Resolve the findings above first.",
+            )
+
+
+def read_settings(values: Mapping[str, Any], kind: type[S]) -> tuple[S, tuple[Fault, ...]]:
+    """
+    Return the settings in *values* without the invalid variables, and the faults of these.
+
+    If no signing secret is valid, a placeholder takes its place.
+    """
+    try:
+        return kind.from_mapping(values), ()
+    except SettingsError as error:
+        faults = error.faults
+    invalid = {fault.variable for fault in faults}
+    # Without DYNO, a missing DATABASE_URL is no fault.
+    usable = {name: values.get(name) for name in values if name not in invalid | {"DYNO"}}
+    if invalid.intersection(SECRET_VARIABLES):
+        usable[SECRET_VARIABLES[0]] = PLACEHOLDER
+    return kind.from_mapping(usable), faults

@@ -1,0 +1,236 @@
+"""Checks of the database: whether it answers, is migrated, and holds what Clerk sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapper
+
+from clerkhooks.doctor.findings import (
+    SERVICE,
+    Case,
+    Finding,
+    Level,
+    Program,
+    run_with_timeout,
+)
+from clerkhooks.errors import describe
+from clerkhooks.settings import VARIABLES, ServiceSettings
+from clerkhooks.store import Store, activity
+from clerkhooks.store.database import Database
+from clerkhooks.store.models import (
+    VERSION_COLUMNS,
+    ClerkUser,
+    add_indexes,
+    make_messages_table,
+)
+from clerkhooks.store.snapshots import read_columns
+from clerkhooks.store.statements import Statements
+from clerkhooks.web.health import find_fault
+
+DATABASE_TIMEOUT = 15.0  # seconds, for all questions to the database; each has a limit of its own
+MAX_SILENCE = timedelta(days=7)
+MAX_UNFILLED = timedelta(hours=1)
+
+
+def check_database_url(case: Case) -> Iterator[Finding]:
+    """Check that the service's database outlasts a restart."""
+    if not isinstance(case.settings, ServiceSettings):
+        return
+    if "DATABASE_URL" in case.invalid:
+        what = "Skipped: DATABASE_URL is invalid."
+        yield Finding("database_skipped", Level.SKIPPED, "database", what)
+    elif _is_sqlite(make_url(case.settings.database_url)) and case.text("DYNO"):
+        what = "SQLite is on this platform's disk, which is thrown away with every restart."
+        remedy = "Attach a PostgreSQL; the platform sets DATABASE_URL."
+        yield Finding("sqlite_on_platform", Level.ERROR, "database", what, remedy)
+
+
+def check_database(case: Case) -> Iterator[Finding]:
+    """Check the service's database over a connection of the doctor's own."""
+    if not isinstance(case.settings, ServiceSettings) or "DATABASE_URL" in case.invalid:
+        return
+    url, where = _resolve(make_url(case.settings.database_url)), _name_database(case)
+    # Opening SQLite would create the file.
+    if _is_sqlite(url) and not Path(str(url.database).removeprefix("file:")).exists():
+        what, remedy = f"{where} does not exist yet.", f"Create it: {case.program.upgrade}"
+        yield Finding("database_not_migrated", Level.ERROR, "database", what, remedy)
+        return
+
+    def judge() -> list[Finding]:
+        store = plain_store(url, pool_size=1)
+        try:
+            return judge_database(store, case.program, where)
+        finally:
+            store.database.dispose()
+
+    try:
+        yield from run_with_timeout(DATABASE_TIMEOUT, judge)
+    except (SQLAlchemyError, TimeoutError) as error:
+        yield _describe_unreachable(where, error, case.program)
+
+
+def plain_store(url: sa.URL, *, pool_size: int) -> Store:
+    """Return the service's tables in the database at *url*, to which nothing connects yet."""
+
+    class Plain(DeclarativeBase):
+        """A metadata that no other store shares."""
+
+    class User(ClerkUser, Plain):
+        """The plain table of users."""
+
+    mapper: Mapper[Any] = sa.inspect(User)
+    users = cast("sa.Table", mapper.local_table)
+    add_indexes(users)
+    messages = make_messages_table(users.metadata, users.schema)
+    database = Database(sa.create_engine(url), {}, pool_size=pool_size)
+    columns = read_columns(mapper)
+    statements = Statements(users, messages, {}, database.dialect, columns=columns)
+    return Store(database, users, messages, {}, statements)
+
+
+def _is_sqlite(url: sa.URL) -> bool:
+    return url.get_backend_name() == "sqlite"
+
+
+def _resolve(url: sa.URL) -> sa.URL:
+    """Resolve a relative SQLite file as Flask-SQLAlchemy does: in the instance folder."""
+    if not _is_sqlite(url) or not url.database:
+        return url
+    path = url.database.removeprefix("file:")
+    scheme = url.database[: len(url.database) - len(path)]
+    return url.set(database=f"{scheme}{Path(Flask('clerkhooks').instance_path, path)}")
+
+
+def _name_database(case: Case) -> str:
+    """Return kind, host and name of the service's database, without user and password."""
+    url = make_url(cast("ServiceSettings", case.settings).database_url)
+    if _is_sqlite(url):
+        return f"SQLite in {(url.database or '').partition('?')[0]}"
+    # An unescaped @ makes a part of the password look like the host.
+    if case.text("DATABASE_URL").count("@") > 1:
+        return "PostgreSQL (its URL has more than one @; in a password write %40)"
+    host = url.host or url.query.get("host") or "the local socket"
+    host = host if isinstance(host, str) else ",".join(host)
+    return f"PostgreSQL on {host}, {url.database or 'its default database'},"
+
+
+def judge_database(
+    store: Store, program: Program = SERVICE, where: str = "The database"
+) -> list[Finding]:
+    """
+    Return the findings about the database of *store*; *where* names it in their texts.
+
+    The first one says whether it can do its work. If that is an error, there are no others.
+    """
+    try:
+        readiness = _judge_readiness(store, program, where)
+        if readiness.level is Level.ERROR:
+            return [readiness]
+        return [
+            readiness,
+            _judge_failures(store, program),
+            _judge_last_webhook(store, program),
+            _judge_unfilled(store, program),
+        ]
+    except SQLAlchemyError as error:
+        return [_describe_unreachable(where, error, program)]
+
+
+def _describe_unreachable(where: str, error: Exception, program: Program) -> Finding:
+    what = f"{where} does not answer ({describe(error)})."
+    remedy = "Check that it is running, and reachable from here with this user and password."
+    if program is SERVICE:
+        remedy = f"{remedy} {VARIABLES['DATABASE_URL']}"
+    return Finding("database_unreachable", Level.ERROR, "database", what, remedy)
+
+
+def _judge_readiness(store: Store, program: Program, where: str) -> Finding:
+    fault, subject = find_fault(store), "database"
+    if fault is None:
+        what = f"{where} answers, and has every table and column."
+        return Finding("database_ready", Level.OK, subject, what)
+    if fault == "database_read_only":
+        what = f"{where} is read-only."
+        remedy = "Connect to the primary, with a user that may write."
+        return Finding("database_read_only", Level.ERROR, subject, what, remedy)
+    return _judge_schema(store, program, where)
+
+
+def _judge_schema(store: Store, program: Program, where: str) -> Finding:
+    """Describe a database that lacks tables or columns."""
+    with store.database.connect() as connection:
+        inspector = sa.inspect(connection)
+        tables = (store.users, store.messages)
+        present = [table for table in tables if inspector.has_table(table.name, table.schema)]
+        names: set[str] = set()
+        if store.users in present:
+            columns = inspector.get_columns(store.users.name, store.users.schema)
+            names = {column["name"] for column in columns}
+    subject, remedy = "database", f"Migrate: {program.upgrade}"
+    if not present:
+        what = f"{where} answers, but is not migrated."
+    elif program is SERVICE and names and names.isdisjoint(VERSION_COLUMNS):
+        what = f"{where} has a table {store.users.name} that clerkhooks did not create."
+        remedy = "Use a database, or a schema, of clerkhooks' own."
+        return Finding("database_of_others", Level.ERROR, subject, what, remedy)
+    else:
+        what = f"{where} answers, but lacks tables or columns of this release."
+    return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)
+
+
+def _judge_failures(store: Store, program: Program) -> Finding:
+    failed = activity.count_failures(store, datetime.now(UTC) - timedelta(days=1)).value
+    if not failed:
+        what = "Every message of the last 24 hours has been processed."
+        return Finding("messages_processed", Level.OK, "webhooks", what)
+    messages = "1 message" if failed == 1 else f"{failed:,} messages"
+    what = f"{messages} of the last 24 hours failed, and no retry has succeeded."
+    remedy = (
+        f"List the errors: {program.command} log --failed. "
+        f"Then repair: {program.command} sync --failed"
+    )
+    return Finding("messages_failed", Level.ERROR, "webhooks", what, remedy)
+
+
+def _judge_last_webhook(store: Store, program: Program) -> Finding:
+    last, subject = activity.find_last_received(store), "webhooks"
+    if last is None:
+        remedy = (
+            f"Try it without Clerk: {program.command} send user.created. "
+            "Then see Clerk Dashboard, Webhooks, your endpoint."
+        )
+        what = "No verified webhook has ever arrived."
+        return Finding("webhook_never_received", Level.WARNING, subject, what, remedy)
+    age = datetime.now(UTC) - last
+    hours = age / timedelta(hours=1)
+    since = "less than an hour" if hours < 1 else f"{hours:,.1f} hours"
+    what = f"The last verified webhook arrived {since} ago."
+    if age > MAX_SILENCE:
+        remedy = (
+            "If you expected more, see the attempts in Clerk Dashboard, Webhooks, your endpoint. "
+            "Svix disables an endpoint that keeps failing."
+        )
+        return Finding("webhooks_silent", Level.WARNING, subject, what, remedy)
+    return Finding("webhook_received", Level.OK, subject, what)
+
+
+def _judge_unfilled(store: Store, program: Program) -> Finding:
+    unfilled = activity.count_unfilled(store, MAX_UNFILLED).value
+    if not unfilled:
+        what = "No user has been without a profile for over an hour."
+        return Finding("users_filled", Level.OK, "users", what)
+    users, them = ("1 user has", "it") if unfilled == 1 else (f"{unfilled:,} users have", "them")
+    what = f"{users} had no profile for over an hour: no webhook has arrived for {them}."
+    remedy = (
+        "Check that the endpoint is subscribed to user.created and user.updated. "
+        f"Then repair: {program.command} sync --missing"
+    )
+    return Finding("users_unfilled", Level.ERROR, "users", what, remedy)

@@ -1,0 +1,134 @@
+"""What a check examines and what it reports."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from clerkhooks.errors import Fault
+from clerkhooks.settings import ServiceSettings, Settings
+
+T = TypeVar("T")
+TIMEOUT = 5.0  # seconds, for one question to another machine
+
+
+class Level(StrEnum):
+    """The severity of a finding. Only an error makes the whole diagnosis fail."""
+
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """
+    The result of a check, which contains no secret.
+
+    *code* is stable. *what* describes the situation and *remedy* what to do about it; warnings and
+    errors have a remedy.
+    """
+
+    code: str
+    level: Level
+    subject: str
+    what: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """The kind of program that is examined: its settings, and how its commands are typed."""
+
+    settings: type[Settings]
+    command: str
+    upgrade: str
+    """The command that migrates the database."""
+
+
+SERVICE: Final = Program(ServiceSettings, "clerkhooks", "flask --app wsgi db upgrade")
+APPLICATION: Final = Program(Settings, "flask clerk", "flask db migrate && flask db upgrade")
+"""An application of the user's own, which has its own database, logs and server."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    What is examined.
+
+    *settings* leave out the variables of *faults*, so that one invalid variable does not hide other
+    mistakes.
+    """
+
+    values: Mapping[str, Any]
+    settings: Settings
+    faults: tuple[Fault, ...]
+    project: Path
+    program: Program = SERVICE
+
+    @cached_property
+    def invalid(self) -> frozenset[str]:
+        """The names of invalid variables."""
+        return frozenset(fault.variable for fault in self.faults)
+
+    @cached_property
+    def offset(self) -> float | None:
+        """Seconds by which this clock is ahead of Clerk's, or None if Clerk cannot be reached."""
+        try:
+            return run_with_timeout(TIMEOUT, lambda: measure_clock(self.settings.api_url))
+        except Exception:  # noqa: BLE001  # an offline machine fails in many ways
+            return None
+
+    def text(self, variable: str) -> str:
+        """Return a value as text, empty if it is unset; ``app.config`` may hold lists."""
+        value = self.values.get(variable)
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+            return ",".join(map(str, value)).strip()
+        return "" if value is None else str(value).strip()
+
+
+def measure_clock(url: str) -> float:
+    """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
+    before = time.time()
+    verify = urlsplit(url).scheme != "http"
+    with httpx.stream(
+        "GET", url, timeout=TIMEOUT / 2, follow_redirects=False, verify=verify
+    ) as response:
+        after = time.time()
+        date = parsedate_to_datetime(response.headers["Date"])
+    # The header has whole seconds only.
+    return (before + after) / 2 - (date.replace(tzinfo=date.tzinfo or UTC).timestamp() + 0.5)
+
+
+def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
+    """
+    Return the result of *work*, which runs in a thread of its own.
+
+    After a timeout the thread is abandoned, since a hanging resolver cannot be interrupted.
+
+    Raises:
+        TimeoutError: *work* takes longer than *seconds*.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="clerkhooks-doctor", daemon=True).start()
+    return future.result(seconds)

@@ -1,0 +1,145 @@
+"""Checks that ask Clerk over the network: its keys, its clock, its Backend API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.signing_keys import FetchedKeys, download, parse_key_set
+from clerkhooks.doctor import findings
+from clerkhooks.doctor.findings import Case, Finding, Level, run_with_timeout
+from clerkhooks.errors import BackendApiError, describe
+from clerkhooks.web.auth import find_keys
+
+MAX_TOKEN_SKEW = 5.0  # seconds: the leeway of session tokens
+MAX_WEBHOOK_SKEW = 300.0  # seconds: Svix's tolerance for timestamps
+KEY_VARIABLES = (
+    "CLERK_JWT_KEY",
+    "CLERK_PUBLISHABLE_KEY",
+    "CLERK_JWKS_URL",
+    "CLERK_SECRET_KEY",
+    "CLERK_API_URL",
+)
+
+
+def check_keys(case: Case) -> Iterator[Finding]:
+    """Check that session tokens can be verified, with keys of this instance."""
+    keys, subject = find_keys(case.settings), "session keys"
+    if isinstance(keys, FetchedKeys):
+        yield _judge_fetch(keys)
+    elif keys.keys:
+        what = f"Tokens are verified without network access: {_count(keys.keys)} configured."
+        yield Finding("jwt_keys_configured", Level.OK, subject, what)
+        if case.settings.jwks_url:
+            yield _compare_keys(case.settings.jwks_url, keys.keys)
+    elif invalid := [name for name in KEY_VARIABLES if name in case.invalid]:
+        verb = "is" if len(invalid) == 1 else "are"
+        what = f"No session key could be loaded: {', '.join(invalid)} {verb} malformed."
+        yield Finding("keys_skipped", Level.SKIPPED, subject, what)
+    else:
+        what = "No key for session tokens is configured: protected routes answer 503."
+        remedy = "Set CLERK_PUBLISHABLE_KEY or CLERK_JWT_KEY: Clerk Dashboard, API keys."
+        yield Finding("keys_not_configured", Level.WARNING, subject, what, remedy)
+
+
+def _judge_fetch(keys: FetchedKeys) -> Finding:
+    host, subject = urlsplit(keys.url).hostname, "session keys"
+    try:
+        found = _fetch_keys(keys.url, keys.headers)
+    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
+        what = f"No key could be fetched from {host} ({_explain(error)})."
+        remedy = (
+            "Check the network, and that the API keys belong to an existing instance. With "
+            "CLERK_JWT_KEY no network access is needed."
+        )
+        return Finding("keys_not_fetched", Level.ERROR, subject, what, remedy)
+    what = f"{host} publishes {_count(found)} for session tokens."
+    return Finding("keys_fetched", Level.OK, subject, what)
+
+
+def _compare_keys(url: str, keys: Sequence[RSAPublicKey]) -> Finding:
+    host, subject = urlsplit(url).hostname, "CLERK_JWT_KEY"
+    try:
+        found = _fetch_keys(url, {})
+    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
+        what = (
+            f"Not compared with the instance's keys: none could be fetched from {host} "
+            f"({_explain(error)})."
+        )
+        return Finding("jwt_keys_not_compared", Level.SKIPPED, subject, what)
+    published = {key.public_numbers() for key in found.values()}
+    if published.isdisjoint(key.public_numbers() for key in keys):
+        what = f"{host} does not publish this key: every token is refused."
+        remedy = "Copy the JWT public key of the same instance: Clerk Dashboard, API keys."
+        return Finding("jwt_key_of_another_instance", Level.ERROR, subject, what, remedy)
+    return Finding("jwt_keys_match", Level.OK, subject, f"{host} publishes this key.")
+
+
+def _fetch_keys(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
+    return run_with_timeout(findings.TIMEOUT, lambda: parse_key_set(download(url, headers)))
+
+
+def _count(keys: Sequence[object] | Mapping[str, object]) -> str:
+    return "1 key" if len(keys) == 1 else f"{len(keys)} keys"
+
+
+def _explain(error: Exception) -> str:
+    """Return the cause. A ValueError may be a parser's, whose text quotes its input."""
+    return "no key set" if isinstance(error, ValueError) else describe(error)
+
+
+def check_clock(case: Case) -> Iterator[Finding]:
+    """Check this machine's clock against Clerk's."""
+    offset, remedy = case.offset, "Synchronize the clock by NTP: timedatectl set-ntp true"
+    if offset is None:
+        what = f"Not compared: {urlsplit(case.settings.api_url).hostname} did not send its time."
+        yield Finding("clock_not_compared", Level.SKIPPED, "clock", what)
+        return
+    direction = "ahead of" if offset > 0 else "behind"
+    what = f"This machine's clock is {abs(offset):,.0f} s {direction} Clerk's."
+    if abs(offset) > MAX_WEBHOOK_SKEW:
+        yield Finding(
+            "clock_wrong", Level.ERROR, "clock", f"{what} Every webhook is refused.", remedy
+        )
+    elif abs(offset) > MAX_TOKEN_SKEW:
+        yield Finding(
+            "clock_off", Level.WARNING, "clock", f"{what} Session tokens may be refused.", remedy
+        )
+    else:
+        what = "This machine's clock agrees with Clerk's to within 5 seconds."
+        yield Finding("clock_right", Level.OK, "clock", what)
+
+
+def check_secret_key(case: Case) -> Iterator[Finding]:
+    """Check that Clerk's Backend API accepts the secret key."""
+    key, subject = case.settings.secret_key, "CLERK_SECRET_KEY"
+    if subject in case.invalid:
+        return
+    if key is None:
+        what = f"It is not set. {case.program.command} sync needs it."
+        yield Finding("secret_key_unset", Level.SKIPPED, subject, what)
+    elif case.offset is None:
+        what = "Skipped: Clerk's Backend API cannot be reached from here."
+        yield Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
+    else:
+        yield _judge_secret_key(case.settings.api_url, key)
+
+
+def _judge_secret_key(api_url: str, key: str) -> Finding:
+    subject, limit = "CLERK_SECRET_KEY", findings.TIMEOUT / 2
+    try:
+        with BackendApi(api_url, key, patience=limit, timeout=limit) as api:
+            count = run_with_timeout(findings.TIMEOUT, api.count_users)
+    except TimeoutError:
+        what = "Skipped: Clerk's Backend API did not answer in time."
+        return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
+    except BackendApiError as error:
+        what, _, remedy = str(error).partition("\n")
+        if error.reason in ("rate_limited", "api_unreachable"):
+            return Finding("secret_key_not_tried", Level.SKIPPED, subject, what, remedy)
+        return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
+    what = f"Clerk's Backend API accepts it; the instance has {count:,} users."
+    return Finding("secret_key_accepted", Level.OK, subject, what)

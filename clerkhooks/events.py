@@ -1,0 +1,115 @@
+"""What a handler receives, and the registry that finds the handlers of an event type."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Outcome(StrEnum):
+    """The result of a delivery. ``duplicate`` is only ever an answer; it is never stored."""
+
+    APPLIED = "applied"
+    STALE = "stale"
+    IGNORED = "ignored"
+    FAILED = "failed"
+    DUPLICATE = "duplicate"
+
+
+class Version(NamedTuple):
+    """
+    Orders two states of one object: compared from left to right, times in milliseconds.
+
+    An event without any time has ``updated_at`` -1, below all others, and the time of its delivery
+    attempt as ``timestamp``.
+    """
+
+    updated_at: int
+    timestamp: int
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """
+    A verified event from Clerk, as handlers receive it.
+
+    *data* is the object as Clerk sent it. It may hold profile data and one-time codes: do not log
+    it. *occurred_at* is in UTC, or None if the event names no time. *outcome* is ``applied`` or
+    ``stale``; for types that only handlers act on it is always ``applied``.
+    """
+
+    type: str
+    data: Mapping[str, Any] = field(repr=False)
+    message_id: str
+    version: Version
+    occurred_at: datetime | None
+    outcome: Outcome
+
+
+Handler = Callable[[Event], object]
+_PATTERN = re.compile(r"\*|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\.\*)?")
+
+
+class Handlers:
+    """
+    The handlers of one ``ClerkHooks``, in the order of their registration.
+
+    A pattern is an event type (``user.created``), a family (``organization.*``) or ``*``.
+    """
+
+    def __init__(self) -> None:
+        self._registered: list[tuple[str, bool, Handler]] = []
+
+    def add(self, pattern: str, handler: Handler, *, after_commit: bool) -> None:
+        """
+        Register *handler*; registering it again for the same pattern has no effect.
+
+        Raises:
+            ValueError: *pattern* is not an event type, a family or ``*``.
+            TypeError: *handler* is asynchronous or a generator, and would never run.
+        """
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(
+                f"{pattern!r} is not an event type. Use a type such as 'user.created', "
+                "a family such as 'organization.*', or '*'."
+            )
+        if not callable(handler):
+            raise TypeError(f"A handler must be callable; {handler!r} is not.")
+        if _is_deferred(handler) or _is_deferred(type(handler).__call__):
+            raise TypeError("A handler must be a plain function: its result is not awaited.")
+        entry = (pattern, after_commit, handler)
+        if entry not in self._registered:
+            self._registered.append(entry)
+
+    def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
+        """Return the handlers of *event_type*, each once."""
+        found: list[Handler] = []
+        for pattern, when, handler in self._registered:
+            if when is after_commit and handler not in found and _matches(pattern, event_type):
+                found.append(handler)
+        return found
+
+    def handles(self, event_type: str) -> bool:
+        """Return whether any handler, inside or after the transaction, takes *event_type*."""
+        return any(_matches(pattern, event_type) for pattern, _, _ in self._registered)
+
+
+def _is_deferred(function: object) -> bool:
+    """Return whether calling *function* only makes a coroutine or a generator, and runs nothing."""
+    return (
+        inspect.iscoroutinefunction(function)
+        or inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+    )
+
+
+def _matches(pattern: str, event_type: str) -> bool:
+    if pattern.endswith("*"):
+        return event_type.startswith(pattern[:-1])
+    return pattern == event_type

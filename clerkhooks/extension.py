@@ -1,0 +1,295 @@
+"""``ClerkHooks``: what an application calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar, cast, overload
+
+import sqlalchemy as sa
+from flask import Blueprint, Flask, current_app, request_started
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Mapper
+
+from clerkhooks.clerk.session_tokens import Session
+from clerkhooks.clerk.signatures import SigningSecret
+from clerkhooks.cli.commands import clerk
+from clerkhooks.events import Event, Handler, Handlers
+from clerkhooks.settings import AppConfig, Settings
+from clerkhooks.store import Store
+from clerkhooks.store.database import Database
+from clerkhooks.store.models import (
+    VERSION_COLUMNS,
+    ClerkUser,
+    Versioned,
+    add_indexes,
+    declared_fields,
+    make_messages_table,
+)
+from clerkhooks.store.snapshots import make_snapshots, read_columns
+from clerkhooks.store.statements import Statements
+from clerkhooks.users import Users
+from clerkhooks.web import auth, health, me, webhooks
+from clerkhooks.web.problems import init_errors, init_problems
+from clerkhooks.web.state import EXTENSION, State
+
+U = TypeVar("U", bound=ClerkUser)
+H = TypeVar("H", bound=Handler)
+ROUTES = ("webhooks", "me", "health", "metrics", "console")
+DEFAULT_ROUTES = ("webhooks", "me")
+
+
+class ClerkHooks(Generic[U]):
+    """
+    Keeps an application's users as Clerk has them, and authenticates its calls.
+
+    *db* is the application's Flask-SQLAlchemy object. *model* derives from ``ClerkUser`` and
+    ``db.Model``; without one, a plain table ``users`` is made. Use one object for any number of
+    applications::
+
+        hooks = ClerkHooks(db, User)
+        hooks.init_app(app)
+
+    Raises:
+        ValueError: a column of *model* cannot work as declared, or its table's name is taken.
+        TypeError: *model* does not derive from ``ClerkUser``.
+    """
+
+    @overload
+    def __init__(self: ClerkHooks[ClerkUser], db: SQLAlchemy) -> None: ...
+    @overload
+    def __init__(self, db: SQLAlchemy, model: type[U]) -> None: ...
+    def __init__(self, db: SQLAlchemy, model: type[Any] | None = None) -> None:
+        """Add clerkhooks' tables to the metadata of *db*."""
+        if model is not None and not (isinstance(model, type) and issubclass(model, ClerkUser)):
+            raise TypeError("The model must derive from ClerkUser: class User(ClerkUser, db.Model)")
+        self.db = db
+        self.model: type[U] = cast("type[U]", model or _make_model(db))
+        """The model of users: *model*, or the one made for the plain table."""
+        mapper: Mapper[Any] = sa.inspect(self.model)
+        self._mapper, self._users = mapper, cast("sa.Table", mapper.local_table)
+        self._fields = declared_fields(mapper)
+        self._handlers = Handlers()
+        add_indexes(self._users)
+        self._messages = make_messages_table(self._users.metadata, self._users.schema)
+
+    def init_app(
+        self,
+        app: Flask,
+        *,
+        routes: Iterable[str] = DEFAULT_ROUTES,
+        url_prefix: str | None = None,
+        problems: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Register routes, commands and error handling on *app*, after ``db.init_app(app)``.
+
+        *routes* are of ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``; *url_prefix*
+        moves all of them. With *problems*, every error of the application is answered as
+        ``application/problem+json``. Variables that ``app.config`` lacks are read from *environ*,
+        by default ``os.environ``. Nothing else of the application is changed.
+
+        Raises:
+            SettingsError: ``app.config`` and the environment do not make a valid configuration.
+            RuntimeError: ``db.init_app(app)`` was not called, or *app* has clerkhooks already.
+            ValueError: *routes* has an unknown name.
+        """
+        wanted = _parse_routes(routes)
+        self._check_app(app)
+        values = AppConfig(app.config, os.environ if environ is None else environ)
+        settings = Settings.from_mapping(values)
+        state = app.extensions[EXTENSION] = self._make_state(app, settings, values)
+        init_errors(app)
+        if problems:
+            init_problems(app)
+        blueprint = _make_blueprint(app, state, wanted)
+        app.register_blueprint(blueprint, url_prefix=url_prefix)
+        app.cli.add_command(clerk)
+        _refuse_unprotected(app)
+        request_started.connect(_check_protection, app)
+
+    def on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
+        """
+        Register a handler for an event type, a family such as ``organization.*``, or ``*``.
+
+        The handler takes one ``Event``. It runs inside the message's transaction, once for each
+        message, also for a stale one; what it writes through ``db.session`` is committed with the
+        message. If it raises, or ends the transaction, the delivery is answered 500 and retried.
+        With *after_commit* it runs after the commit, at most once, and its errors are logged.
+
+        Raises:
+            ValueError: *pattern* is malformed.
+            TypeError: the handler is not a plain function.
+        """
+
+        def register(handler: H) -> H:
+            self._handlers.add(pattern, handler, after_commit=after_commit)
+            return handler
+
+        return register
+
+    @property
+    def current_user(self) -> U:
+        """The user of this call, in a view behind ``require_auth``: a frozen copy of the row."""
+        return cast("U", auth.get_user())
+
+    @property
+    def optional_user(self) -> U | None:
+        """The user of this call, or None for an anonymous caller of an optional view."""
+        return cast("U | None", auth.get_user())
+
+    @property
+    def optional_session(self) -> Session | None:
+        """The session of this call, or None for an anonymous caller of an optional view."""
+        return cast("Session | None", auth.get_session())
+
+    def include_name(self, name: str | None, type_: str, parent_names: Any) -> bool:
+        """
+        Let ``flask db migrate`` look only at tables of *db*, in a database that others share.
+
+        Use it as ``Migrate(app, db, include_name=hooks.include_name)``. Otherwise Alembic drops
+        every table that it finds and does not know.
+        """
+        if type_ != "table":
+            return True
+        schema = parent_names.get("schema_name")
+        known = {
+            (table.schema, table.name)
+            for metadata in self.db.metadatas.values()
+            for table in metadata.tables.values()
+        }
+        return (schema, name) in known
+
+    def _check_app(self, app: Flask) -> None:
+        if app.extensions.get("sqlalchemy") is not self.db:
+            raise RuntimeError("Call db.init_app(app) before hooks.init_app(app).")
+        if EXTENSION in app.extensions:
+            raise RuntimeError("This application has clerkhooks already: call init_app once.")
+
+    def _make_state(self, app: Flask, settings: Settings, values: AppConfig) -> State:
+        store = self._make_store(app, settings)
+        make_snapshot = make_snapshots(self._mapper, store.statements.columns)
+        session = cast("Any", self.db.session)
+        return State(
+            hooks=self,
+            settings=settings,
+            values=values,
+            store=store,
+            users=Users(store, self._handlers, session, make_snapshot),
+            authenticator=auth.make_authenticator(settings),
+            secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
+        )
+
+    def _make_store(self, app: Flask, settings: Settings) -> Store:
+        bind_key = self._users.metadata.info.get("bind_key")
+        with app.app_context():
+            engine = self.db.engines[bind_key]
+        options = _engine_options(self.db, app, bind_key)
+        database = Database(engine, options, pool_size=settings.pool_size)
+        columns = read_columns(self._mapper)
+        statements = Statements(
+            self._users, self._messages, self._fields, database.dialect, columns=columns
+        )
+        return Store(database, self._users, self._messages, self._fields, statements)
+
+
+def _make_model(db: SQLAlchemy) -> type[Any]:
+    if "users" in db.metadata.tables:
+        raise ValueError(
+            "There is a table 'users' already. Let its model derive from ClerkUser, and pass it: "
+            "ClerkHooks(db, User)."
+        )
+    return type("PlainUser", (ClerkUser, db.Model), {})
+
+
+def _parse_routes(routes: Iterable[str]) -> frozenset[str]:
+    if isinstance(routes, str):
+        raise ValueError(f"routes is a tuple of names, such as ({routes!r},).")
+    wanted = frozenset(routes)
+    if unknown := wanted.difference(ROUTES):
+        raise ValueError(f"Unknown routes: {', '.join(sorted(unknown))}. Use {', '.join(ROUTES)}.")
+    return wanted
+
+
+def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Blueprint:
+    blueprint, settings = Blueprint(EXTENSION, __name__), state.settings
+    if "webhooks" in wanted:
+        webhooks.add_routes(blueprint)
+    if "me" in wanted:
+        me.add_routes(blueprint, app, settings.authorized_parties)
+    if "health" in wanted:
+        health.add_routes(blueprint)
+    if "metrics" in wanted and settings.metrics_token is not None:
+        from clerkhooks.web.metrics import init_metrics  # loads prometheus-client
+
+        init_metrics(state)
+        health.add_metrics(blueprint)
+    if "console" in wanted and settings.console_password is not None:
+        from clerkhooks.console import make_console
+
+        blueprint.register_blueprint(make_console(state))
+    return blueprint
+
+
+def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:
+    """Return the engine options that the application gave, merged as Flask-SQLAlchemy does."""
+    options = dict(getattr(db, "_engine_options", None) or {})  # SQLAlchemy(engine_options=…)
+    bind = (app.config.get("SQLALCHEMY_BINDS") or {}).get(bind_key)
+    if isinstance(bind, dict):
+        options |= bind
+    if bind_key is None:
+        options |= app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+    return options
+
+
+def _refuse_unprotected(app: Flask) -> None:
+    endpoint = auth.find_unprotected(app)
+    if endpoint is not None:
+        raise RuntimeError(
+            f"The view of {endpoint!r} is public: its @require_auth stands above the route. "
+            "Put it below, so that the route gets the protected view. "
+            "If that route is meant to be public, give it a function of its own."
+        )
+
+
+def _check_protection(app: Flask, **_: object) -> None:
+    """Refuse to serve an application that has an unprotected view, at its first request."""
+    _refuse_unprotected(app)
+    request_started.disconnect(_check_protection, app)
+
+
+def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
+    """
+    Write a row of a table of the application's own, unless it is newer already.
+
+    *values* hold the primary key and the other columns. The row is inserted, or updated if its
+    version is older than that of *event*. Returns whether it was. Call it in a handler; it writes
+    through ``db.session``, in the message's transaction.
+
+    Raises:
+        TypeError: *model* does not derive from ``Versioned``.
+        ValueError: a column of the primary key has no value.
+    """
+    if not (isinstance(model, type) and issubclass(model, Versioned)):
+        raise TypeError("upsert needs a model that derives from Versioned.")
+    table = cast("sa.Table", sa.inspect(model).local_table)
+    mapper: Mapper[Any] = sa.inspect(model)
+    row = {mapper.columns[name].name: value for name, value in values.items()}
+    keys = [column.name for column in table.primary_key]
+    if missing := [key for key in keys if row.get(key) is None]:
+        raise ValueError(f"upsert needs a value for the primary key: {', '.join(missing)}.")
+    session = cast("SQLAlchemy", current_app.extensions["sqlalchemy"]).session
+    connection = session.connection(bind_arguments={"mapper": mapper})
+    kind = postgresql if connection.dialect.name == "postgresql" else sqlite
+    row |= dict(zip(VERSION_COLUMNS, event.version, strict=True))
+    insert = kind.insert(table).values(row)
+    own = sa.tuple_(*(table.c[name] for name in VERSION_COLUMNS))
+    new = sa.tuple_(*(insert.excluded[name] for name in VERSION_COLUMNS))
+    statement = insert.on_conflict_do_update(
+        index_elements=keys,
+        set_={name: insert.excluded[name] for name in row if name not in keys},
+        where=sa.or_(table.c.version_updated_at.is_(None), own < new),
+    ).returning(*table.primary_key)
+    return bool(connection.execute(statement).all())

@@ -1,0 +1,48 @@
+"""The service: a Flask application with nothing but clerkhooks, configured by the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+
+from clerkhooks.extension import ROUTES, ClerkHooks
+from clerkhooks.settings import PROJECT, VARIABLES, ServiceSettings, exit_if_invalid, read_environ
+from clerkhooks.store.models import Base
+from clerkhooks.web.logs import init_service_logs
+
+VERSION_TABLE: Final = "clerkhooks_version"  # other programs may have an alembic_version
+db = SQLAlchemy(model_class=Base)
+hooks = ClerkHooks(db)
+
+
+def create_app(config: Mapping[str, Any] | None = None) -> Flask:
+    """
+    Create the service, configured by *config*, or by the environment and ``.env`` without one.
+
+    Raises:
+        SettingsError: *config* is invalid.
+        SystemExit: with status 2 and one message, if the environment is invalid.
+    """
+    if config is None:
+        with exit_if_invalid():
+            return _create_app(read_environ())
+    return _create_app(config)
+
+
+def _create_app(values: Mapping[str, Any]) -> Flask:
+    settings = ServiceSettings.from_mapping(values)
+    app = Flask("clerkhooks")
+    app.config.update({name: values[name] for name in VARIABLES if name in values})
+    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+    app.config["DATABASE_POOL_SIZE"] = settings.pool_size
+    app.url_map.merge_slashes = False  # Svix counts a redirect as a failure
+    db.init_app(app)
+    migrations = str(PROJECT / "migrations")
+    Migrate(app, db, migrations, version_table=VERSION_TABLE, include_name=hooks.include_name)
+    hooks.init_app(app, routes=ROUTES, problems=True, environ={})
+    init_service_logs(app, settings.log_format)
+    return app

@@ -1,0 +1,87 @@
+"""The log of messages: each is processed once; a failure is kept until a retry succeeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from clerkhooks.clerk.events import ReceivedEvent
+from clerkhooks.errors import describe
+from clerkhooks.events import Outcome
+from clerkhooks.store import Store
+from clerkhooks.store.database import transaction
+
+logger = logging.getLogger(__name__)
+
+
+def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: datetime) -> None:
+    """
+    Record that *event* failed, in a transaction of its own. A failure never overwrites a success.
+
+    If the database is away, that is logged instead: Svix retries in any case.
+    """
+    row = {
+        "message_id": event.message_id,
+        "event_type": event.type,
+        "user_id": event.user_id,
+        "occurred_at": event.occurred_at,
+        "now": now,
+        "error": describe(error),
+    }
+    if is_unanswered(error):  # another attempt would only wait as long again
+        _log_not_recorded(event, error)
+        return
+    try:
+        with store.database.connect() as connection, transaction(connection):
+            connection.execute(store.statements.record_failure, row)
+    except SQLAlchemyError as second:
+        _log_not_recorded(event, second)
+
+
+def _log_not_recorded(event: ReceivedEvent, error: Exception) -> None:
+    extra = {"message_id": event.message_id, "error": describe(error)}
+    logger.warning("failure_not_recorded", extra=extra)
+
+
+def is_unanswered(error: Exception) -> bool:
+    """
+    Return whether PostgreSQL did not answer, SQLite's write lock was taken, or the pool was empty.
+
+    None of these is the message's fault; retrying at once would only time out again.
+    """
+    silent = ("OperationalError", "OperationalError SQLITE_BUSY")
+    unanswered = isinstance(error, OperationalError) and describe(error) in silent
+    return unanswered or isinstance(error, sa.exc.TimeoutError)
+
+
+def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
+    """
+    Delete messages that were received and processed before *before*; yield the size of each batch.
+
+    Each batch is a transaction of its own and skips rows that a delivery holds, so that no writer
+    waits long. Users are not touched: a message that is delivered again is judged by its version.
+    """
+    table = store.messages
+    old = (
+        sa.select(table.c.message_id)
+        .where(table.c.received_at < before)
+        .where(sa.func.coalesce(table.c.processed_at, table.c.received_at) < before)
+        .order_by(table.c.received_at)
+        .limit(batch)
+        .with_for_update(skip_locked=True)
+    )
+    statement = sa.delete(table).where(table.c.message_id.in_(old)).returning(table.c.message_id)
+    pruned = batch
+    while pruned == batch:
+        pruned = len(store.database.write(statement))
+        if pruned:
+            yield pruned
+
+
+def is_failed(table: sa.Table) -> sa.ColumnElement[bool]:
+    """Return the condition of a failure without a later success, as the index spells it."""
+    return table.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")

@@ -1,0 +1,245 @@
+"""The tables: the mixin for users, the log of messages, and columns that order states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedColumn,
+    Mapper,
+    declared_attr,
+    has_inherited_table,
+    mapped_column,
+)
+
+from clerkhooks.clerk.fields import Field
+from clerkhooks.store.columns import is_supported
+
+VERSION_COLUMNS = ("version_updated_at", "version_timestamp", "version_message_id")
+MESSAGES = "webhook_messages"
+_FIELD = "clerkhooks.field"
+
+
+class Base(DeclarativeBase):
+    """The service's declarative base. It names every constraint, so that migrations can drop it."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class UTCDateTime(sa.types.TypeDecorator[datetime]):
+    """A point in time: aware and in UTC on every database, whatever the session's time zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Convert to UTC; a naive time is ambiguous and refused with a ValueError."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("A time without a time zone cannot be stored.")
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Restore the time zone, which SQLite does not store."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+    def __repr__(self) -> str:
+        return "DateTime(timezone=True)"
+
+
+# Alembic renders a column's type by its module and repr. This way a generated migration says
+# sa.DateTime(timezone=True), and runs without an import of ours.
+UTCDateTime.__module__ = "sqlalchemy.types"
+
+# Where order decides, compare bytes: linguistic collations differ between servers.
+Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+class Versioned:
+    """
+    Columns that let a table end the same in every order of events; see ``upsert``.
+
+    They are empty in a row that no event has filled.
+    """
+
+    version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_timestamp: Mapped[int | None] = mapped_column(sa.BigInteger)
+    version_message_id: Mapped[str | None] = mapped_column(Bytewise)
+
+
+class ClerkUser(Versioned):
+    """
+    A Clerk user, as a mixin for the application's own model; matched by Clerk's id alone.
+
+    The profile columns depend only on what Clerk sent. Times are in UTC. The version columns are
+    empty while nothing has filled the row, and again after ``user.deleted``. A tombstone with a
+    version was inferred by a sync, which did not find the user; later evidence from Clerk revives
+    it.
+    """
+
+    if TYPE_CHECKING:
+        __tablename__: Any
+    else:
+
+        @declared_attr.directive
+        def __tablename__(cls) -> str | None:  # noqa: N805
+            # A model that derives from the application's (single-table inheritance) has none.
+            return None if has_inherited_table(cls) else "users"
+
+    id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    email: Mapped[str | None] = mapped_column(sa.Text, index=True)
+    name: Mapped[str] = mapped_column(sa.Text)
+    image_url: Mapped[str | None] = mapped_column(sa.Text)
+    is_online: Mapped[bool] = mapped_column(sa.Boolean)
+    last_seen: Mapped[datetime] = mapped_column(UTCDateTime)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+OWN_COLUMNS = frozenset(
+    [
+        "id",
+        "email",
+        "name",
+        "image_url",
+        "is_online",
+        "last_seen",
+        "created_at",
+        "updated_at",
+        "deleted_at",
+        "version_updated_at",
+        "version_timestamp",
+        "version_message_id",
+    ]
+)
+
+
+def from_clerk(
+    path: str, *column: Any, parse: Callable[[Any], Any] | None = None, **options: Any
+) -> MappedColumn[Any]:
+    """
+    Declare a column that is kept from Clerk's user object, under the same ordering as the profile.
+
+    *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
+    ``primary_phone_number``. *parse* receives the value, which may come from the user, and returns
+    what is stored; if it raises ValueError, the value counts as absent. A value that the column
+    cannot store counts as absent, too. *column* and *options* are those of ``mapped_column``; the
+    column must be nullable. Use ``sa.JSON`` for objects and lists.
+
+    Raises:
+        ValueError: *path* is malformed, or leads into ``private_metadata``.
+    """
+    info = {**options.pop("info", {}), _FIELD: Field(path, parse)}
+    return mapped_column(*column, info=info, **options)
+
+
+def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
+    """
+    Return the columns that a model keeps from Clerk.
+
+    Raises:
+        ValueError: a column cannot work as declared.
+    """
+    found: dict[sa.Column[Any], Field] = {}
+    for attribute in mapper.column_attrs:
+        column = attribute.columns[0]
+        if not isinstance(column, sa.Column) or column.key in OWN_COLUMNS:
+            continue
+        where = f"{mapper.class_.__name__}.{attribute.key}"
+        field = column.info.get(_FIELD)
+        if field is not None:
+            _check_declared(column, where)
+            found[column] = field
+        elif not column.nullable and column.server_default is None and column.computed is None:
+            raise ValueError(
+                f"{where} has no value when clerkhooks inserts a user. "
+                "Give it a server_default, or make it nullable."
+            )
+    return found
+
+
+def _check_declared(column: sa.Column[Any], where: str) -> None:
+    if not column.nullable:
+        raise ValueError(
+            f"{where} may be absent at Clerk, so it must be nullable: Mapped[… | None]."
+        )
+    if not is_supported(column.type):
+        raise ValueError(
+            f"{where} has a type whose limits clerkhooks does not know: a value that it refused "
+            "would fail all of a user's events. Use text, JSON, a number, a date, Enum or Uuid."
+        )
+    unique: list[Any] = [index for index in column.table.indexes if index.unique]
+    unique += [one for one in column.table.constraints if isinstance(one, sa.UniqueConstraint)]
+    if column.unique or any(column in one.columns.values() for one in unique):
+        raise ValueError(
+            f"{where} must not be unique: events arrive in any order, and one that overtakes "
+            "another would be refused."
+        )
+
+
+def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
+    """
+    Make the log of messages: what each was about and its outcome, and nothing of its payload.
+
+    Raises:
+        ValueError: *metadata* has such a table already.
+    """
+    key = MESSAGES if schema is None else f"{schema}.{MESSAGES}"
+    if key in metadata.tables:
+        raise ValueError(
+            f"There is a table {key!r} already. Use one ClerkHooks for each SQLAlchemy object."
+        )
+    failed = sa.text("outcome = 'failed'")
+    return sa.Table(
+        MESSAGES,
+        metadata,
+        sa.Column("message_id", Bytewise, primary_key=True),
+        sa.Column("event_type", sa.Text, nullable=False),
+        sa.Column("clerk_user_id", sa.Text),
+        sa.Column("outcome", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("occurred_at", UTCDateTime),
+        sa.Column("received_at", UTCDateTime, nullable=False),
+        sa.Column("processed_at", UTCDateTime),
+        sa.Column("error", sa.Text),
+        sa.Index(f"ix_{MESSAGES}_received_at", "received_at"),
+        sa.Index(f"ix_{MESSAGES}_clerk_user_id_received_at", "clerk_user_id", "received_at"),
+        sa.Index(
+            f"ix_{MESSAGES}_failed", "received_at", postgresql_where=failed, sqlite_where=failed
+        ),
+        schema=schema,
+    )
+
+
+def add_indexes(users: sa.Table) -> None:
+    """Add the indexes that operators' queries need, whatever ``__table_args__`` the model has."""
+    unfilled = sa.text("version_updated_at IS NULL AND deleted_at IS NULL")
+    deleted = sa.text("deleted_at IS NOT NULL")
+    wanted: dict[str, tuple[tuple[str, ...], sa.TextClause | None]] = {
+        "created_at_id": (("created_at", "id"), None),
+        "unfilled": (("created_at",), unfilled),
+        "deleted": (("created_at", "id"), deleted),
+    }
+    present = {index.name for index in users.indexes}
+    for suffix, (columns, where) in wanted.items():
+        name = f"ix_{users.name}_{suffix}"
+        if name not in present:
+            partial: Any = (
+                {} if where is None else {"postgresql_where": where, "sqlite_where": where}
+            )
+            sa.Index(name, *(users.c[column] for column in columns), **partial)

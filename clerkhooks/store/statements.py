@@ -1,0 +1,266 @@
+"""
+The SQL that writes and reads users: which of two states wins is decided here, inside a statement.
+
+No two workers can come between reading and writing. The same text serves SQLite and PostgreSQL, but
+for how it reads its rows out of one JSON parameter. ``{users}``, ``{messages}`` and the lists of
+columns are filled in once for each application, quoted by its dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from clerkhooks.clerk.events import LAST_MILLISECOND, Profile
+from clerkhooks.clerk.fields import Field
+from clerkhooks.store.columns import make_encoder
+from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
+
+DELETED_USER = Profile("Deleted User")
+PROFILE = ("email", "name", "image_url")
+_MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
+_TIMES = ("now", "before", "occurred_at", "created_before")
+
+# Clerk never gives an id to a second user, so a tombstone of user.deleted is final. One that a sync
+# left has a version: it only proves that the user was not found, and gives way to later evidence.
+_UPSERT_USERS = """
+INSERT INTO {users} AS u
+    (id, {kept}, is_online, last_seen, created_at, updated_at, deleted_at, {version})
+SELECT id, {kept}, false, :now, :now, :now, deleted_at, {version}
+FROM r
+WHERE {is_new}
+ORDER BY id  -- one order in every transaction, so that two writers never deadlock
+ON CONFLICT (id) DO UPDATE SET
+    {kept_from_excluded},
+    is_online = u.is_online AND excluded.deleted_at IS NULL,
+    updated_at = excluded.updated_at,
+    deleted_at = excluded.deleted_at,
+    {version_from_excluded}
+WHERE (u.deleted_at IS NULL OR u.version_updated_at IS NOT NULL) AND ({wins})
+RETURNING id
+"""
+
+# An event of a message that was processed before neither waits for the user's row nor locks it. The
+# count is deliberate: PostgreSQL may turn an EXISTS into a join that reads the whole log.
+_IS_NEW = """id IS NOT NULL AND (
+        SELECT count(*) FROM {messages} AS m
+        WHERE m.message_id = r.message_id AND m.outcome <> 'failed') = 0"""
+
+_EVENT_WINS = """
+        excluded.deleted_at IS NOT NULL
+        OR u.version_updated_at IS NULL
+        OR (u.version_updated_at, u.version_timestamp, u.version_message_id)
+         < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
+
+# A user that the Backend API returns is not deleted, whatever an earlier sync has found.
+_SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
+
+# Each message is processed once. One that failed is taken over by the retry that succeeds.
+_RECORD_MESSAGES = """
+INSERT INTO {messages} AS m
+    (message_id, event_type, clerk_user_id, outcome, attempts,
+     occurred_at, received_at, processed_at)
+SELECT message_id, event_type, id, {outcome}, 1, occurred_at, :now, :now
+FROM r
+WHERE true
+ORDER BY message_id
+ON CONFLICT (message_id) DO UPDATE SET
+    outcome = excluded.outcome, attempts = m.attempts + 1, processed_at = excluded.processed_at,
+    error = NULL
+WHERE m.outcome = 'failed'
+RETURNING message_id, outcome
+"""
+
+_APPLY_ON_POSTGRESQL = """
+WITH r AS ({event_rows}),
+changed AS ({upsert_users})
+{record_messages}
+"""
+
+_RECORD_FAILURE = """
+INSERT INTO {messages} AS m
+    (message_id, event_type, clerk_user_id, outcome, attempts, occurred_at, received_at, error)
+VALUES (:message_id, :event_type, :user_id, 'failed', 1, :occurred_at, :now, :error)
+ON CONFLICT (message_id) DO UPDATE SET attempts = m.attempts + 1, error = excluded.error
+WHERE m.outcome = 'failed'
+"""
+
+_CREATE_FIRST_SEEN = """
+INSERT INTO {users} (id, name, is_online, last_seen, created_at, updated_at)
+VALUES (:id, :name, false, :now, :now, :now)
+ON CONFLICT (id) DO NOTHING
+RETURNING id
+"""
+
+# Skips a row that somebody has locked: last_seen is not worth waiting for.
+_MOVE_LAST_SEEN = """
+UPDATE {users} SET last_seen = :now
+WHERE id = (
+    SELECT id FROM {users}
+    WHERE id = :id AND deleted_at IS NULL AND last_seen <= :before {skip_locked})
+RETURNING {every_column}
+"""
+
+_SET_PRESENCE = """
+UPDATE {users} SET is_online = :is_online
+WHERE id = :id AND deleted_at IS NULL
+RETURNING {every_column}
+"""
+
+# One index look-up for each id. Without OFFSET, a plan made while the table was small may go on for
+# as long as a connection lasts, and read all of a large table.
+_SELECT_ON_POSTGRESQL = """
+SELECT {every_column_of_found}
+FROM json_to_recordset(CAST(:rows AS json)) AS r (id text),
+    LATERAL (SELECT * FROM {users} AS u WHERE u.id = r.id OFFSET 0) AS found
+"""
+_SELECT_ON_SQLITE = """
+SELECT {every_column} FROM {users}
+WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows))
+"""
+
+# A column that was declared later is empty in rows that have Clerk's newest state already.
+_FILL_DECLARED = """
+WITH r AS ({snapshot_rows})
+UPDATE {users} AS u SET {declared_from_r}, updated_at = :now
+FROM r
+WHERE u.id = r.id AND u.deleted_at IS NULL AND u.version_updated_at = r.version_updated_at
+    AND ({declared_is_missing})
+RETURNING {updated}
+"""
+
+# The tombstone ranks above everything that was updated until now; a later event revives the user.
+_TOMBSTONE = """
+UPDATE {users} SET
+    {erased}, name = 'Deleted User', is_online = false, deleted_at = :now, updated_at = :now,
+    version_updated_at = :found_at, version_timestamp = {last_millisecond}, version_message_id = ''
+WHERE id IN (
+    SELECT id FROM {users}
+    WHERE id IN (SELECT id FROM ({id_rows}) AS r)
+        AND deleted_at IS NULL AND created_at < :created_before
+        AND (version_updated_at IS NULL OR version_updated_at <= :found_at)
+    ORDER BY id {for_update})
+RETURNING id
+"""
+
+
+class Statements:
+    """
+    The statements of one application's tables, for one dialect.
+
+    *columns* are those that reading statements return. The parameter ``rows`` is a JSON array of
+    objects, by the names of columns; each user and each message may be in it once. Parameters that
+    are times must be aware.
+    """
+
+    def __init__(
+        self,
+        users: sa.Table,
+        messages: sa.Table,
+        fields: Mapping[sa.Column[Any], Field],
+        dialect: sa.Dialect,
+        *,
+        columns: Sequence[sa.Column[Any]],
+    ) -> None:
+        self.users, self.fields, self.dialect, self.columns = users, fields, dialect, columns
+        self.kept = (*PROFILE, *(column.name for column in fields))
+        self._types = {column.name: column.type for column in (*messages.c, *users.c)}
+        encoders = {name: make_encoder(type_, dialect) for name, type_ in self._types.items()}
+        self._encoders = {name: encoder for name, encoder in encoders.items() if encoder}
+        self._is_postgresql = dialect.name == "postgresql"
+        names = self._names(messages)
+        became = "CASE WHEN id IN (SELECT id FROM changed) THEN 'applied' ELSE 'stale' END"
+        outcome = f"coalesce(outcome, {became})" if self._is_postgresql else "outcome"
+        upsert = _UPSERT_USERS.format(**names, is_new=_IS_NEW.format(**names), wins=_EVENT_WINS)
+        merge = _UPSERT_USERS.format(**names, is_new="true", wins=_SNAPSHOT_WINS)
+        record = _RECORD_MESSAGES.format(**names, outcome=outcome)
+        select = _SELECT_ON_POSTGRESQL if self._is_postgresql else _SELECT_ON_SQLITE
+
+        self.apply = self._text(
+            _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
+        )
+        """Apply events and record messages at once; takes ``lock_timeout``. PostgreSQL only."""
+        self.upsert_users = self._text("WITH r AS ({event_rows})" + upsert, names)
+        self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
+        """The same in two steps, for SQLite, which has no data-modifying CTEs."""
+        self.merge_snapshots = self._text("WITH r AS ({snapshot_rows})" + merge, names)
+        self.fill_declared = self._text(_FILL_DECLARED, names) if fields else None
+        self.tombstone = self._text(_TOMBSTONE, names)
+        self.record_failure = self._text(_RECORD_FAILURE, names)
+        self.create_first_seen = self._text(_CREATE_FIRST_SEEN, names)
+        self.select = self._text(select, names).columns(*columns)
+        self.move_last_seen = self._text(_MOVE_LAST_SEEN, names).columns(*columns)
+        self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
+
+    def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return *values* of columns as they travel in ``rows``."""
+        encoded = dict(values)
+        for name, encoder in self._encoders.items():
+            if encoded.get(name) is not None:
+                encoded[name] = encoder(encoded[name])
+        return encoded
+
+    def _names(self, messages: sa.Table) -> dict[str, str]:
+        """Return what the templates' placeholders stand for."""
+        quote = self.dialect.identifier_preparer.quote
+        table = self.dialect.identifier_preparer.format_table
+        kept = [quote(name) for name in self.kept]
+        declared = [quote(column.name) for column in self.fields]
+        columns = [quote(column.name) for column in self.columns]
+        return {
+            "users": table(self.users),
+            "messages": table(messages),
+            "kept": ", ".join(kept),
+            "kept_from_excluded": _assign(kept, "excluded.{}"),
+            "erased": _assign([name for name in kept if name != "name"], "NULL"),
+            "version": ", ".join(VERSION_COLUMNS),
+            "version_from_excluded": _assign(VERSION_COLUMNS, "excluded.{}"),
+            "declared_from_r": _assign(declared, "coalesce(u.{0}, r.{0})"),
+            "declared_is_missing": " OR ".join(
+                f"(u.{name} IS NULL AND r.{name} IS NOT NULL)" for name in declared
+            ),
+            "every_column": ", ".join(columns),
+            "every_column_of_found": ", ".join(f"found.{name}" for name in columns),
+            "event_rows": self._rows(self._state + _MESSAGE, limits_locks=True),
+            "snapshot_rows": self._rows(self._state),
+            "id_rows": self._rows(("id",)),
+            "last_millisecond": str(LAST_MILLISECOND),
+            "for_update": "FOR UPDATE" if self._is_postgresql else "",
+            "skip_locked": "FOR UPDATE SKIP LOCKED" if self._is_postgresql else "",
+            "updated": "u.id" if self._is_postgresql else "id",
+        }
+
+    @property
+    def _state(self) -> tuple[str, ...]:
+        return ("id", *self.kept, "deleted_at", *VERSION_COLUMNS)
+
+    def _rows(self, names: Iterable[str], *, limits_locks: bool = False) -> str:
+        """Return the query that reads rows of these columns out of the parameter ``rows``."""
+        quote = self.dialect.identifier_preparer.quote
+        if not self._is_postgresql:
+            each = (f"json_extract(value, '$.\"{name}\"') AS {quote(name)}" for name in names)
+            return f"SELECT {', '.join(each)} FROM json_each(:rows)"
+        typed = (f"{quote(name)} {self._types[name].compile(self.dialect)}" for name in names)
+        # Set inside the statement, for its own transaction alone: that needs no round trip.
+        limits = "(SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits, "
+        return (
+            f"SELECT r.* FROM {limits if limits_locks else ''}"
+            f"json_to_recordset(CAST(:rows AS json)) AS r ({', '.join(typed)})"
+        )
+
+    def _text(self, template: str, names: Mapping[str, str], **more: str) -> sa.TextClause:
+        text = sa.text(template.format(**names, **more))
+        times = [name for name in _TIMES if name in text._bindparams]
+        return text.bindparams(*(sa.bindparam(name, type_=UTCDateTime) for name in times))
+
+
+def profile_columns(profile: Profile) -> dict[str, Any]:
+    """Return the values of a profile's columns, each named as its field."""
+    return {name: getattr(profile, name) for name in PROFILE}
+
+
+def _assign(names: Iterable[str], value: str) -> str:
+    """Return the assignments of a SET clause; *value* is a template that receives the column."""
+    return ", ".join(f"{name} = {value.format(name)}" for name in names)

@@ -1,0 +1,123 @@
+"""Whether the process serves, and whether it can do its work."""
+
+from __future__ import annotations
+
+import hmac
+
+import sqlalchemy as sa
+from flask import Blueprint, Response, abort, request
+from flask.sansio.blueprints import BlueprintSetupState
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import MethodNotAllowed
+from werkzeug.routing import Rule
+
+from clerkhooks.errors import describe
+from clerkhooks.store import Store
+from clerkhooks.store.database import begin_immediate
+from clerkhooks.web.problems import answered, json_response, problem
+from clerkhooks.web.state import annotate, current_state
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_READ_ONLY = "SQLITE_READONLY"
+_BUSY = "SQLITE_BUSY"  # another writer is at work, so writing is possible
+
+
+def add_routes(blueprint: Blueprint) -> None:
+    """Add ``/healthz`` and ``/readyz``."""
+    blueprint.add_url_rule("/healthz", view_func=healthz, strict_slashes=False)
+    blueprint.add_url_rule("/readyz", view_func=readyz, strict_slashes=False)
+
+
+def add_metrics(blueprint: Blueprint) -> None:
+    """Add ``/metrics``, for every method: a 405 would tell a stranger that it exists."""
+
+    def add(setup: BlueprintSetupState) -> None:
+        # Only a rule without methods of its own takes methods that nobody knows.
+        path = f"{(setup.url_prefix or '').rstrip('/')}/metrics"
+        endpoint = f"{setup.name_prefix}.{setup.name}.metrics".lstrip(".")
+        setup.app.url_map.add(Rule(path, endpoint=endpoint, strict_slashes=False))
+        setup.app.view_functions[endpoint] = metrics
+
+    blueprint.record(add)
+
+
+def healthz() -> Response:
+    """Say that the process serves. A restart would not help a database, so it is not asked."""
+    return json_response({"status": "ok"})
+
+
+@answered
+def readyz() -> Response:
+    """Say whether the database answers, has our tables and columns, and accepts writes."""
+    try:
+        found = find_fault(current_state().store)
+    except SQLAlchemyError as error:
+        annotate(error=describe(error))
+        return problem(503, "database_unavailable")
+    return json_response({"status": "ok"}) if found is None else problem(503, found)
+
+
+def find_fault(store: Store) -> str | None:
+    """
+    Return why the database cannot do its work, as a reason, or None if it can.
+
+    Raises:
+        SQLAlchemyError: it does not answer.
+    """
+    with store.database.connect() as connection:
+        if _is_read_only(connection):
+            return "database_read_only"
+        for table in (store.users, store.messages):
+            try:
+                connection.execute(sa.select(table).limit(0))
+            except (sa.exc.ProgrammingError, sa.exc.OperationalError) as error:
+                if _is_missing(error):
+                    return "schema_behind"
+                raise
+    return None
+
+
+def _is_read_only(connection: sa.Connection) -> bool:
+    if connection.dialect.name == "postgresql":
+        # A standby, and a server or role that is set to read only.
+        return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
+    try:
+        begin_immediate(connection, timeout=0)
+        try:
+            # A file that is read-only can be locked all the same; only a write is refused.
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            connection.exec_driver_sql(f"PRAGMA user_version = {version}")
+        finally:
+            connection.exec_driver_sql("ROLLBACK")
+    except sa.exc.OperationalError as error:
+        if _READ_ONLY in describe(error):
+            return True
+        if _BUSY not in describe(error):
+            raise
+    return False
+
+
+def _is_missing(error: sa.exc.DBAPIError) -> bool:
+    """Return whether *error* says that a table, a column or a schema does not exist."""
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    return sqlstate in ("42P01", "42703", "3F000") or "no such " in str(error.orig)
+
+
+@answered
+def metrics() -> Response:
+    """Return the metrics to a caller with the token; for all others the route does not exist."""
+    state = current_state()
+    token = state.settings.metrics_token
+    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    expected = (token or "").encode()
+    is_right = hmac.compare_digest(sent.encode("utf-8", "replace"), expected)
+    if token is None or state.metrics is None or scheme.lower() != "bearer" or not is_right:
+        abort(404)
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(("GET", "HEAD"))
+    from clerkhooks.web.metrics import exposition  # prometheus-client is loaded only if it is used
+
+    text = exposition(state.metrics)
+    response = Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+    response.headers["Cache-Control"] = "no-store"
+    return response

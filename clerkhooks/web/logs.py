@@ -1,0 +1,165 @@
+"""
+The lines that clerkhooks logs: their form, and what they may say.
+
+All go to the logger ``clerkhooks``. An application decides where they end up. The service prints
+them to stdout, one a request: JSON on a platform, readable on a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from flask import Flask, Response, current_app, has_request_context, request
+
+from clerkhooks.errors import describe, frames
+from clerkhooks.web.state import EXTENSION, State, current_state, request_state
+
+logger = logging.getLogger("clerkhooks")
+PATH_LENGTH = 512
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_COLOURS = {"warning": "yellow", "error": "red", "critical": "red"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as a line of JSON: time, level, event, the fields of ``extra``, the request id."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Leave the text of an exception out: it may quote a row."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps(
+            {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+            | _extra(record)
+        )
+
+
+class TextFormatter(logging.Formatter):
+    """The same as text: a request by its line, other events by their name, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """What cannot be printed is escaped: a path must not move the cursor."""
+        fields, level, what = _extra(record), record.levelname.lower(), record.getMessage()
+        if what == "request":
+            method, path, status, duration = (
+                fields.pop(name) for name in ("method", "path", "status", "duration_ms")
+            )
+            what = f"{method} {path} {status} {duration} ms"
+        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # of the person who reads it
+        text = "  ".join([what, *(f"{name}={value}" for name, value in fields.items())])
+        text = "".join(
+            character if character.isprintable() else ascii(character)[1:-1] for character in text
+        )
+        return f"{moment} {self._coloured(level)} {text}"
+
+    def _coloured(self, level: str) -> str:
+        shown = f"{level.upper():<7}"
+        plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+        return shown if plain else click.style(shown, fg=_COLOURS.get(level))
+
+
+class ServiceHandler(logging.StreamHandler[Any]):
+    """
+    Prints the lines of applications that are the service, each in its application's format.
+
+    There is one for all of them, since they share the logger; another application's lines are not
+    its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._formatters = {"json": JsonFormatter(), "text": TextFormatter()}
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        """Pass over what is not the service's, and what a handler of the root logger prints."""
+        if logging.getLogger().handlers:  # added later, as by logging.basicConfig
+            return False
+        state = _find_state()
+        return super().filter(record) if state is None or state.logs_requests else False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format as LOG_FORMAT says; without it, as text on a terminal and as JSON elsewhere."""
+        state = _find_state()
+        chosen = state.log_format if state else None
+        if chosen is None:
+            chosen = "text" if sys.stdout.isatty() else "json"
+        return self._formatters[chosen].format(record)
+
+
+def init_service_logs(app: Flask, log_format: str | None) -> None:
+    """
+    Log every request of *app* once, when its response is ready, and print the lines to stdout.
+
+    *log_format* is ``json``, ``text``, or None for text on a terminal and JSON elsewhere. If the
+    root logger has a handler already, that one prints the lines, as for Flask's own logger.
+    """
+    state: State = app.extensions[EXTENSION]
+    state.logs_requests, state.log_format = True, log_format
+    root = logging.getLogger()
+    if not root.handlers and not any(
+        isinstance(found, ServiceHandler) for found in logger.handlers
+    ):
+        logger.addHandler(ServiceHandler())
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    # The first function of a request, even before one that aborts it.
+    app.url_value_preprocessor(_start_clock)
+    app.after_request(_log_request)
+
+
+def log_failure(error: BaseException) -> None:
+    """Log an unexpected error once: its class, SQLSTATE and frames, never its text."""
+    fields = request_state().fields
+    ids = {name: fields.get(name) for name in ("message_id", "user_id")}
+    logger.error("request_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
+
+
+def log_delivery() -> None:
+    """Log the result of a delivery, unless its failure or each request is logged anyway."""
+    fields = request_state().fields
+    if not current_state().logs_requests and fields.get("reason") != "internal_error":
+        level = logging.WARNING if "reason" in fields else logging.INFO
+        logger.log(level, "webhook_delivered", extra=fields)
+
+
+def _start_clock(_endpoint: str | None, _values: dict[str, Any] | None) -> None:
+    request_state()
+
+
+def _find_state() -> State | None:
+    return current_app.extensions.get(EXTENSION) if current_app else None
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    extra = {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _STANDARD and value is not None
+    }
+    if record.exc_info and record.exc_info[1] is not None:  # logged by Flask, with the text
+        error = record.exc_info[1]
+        extra |= {"error": describe(error), "frames": frames(error)}
+    return extra | {"request_id": request_state().request_id} if has_request_context() else extra
+
+
+def _log_request(response: Response) -> Response:
+    state, status = request_state(), response.status_code
+    response.headers["X-Request-ID"] = state.request_id
+    refused = "reason" in state.fields
+    level = logging.ERROR if status >= 500 else logging.WARNING if refused else logging.INFO
+    if logger.isEnabledFor(level):
+        line = {
+            "method": request.method,
+            "path": request.path[:PATH_LENGTH],
+            "status": status,
+            "duration_ms": round(state.seconds * 1000, 2),
+            **state.fields,
+        }
+        # Made here and not by log(), which walks the stack to find its caller.
+        record = logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line)
+        logger.handle(record)
+    return response

@@ -1,0 +1,147 @@
+"""Errors as ``application/problem+json`` (RFC 9457), translated here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from http import HTTPStatus
+from typing import Any, ParamSpec, cast
+
+from flask import Flask, Response, current_app, request
+from werkzeug.exceptions import HTTPException, default_exceptions
+
+from clerkhooks.errors import (
+    BadRequest,
+    BodyTooLarge,
+    EventError,
+    Forbidden,
+    KeysUnavailable,
+    RequestError,
+    SignatureError,
+    Unauthenticated,
+)
+from clerkhooks.web.logs import log_failure
+from clerkhooks.web.state import annotate
+
+P = ParamSpec("P")
+MAX_BODY = 1024 * 1024  # bytes
+_STATUS: dict[type[RequestError], HTTPStatus] = {
+    SignatureError: HTTPStatus.UNAUTHORIZED,
+    EventError: HTTPStatus.BAD_REQUEST,
+    BadRequest: HTTPStatus.BAD_REQUEST,
+    BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    Forbidden: HTTPStatus.FORBIDDEN,
+    KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_REASONS = {413: "body_too_large", 500: "internal_error"}
+
+
+def json_response(body: Mapping[str, Any]) -> Response:
+    """Return *body* as JSON, in its own order, whatever JSON provider the application has."""
+    return Response(json.dumps(body), content_type="application/json")
+
+
+def problem(
+    status: int, reason: str, headers: Mapping[str, str] | None = None, **members: object
+) -> Response:
+    """Return a response with *reason*, a stable code; *members* are further ones of the body."""
+    annotate(reason=reason)
+    body = {"type": "about:blank", "title": _title(status), "status": status, "reason": reason}
+    text = json.dumps(body | members)
+    return Response(text, status, headers, content_type="application/problem+json")
+
+
+def answered(view: Callable[P, Response]) -> Callable[P, Response]:
+    """Decorate a view of ours: errors become problems, whatever handlers the application has."""
+
+    @wraps(view)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
+        try:
+            return view(*args, **kwargs)
+        except RequestError as error:
+            return from_request_error(error)
+        except HTTPException as error:
+            return cast("Response", from_http_exception(error))
+        except Exception as error:
+            log_failure(error)
+            if current_app.debug:  # for the debugger
+                raise
+            return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
+
+    return answer
+
+
+def read_body() -> bytes:
+    """
+    Return the whole body of the current request, up to 1 MiB, whatever limit the application has.
+
+    Raises:
+        BodyTooLarge: it is longer.
+        BadRequest: ``body_unreadable``; it cannot be read, as when its chunks are malformed.
+    """
+    if (request.content_length or 0) > MAX_BODY:
+        raise BodyTooLarge("body_too_large")
+    # Werkzeug cuts a chunked body at the limit without an error; one more byte shows it.
+    request.max_content_length = MAX_BODY + 1
+    try:
+        body = request.get_data(cache=False)
+    except Exception:  # noqa: BLE001  # servers raise errors of their own for malformed bodies
+        raise BadRequest("body_unreadable") from None
+    if len(body) > MAX_BODY:
+        raise BodyTooLarge("body_too_large")
+    return body
+
+
+def init_errors(app: Flask) -> None:
+    """Answer what ``require_auth`` raises in the application's own views."""
+    for kind in _STATUS:
+        app.register_error_handler(kind, from_request_error)
+
+
+def init_problems(app: Flask) -> None:
+    """Answer every error of *app* as a problem."""
+    app.register_error_handler(HTTPException, from_http_exception)
+
+
+def from_request_error(error: RequestError) -> Response:
+    """Return the problem of an error of ours."""
+    headers: dict[str, str] = {}
+    members: dict[str, object] = {}
+    if isinstance(error, Forbidden) and error.reverification is not None:
+        # Clerk's front-end libraries look for this before they ask the user to verify again.
+        metadata = {"reverification": error.reverification}
+        members["clerk_error"] = {
+            "type": "forbidden",
+            "reason": "reverification-error",
+            "metadata": metadata,
+        }
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, KeysUnavailable):
+        headers["Retry-After"] = str(error.retry_after)
+    status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+    return problem(status, error.reason, headers, **members)
+
+
+def from_http_exception(error: HTTPException) -> Any:
+    """Return the problem of an HTTP error; what an application's ``abort`` says stays."""
+    if error.response is not None:
+        return error.get_response()
+    status = error.code or 500
+    kept = ("Allow", "Retry-After", "WWW-Authenticate")
+    headers = {key: value for key, value in error.get_headers() if key in kept}
+    reason = _REASONS.get(status) or re.sub(r"[^a-z0-9]+", "_", _title(status).lower())
+    usual = getattr(default_exceptions.get(status), "description", None)
+    own_text = error.description if error.description != usual else None
+    members = {"detail": own_text} if own_text else {}
+    return problem(status, reason, headers, **members)
+
+
+def _title(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown Error"

@@ -1,0 +1,119 @@
+"""Per-application and per-request state."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from flask import Flask, current_app, request
+
+from clerkhooks.clerk.session_tokens import Session, SessionVerifier
+from clerkhooks.clerk.signatures import SigningSecret
+from clerkhooks.settings import Settings
+from clerkhooks.store import Store
+from clerkhooks.store.models import ClerkUser
+from clerkhooks.users import Users
+
+if TYPE_CHECKING:
+    from clerkhooks.web.metrics import Metrics
+
+EXTENSION = "clerkhooks"
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Authenticator:
+    """What verifies an application's calls. Without cookie names, cookies do not authenticate."""
+
+    verifier: SessionVerifier
+    authorized_parties: frozenset[str]
+    cookie_names: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """Everything about one application, in ``app.extensions["clerkhooks"]``."""
+
+    hooks: Any
+    settings: Settings
+    values: Mapping[str, Any] = field(repr=False)
+    """The variables that *settings* were read from, for the doctor."""
+    store: Store
+    users: Users
+    authenticator: Authenticator
+    secrets: tuple[SigningSecret, ...]
+    metrics: Metrics | None = None
+    logs_requests: bool = False
+    """Whether each request is logged, as in the service; otherwise only each delivery is."""
+    log_format: str | None = None
+
+
+@dataclass
+class RequestState:
+    """Everything about one request, in ``request.environ["clerkhooks"]``."""
+
+    app: Flask
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What the request's log line says: ids, codes and figures, never a text that a user chose."""
+    started_at: float = field(default_factory=time.perf_counter)
+    is_authenticated: bool = False
+    session: Session | None = None
+    user: ClerkUser | None = None
+
+    @cached_property
+    def request_id(self) -> str:
+        """The caller's own request id if it is well-formed, otherwise a new one."""
+        sent = request.headers.get("X-Request-ID", "")
+        return sent if _SAFE_ID.fullmatch(sent) else secrets.token_hex(16)
+
+    @property
+    def seconds(self) -> float:
+        """How long the request has taken so far."""
+        return time.perf_counter() - self.started_at
+
+
+def current_state() -> State:
+    """
+    Return the state of the current application.
+
+    Raises:
+        RuntimeError: ``ClerkHooks.init_app`` was not called for it.
+    """
+    try:
+        return cast("State", current_app.extensions[EXTENSION])
+    except KeyError:
+        raise RuntimeError(
+            "clerkhooks is not set up for this application. "
+            "Call hooks.init_app(app) in its factory."
+        ) from None
+
+
+def disconnect(app: Flask) -> None:
+    """Close the connections that *app* has to its databases, as at the end of a test."""
+    with app.app_context():
+        db = app.extensions["sqlalchemy"]
+        db.session.remove()
+        for engine in db.engines.values():
+            engine.dispose()
+    app.extensions[EXTENSION].store.database.dispose()
+
+
+def request_state() -> RequestState:
+    """Return the state of the current request."""
+    # With the request, not in g: tests push an application context for longer, and g with it.
+    environ, app = request.environ, current_app._get_current_object()  # type: ignore[attr-defined]
+    state = environ.get(EXTENSION)
+    # An application may hand its request on to another one, whose users are others.
+    if state is None or state.app is not app:
+        state = environ[EXTENSION] = RequestState(app)
+    return cast("RequestState", state)
+
+
+def annotate(**fields: str | float | None) -> None:
+    """Add to the log line of the current request."""
+    request_state().fields.update(fields)

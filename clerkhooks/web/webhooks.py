@@ -1,0 +1,66 @@
+"""``POST /webhooks/clerk``: where Clerk's events come in."""
+
+from __future__ import annotations
+
+import time
+from http import HTTPStatus
+
+from flask import Blueprint, Response, request
+from werkzeug.exceptions import HTTPException
+
+from clerkhooks.clerk.events import parse_event
+from clerkhooks.clerk.signatures import HEADERS, verify_signature
+from clerkhooks.errors import BadRequest, RequestError, SignatureError
+from clerkhooks.web.logs import log_delivery, log_failure
+from clerkhooks.web.problems import answered, json_response, problem, read_body
+from clerkhooks.web.state import annotate, current_state, request_state
+
+
+def add_routes(blueprint: Blueprint) -> None:
+    """Add the route, also with a trailing slash: Svix counts a redirect as a failure."""
+    blueprint.add_url_rule(
+        "/webhooks/clerk",
+        view_func=receive_webhook,
+        methods=["POST"],
+        strict_slashes=False,
+        provide_automatic_options=False,
+    )
+
+
+def receive_webhook() -> Response:
+    """Answer one delivery; log and count it."""
+    response = apply_delivery()
+    state, metrics = request_state(), current_state().metrics
+    if metrics is not None:
+        metrics.count_delivery(response.status_code, state.fields, state.seconds)
+    log_delivery()
+    return response
+
+
+@answered
+def apply_delivery() -> Response:
+    """Verify, parse and apply the delivery of the current request."""
+    state = current_state()
+    headers = {name: request.headers.get(name, "") for name in HEADERS}
+    message = verify_signature(headers, _read_body(), state.secrets, time.time())
+    annotate(message_id=message.message_id)
+    event = parse_event(message)
+    annotate(message_id=event.message_id, event_type=event.type, user_id=event.user_id)
+    try:
+        outcome = state.users.apply(event)
+    except (
+        RequestError,
+        HTTPException,
+    ) as error:  # a handler's, as by abort(404): no answer to Clerk
+        log_failure(error)
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
+    lag = None if event.occurred_at is None else time.time() - event.occurred_at.timestamp()
+    annotate(outcome=outcome, lag_s=None if lag is None else round(lag, 3))
+    return json_response({"outcome": outcome, "messageId": message.message_id})
+
+
+def _read_body() -> bytes:
+    try:
+        return read_body()
+    except BadRequest as error:  # what cannot be read cannot be verified
+        raise SignatureError(error.reason) from None

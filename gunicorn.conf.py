@@ -1,0 +1,98 @@
+"""gunicorn's configuration, which it reads from the folder in which it is started."""
+
+from __future__ import annotations
+
+import gevent.monkey
+
+# Before anything that does I/O is imported: psycopg, for one, chooses how it waits when it is
+# imported.
+gevent.monkey.patch_all()
+
+import atexit  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+from typing import Any  # noqa: E402
+
+import gevent  # noqa: E402
+
+from clerkhooks.settings import ServiceSettings, exit_if_invalid, read_environ  # noqa: E402
+
+with exit_if_invalid():  # before anything listens
+    settings = ServiceSettings.from_mapping(read_environ())
+
+bind = f"0.0.0.0:{settings.port}"
+workers = settings.web_concurrency
+worker_class = "gevent"
+worker_connections = 500
+preload_app = True
+# Seconds, longer than proxies usually keep a connection, so that none writes into a closed one.
+keepalive = 75
+timeout = 15  # seconds without a heartbeat; Svix gives up on an answer after as many
+graceful_timeout = 12  # seconds: a request is over within 10
+limit_request_line = 8190
+limit_request_field_size = (
+    32768  # headers of 16 KiB reach the application, which answers in its own words
+)
+control_socket_disable = True
+
+
+def _remove_metrics(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # workers inherit this
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if settings.metrics_token:
+    # prometheus-client looks for it once, when it is imported. A new one for each boot: counts
+    # start at zero.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics = tempfile.mkdtemp(
+        prefix="clerkhooks-metrics-"
+    )
+    # gunicorn does not call on_exit if it cannot listen.
+    atexit.register(_remove_metrics, _metrics, os.getpid())
+
+
+def on_starting(_server: Any) -> None:
+    """Warn once if no session key is configured."""
+    if not (settings.jwt_keys or settings.jwks_url or settings.secret_key):
+        from clerkhooks.web.logs import logger
+
+        remedy = (
+            "Set CLERK_JWT_KEY or CLERK_PUBLISHABLE_KEY; until then protected routes answer 503."
+        )
+        logger.warning("keys_not_configured", extra={"remedy": remedy})
+
+
+def post_fork(server: Any, _worker: Any) -> None:
+    """Count this worker's connections, and fetch the signing keys ahead of the first call."""
+    from clerkhooks.web.auth import fetch_keys_soon
+
+    app = server.app.wsgi()
+    if settings.metrics_token:
+        from clerkhooks.web.metrics import begin_process
+
+        begin_process(app)
+    fetch_keys_soon(app)
+
+
+def pre_request(_worker: Any, request: Any) -> None:
+    """Remember in which iteration of the event loop this request began."""
+    request.began_in = gevent.get_hub().loop.iteration
+
+
+def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> None:
+    """
+    Yield to other connections after a request that never waited, such as one that is refused.
+
+    Otherwise a client that always has the next request ready would keep the worker for itself.
+    """
+    if gevent.get_hub().loop.iteration == request.began_in:
+        gevent.sleep(0.00001)  # an iteration of the loop; a sleep of 0 would end before it
+
+
+def child_exit(_server: Any, worker: Any) -> None:
+    """Drop the gauges of a worker that has ended; what it counted stays."""
+    if settings.metrics_token:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]

@@ -1,0 +1,107 @@
+"""
+An application of its own that uses ``ClerkHooks``, with fixtures for the tests of the extension.
+
+A test module takes the fixtures by ``pytest_plugins = ["tests.application"]``.
+
+PYTEST_DONT_REWRITE: a test module may import from here before pytest loads the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase
+
+from clerkhooks import ClerkHooks, ClerkUser
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.store.database import Database
+from clerkhooks.web.state import State, disconnect
+from tests.conftest import KINDS, MakeDatabase
+from tests.support import Service
+
+
+class Application(Service):
+    """A Flask application, its database, and Clerk as it meets both."""
+
+    def __init__(
+        self,
+        clerk: FakeClerk,
+        database_url: str,
+        columns: Mapping[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        """Create the application; *columns* are declared on its model of users beside its own."""
+
+        class Base(DeclarativeBase):
+            """The application's own base."""
+
+        self.db = SQLAlchemy(model_class=Base)
+        parents: tuple[Any, ...] = (ClerkUser, self.db.Model)
+        self.model: Any = type("User", parents, {"__module__": __name__, **(columns or {})})
+        self.hooks: ClerkHooks[Any] = ClerkHooks(self.db, self.model)
+        super().__init__(self.create_app(clerk, database_url, **config), clerk, database_url)
+
+    def create_app(self, clerk: FakeClerk, database_url: str, **config: Any) -> Flask:
+        """
+        Create a Flask application on *database_url*, as a factory does.
+
+        It may be called again.
+        """
+        app = Flask("application")
+        uri = database_url.replace("postgresql://", "postgresql+psycopg://", 1)
+        app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=uri)
+        app.config.update(config)
+        self.db.init_app(app)
+        self.hooks.init_app(app)
+        return app
+
+    @property
+    def state(self) -> State:
+        """What clerkhooks knows of the application."""
+        state: State = self.app.extensions["clerkhooks"]
+        return state
+
+    @property
+    def database(self) -> Database:
+        """The private engine."""
+        return self.state.store.database
+
+    def create_all(self) -> None:
+        """Create the tables that are missing."""
+        with self.app.app_context():
+            self.db.create_all()
+
+
+MakeApplication = Callable[..., Application]
+
+
+@pytest.fixture(params=KINDS)
+def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
+    """The URL of a database without tables, of each kind in turn."""
+    return make_database(request.param)
+
+
+@pytest.fixture
+def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
+    """Create an application, with its tables, on a database; it is disconnected in the end."""
+    made: list[Application] = []
+
+    def make(url: str, columns: Mapping[str, Any] | None = None, **config: Any) -> Application:
+        application = Application(clerk, url, columns, **config)
+        made.append(application)
+        application.create_all()
+        return application
+
+    yield make
+    for application in made:
+        disconnect(application.app)
+
+
+@pytest.fixture
+def application(make_application: MakeApplication, empty_database: str) -> Application:
+    """An application with nothing but the plain columns."""
+    return make_application(empty_database)

@@ -1,0 +1,25 @@
+"""Databases of the applications."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import KINDS, MakeDatabase
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
+    """An empty database of each kind."""
+    return make_database(request.param)
+
+
+@pytest.fixture
+def sqlite_url(make_database: MakeDatabase) -> str:
+    """An empty SQLite file."""
+    return make_database("sqlite")
+
+
+@pytest.fixture
+def postgresql_url(make_database: MakeDatabase) -> str:
+    """An empty PostgreSQL database."""
+    return make_database("postgresql")

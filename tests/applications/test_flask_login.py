@@ -1,0 +1,69 @@
+"""An application with logins of its own, by Flask-Login, where every page asks for one."""
+
+from __future__ import annotations
+
+from flask import Flask, redirect, request
+from flask.typing import ResponseReturnValue
+from flask_login import LoginManager, UserMixin, current_user, login_user
+
+from clerkhooks import ClerkHooks, require_auth
+from clerkhooks import current_user as clerk_user
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.testing import ClerkService
+from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+
+
+class Admin(UserMixin):  # type: ignore[misc]  # untyped
+    """Somebody who signs in to the back office."""
+
+    def __init__(self, name: str) -> None:
+        self.id = name
+
+
+def create_app(clerk: FakeClerk, url: str) -> Flask:
+    """Make a back office with an API for Clerk's users beside it."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, url))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+    manager = LoginManager(app)
+    manager.user_loader(Admin)
+
+    @app.before_request
+    def require_login() -> ResponseReturnValue | None:
+        is_clerks = request.blueprint == "clerkhooks" or request.path.startswith("/app/")
+        if is_clerks or request.endpoint == "login" or current_user.is_authenticated:
+            return None
+        return redirect("/login")
+
+    @app.get("/login")
+    def login() -> str:
+        login_user(Admin("root"))
+        return "welcome"
+
+    @app.get("/office")
+    def office() -> str:
+        return str(current_user.id)
+
+    @app.get("/app/both")
+    @require_auth
+    def both() -> list[object]:
+        return [clerk_user.name, current_user.is_authenticated]
+
+    return app
+
+
+def test_keeps_both_kinds_of_logins_apart(clerk: FakeClerk, sqlite_url: str) -> None:
+    """Each guards its own pages, and neither signs in to the other."""
+    app = create_app(clerk, sqlite_url)
+    with tables(app):
+        prove_users_are_right(app, clerk)
+        browser = app.test_client()
+        assert browser.get("/office").headers["Location"] == "/login"
+        service = ClerkService(app, clerk)
+        user_id = service.sign_up(first_name="Ada", last_name="Lovelace")
+        assert service.client(user_id).get("/app/both").get_json() == ["Ada Lovelace", False]
+        assert service.client(user_id).get("/office").status_code == 302
+        browser.get("/login")
+        assert browser.get("/office").text == "root"
+        assert browser.get("/app/both").status_code == 401

@@ -1,0 +1,241 @@
+"""Applications that put require_auth in the wrong place, and in every right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar
+
+import pytest
+from flask import Blueprint, Flask, Response, request
+from flask.typing import ResponseReturnValue
+from flask.views import MethodView
+
+from clerkhooks import ClerkHooks, require_auth
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.testing import ClerkService
+from tests.applications.support import configuration, make_db, tables
+from tests.conftest import MakeDatabase
+
+
+def shout(view: Callable[..., str]) -> Callable[..., str]:
+    """Decorate a view of the application's own."""
+
+    @wraps(view)
+    def shouted(*args: Any, **kwargs: Any) -> str:
+        return view(*args, **kwargs).upper()
+
+    return shouted
+
+
+def above_a_route(app: Flask) -> None:
+    """Protect what app.get has registered already."""
+
+    @require_auth
+    @app.get("/secret")
+    def secret() -> str:
+        return "secret"
+
+
+def above_a_blueprints_route(app: Flask) -> None:
+    """The same on a blueprint, with a question."""
+    blueprint = Blueprint("secrets", __name__)
+
+    @require_auth(role="org:admin")
+    @blueprint.route("/secret")
+    def secret() -> str:
+        return "secret"
+
+    app.register_blueprint(blueprint)
+
+
+def above_another_decorator(app: Flask) -> None:
+    """The same with another decorator in between."""
+
+    @require_auth
+    @shout
+    @app.route("/secret")
+    def secret() -> str:
+        return "secret"
+
+
+def between_two_routes(app: Flask) -> None:
+    """Protect the route above, and not the one below."""
+
+    @app.get("/protected", endpoint="protected")
+    @require_auth
+    @app.get("/secret")
+    def secret() -> str:
+        return "secret"
+
+
+WRONG = [above_a_route, above_a_blueprints_route, above_another_decorator, between_two_routes]
+
+
+@pytest.mark.parametrize("register", WRONG)
+def test_never_serves_what_was_meant_to_be_protected(
+    clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
+) -> None:
+    """The first request, and each after it, fails with what to do."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, sqlite_url, PROPAGATE_EXCEPTIONS=False))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+    register(app)
+    with tables(app):
+        for _ in range(3):
+            response = app.test_client().get("/secret")
+            assert response.status_code == 500
+            assert "secret" not in response.text.lower()
+        app.config["PROPAGATE_EXCEPTIONS"] = True
+        with pytest.raises(RuntimeError, match="stands above the route"):
+            app.test_client().get("/secret")
+
+
+@pytest.mark.parametrize("register", WRONG)
+def test_refuses_to_start(
+    clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
+) -> None:
+    """An application whose routes are there already is refused by init_app."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, sqlite_url))
+    db.init_app(app)
+    register(app)
+    with pytest.raises(RuntimeError, match="secret' is public"):
+        ClerkHooks(db).init_app(app)
+
+
+def test_serves_every_right_use(clerk: FakeClerk, sqlite_url: str) -> None:
+    """Below the route, on classes and their methods, before a blueprint, and twice on one view."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, sqlite_url))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+    guarded = Blueprint("guarded", __name__)
+    guarded.before_request(require_auth())
+    guarded.add_url_rule("/guarded", view_func=lambda: "ok", endpoint="guarded")
+    app.register_blueprint(guarded)
+
+    @app.get("/below")
+    @shout
+    @require_auth
+    @shout
+    def below() -> str:
+        return "ok"
+
+    @app.get("/twice")
+    @require_auth
+    @require_auth(optional=True)
+    def twice() -> str:
+        return "ok"
+
+    class Whole(MethodView):
+        decorators: ClassVar = [require_auth]
+
+        def get(self) -> str:
+            return "ok"
+
+    class Part(MethodView):
+        @require_auth
+        def get(self) -> str:
+            return "ok"
+
+        def post(self) -> str:
+            return "public"
+
+    def both() -> str:
+        return "ok"
+
+    def shouted() -> str:
+        return "ok"
+
+    app.add_url_rule("/whole", view_func=Whole.as_view("whole"))
+    app.add_url_rule("/part", view_func=Part.as_view("part"))
+    app.add_url_rule("/private", "private", require_auth(both))
+    app.add_url_rule("/shouted", "shouted", shout(require_auth(shouted)))
+    with tables(app):
+        service = ClerkService(app, clerk)
+        ada = service.client(service.sign_up())
+        for path in ("/guarded", "/below", "/twice", "/whole", "/part", "/private", "/shouted"):
+            assert service.http.get(path).status_code == 401, path
+            assert ada.get(path).text.lower() == "ok", path
+        assert service.http.post("/part").text == "public"
+
+
+def page() -> str:
+    """Answer."""
+    return "ok"
+
+
+def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: MakeDatabase) -> None:
+    """Two applications may each protect and serve a view of their module."""
+    apps = []
+    for _ in range(2):
+        app, db = Flask(__name__), make_db()
+        app.config.update(configuration(clerk, make_database("sqlite")))
+        db.init_app(app)
+        ClerkHooks(db).init_app(app)
+        app.add_url_rule("/private", "private", require_auth(page))
+        app.add_url_rule("/open", "open", lambda: "ok")
+        apps.append(app)
+    for app in apps:
+        with tables(app):
+            assert app.test_client().get("/open").text == "ok"
+            assert app.test_client().get("/private").status_code == 401
+
+
+@pytest.mark.parametrize("setting", ["TESTING", "DEBUG"])
+def test_tells_the_developer(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
+    """In a test and in the debugger the mistake is an exception that says what to do."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, sqlite_url, **{setting: True}))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+    above_a_route(app)
+    with tables(app), pytest.raises(RuntimeError, match="Put it below"):
+        app.test_client().get("/secret")
+
+
+def test_fails_closed_whatever_handlers_the_application_has(
+    clerk: FakeClerk, sqlite_url: str
+) -> None:
+    """An application that handles every exception still does not serve the view."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, sqlite_url))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+    above_a_route(app)
+    app.register_error_handler(Exception, lambda error: ("sorry", 200))
+    with tables(app):
+        for _ in range(2):
+            assert app.test_client().get("/secret").text == "sorry"
+
+
+def test_refuses_a_class(clerk: FakeClerk) -> None:
+    """A MethodView is protected by its decorators; above the class there is no view to protect."""
+    with pytest.raises(TypeError, match="MethodView"):
+        require_auth(MethodView)
+
+
+def test_forgets_a_user_when_the_request_is_handed_on(make_database: MakeDatabase) -> None:
+    """An application that passes its request to another one does not sign anybody in there."""
+    ours, theirs = FakeClerk(), FakeClerk()
+    apps = []
+    for clerk in (ours, theirs):
+        app, db = Flask(__name__), make_db()
+        app.config.update(configuration(clerk, make_database("sqlite")))
+        db.init_app(app)
+        ClerkHooks(db).init_app(app)
+        apps.append(app)
+    first, second = apps
+
+    @first.get("/handed-on")
+    @require_auth
+    def hand_on() -> ResponseReturnValue:
+        environ = request.environ | {"PATH_INFO": "/api/me"}
+        return Response.from_app(second, environ)
+
+    with tables(first), tables(second):
+        service = ClerkService(first, ours)
+        response = service.client(service.sign_up()).get("/handed-on")
+        assert response.status_code == 401

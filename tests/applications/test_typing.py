@@ -1,0 +1,111 @@
+"""What ``mypy --strict`` says of an application."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.settings import PROJECT
+from clerkhooks.testing import ClerkService
+from tests.applications import typed
+from tests.applications.support import configuration, prove_users_are_right, tables
+from tests.support import rows
+
+TYPED = Path(typed.__file__)
+BEFORE = """\
+from clerkhooks import ClerkHooks, Event, current_user, require_auth, upsert
+from tests.applications.typed import Base, Organization, User, db, hooks
+
+def no_argument() -> None: ...
+event: Event
+"""
+# Each line is wrong in itself, with mypy's code for it.
+WRONG = {
+    "hooks.current_user.nickname": "attr-defined",
+    "current_user.username": "attr-defined",
+    "hooks.optional_user.username": "union-attr",
+    "hooks.optional_session.has(plan='pro')": "union-attr",
+    "number: int = hooks.current_user.plan": "assignment",
+    "hooks.model.nickname": "attr-defined",
+    "hooks.on('user.created')(no_argument)": "type-var",
+    "ClerkHooks(db, Organization)": "type-var",
+    "require_auth(rolle='org:admin')": "call-overload",
+    "upsert(User, None, id='user_1')": "arg-type",
+    "upsert(Base, event)": "arg-type",
+}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[str]]]:
+    """The codes of mypy's errors, by file and line, for the right file and for one of mistakes."""
+    wrong = tmp_path_factory.mktemp("typing") / "wrong.py"
+    wrong.write_text(BEFORE + "\n".join(WRONG) + "\n")
+    cache = PROJECT / ".mypy_cache" / "applications"
+    options = ("--strict", "--config-file=", "--follow-imports=silent", f"--cache-dir={cache}")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "--no-pretty", str(TYPED), str(wrong)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found: dict[str, dict[int, set[str]]] = {"typed.py": {}, "wrong.py": {}}
+    for path, line, code in re.findall(r"^(.+?):(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.M):
+        found[Path(path).name].setdefault(int(line), set()).add(code)
+    return found
+
+
+def test_finds_nothing_wrong_in_a_typed_application(
+    errors: dict[str, dict[int, set[str]]],
+) -> None:
+    """Declared columns, optional views, handlers and async views check without a cast."""
+    assert errors["typed.py"] == {}
+    assert not re.search(r"\bcast\(|type: ignore|\bAny\b", TYPED.read_text())
+
+
+def test_finds_every_mistake(errors: dict[str, dict[int, set[str]]]) -> None:
+    """A column that is not there, an optional user, and a wrong argument are errors."""
+    first = BEFORE.count("\n") + 1
+    expected = {first + number: {code} for number, code in enumerate(WRONG.values())}
+    assert errors["wrong.py"] == expected
+
+
+def test_runs_what_it_checks(clerk: FakeClerk, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spelling that mypy accepts is right at run time, too."""
+    for name, value in configuration(clerk, url).items():
+        monkeypatch.setenv(name if name.startswith("CLERK_") else f"SHOP_{name}", value)
+    app = typed.create_app()
+    with tables(app):
+        prove_users_are_right(app, clerk, "/clerk/api/me")
+        service = ClerkService(app, clerk)
+        ada = service.sign_up(username="ada", public_metadata={"tier": "gold"})
+        client = service.client(ada)
+        body = client.get("/me").get_json()
+        assert (body["username"], body["plan"], body["label"]) == ("ada", "free", "ada")
+        assert client.get("/later").text == "GOLD"
+        assert client.get("/open").text == "Hello ada, False"
+        assert service.http.get("/open").text == "Please sign in."
+        assert client.get(f"/profile/{ada}").text == "free"
+        assert client.get("/plain/7").status_code == 403
+        admin = service.client(ada, role="org:admin", organization="org_1", fva=[0, 0])
+        assert admin.get("/plain/7").text == "ada@example.org org_1"
+        typed.received.clear()
+        data = {"id": "org_1", "name": "Acme", "updated_at": 1_700_000_000_000}
+        assert service.deliver("organization.created", data, "msg_1").status_code == 200
+        assert service.deliver("organization.created", data, "msg_1").status_code == 200
+        older = data | {"name": "Old", "updated_at": 1_600_000_000_000}
+        assert service.deliver("organization.updated", older).status_code == 200
+        assert rows(url, "SELECT id, name FROM organizations") == [("org_1", "Acme")]
+        assert [one[0] for one in typed.received] == [
+            "organization.created",
+            "organization.updated",
+        ]
+        response = service.http.get("/clerk/healthz")
+        assert response.get_json() == {"status": "ok"}

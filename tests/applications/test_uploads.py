@@ -1,0 +1,105 @@
+"""An application that takes uploads, with limits of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flask import Flask, request
+
+from clerkhooks import ClerkHooks
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.testing import ClerkService
+from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+
+MIB = 1024 * 1024
+FORM = "multipart/form-data; boundary=xx"
+
+
+def create_app(clerk: FakeClerk, url: str, **more: Any) -> Flask:
+    """Make the application with two routes for uploads, one of which sets a limit itself."""
+    app, db = Flask(__name__), make_db()
+    app.config.update(configuration(clerk, url, **more))
+    db.init_app(app)
+    ClerkHooks(db).init_app(app)
+
+    @app.post("/upload")
+    def upload() -> dict[str, int]:
+        return {"size": len(request.get_data())}
+
+    @app.post("/form")
+    def form() -> dict[str, int]:
+        file = request.files["file"]
+        size = len(file.read())
+        file.close()
+        return {"size": size}
+
+    @app.post("/tiny")
+    def tiny() -> dict[str, int]:
+        request.max_content_length = 10
+        return {"size": len(request.get_data())}
+
+    @app.post("/huge")
+    def huge() -> dict[str, int]:
+        request.max_content_length = 10 * MIB
+        return {"size": len(request.get_data())}
+
+    return app
+
+
+def multipart(content: bytes) -> bytes:
+    """Return a form with one file."""
+    head = b'--xx\r\nContent-Disposition: form-data; name="file"; filename="file.bin"\r\n\r\n'
+    return head + content + b"\r\n--xx--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "answers"), [(None, (200, 200)), (10 * MIB, (200, 200)), (16, (413, 413))]
+)
+def test_limits_only_our_bodies(
+    clerk: FakeClerk, sqlite_url: str, limit: int | None, answers: tuple[int, int]
+) -> None:
+    """Uploads have the application's limit, and deliveries have 1 MiB, whichever is greater."""
+    app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=limit)
+    with tables(app):
+        prove_users_are_right(app, clerk)
+        service = ClerkService(app, clerk)
+        client, body = service.http, b"x" * (3 * MIB)
+        upload = client.post("/upload", data=body)
+        form = client.post("/form", data=multipart(body), content_type=FORM)
+        assert (upload.status_code, form.status_code) == answers
+        assert client.post("/tiny", data=b"x" * 11).status_code == 413
+        assert client.post("/huge", data=body).get_json() == {"size": len(body)}
+        data = {"id": "user_1", "object": "user", "public_metadata": {"text": "x" * 900_000}}
+        assert service.deliver("user.created", data).status_code == 200
+        refused = service.deliver_body(b"x" * (MIB + 1))
+        assert (refused.status_code, refused.get_json()["reason"]) == (413, "body_too_large")
+        ada = service.client(service.sign_up())
+        assert ada.put("/api/me/presence", json={"isOnline": True}).status_code == 200
+
+
+def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -> None:
+    """An upload that is too large gets the application's own page, and a delivery ours."""
+    app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=MIB)
+    app.register_error_handler(413, lambda error: ("Please send less.", 413))
+    with tables(app):
+        service = ClerkService(app, clerk)
+        assert service.http.post("/upload", data=b"x" * (MIB + 1)).text == "Please send less."
+        refused = service.deliver_body(b"x" * (MIB + 1))
+        assert (refused.status_code, refused.mimetype) == (413, "application/problem+json")
+
+
+def test_takes_deliveries_whatever_the_application_allows_elsewhere(
+    clerk: FakeClerk, sqlite_url: str
+) -> None:
+    """A limit that a before_request sets for every route is not that of our routes."""
+    app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=8, MAX_FORM_MEMORY_SIZE=8)
+
+    @app.before_request
+    def allow_little() -> None:
+        request.max_content_length = 4
+
+    with tables(app):
+        prove_users_are_right(app, clerk)
+        assert app.test_client().post("/upload", data=b"12345").status_code == 413
+        assert app.test_client().post("/upload", data=b"1234").get_json() == {"size": 4}

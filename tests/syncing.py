@@ -1,0 +1,56 @@
+"""One run of a sync in this process, with what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.store import Store
+from clerkhooks.sync import reconcile
+from tests.backend import SECRET_KEY, Backend
+from tests.support import Service
+
+PACE = 0.001  # of a pause
+
+
+class Quiet:
+    """Progress that nobody looks at."""
+
+    def begin(self, what: str, total: int | None) -> None:
+        """Begin a part."""
+
+    def advance(self, count: int) -> None:
+        """Go on."""
+
+
+def store_of(service: Service) -> Store:
+    """Return the application's tables."""
+    store: Store = service.app.extensions["clerkhooks"].store
+    return store
+
+
+def sync(
+    service: Service,
+    backend: Backend,
+    run: Callable[[reconcile.Reconciliation], None] = reconcile.Reconciliation.sync_all,
+    check: bool = False,
+    force: bool = False,
+) -> tuple[dict[str, int], list[reconcile.Finding], reconcile.Reconciliation]:
+    """Run once; return what is not 0 of the summary, the findings and the run itself."""
+    findings: list[reconcile.Finding] = []
+    store = store_of(service)
+    with (
+        reconcile.sole_writer(store) as connection,
+        BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
+    ):
+        reconciliation = reconcile.Reconciliation(
+            api, store, connection, Quiet(), findings.append, check=check, force=force
+        )
+        run(reconciliation)
+    summary = {name: count for name, count in reconciliation.summary().items() if count}
+    return summary, findings, reconciliation
+
+
+def age(service: Service) -> None:
+    """Make every row old enough to be found gone."""
+    service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")

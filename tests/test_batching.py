@@ -1,0 +1,335 @@
+"""Calls that arrive together are executed as one; each caller is answered as if alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.store import batching
+from clerkhooks.store.batching import Batcher
+from tests.racing import TIMEOUT, before, call, delivery, eventually, held, on_statement
+from tests.support import NOW_MS, Service, deletion, user_event
+
+
+class Work:
+    """
+    What is executed: the first batch stays at work until it is released.
+
+    Batches with *bad* items fail.
+    """
+
+    def __init__(
+        self, bad: tuple[str, ...] = (), error: Callable[[str], BaseException] = ValueError
+    ) -> None:
+        self.batches: list[list[str]] = []
+        self.began, self.released = threading.Event(), threading.Event()
+        self.bad, self.error = bad, error
+
+    def __call__(self, items: Sequence[str]) -> list[str]:
+        """Return each item in capitals."""
+        self.batches.append(list(items))
+        if len(self.batches) == 1:
+            self.began.set()
+            assert self.released.wait(TIMEOUT)
+        for item in items:
+            if item in self.bad:
+                raise self.error(item)
+        return [item.upper() for item in items]
+
+
+def make_batcher(
+    work: Callable[[Sequence[str]], Sequence[str]], *, concerns_all: bool = False
+) -> Batcher[str, str]:
+    """Return a batcher for which items that begin with one letter have one key."""
+    return Batcher(work, keys=lambda item: (item[0],), concerns_all=lambda _: concerns_all)
+
+
+def wait_for_callers(batcher: Batcher[Any, Any], count: int) -> None:
+    """Return once so many callers wait in line."""
+    eventually(lambda: len(batcher._waiting) >= count)
+
+
+@contextmanager
+def called_together(
+    batcher: Batcher[str, str], work: Work, *items: str
+) -> Iterator[list[Future[str]]]:
+    """
+    Call with "first", and while that is at work with each of *items*, in this order.
+
+    Then let it go on.
+    """
+    with ThreadPoolExecutor(len(items) + 1) as pool:
+        answers = [pool.submit(batcher, "first")]
+        try:
+            assert work.began.wait(TIMEOUT)
+            for number, item in enumerate(items):
+                answers.append(pool.submit(batcher, item))
+                wait_for_callers(batcher, number + 1)
+            yield answers
+        finally:
+            work.released.set()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no caller lead a batch of its own because the one under way takes long."""
+    monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
+
+
+pytestmark = pytest.mark.usefixtures("patient")
+
+
+def test_executes_together_what_arrives_meanwhile() -> None:
+    """The first call waits for no others; those that arrive while it is at work are one batch."""
+    work = Work()
+    batcher = make_batcher(work)
+    with called_together(batcher, work, "ada", "bea", "cleo") as answers:
+        pass
+    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "BEA", "CLEO"]
+    assert work.batches == [["first"], ["ada", "bea", "cleo"]]
+
+
+def test_keeps_items_of_one_key_apart() -> None:
+    """No two items of a batch share a key."""
+    work = Work()
+    with called_together(make_batcher(work), work, "ada", "alan", "bea", "anna") as answers:
+        pass
+    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "ALAN", "BEA", "ANNA"]
+    assert work.batches == [["first"], ["ada", "bea"], ["alan"], ["anna"]]
+
+
+def test_lets_equal_items_share_a_batch_without_keys() -> None:
+    """A reader has no keys: many callers that ask for the same are one batch."""
+    work = Work()
+    batcher = Batcher(work, concerns_all=lambda _: False)
+    with called_together(batcher, work, "ada", "ada", "ada") as answers:
+        pass
+    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "ADA", "ADA"]
+    assert work.batches == [["first"], ["ada", "ada", "ada"]]
+
+
+def test_does_not_repeat_a_call_that_gave_none() -> None:
+    """None is a result: a user who is not there is looked up once."""
+    batches: list[Sequence[str]] = []
+
+    def work(items: Sequence[str]) -> list[None]:
+        batches.append(items)
+        return [None for _ in items]
+
+    assert Batcher(work, concerns_all=lambda _: False)("ada") is None
+    assert batches == [["ada"]]
+
+
+def test_limits_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch has at most MAX_BATCH items."""
+    monkeypatch.setattr(batching, "MAX_BATCH", 2)
+    work = Work()
+    with called_together(make_batcher(work), work, "ada", "bea", "cleo"):
+        pass
+    assert work.batches == [["first"], ["ada", "bea"], ["cleo"]]
+
+
+def test_lets_only_the_culprit_fail() -> None:
+    """
+    If a batch fails each caller tries alone.
+
+    The culprit gets its own error, the others succeed.
+    """
+    work = Work(bad=("bea",))
+    with called_together(make_batcher(work), work, "ada", "bea", "cleo") as answers:
+        pass
+    results = [str(answer.exception() or answer.result()) for answer in answers]
+    assert results == ["FIRST", "ADA", "bea", "CLEO"]
+    assert sorted(work.batches[2:]) == [["ada"], ["bea"], ["cleo"]]
+
+
+def test_does_not_retry_what_failed_for_all() -> None:
+    """If the database is away, no caller waits for it a second time."""
+    work = Work(bad=("bea",))
+    batcher = make_batcher(work, concerns_all=True)
+    with called_together(batcher, work, "ada", "bea", "cleo") as answers:
+        pass
+    assert [str(answer.exception()) for answer in answers[1:]] == ["bea"] * 3
+    assert len(work.batches) == 2
+
+
+def test_raises_an_exception_of_its_own_for_each_caller() -> None:
+    """
+    One object raised in many threads would collect the frames of all of them.
+
+    Log lines without an end.
+    """
+    work = Work(bad=("bea",))
+    batcher = make_batcher(work, concerns_all=True)
+    names = [first + second for first in "abcdefgh" for second in "abcd"]
+    batcher._keys = lambda item: (item,)
+    with called_together(batcher, work, "bea", *names) as answers:
+        pass
+    errors = [answer.exception() for answer in answers[1:]]
+    assert {type(error) for error in errors} == {ValueError}
+    assert {str(error) for error in errors} == {"bea"}
+    assert len({id(error) for error in errors}) == len(names) + 1
+    lengths = [len(traceback.extract_tb(error.__traceback__)) for error in errors if error]
+    assert max(lengths) <= 6, "the frames of one caller"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
+    """
+    A worker that stops kills the leader.
+
+    The others try without it, and later callers are served.
+    """
+    work = Work(bad=("ada",), error=lambda _: SystemExit(1))
+    batcher = make_batcher(work)
+    others = () if alone else ("bea", "cleo")
+    with called_together(batcher, work, "ada", *others) as answers:
+        pass
+    assert isinstance(answers[1].exception(), SystemExit)
+    assert [answer.result() for answer in answers[2:]] == [other.upper() for other in others]
+    assert batcher("dora") == "DORA"
+
+
+@pytest.mark.parametrize("promoted", [False, True], ids=["in line", "as it is to lead"])
+def test_leaves_no_caller_waiting_if_one_is_killed_in_line(
+    monkeypatch: pytest.MonkeyPatch, promoted: bool
+) -> None:
+    """A caller that is killed in line leaves it, and hands over the lead if it has it."""
+    work, wait = Work(), batching._Call.wait
+
+    def wait_and_die(self: batching._Call[str, str], seconds: float = -1) -> bool:
+        woken = not promoted or wait(self, seconds)
+        if self.item == "ada":
+            raise SystemExit(1)
+        return woken if promoted else wait(self, seconds)
+
+    monkeypatch.setattr(batching._Call, "wait", wait_and_die)
+    batcher = make_batcher(work)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(batcher, "first")
+        assert work.began.wait(TIMEOUT)
+        ada = pool.submit(batcher, "ada")
+        if promoted:
+            wait_for_callers(batcher, 1)
+        else:
+            assert isinstance(ada.exception(TIMEOUT), SystemExit)
+        bea = pool.submit(batcher, "bea")
+        wait_for_callers(batcher, 2 if promoted else 1)
+        work.released.set()
+        assert (first.result(TIMEOUT), bea.result(TIMEOUT)) == ("FIRST", "BEA")
+        assert isinstance(ada.exception(TIMEOUT), SystemExit)
+    assert batcher("dora") == "DORA"
+    assert ["ada"] not in work.batches
+
+
+def test_passes_a_batch_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that has waited for MAX_WAIT leads a batch beside the one that is stuck."""
+    monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
+    work = Work()
+    batcher = make_batcher(work)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(batcher, "first")
+        assert work.began.wait(TIMEOUT)
+        assert pool.submit(batcher, "ada").result(TIMEOUT) == "ADA"
+        assert not first.done()
+        work.released.set()
+        assert first.result(TIMEOUT) == "FIRST"
+    assert batcher._leaders == 0
+
+
+@given(
+    items=st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=20),
+    bad=st.sets(st.sampled_from("abc")),
+    concerns_all=st.booleans(),
+)
+def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool) -> None:
+    """
+    Many callers at once, whatever fails.
+
+    Each gets its own result or an error, and the line ends empty.
+    """
+
+    def work(batch: Sequence[str]) -> list[str]:
+        assert len({item[0] for item in batch}) == len(batch)
+        for item in batch:
+            if item[0] in bad:
+                raise ValueError(item[0])
+        return [item.upper() for item in batch]
+
+    batcher = make_batcher(work, concerns_all=concerns_all)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(batcher, item) for item in items]
+    for item, answer in zip(items, answers, strict=True):
+        error = answer.exception()
+        if error is None:
+            assert answer.result() == item.upper()
+        else:
+            assert str(error) in bad if concerns_all else str(error) == item[0]
+    assert (batcher._waiting, batcher._leaders) == ([], 0)
+
+
+def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
+    """Return the batcher of calls (``_read``) or of deliveries (``_deliver``)."""
+    batcher: Batcher[Any, Any] = getattr(service.app.extensions["clerkhooks"].users, name)
+    return batcher
+
+
+def test_reads_one_user_once_for_many_calls(service: Service) -> None:
+    """Eleven calls of two users, while a read is under way, are one statement more."""
+    user_id, other_id = clerk_id("user"), clerk_id("user")
+    for known in (user_id, other_id):
+        assert service.call(known).status_code == 200
+    batcher = batcher_of(service, "_read")
+    counted: list[str] = []
+    with (
+        ThreadPoolExecutor(12) as pool,
+        before(service, "SELECT", on_sqlite="SELECT") as hold,
+        on_statement(service, "SELECT", lambda: counted.append("")),
+        held(hold, call(service, other_id)) as first,
+    ):
+        called = [other_id, *[user_id] * 10]
+        calls = [pool.submit(call(service, who)) for who in called]
+        wait_for_callers(batcher, 11)
+        hold.released.set()
+        answers = [answer.result(TIMEOUT) for answer in (first, *calls)]
+    assert [answer.get_json()["id"] for answer in answers] == [other_id, *called]
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("body_of", [user_event, deletion])
+def test_does_not_let_a_locked_row_delay_others(
+    service: Service, body_of: Callable[..., bytes]
+) -> None:
+    """Others of its batch are answered within a second, while the lock is still held."""
+    locked_id = clerk_id("user")
+    assert service.outcome(user_event(locked_id)) == "applied"
+    batcher = batcher_of(service, "_deliver")
+    bodies = [user_event(clerk_id("user")) for _ in range(9)]
+    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(10) as pool:
+        other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [locked_id])
+        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+            waiting = pool.submit(delivery(service, body_of(locked_id, at=NOW_MS + 1)))
+            wait_for_callers(batcher, 1)
+            answers = [first, *(pool.submit(delivery(service, body)) for body in bodies[1:])]
+            wait_for_callers(batcher, 9)
+            hold.released.set()
+            released_at = time.monotonic()
+            outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
+            took = time.monotonic() - released_at
+        assert not waiting.done(), "the lock is still held"
+        other.rollback()
+        assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
+    assert outcomes == {"applied"}
+    assert took < 1.5, "far from the two seconds that a row is waited for"

@@ -1,0 +1,469 @@
+"""
+The private engine.
+
+Whatever an application does with its own, what was answered 200 is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.exc import DBAPIError
+
+from clerkhooks import Event, SettingsError, create_app
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
+from clerkhooks.errors import describe
+from clerkhooks.store import database
+from clerkhooks.store.database import Database, transaction
+from tests.application import Application, MakeApplication
+from tests.conftest import MakeDatabase, MakeService
+from tests.racing import TIMEOUT, eventually, on_statement
+from tests.support import NOW_MS, Service, user_event
+
+pytest_plugins = ["tests.application"]
+postgresql = pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
+sqlite = pytest.mark.parametrize("empty_database", ["sqlite"], indirect=True)
+OPTIONS = (
+    "options=-csearch_path%3Dpublic&options=-c%20lock_timeout%3D9s%20-c%20timezone%3DAsia/Tokyo"
+)
+
+
+def database_of(service: Service) -> Database:
+    """Return the private engine of the service."""
+    found: Database = service.app.extensions["clerkhooks"].store.database
+    return found
+
+
+def show(database: Database, *names: str) -> list[Any]:
+    """Return settings of a PostgreSQL session."""
+    with database.connect() as connection:
+        return [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", ["2s", "3s", "UTC", '"$user", public']), (OPTIONS, ["2s", "3s", "UTC", "public"])],
+)
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_keeps_its_limits_beside_options_of_the_url(
+    make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
+) -> None:
+    """
+    Other options of DATABASE_URL hold for the private engine, too.
+
+    Its timeouts and zone are its own.
+    """
+    url = make_database("postgresql")
+    service = make_service(DATABASE_URL=f"{url}{'&' if '?' in url else '?'}{options}")
+    names = ("lock_timeout", "statement_timeout", "timezone", "search_path")
+    assert show(database_of(service), *names) == expected
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_raises_what_sqlalchemy_raises(service: Service) -> None:
+    """An error has its class and SQLSTATE, hides parameters, and spares the connection."""
+    database = database_of(service)
+    statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
+    with pytest.raises(DBAPIError) as raised:
+        database.execute(statement, {"divisor": 0, "email": "ada@example.org"})
+    assert describe(raised.value) == "DataError 22012"
+    assert "ada@example.org" not in str(raised.value)
+    assert [tuple(row) for row in database.execute(statement, {"divisor": 1, "email": ""})] == [
+        (1, "")
+    ]
+    assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_replaces_a_connection_that_the_server_has_closed(service: Service) -> None:
+    """A closed socket is seen before it is used: no request fails."""
+    user_id = clerk_id("user")
+    pid = backend_pid(database_of(service))
+    with psycopg.connect(service.database_url, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(%s)", [pid])
+        alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+        eventually(lambda: other.execute(alive, [pid]).fetchone() == (0,))
+    assert service.call(user_id).status_code == 200
+    assert service.outcome(user_event(user_id)) == "applied"
+
+
+def backend_pid(database: Database) -> int:
+    """Return the server process of a pooled connection."""
+    [(pid,)] = database.execute(sa.text("SELECT pg_backend_pid()"))
+    return int(pid)
+
+
+@pytest.mark.parametrize("handled", [False, True], ids=["no handler", "a handler"])
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "AUTOCOMMIT"])
+def test_loses_nothing_to_isolation_levels_of_views(
+    application: Application, level: str, handled: bool
+) -> None:
+    """
+    A view chooses an isolation level for its own session.
+
+    Of 20 later deliveries all 20 are committed.
+    """
+
+    @application.app.get("/report")
+    def report() -> str:
+        options = {"isolation_level": level}
+        connection = application.db.session.connection(execution_options=options)
+        return str(connection.scalar(sa.text("SELECT count(*) FROM users")))
+
+    if handled:
+        application.hooks.on("user.*")(lambda _: None)
+    for _ in range(20):
+        user_id = clerk_id("user")
+        assert application.http.get("/report").status_code == 200
+        assert application.outcome(user_event(user_id)) == "applied"
+        assert application.user(user_id, ["name"]) == ("Ada Lovelace",)
+    log = "SELECT outcome, count(*) FROM webhook_messages GROUP BY outcome"
+    assert application.rows(log) == [("applied", 20)]
+
+
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "AUTOCOMMIT"])
+def test_loses_nothing_to_the_isolation_level_of_the_engine(
+    make_application: MakeApplication, empty_database: str, level: str
+) -> None:
+    """An application's engine may have another isolation level altogether."""
+    options = {"isolation_level": level}
+    application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS=options)
+    user_id = clerk_id("user")
+    for number in range(20):
+        body = user_event(user_id, at=NOW_MS + number, first_name=f"N{number}")
+        assert application.outcome(body) == "applied"
+        assert application.user(user_id, ["name"]) == (f"N{number} Lovelace",)
+    assert application.call(user_id).status_code == 200
+
+
+def test_commits_apart_from_the_applications_transaction(application: Application) -> None:
+    """A view that rolls back does not undo the row that its authentication created."""
+    user_id = clerk_id("user")
+
+    @application.app.before_request
+    def write() -> None:
+        if application.database_url.startswith("postgresql"):
+            statement = "UPDATE users SET name = 'never committed'"
+            application.db.session.execute(sa.text(statement))
+
+    assert application.call(user_id).status_code == 200
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"
+    assert application.user(user_id, ["name"]) == ("New User",)
+
+
+@postgresql
+def test_bounds_its_own_statements_only(application: Application) -> None:
+    """
+    ``pg_sleep(4)`` through db.session is not cut.
+
+    On the private engine a statement ends after 3 s.
+    """
+
+    @application.app.get("/slow")
+    def slow() -> str:
+        application.db.session.execute(sa.text("SELECT pg_sleep(4)"))
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(application.app.test_client().get, "/slow")
+        started = time.monotonic()
+        with pytest.raises(DBAPIError) as raised:
+            application.database.execute(sa.text("SELECT pg_sleep(20)"))
+        assert describe(raised.value) == "OperationalError 57014"
+        assert 2.5 < time.monotonic() - started < 5
+        assert answer.result(TIMEOUT).text == "done"
+    assert show(application.database, "lock_timeout", "statement_timeout") == ["2s", "3s"]
+
+
+@postgresql
+@pytest.mark.parametrize("handled", [False, True], ids=["no handler", "a handler"])
+@pytest.mark.parametrize("where", ["database", "session", "engine"])
+def test_stores_times_in_utc(
+    make_application: MakeApplication, empty_database: str, where: str, handled: bool
+) -> None:
+    """The zone of the database, or of the application's sessions, moves no time."""
+    options: dict[str, Any] = {}
+    if where == "database":
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            name = connection.info.dbname
+            connection.execute(f"ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'".encode())
+    elif where == "engine":
+        options = {"connect_args": {"options": "-c timezone=Asia/Tokyo"}}
+    application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS=options)
+    seen: list[datetime] = []
+
+    @application.app.before_request
+    def set_zone() -> None:
+        if where == "session":
+            application.db.session.execute(sa.text("SET TIME ZONE 'America/St_Johns'"))
+
+    if handled:
+
+        @application.hooks.on("*")
+        def look(event: Event) -> None:
+            row = application.db.session.get_one(application.model, event.data["id"])
+            seen.append(row.updated_at)
+
+    user_id, before = clerk_id("user"), datetime.now(UTC)
+    assert application.outcome(user_event(user_id, at=NOW_MS), "msg_1") == "applied"
+    answer = application.call(user_id).get_json()
+    after = datetime.now(UTC)
+    assert before <= datetime.fromisoformat(answer["lastSeen"]).replace(microsecond=999999)
+    assert datetime.fromisoformat(answer["lastSeen"]) <= after
+    times = "extract(epoch FROM occurred_at), extract(epoch FROM received_at)"
+    [(occurred, received)] = application.rows(f"SELECT {times} FROM webhook_messages")
+    assert round(float(occurred) * 1000) == NOW_MS
+    assert before.timestamp() <= float(received) <= after.timestamp()
+    assert all(one.utcoffset() is not None and before <= one <= after for one in seen)
+    assert len(seen) == handled
+
+
+def test_shows_its_statements_to_listeners(application: Application) -> None:
+    """``before_cursor_execute`` on the private engine sees every statement, as tracing needs it."""
+    seen: list[str] = []
+
+    def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    sa.event.listen(application.database.engine, "before_cursor_execute", listen)
+    user_id = clerk_id("user")
+    assert application.outcome(user_event(user_id)) == "applied"
+    assert any("INSERT INTO users" in statement for statement in seen)
+    assert any("INSERT INTO webhook_messages" in statement for statement in seen)
+    seen.clear()
+    assert application.call(user_id).status_code == 200
+    assert any(statement.lstrip().startswith("SELECT") for statement in seen)
+
+
+@contextmanager
+def forked(database: Database) -> Iterator[dict[str, Any]]:
+    """Read and write in a forked process; yield what it found, before it ends."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # the child: it must neither raise nor return into pytest
+        try:
+            rows = database.write(sa.text("INSERT INTO notes VALUES (2) RETURNING id"))
+            found: dict[str, Any] = {"id": rows[0][0]}
+            if database.dialect_name == "postgresql":
+                found["pid"] = backend_pid(database)
+        except BaseException as error:  # noqa: BLE001
+            found = {"error": repr(error)}
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        yield json.load(pipe)
+    os.waitpid(pid, 0)
+
+
+def test_makes_a_fresh_pool_in_a_forked_process(application: Application) -> None:
+    """
+    Two processes on one socket would read each other's answers.
+
+    The parent's connection goes on as well.
+    """
+    database = application.database
+    application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
+    is_postgresql = database.dialect_name == "postgresql"
+    pid = backend_pid(database) if is_postgresql else None
+    with forked(database) as found:
+        assert found.get("error") is None
+        assert found["id"] == 2
+        if is_postgresql:
+            assert found["pid"] != pid
+            assert backend_pid(database) == pid, "the parent's connection is still its own"
+    if is_postgresql:
+        assert backend_pid(database) == pid
+    assert database.execute(sa.text("SELECT id FROM notes")) == [(2,)]
+
+
+MEMORY = [
+    "sqlite://",
+    "sqlite:///:memory:",
+    "sqlite:///file::memory:?cache=shared&uri=true",
+    "sqlite:///file:shared?mode=memory&cache=shared&uri=true",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
+@pytest.mark.parametrize("url", MEMORY)
+def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
+    """Each connection would have a database of its own; the error advises a file, also in tests."""
+    with pytest.raises(SettingsError) as raised:
+        Application(clerk, url)
+    assert "SQLALCHEMY_DATABASE_URI keeps SQLite in memory" in str(raised.value)
+    assert "Use a file, also in tests: sqlite:////tmp/test.db" in str(raised.value)
+    with pytest.raises(SettingsError, match="DATABASE_URL"):
+        create_app(clerk.environ | {"DATABASE_URL": url})
+
+
+def test_has_a_pool_of_the_size_that_is_configured(
+    make_application: MakeApplication, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More callers than connections wait for one, and no longer than the pool's timeout."""
+    monkeypatch.setattr(database, "POOL_TIMEOUT", 0.2)
+    application = make_application(empty_database, DATABASE_POOL_SIZE=2)
+    with application.database.connect(), application.database.connect():
+        with pytest.raises(sa.exc.TimeoutError):
+            application.database.connect()
+        assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code >= 500
+        with application.app.app_context():  # the application's own pool is another
+            assert application.db.session.scalar(sa.text("SELECT 1")) == 1
+    assert application.outcome(user_event(clerk_id("user")), "msg_1") == "applied"
+
+
+def test_answers_more_callers_than_it_has_connections(
+    make_application: MakeApplication, empty_database: str
+) -> None:
+    """Deliveries and calls share two connections without an error."""
+    application = make_application(empty_database, DATABASE_POOL_SIZE=2)
+
+    def act(number: int) -> int:
+        own = Service(application.app, application.clerk, application.database_url)
+        user_id = clerk_id("user")
+        if number % 2:
+            return own.call(user_id).status_code
+        return own.deliver(user_event(user_id)).status_code
+
+    with ThreadPoolExecutor(24) as pool:
+        assert set(pool.map(act, range(96))) == {200}
+
+
+@postgresql
+def test_connects_as_the_application_does(
+    make_application: MakeApplication, empty_database: str
+) -> None:
+    """Connect arguments such as certificates or a name hold for the private engine, too."""
+    options = {"connect_args": {"application_name": "bookshop", "options": "-c work_mem=7MB"}}
+    application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS=options)
+    names = ("application_name", "work_mem", "statement_timeout")
+    assert show(application.database, *names) == ["bookshop", "7MB", "3s"]
+
+
+@postgresql
+def test_uses_the_applications_creator(
+    make_application: MakeApplication, empty_database: str
+) -> None:
+    """A connector of a cloud provider makes the private engine's connections as well."""
+    made: list[object] = []
+
+    def create() -> Any:
+        connection = psycopg.connect(empty_database)
+        made.append(connection)
+        return connection
+
+    application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS={"creator": create})
+    before = len(made)
+    user_id = clerk_id("user")
+    assert application.outcome(user_event(user_id)) == "applied"
+    assert len(made) == before + 1
+    assert application.user(user_id, ["name"]) == ("Ada Lovelace",)
+    assert show(application.database, "lock_timeout", "timezone") == ["2s", "UTC"]
+
+
+@sqlite
+def test_syncs_every_commit_to_the_disk(application: Application) -> None:
+    """
+    A commit that was answered 200 survives a power cut.
+
+    The application's own connections stay as they were.
+    """
+    with application.database.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+    with sa.create_engine(f"{application.database_url}").connect() as stock:
+        expected = stock.exec_driver_sql("PRAGMA foreign_keys").scalar()
+    with application.app.app_context():
+        own = application.db.session.connection().exec_driver_sql("PRAGMA foreign_keys").scalar()
+    assert own == expected
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_rolls_back_what_fails_on_sqlite(
+    make_application: MakeApplication, make_database: MakeDatabase, error: type[BaseException]
+) -> None:
+    """A transaction that an exception or a signal ends keeps nothing and holds no lock."""
+    application = make_application(make_database("sqlite"))
+    application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
+    with application.database.connect() as connection:
+        with suppress(error), transaction(connection):
+            connection.execute(sa.text("INSERT INTO notes VALUES (1)"))
+            raise error
+        assert application.rows("SELECT * FROM notes") == []
+        application.rows("INSERT INTO notes VALUES (2)")  # nobody holds the write lock
+
+
+@sqlite
+@pytest.mark.parametrize("handled", [False, True], ids=["no handler", "a handler"])
+def test_gives_up_on_a_write_lock_in_time(application: Application, handled: bool) -> None:
+    """
+    Another process that keeps SQLite's write lock.
+
+    500 after four seconds, and the retry is applied.
+    """
+    if handled:
+        application.hooks.on("*")(lambda _: None)
+    body = user_event(clerk_id("user"))
+    with sa.create_engine(application.database_url).connect() as other:
+        other.exec_driver_sql("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        assert application.deliver(body, "msg_1").status_code == 500
+        assert time.monotonic() - started < 8
+        other.rollback()
+    assert application.outcome(body, "msg_1") == "applied"
+
+
+@sqlite
+def test_lets_every_writer_have_its_turn(application: Application) -> None:
+    """Of many that write to SQLite at once none starves: all succeed, through handlers as well."""
+    application.hooks.on("session.*")(lambda _: time.sleep(0.002))
+    began = threading.Barrier(16)
+
+    def write(number: int) -> list[str]:
+        own = Service(application.app, application.clerk, application.database_url)
+        began.wait(TIMEOUT)
+        if number % 2:
+            bodies = [event_body("session.created", {}, NOW_MS) for _ in range(12)]
+        else:
+            bodies = [user_event(clerk_id("user")) for _ in range(12)]
+        return [own.outcome(body) for body in bodies]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert {one for found in pool.map(write, range(16)) for one in found} == {"applied"}
+    assert application.rows("SELECT count(*) FROM webhook_messages") == [(192,)]
+
+
+def test_counts_statements_of_a_delivery(service: Service) -> None:
+    """On PostgreSQL a delivery is one statement, and so is a call; on SQLite a delivery is four."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id))
+    seen: list[None] = []
+    with on_statement(service, "", lambda: seen.append(None)):
+        service.outcome(user_event(user_id, at=NOW_MS + 1))
+        delivered = len(seen)
+        service.call(user_id)
+    is_postgresql = service.database_url.startswith("postgresql")
+    assert (delivered, len(seen) - delivered) == (1 if is_postgresql else 4, 1)
+
+
+def test_is_gone_with_its_application(application: Application) -> None:
+    """Two factories in one process have an engine each; disposing of one leaves the other alone."""
+    second = Flask("second")
+    second.config.update(application.app.config)
+    application.db.init_app(second)
+    application.hooks.init_app(second)
+    other: Database = second.extensions["clerkhooks"].store.database
+    other.dispose()
+    assert other.engine is not application.database.engine
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"

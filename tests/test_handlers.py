@@ -1,0 +1,693 @@
+"""What an application's handlers may rely on, and what they mean for a message."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from flask import abort
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from clerkhooks import ClerkHooks, Event, Outcome
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
+from clerkhooks.errors import EventError, Unauthenticated
+from clerkhooks.events import Version
+from clerkhooks.web.state import disconnect
+from tests.application import Application, MakeApplication
+from tests.conftest import MakeDatabase
+from tests.racing import Hold, call, delivery, overtake
+from tests.support import NOW_MS, Service, deletion, user_event
+
+pytest_plugins = ["tests.application"]
+LOG = "SELECT outcome, attempts, error FROM webhook_messages WHERE message_id = 'msg_1'"
+whens = pytest.mark.parametrize("after_commit", [False, True], ids=["inside", "after"])
+
+
+def organization(name: str = "Acme", at: int = NOW_MS) -> bytes:
+    """Return an event that clerkhooks itself ignores."""
+    return event_body("organization.created", {"id": "org_1", "name": name, "updated_at": at}, at)
+
+
+class Recorder:
+    """A handler that remembers its events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        """Remember one event."""
+        self.events.append(event)
+
+    def remember(self, event: Event) -> None:
+        """Remember one event, as a method."""
+        self.events.append(event)
+
+
+def new_row(application: Application, user_id: str, name: str) -> Any:
+    """Return a row of users that a handler may add."""
+    found = application.db.session.get_one(application.model, user_id)
+    times = {key: getattr(found, key) for key in ("last_seen", "created_at", "updated_at")}
+    return application.model(id=clerk_id("user"), name=name, is_online=False, **times)
+
+
+@whens
+@pytest.mark.parametrize("pattern", ["organization.created", "organization.*", "*"])
+def test_gets_the_event_once(
+    application: Application,
+    after_commit: bool,
+    pattern: str,
+) -> None:
+    """
+    By type, by family or all types.
+
+    Once for each message, with its data and version, even if registered twice.
+    """
+    recorder = Recorder()
+    for each in (pattern, pattern, "organization.created"):
+        assert application.hooks.on(each, after_commit=after_commit)(recorder) is recorder
+    assert application.outcome(organization(), "msg_1") == "applied"
+    assert application.outcome(organization(), "msg_1") == "duplicate"
+    [event] = recorder.events
+    assert (event.type, event.outcome, event.message_id) == (
+        "organization.created",
+        Outcome.APPLIED,
+        "msg_1",
+    )
+    assert event.data == {"id": "org_1", "name": "Acme", "updated_at": NOW_MS}
+    assert event.version == Version(NOW_MS, NOW_MS, "msg_1")
+    assert event.occurred_at is not None
+    assert event.occurred_at.timestamp() == NOW_MS / 1000
+    assert "Acme" not in repr(event)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["organization", "organization.deleted", "organizationMembership.*", "organization.created.*"],
+)
+def test_leaves_other_types_alone(application: Application, pattern: str) -> None:
+    """A type that no handler takes is ignored, also one whose name begins alike."""
+    recorder = Recorder()
+    application.hooks.on(pattern)(recorder)
+    application.hooks.on(pattern, after_commit=True)(recorder)
+    assert application.outcome(organization()) == "ignored"
+    assert recorder.events == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "organization.", "organization.created.", "*.created", "organization*", "a b", ".*"],
+)
+def test_refuses_a_malformed_pattern(application: Application, pattern: str) -> None:
+    """A handler that could never be called is a mistake, and is reported where it is made."""
+    with pytest.raises(ValueError, match="is not an event type"):
+        application.hooks.on(pattern)(Recorder())
+
+
+async def asynchronous(_event: Event) -> None:
+    """Would never be awaited."""
+
+
+async def asynchronous_generator(_event: Event) -> AsyncIterator[None]:
+    """Would never be iterated."""
+    yield
+
+
+def generator(_event: Event) -> Iterator[None]:
+    """Would never be iterated."""
+    yield
+
+
+class AsynchronousCall:
+    """An object whose call would never be awaited."""
+
+    async def __call__(self, _event: Event) -> None:
+        """Do nothing."""
+
+
+@whens
+@pytest.mark.parametrize(
+    "handler",
+    [
+        asynchronous,
+        asynchronous_generator,
+        generator,
+        functools.partial(asynchronous),
+        AsynchronousCall(),
+        "handler",
+    ],
+    ids=["async", "async generator", "generator", "partial", "async call", "text"],
+)
+def test_refuses_a_handler_that_would_not_run(
+    application: Application,
+    after_commit: bool,
+    handler: Any,
+) -> None:
+    """Its message would count as done, and nothing would have been done."""
+    with pytest.raises(TypeError, match="handler must be"):
+        application.hooks.on("user.*", after_commit=after_commit)(handler)
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"
+
+
+def later(_event: Event) -> Any:
+    """Return a generator without being a generator function."""
+    return generator(_event)
+
+
+def later_still(_event: Event) -> Any:
+    """Return an asynchronous generator."""
+    return asynchronous_generator(_event)
+
+
+def no_argument() -> None:
+    """Take no event."""
+
+
+@pytest.mark.parametrize("handler", [later, later_still, no_argument])
+def test_fails_the_message_if_the_handler_cannot_run(
+    application: Application,
+    handler: Any,
+) -> None:
+    """
+    What registration cannot see shows at the first message.
+
+    500, recorded as failed, and nothing of it stays.
+    """
+    application.hooks.on("*")(handler)
+    assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
+    assert application.rows(LOG) == [("failed", 1, "TypeError")]
+    assert application.rows("SELECT count(*) FROM users") == [(0,)]
+
+
+def test_holds_handlers_strongly(application: Application) -> None:
+    """A closure or a method that nothing else refers to is called all the same."""
+    events: list[str] = []
+
+    def register() -> None:
+        class Local:
+            def handle(self, event: Event) -> None:
+                events.append(f"method {event.type}")
+
+        application.hooks.on("organization.*")(Local().handle)
+        application.hooks.on("*", after_commit=True)(lambda event: events.append(event.type))
+
+    register()
+    gc.collect()
+    assert application.outcome(organization()) == "applied"
+    assert events == ["method organization.created", "organization.created"]
+
+
+def test_calls_a_method_once(application: Application) -> None:
+    """Each access makes a new bound method; they count as one handler."""
+    recorder = Recorder()
+    for pattern in ("*", "user.*", "user.updated"):
+        application.hooks.on(pattern)(recorder.remember)
+    application.outcome(user_event(clerk_id("user")))
+    assert len(recorder.events) == 1
+
+
+def test_calls_handlers_in_the_order_of_registration(application: Application) -> None:
+    """All of those inside the transaction first, whatever their patterns."""
+    called: list[str] = []
+
+    def register(name: str, pattern: str, *, after_commit: bool = False) -> None:
+        application.hooks.on(pattern, after_commit=after_commit)(lambda _: called.append(name))
+
+    register("after", "*", after_commit=True)
+    register("first", "*")
+    register("second", "user.updated")
+    register("third", "user.*")
+    application.outcome(user_event(clerk_id("user")))
+    assert called == ["first", "second", "third", "after"]
+
+
+def test_shares_nothing_between_two_applications(
+    make_application: MakeApplication,
+    make_database: MakeDatabase,
+) -> None:
+    """Two ``ClerkHooks`` in one process have handlers, tables and states of their own."""
+    one, other = (make_application(make_database("sqlite")) for _ in range(2))
+    recorder = Recorder()
+    one.hooks.on("organization.*")(recorder)
+    assert other.outcome(organization()) == "ignored"
+    assert one.outcome(organization()) == "applied"
+    assert len(recorder.events) == 1
+    assert one.outcome(user_event(clerk_id("user"))) == "applied"
+    assert (one.state.users is other.state.users, one.database is other.database) == (False, False)
+    assert other.rows("SELECT count(*) FROM users") == [(0,)]
+
+
+def test_shares_handlers_between_applications_of_one_object(
+    make_application: MakeApplication,
+    make_database: MakeDatabase,
+    clerk: FakeClerk,
+) -> None:
+    """
+    A factory may be called twice with one ``ClerkHooks``, as in tests.
+
+    Its handlers serve both.
+    """
+    application = make_application(make_database("sqlite"))
+    url = make_database("sqlite")
+    second = Service(application.create_app(clerk, url), clerk, url)
+    with second.app.app_context():
+        application.db.create_all()
+    recorder = Recorder()
+    application.hooks.on("organization.*")(recorder)
+    for each in (application, second):
+        assert each.outcome(organization()) == "applied"
+    assert len(recorder.events) == 2
+    disconnect(second.app)
+
+
+def test_is_told_the_outcome_for_users(application: Application) -> None:
+    """A stale event is passed on, too, once: the application's own tables may not know it yet."""
+    inside, after = Recorder(), Recorder()
+    application.hooks.on("user.*")(inside)
+    application.hooks.on("user.*", after_commit=True)(after)
+    user_id = clerk_id("user")
+    stale = user_event(user_id, at=1000)
+    for body in (user_event(user_id, at=2000), stale, deletion(user_id)):
+        application.outcome(body, "msg_1" if body is stale else None)
+    assert application.outcome(stale, "msg_1") == "duplicate"
+    expected = [
+        ("user.updated", Outcome.APPLIED),
+        ("user.updated", Outcome.STALE),
+        ("user.deleted", Outcome.APPLIED),
+    ]
+    for recorder in (inside, after):
+        assert [(event.type, event.outcome) for event in recorder.events] == expected
+        assert {event.data["id"] for event in recorder.events} == {user_id}
+
+
+def test_commits_what_a_handler_writes_with_the_message(application: Application) -> None:
+    """
+    A handler sees the user's new row and writes in its transaction.
+
+    If it raises, nothing of either stays.
+    """
+    user_id = clerk_id("user")
+    failing = [True]
+
+    @application.hooks.on("user.*")
+    def add_friend(event: Event) -> None:
+        session = application.db.session
+        name = session.get_one(application.model, event.data["id"]).name
+        session.add(new_row(application, user_id, f"Friend of {name}"))
+        session.flush()
+        if failing:
+            raise ValueError("ada@example.org")
+
+    body = user_event(user_id)
+    assert application.deliver(body, "msg_1").status_code == 500
+    assert application.rows("SELECT count(*) FROM users") == [(0,)]
+    assert application.rows(LOG) == [("failed", 1, "ValueError")]
+    assert application.outcome(event_body("session.created", {}, NOW_MS)) == "ignored"
+    failing.clear()
+    assert application.outcome(body, "msg_1") == "applied"
+    assert application.rows("SELECT count(*) FROM users WHERE name = 'Friend of Ada Lovelace'") == [
+        (1,)
+    ]
+    assert application.rows(LOG) == [("applied", 2, None)]
+
+
+def test_commits_what_a_handler_did_not_flush(application: Application) -> None:
+    """Pending objects are flushed by the commit; if that fails, nothing of the message stays."""
+    user_id = clerk_id("user")
+
+    @application.hooks.on("user.created")
+    def add_invalid(event: Event) -> None:
+        row = new_row(application, event.data["id"], "Friend")
+        row.name = None
+        application.db.session.add(row)
+
+    @application.hooks.on("user.updated")
+    def add_valid(event: Event) -> None:
+        application.db.session.add(new_row(application, event.data["id"], "Friend"))
+
+    assert application.deliver(user_event(user_id, "user.created"), "msg_1").status_code == 500
+    assert application.rows("SELECT count(*) FROM users") == [(0,)]
+    assert application.rows("SELECT outcome FROM webhook_messages") == [("failed",)]
+    assert application.outcome(user_event(user_id)) == "applied"
+    assert application.rows("SELECT count(*) FROM users") == [(2,)]
+
+
+def test_is_called_again_for_the_retry(application: Application) -> None:
+    """Handlers before one that fails are undone; all are called for the next attempt."""
+    recorder, after = Recorder(), Recorder()
+    failing = [True]
+
+    def fail(_event: Event) -> None:
+        if failing:
+            raise LookupError
+
+    application.hooks.on("*")(recorder)
+    application.hooks.on("*")(fail)
+    application.hooks.on("*", after_commit=True)(after)
+    assert application.deliver(organization(), "msg_1").status_code == 500
+    assert (len(recorder.events), len(after.events)) == (1, 0)
+    failing.clear()
+    assert application.outcome(organization(), "msg_1") == "applied"
+    assert (len(recorder.events), len(after.events)) == (2, 1)
+    assert application.outcome(organization(), "msg_1") == "duplicate"
+    assert (len(recorder.events), len(after.events)) == (2, 1)
+
+
+def swallow(application: Application) -> None:
+    """Run a statement that fails, and ignore the error without a savepoint."""
+    with suppress(DBAPIError):
+        application.db.session.execute(sa.text("INSERT INTO users (id) VALUES ('user_x')"))
+
+
+def swallow_flush(application: Application) -> None:
+    """Flush an object that is invalid, and ignore the error without a savepoint."""
+    application.db.session.add(application.model(id="user_x"))
+    with suppress(IntegrityError):
+        application.db.session.flush()
+
+
+def swallow_refusal(application: Application) -> None:
+    """Commit, and ignore that this is refused."""
+    with suppress(RuntimeError):
+        application.db.session.commit()
+
+
+def commit_inside_a_savepoint(application: Application) -> None:
+    """Commit everything while a savepoint is open."""
+    application.db.session.begin_nested()
+    application.db.session.commit()
+
+
+ENDINGS: dict[str, Callable[[Application], object]] = {
+    "commit": lambda application: application.db.session.commit(),
+    "swallowed refusal": swallow_refusal,
+    "commit inside a savepoint": commit_inside_a_savepoint,
+    "commit of the connection": lambda application: application.db.session.connection().commit(),
+    "rollback": lambda application: application.db.session.rollback(),
+    "rollback of the connection": lambda application: (
+        application.db.session.connection().rollback()
+    ),
+    "raw rollback": lambda application: application.db.session.connection().connection.rollback(),
+    "ROLLBACK": lambda application: application.db.session.execute(sa.text("ROLLBACK")),
+    "close": lambda application: application.db.session.close(),
+    "remove": lambda application: application.db.session.remove(),
+    "swallowed error": swallow,
+    "swallowed flush": swallow_flush,
+}
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_loses_nothing_to_a_handler_that_ends_the_transaction(
+    application: Application,
+    ending: str,
+) -> None:
+    """
+    It is answered 500 and nothing stays.
+
+    Never 200 and lost. Without such a handler the retry is applied.
+    """
+    user_id, recorder, misbehaving = clerk_id("user"), Recorder(), [True]
+    body = user_event(user_id)
+
+    @application.hooks.on("user.*")
+    def end(event: Event) -> None:
+        if misbehaving:
+            application.db.session.add(new_row(application, event.data["id"], "Friend"))
+            ENDINGS[ending](application)
+
+    application.hooks.on("user.*")(recorder)
+    application.hooks.on("user.*", after_commit=True)(recorder)
+    status = application.deliver(body, "msg_1").status_code
+    # SQLite only undoes the statement that failed, so the transaction is whole.
+    is_harmless = ending == "swallowed error" and application.database_url.startswith("sqlite")
+    assert status == (200 if is_harmless else 500)
+    assert application.rows("SELECT count(*) FROM users") == [(2 if is_harmless else 0,)]
+    assert application.rows("SELECT outcome FROM webhook_messages") == [
+        ("applied" if is_harmless else "failed",)
+    ]
+    assert len(recorder.events) == (2 if is_harmless else 0)
+    misbehaving.clear()
+    assert application.outcome(body, "msg_1") == ("duplicate" if is_harmless else "applied")
+    assert application.user(user_id, ["name"]) == ("Ada Lovelace",)
+    assert len(recorder.events) == 2
+
+
+def test_lets_a_handler_use_a_savepoint(application: Application) -> None:
+    """A part that fails and is caught in a savepoint leaves the rest of the transaction whole."""
+
+    @application.hooks.on("user.*")
+    def attempt(event: Event) -> None:
+        session = application.db.session
+        with suppress(IntegrityError), session.begin_nested():
+            session.execute(sa.text("INSERT INTO users (id) VALUES ('user_x')"))
+        with session.begin_nested():
+            session.add(new_row(application, event.data["id"], "Friend"))
+
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"
+    assert application.rows("SELECT count(*) FROM users") == [(2,)]
+
+
+class OperationalError(Exception):
+    """Such as a message broker's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OperationalError(), "OperationalError"),
+        (Unauthenticated("user_deleted"), "Unauthenticated"),
+        (EventError("user_id_malformed"), "EventError"),
+    ],
+)
+def test_fails_the_message_with_an_error_of_any_class(
+    application: Application,
+    error: Exception,
+    expected: str,
+) -> None:
+    """Any error of a handler is answered 500 and recorded, also one of clerkhooks' own."""
+
+    @application.hooks.on("*")
+    def fail(_event: Event) -> None:
+        raise error
+
+    answer = application.deliver(organization(), "msg_1")
+    assert (answer.status_code, answer.get_json()["reason"]) == (500, "internal_error")
+    assert application.rows(LOG) == [("failed", 1, expected)]
+
+
+@pytest.mark.parametrize("status", [404, 401, 410])
+def test_fails_the_message_if_a_handler_aborts(
+    application: Application,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    """``abort`` and ``get_or_404`` answer Clerk with nothing but 500, and the failure is logged."""
+    application.hooks.on("*")(lambda _: abort(status))
+    with caplog.at_level(logging.ERROR, logger="clerkhooks"):
+        assert application.deliver(organization(), "msg_1").status_code == 500
+    [(outcome, attempts, error)] = application.rows(LOG)
+    assert (outcome, attempts) == ("failed", 1)
+    [record] = [one for one in caplog.records if one.levelno == logging.ERROR]
+    assert (record.getMessage(), vars(record)["error"]) == ("request_failed", error)
+
+
+@pytest.mark.parametrize(
+    "failure", [ValueError("ada@example.org"), SystemExit("ada@example.org")], ids=repr
+)
+def test_is_called_after_the_commit(
+    application: Application,
+    caplog: pytest.LogCaptureFixture,
+    failure: BaseException,
+) -> None:
+    """
+    With ``after_commit`` a handler finds everything committed.
+
+    Its error is logged and changes nothing.
+    """
+    user_id = clerk_id("user")
+    recorder = Recorder()
+
+    @application.hooks.on("user.created", after_commit=True)
+    def fail(_event: Event) -> None:
+        assert application.user(user_id, ["name"]) == ("Ada Lovelace",)
+        application.db.session.execute(sa.text("UPDATE users SET name = 'never committed'"))
+        raise failure
+
+    application.hooks.on("*", after_commit=True)(recorder)
+    body = user_event(user_id, "user.created")
+    with caplog.at_level(logging.ERROR, logger="clerkhooks"):
+        assert application.outcome(body, "msg_1") == "applied"
+    [record] = caplog.records
+    assert (record.getMessage(), vars(record)["message_id"], vars(record)["error"]) == (
+        "handler_failed",
+        "msg_1",
+        type(failure).__name__,
+    )
+    assert "example.org" not in str(vars(record))
+    assert len(recorder.events) == 1
+    assert application.user(user_id, ["name"]) == ("Ada Lovelace",)
+    assert application.outcome(body, "msg_1") == "duplicate"
+    assert len(recorder.events) == 1
+
+
+def test_may_commit_after_the_commit(application: Application) -> None:
+    """A handler that runs afterwards has a transaction of its own, which it commits itself."""
+    user_id = clerk_id("user")
+
+    @application.hooks.on("user.*", after_commit=True)
+    def rename(event: Event) -> None:
+        application.db.session.add(new_row(application, event.data["id"], "Friend"))
+        application.db.session.commit()
+
+    assert application.outcome(user_event(user_id)) == "applied"
+    assert application.rows("SELECT count(*) FROM users WHERE name = 'Friend'") == [(1,)]
+
+
+def test_does_not_hold_the_users_row_after_the_commit(application: Application) -> None:
+    """While a handler runs after the commit, other deliveries and calls of the user go on."""
+    user_id, hold = clerk_id("user"), Hold()
+    application.hooks.on("user.*", after_commit=True)(hold)
+    first = delivery(application, user_event(user_id))
+    answers = overtake(hold, first, delivery(application, user_event(user_id, at=NOW_MS + 1)))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert call(application, user_id)().status_code == 200
+
+
+LIMITS = (
+    "SELECT current_setting('lock_timeout'), current_setting('statement_timeout'),"
+    " current_setting('idle_in_transaction_session_timeout')"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", ("0", "0", "0")), ("-c lock_timeout=7s -c statement_timeout=1min", ("7s", "1min", "0"))],
+    ids=["the server's", "the application's"],
+)
+def test_leaves_a_handlers_statements_unlimited(
+    make_application: MakeApplication,
+    make_database: MakeDatabase,
+    options: str,
+    expected: tuple[str, ...],
+) -> None:
+    """
+    The timeouts of clerkhooks' own statement end with it.
+
+    Inside the handler they are the application's.
+    """
+    arguments = {"connect_args": {"options": options}} if options else {}
+    application = make_application(make_database("postgresql"), SQLALCHEMY_ENGINE_OPTIONS=arguments)
+    found: list[tuple[str, ...]] = []
+
+    @application.hooks.on("*")
+    def look(event: Event) -> None:
+        found.append(tuple(application.db.session.execute(sa.text(LIMITS)).one()))
+        if event.type == "session.created":
+            application.db.session.execute(sa.text("SELECT pg_sleep(3.5)"))
+
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"
+    assert application.outcome(event_body("session.created", {}, NOW_MS)) == "applied"
+    assert found == [expected] * 2
+    with application.app.app_context():
+        assert tuple(application.db.session.execute(sa.text(LIMITS)).one()) == expected
+
+
+def test_keeps_limits_that_the_application_set_in_the_transaction(
+    make_application: MakeApplication,
+    make_database: MakeDatabase,
+) -> None:
+    """``SET LOCAL`` before the delivery is restored as well."""
+    application = make_application(make_database("postgresql"))
+    found: list[str] = []
+
+    @application.app.before_request
+    def limit() -> None:
+        application.db.session.execute(sa.text("SET LOCAL statement_timeout = '45s'"))
+
+    @application.hooks.on("*")
+    def look(_event: Event) -> None:
+        found.append(application.db.session.scalar(sa.text("SHOW statement_timeout")))
+
+    assert application.outcome(user_event(clerk_id("user"))) == "applied"
+    assert found == ["45s"]
+
+
+def test_limits_the_wait_of_its_own_statement(
+    make_application: MakeApplication,
+    make_database: MakeDatabase,
+) -> None:
+    """With handlers, too, a row that stays locked ends in 500, recorded as failed."""
+    application = make_application(make_database("postgresql"))
+    application.hooks.on("*")(Recorder())
+    user_id = clerk_id("user")
+    assert application.outcome(user_event(user_id)) == "applied"
+    later = user_event(user_id, at=NOW_MS + 1)
+    with psycopg.connect(application.database_url) as other:
+        other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [user_id])
+        assert application.deliver(later, "msg_1").status_code == 500
+        assert application.rows(LOG) == [("failed", 1, "OperationalError 55P03")]
+    assert application.outcome(later, "msg_1") == "applied"
+
+
+def test_returns_the_handler_itself() -> None:
+    """Registration leaves the function as it is, so that a test or other code may call it."""
+    hooks = ClerkHooks(SQLAlchemy())
+
+    @hooks.on("user.created")
+    def handle(event: Event) -> str:
+        return event.type
+
+    event = Event("user.created", {}, "msg_1", Version(1, 1, "msg_1"), None, Outcome.APPLIED)
+    assert handle(event) == "user.created"
+
+
+def test_notices_a_transaction_that_its_commit_rolled_back(
+    make_application: MakeApplication, make_database: MakeDatabase
+) -> None:
+    """An error that a listener of the application swallows inside the commit is not answered 200."""
+    application = make_application(make_database("postgresql"))
+    application.hooks.on("user.created")(lambda _event: None)
+    session = application.db.session
+
+    def audit(session: Session) -> None:
+        with suppress(sa.exc.SQLAlchemyError):
+            session.execute(sa.text("INSERT INTO missing VALUES (1)"))
+
+    sa.event.listen(session, "before_commit", audit)
+    body = user_event(clerk_id("user"), "user.created")
+    assert application.deliver(body, "msg_1").status_code == 500
+    assert application.rows("SELECT outcome FROM webhook_messages") == [("failed",)]
+    sa.event.remove(session, "before_commit", audit)
+    assert application.outcome(body, "msg_1") == "applied"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_fails_as_a_whole_on_a_sqlite_in_autocommit(
+    make_application: MakeApplication, make_database: MakeDatabase, skip: bool
+) -> None:
+    """A failing handler leaves nothing behind in the application's pool, and the retry runs it again."""
+    options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": skip}
+    application = make_application(make_database("sqlite"), SQLALCHEMY_ENGINE_OPTIONS=options)
+    runs: list[str] = []
+
+    @application.hooks.on("user.created")
+    def fail_once(event: Event) -> None:
+        runs.append(event.message_id)
+        if len(runs) == 1:
+            raise ValueError
+
+    body = user_event(clerk_id("user"), "user.created")
+    assert application.deliver(body, "msg_1").status_code == 500
+    assert application.rows("SELECT outcome FROM webhook_messages") == [("failed",)]
+    assert application.outcome(body, "msg_1") == "applied"
+    assert application.rows("SELECT outcome FROM webhook_messages") == [("applied",)]
+    assert runs == ["msg_1", "msg_1"]

@@ -1,0 +1,133 @@
+"""``/healthz`` and ``/readyz``, as a platform asks them."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from flask_migrate import downgrade
+
+from clerkhooks.web.state import disconnect
+from tests.conftest import KINDS, MakeDatabase, MakeService, MigratedUrl
+from tests.support import Service
+
+
+def reason(service: Service) -> str | None:
+    """Return why the service is not ready, or None if it is."""
+    response = service.http.get("/readyz")
+    if response.status_code == 200:
+        assert response.get_json() == {"status": "ok"}
+        return None
+    assert (response.status_code, response.content_type) == (503, "application/problem+json")
+    return str(response.get_json()["reason"])
+
+
+def test_is_healthy_without_a_database(unreachable: Service) -> None:
+    """A restart would not bring the database back, so it is not asked."""
+    assert unreachable.http.get("/healthz").get_json() == {"status": "ok"}
+
+
+def test_is_not_ready_while_the_database_is_away(unreachable: Service) -> None:
+    """Without a database no work can be done."""
+    assert reason(unreachable) == "database_unavailable"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/healthz/", "/readyz/"])
+def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
+    """A platform's check takes a redirect for a failure."""
+    assert service.http.get(path).get_json() == {"status": "ok"}
+
+
+def test_is_ready_at_the_newest_migration(service: Service) -> None:
+    """Every table and column that this release needs is there."""
+    assert reason(service) is None
+
+
+def test_is_ready_at_a_migration_of_the_future(service: Service) -> None:
+    """A later release has migrated already, and this process still serves."""
+    [(revision,)] = service.rows("SELECT version_num FROM clerkhooks_version")
+    service.rows("UPDATE clerkhooks_version SET version_num = 'ffff'")
+    service.rows("ALTER TABLE users ADD COLUMN of_the_future TEXT")
+    try:
+        assert reason(service) is None
+    finally:
+        service.rows("ALTER TABLE users DROP COLUMN of_the_future")
+        service.rows(f"UPDATE clerkhooks_version SET version_num = '{revision}'")
+
+
+@pytest.mark.parametrize("table", ["users", "webhook_messages"])
+def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
+    """A release that needs a column which is not there yet must not get traffic."""
+    column = {"users": "image_url", "webhook_messages": "error"}[table]
+    service.rows(f"ALTER TABLE {table} RENAME COLUMN {column} TO old")
+    try:
+        assert reason(service) == "schema_behind"
+    finally:
+        service.rows(f"ALTER TABLE {table} RENAME COLUMN old TO {column}")
+    assert reason(service) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_not_ready_before_the_first_migration(
+    make_database: MakeDatabase, make_service: MakeService, kind: str
+) -> None:
+    """An empty database is behind, whether it was never migrated or taken back."""
+    service = make_service(DATABASE_URL=make_database(kind))
+    assert reason(service) == "schema_behind"
+    with service.app.app_context():
+        runner = service.app.test_cli_runner()
+        runner.invoke(args=["db", "upgrade"], catch_exceptions=False)
+        assert reason(service) is None
+        downgrade(revision="base")
+    assert reason(service) == "schema_behind"
+
+
+def test_is_not_ready_while_postgresql_refuses_writes(service: Service) -> None:
+    """After a failover sessions may be alive and read-only: such a process must get no traffic."""
+    if service.database_url.startswith("sqlite"):
+        pytest.skip("a file has no standby")
+    name = service.database_url.partition("?")[0].rpartition("/")[2]
+    alter = f"ALTER DATABASE {name}"
+    disconnect(service.app)
+    service.rows(f"{alter} SET default_transaction_read_only = on")
+    try:
+        assert reason(service) == "database_read_only"
+    finally:
+        with psycopg.connect(service.database_url, autocommit=True) as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute(f"{alter} RESET default_transaction_read_only".encode())
+    disconnect(service.app)
+    assert reason(service) is None
+
+
+def test_is_not_ready_while_a_file_refuses_writes(
+    migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
+) -> None:
+    """A disk that was mounted read-only looks well until somebody writes."""
+    file = tmp_path / "file.db"
+    shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    service = make_service(DATABASE_URL=f"sqlite:///file:{file}?mode=ro&uri=true")
+    assert reason(service) == "database_read_only"
+    assert reason(make_service(DATABASE_URL=f"sqlite:///{file}")) is None
+
+
+def test_is_ready_while_another_process_writes(
+    migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
+) -> None:
+    """Another writer may hold SQLite's write lock for long, which proves that writing works."""
+    file = tmp_path / "file.db"
+    shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
+    service = make_service(DATABASE_URL=f"sqlite:///{file}")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert reason(service) is None
+        assert time.monotonic() - began < 3  # a platform's check does not wait for 4 s
+        other.rollback()

@@ -1,0 +1,302 @@
+"""``log``, ``send`` and ``prune``: what an operator does with messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner, Result
+
+from clerkhooks import create_app
+from clerkhooks.clerk.fake import clerk_id, event_body
+from clerkhooks.cli.main import main
+from clerkhooks.store import messages
+from clerkhooks.web.state import State, disconnect
+from tests.server import Server
+from tests.support import NOW_MS, Service, broken_users, user_event
+
+
+def run(service: Service, *arguments: str) -> Result:
+    """Run a command as ``flask clerk`` does."""
+    return service.app.test_cli_runner().invoke(args=["clerk", *arguments])
+
+
+def age(service: Service, message_id: str, **days: float) -> None:
+    """Make a message's times older."""
+    state: State = service.app.extensions["clerkhooks"]
+    values = {name: datetime.now(UTC) - timedelta(days=number) for name, number in days.items()}
+    table = state.store.messages
+    changed = sa.update(table).where(table.c.message_id == message_id).values(values)
+    state.store.database.write(changed.returning(table.c.message_id))
+
+
+def test_deletes_old_messages_and_no_users(service: Service) -> None:
+    """
+    What was last touched before the age goes; what was retried since stays, and so do users.
+
+    A redelivery after that is stale.
+    """
+    user_id = clerk_id("user")
+    bodies = {
+        name: user_event(user_id, at=at)
+        for at, name in enumerate(("msg_old", "msg_retried", "msg_new"), 1)
+    }
+    for message_id, body in bodies.items():
+        service.outcome(body, message_id)
+    age(service, "msg_old", received_at=31, processed_at=31)
+    age(service, "msg_retried", received_at=31, processed_at=29)
+    result = run(service, "prune", "--older-than", "30d", "--json")
+    assert (result.exit_code, json.loads(result.output)) == (0, {"pruned": 1})
+    assert service.rows("SELECT message_id FROM webhook_messages ORDER BY 1") == [
+        ("msg_new",),
+        ("msg_retried",),
+    ]
+    assert service.outcome(bodies["msg_old"], "msg_old") == "stale"
+    assert run(service, "prune").output == "0 messages deleted.\n"
+
+
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_deletes_in_batches(service: Service, count: int) -> None:
+    """Every old message goes, whether or not the last batch is full."""
+    for _ in range(count):
+        service.outcome(user_event(clerk_id("user")))
+    state: State = service.app.extensions["clerkhooks"]
+    batches = list(messages.prune(state.store, datetime.now(UTC) + timedelta(days=1), batch=3))
+    assert (sum(batches), max(batches)) == (count, 3)
+    assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
+
+
+@pytest.mark.parametrize("older_than", ["6d", "167h", "0w"])
+def test_asks_before_it_deletes_what_may_come_again(service: Service, older_than: str) -> None:
+    """Messages are applied once for as long as the log knows them, and Svix retries for days."""
+    result = run(service, "prune", "--older-than", older_than)
+    assert result.exit_code == 2
+    assert "--force" in result.output
+    assert run(service, "prune", "--older-than", older_than, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("older_than", ["30", "d", "-1d", "1y", "99999w", ""])
+def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
+    """Wrong use ends with status 2 and says what to write."""
+    result = run(service, "prune", "--older-than", older_than)
+    assert result.exit_code == 2
+    assert "12h, 30d or 8w" in result.output
+
+
+def test_explains_itself(service: Service) -> None:
+    """Each command has --help, which needs no configuration."""
+    for name in ("sync", "users", "user", "log", "send", "prune"):
+        for result in (run(service, name, "--help"), CliRunner().invoke(main, [name, "--help"])):
+            assert (result.exit_code, result.output.startswith("Usage:")) == (0, True)
+    for result in (run(service, "--help"), CliRunner().invoke(main, ["-h"])):
+        assert (result.exit_code, "  prune " in result.output) == (0, True)
+
+
+def test_says_that_the_database_fails(unreachable: Service) -> None:
+    """The status is 2, without a traceback and without the database's own words."""
+    for command in ("prune", "log"):
+        result = run(unreachable, command)
+        assert result.exit_code == 2
+        assert "OperationalError" in result.output
+        assert "webhook_messages" not in result.output
+
+
+@pytest.fixture
+def messages_there(service: Service) -> dict[str, str]:
+    """Deliver a message with each outcome, the oldest first."""
+    user_id = clerk_id("user")
+    with broken_users(service):
+        service.deliver(user_event(clerk_id("user"), "user.created"), "msg_failed")
+    service.outcome(user_event(user_id), "msg_applied")
+    service.outcome(user_event(user_id, at=1), "msg_stale")
+    service.outcome(event_body("role.created", {}, 1), "msg_ignored")
+    return {"user": user_id}
+
+
+def logged(service: Service, *arguments: str) -> list[str]:
+    """Return the ids that the log shows as JSON; the table must show the same."""
+    found = [
+        json.loads(line) for line in run(service, "log", *arguments, "--json").stdout.splitlines()
+    ]
+    table = run(service, "log", *arguments).stdout
+    assert [word for word in table.split() if word.startswith("msg_")] == [
+        message["message_id"] for message in found
+    ]
+    return [str(message["message_id"]) for message in found]
+
+
+def test_lists_the_latest_messages(service: Service, messages_there: dict[str, str]) -> None:
+    """The newest is last. Options select failures, a user, a type, or a time."""
+    assert logged(service) == ["msg_failed", "msg_applied", "msg_stale", "msg_ignored"]
+    assert logged(service, "--limit", "2") == ["msg_stale", "msg_ignored"]
+    assert logged(service, "--failed") == ["msg_failed"]
+    assert logged(service, "--user", messages_there["user"]) == ["msg_applied", "msg_stale"]
+    assert logged(service, "--type", "role.created") == ["msg_ignored"]
+    age(service, "msg_applied", received_at=2)
+    assert logged(service, "--since", "1d") == ["msg_failed", "msg_stale", "msg_ignored"]
+    assert logged(service, "--since", "2020-01-31")[0] == "msg_applied"
+    assert (
+        logged(
+            service, "--since", f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%S+00:00}"
+        )
+        == []
+    )
+    assert run(service, "log", "--type", "no.such").stdout == "No such message.\n"
+    assert run(service, "log", "--since", "soon").exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_follows_the_log(
+    service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """
+    New messages are shown once each as they come, and a failed one again after its retry.
+
+    Ctrl-C ends it with status 0.
+    """
+    user_id = clerk_id("user")
+    body = user_event(user_id)
+    with broken_users(service):
+        service.deliver(body, "msg_0")
+
+    looks = iter(range(3))
+
+    def deliver_next(_seconds: float) -> None:
+        look = next(looks, None)
+        if look is None:
+            raise KeyboardInterrupt
+        service.deliver(
+            user_event(user_id, at=NOW_MS + look), f"msg_{look}"
+        ) if look else service.deliver(body, "msg_0")
+
+    monkeypatch.setattr("clerkhooks.cli.messages.time.sleep", deliver_next)
+    result = run(service, "log", "--follow", *arguments)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if "msg_" in line]
+    assert [re.findall("msg_.", line)[0] for line in lines] == ["msg_0", "msg_0", "msg_1", "msg_2"]
+    assert [bool(re.search("failed", line)) for line in lines] == [True, False, False, False]
+
+
+def sent(server: Server, *arguments: str) -> tuple[int, Any]:
+    """Send to *server*; return the status, and what was printed as JSON."""
+    app = create_app(
+        server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
+    )
+    result = app.test_cli_runner().invoke(args=["clerk", "send", *arguments, "--json"])
+    disconnect(app)
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_sends_what_clerk_would(server: Server) -> None:
+    """
+    A user signs up, changes, is repeated and leaves.
+
+    A forged and an old message are refused, with status 1.
+    """
+    user_id = clerk_id("user")
+    status, said = sent(
+        server,
+        "user.created",
+        "--user",
+        user_id,
+        "--email",
+        "grace@example.org",
+        "--first-name",
+        "Grace",
+        "--repeat",
+        "2",
+    )
+    assert (status, [json.loads(answer["body"])["outcome"] for answer in said["answers"]]) == (
+        0,
+        ["applied", "duplicate"],
+    )
+    assert server.rows(f"SELECT email, name FROM users WHERE id = '{user_id}'") == [
+        ("grace@example.org", "Grace Lovelace")
+    ]
+    changes = (
+        "--set",
+        "data.last_name=Hopper",
+        "--set",
+        "data.public_metadata.plan={}",
+        "--set",
+        f"data.updated_at={NOW_MS + 10**6}",
+    )
+    assert sent(server, "user.updated", "--user", user_id, *changes)[0] == 0
+    assert server.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Ada Hopper",)]
+    for refused, reason in (
+        (("--tamper",), "signature_mismatch"),
+        (("--age", "10m"), "timestamp_out_of_tolerance"),
+    ):
+        status, said = sent(server, "user.updated", "--user", user_id, *refused)
+        assert (status, json.loads(said["answers"][0]["body"])["reason"]) == (1, reason)
+    assert sent(server, "user.deleted", "--user", user_id)[0] == 0
+    assert server.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Deleted User",)]
+
+
+@pytest.mark.parametrize(
+    "event_type",
+    [
+        "session.created",
+        "organization.created",
+        "organizationMembership.created",
+        "sms.created",
+        "x",
+    ],
+)
+def test_sends_any_type(server: Server, event_type: str) -> None:
+    """The data has at least what every object of the type has."""
+    status, said = sent(server, event_type)
+    event = json.loads(said["request"]["body"])
+    assert (status, event["type"], event["data"]["object"]) == (
+        0,
+        event_type,
+        event_type.partition(".")[0],
+    )
+
+
+def test_sends_a_file(server: Server, tmp_path: Path) -> None:
+    """A file holds a whole event, or only its data."""
+    user_id = clerk_id("user")
+    for number, content in enumerate(
+        ({"id": user_id}, {"data": {"id": user_id, "first_name": "Grace"}, "type": "user.updated"})
+    ):
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+        assert sent(server, "user.created", "--file", str(tmp_path / f"{number}.json"))[0] == 0
+    assert server.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Grace",)]
+
+
+def test_shows_what_it_sends_and_no_secret(server: Server) -> None:
+    """Request and answer are printed as text."""
+    app = create_app(
+        server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
+    )
+    result = app.test_cli_runner().invoke(args=["clerk", "send", "user.created"])
+    disconnect(app)
+    assert f"POST http://127.0.0.1:{server.port}/webhooks/clerk" in result.stdout
+    assert "svix-signature: v1," in result.stdout
+    assert '"first_name": "Ada"' in result.stdout
+    assert '200 {"outcome": "applied"' in result.stdout
+    assert server.clerk.environ["CLERK_WEBHOOK_SECRET"] not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--to", "http://example.com/webhooks/clerk"], "only https:// is safe"),
+        (["--to", "nowhere"], "not a URL"),
+        (["--to", "http://127.0.0.1:1/webhooks/clerk"], "does not answer (ConnectError)"),
+        (["--user", "ada"], "not a Clerk user id"),
+        (["--set", "data"], "path=value"),
+        (["--set", "data.id.x=1"], "no object at 'id'"),
+        (["--file", "setup.cfg"], "holds no JSON object"),
+    ],
+)
+def test_refuses_to_send_nonsense(service: Service, arguments: list[str], says: str) -> None:
+    """The status is 2, and the message says what is wrong."""
+    result = run(service, "send", "user.created", *arguments)
+    assert (result.exit_code, says in result.output) == (2, True), result.output
