@@ -1,4 +1,4 @@
-"""Types of declared columns: no value, whoever chose it, fails an event or looks different when read back."""
+"""Types of declared columns: no value fails an event, or differs when it is read back."""
 
 from __future__ import annotations
 

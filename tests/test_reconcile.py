@@ -461,7 +461,7 @@ def test_waits_for_a_webhook_that_is_in_the_way(syncing: Service, backend: Backe
 
 
 def in_the_way(service: Service) -> Exception:
-    """Return what a database raises for a writer that has waited for a lock in vain."""
+    """Return the error of a writer that timed out waiting for a lock."""
     database = store_of(service).database
     with database.connect() as holder, database.connect() as waiter:
         if holder.dialect.name == "sqlite":

@@ -240,7 +240,7 @@ def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> 
 
 
 def test_ends_with_an_application_that_is_configured_wrongly(flask_clerk: RunProcess) -> None:
-    """An application's ``SettingsError`` reaches whoever runs the command."""
+    """An application's ``SettingsError`` is shown to the user of the command."""
     ended = flask_clerk("users", CLERK_WEBHOOK_SECRET="whsec_hidden!")
     assert ended.returncode != 0
     assert "CLERK_WEBHOOK_SECRET is not a signing secret" in ended.stderr

@@ -28,7 +28,7 @@ LATEST = 1000  # messages that the lag is taken from
 
 
 class Count(NamedTuple):
-    """A number of rows. One that is not exact is an estimate, or where there is none, the least that there are."""
+    """A number of rows: exact, or else an estimate, or without an estimate a lower bound."""
 
     value: int
     is_exact: bool = True
@@ -115,7 +115,7 @@ def _count_slices(
 
 
 def find_lag(store: Store, now: datetime) -> Lag | None:
-    """Of the last thousand messages of the last day that were applied or stale; None if there are none."""
+    """Return the lag of the last thousand processed messages of the last day, or None."""
     messages = store.messages
     times = (
         sa.select(messages.c.occurred_at, messages.c.processed_at)

@@ -58,7 +58,7 @@ def find_cookie_names(settings: Settings) -> tuple[str, ...]:
     """
     Return the cookies that may carry a token, the instance's own first.
 
-    There are none without authorized parties: a cookie is sent with a forged request, too, so only
+    Without authorized parties there are no such cookies: one is sent with a forged request, so only
     ``azp`` and ``Origin`` tell whose page sent it.
     """
     if not any(party != NATIVE for party in settings.authorized_parties):
