@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clerkhooks.errors import SettingsError
     from clerkhooks.events import Event, Outcome
-    from clerkhooks.extension import ClerkHooks, upsert
+    from clerkhooks.extension import ClerkHooks
     from clerkhooks.service import create_app
     from clerkhooks.store.models import ClerkUser, Versioned, from_clerk
+    from clerkhooks.versioned import upsert
     from clerkhooks.web.auth import current_session, current_user, require_auth
 
 __all__ = [
@@ -37,7 +38,7 @@ _MODULES = {
     "current_user": "web.auth",
     "from_clerk": "store.models",
     "require_auth": "web.auth",
-    "upsert": "extension",
+    "upsert": "versioned",
 }
 
 

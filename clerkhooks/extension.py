@@ -7,22 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast, overload
 
 import sqlalchemy as sa
-from flask import Blueprint, Flask, current_app, request_started
+from flask import Blueprint, Flask, request_started
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Mapper
 
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
-from clerkhooks.events import Event, Handler, Handlers
+from clerkhooks.events import Handler, Handlers
 from clerkhooks.settings import AppConfig, Settings
 from clerkhooks.store import Store
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
-    VERSION_COLUMNS,
     ClerkUser,
-    Versioned,
     add_indexes,
     declared_fields,
     make_messages_table,
@@ -31,8 +28,9 @@ from clerkhooks.store.snapshots import make_snapshots, read_columns
 from clerkhooks.store.statements import Statements
 from clerkhooks.users import Users
 from clerkhooks.web import auth, health, me, webhooks
+from clerkhooks.web.logs import init_request_log
 from clerkhooks.web.problems import init_errors, init_problems
-from clerkhooks.web.state import EXTENSION, State
+from clerkhooks.web.state import EXTENSION, RequestLog, State
 
 U = TypeVar("U", bound=ClerkUser)
 H = TypeVar("H", bound=Handler)
@@ -81,6 +79,7 @@ class ClerkHooks(Generic[U]):
         routes: Iterable[str] = DEFAULT_ROUTES,
         url_prefix: str | None = None,
         problems: bool = False,
+        request_log: RequestLog | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         """
@@ -88,8 +87,11 @@ class ClerkHooks(Generic[U]):
 
         *routes* are of ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``; *url_prefix*
         moves all of them. With *problems*, every error of the application is answered as
-        ``application/problem+json``. Variables that ``app.config`` lacks are read from *environ*,
-        by default ``os.environ``. Nothing else of the application is changed.
+        ``application/problem+json``. With *request_log*, each request is logged to stdout, as
+        ``json``, as ``text``, or with ``auto`` as text on a terminal and JSON elsewhere; otherwise
+        only deliveries are logged, to the logger ``clerkhooks``. Variables that ``app.config``
+        lacks are read from *environ*, by default ``os.environ``. Nothing else of the application is
+        changed.
 
         Raises:
             SettingsError: ``app.config`` and the environment do not make a valid configuration.
@@ -104,6 +106,8 @@ class ClerkHooks(Generic[U]):
         init_errors(app)
         if problems:
             init_problems(app)
+        if request_log is not None:
+            init_request_log(app, request_log)
         blueprint = _make_blueprint(app, state, wanted)
         app.register_blueprint(blueprint, url_prefix=url_prefix)
         app.cli.add_command(clerk)
@@ -258,38 +262,3 @@ def _check_protection(app: Flask, **_: object) -> None:
     """Refuse to serve an application that has an unprotected view, at its first request."""
     _refuse_unprotected(app)
     request_started.disconnect(_check_protection, app)
-
-
-def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
-    """
-    Write a row of a table of the application's own, unless it is newer already.
-
-    *values* hold the primary key and the other columns. The row is inserted, or updated if its
-    version is older than that of *event*. Returns whether it was. Call it in a handler; it writes
-    through ``db.session``, in the message's transaction.
-
-    Raises:
-        TypeError: *model* does not derive from ``Versioned``.
-        ValueError: a column of the primary key has no value.
-    """
-    if not (isinstance(model, type) and issubclass(model, Versioned)):
-        raise TypeError("upsert needs a model that derives from Versioned.")
-    table = cast("sa.Table", sa.inspect(model).local_table)
-    mapper: Mapper[Any] = sa.inspect(model)
-    row = {mapper.columns[name].name: value for name, value in values.items()}
-    keys = [column.name for column in table.primary_key]
-    if missing := [key for key in keys if row.get(key) is None]:
-        raise ValueError(f"upsert needs a value for the primary key: {', '.join(missing)}.")
-    session = cast("SQLAlchemy", current_app.extensions["sqlalchemy"]).session
-    connection = session.connection(bind_arguments={"mapper": mapper})
-    kind = postgresql if connection.dialect.name == "postgresql" else sqlite
-    row |= dict(zip(VERSION_COLUMNS, event.version, strict=True))
-    insert = kind.insert(table).values(row)
-    own = sa.tuple_(*(table.c[name] for name in VERSION_COLUMNS))
-    new = sa.tuple_(*(insert.excluded[name] for name in VERSION_COLUMNS))
-    statement = insert.on_conflict_do_update(
-        index_elements=keys,
-        set_={name: insert.excluded[name] for name in row if name not in keys},
-        where=sa.or_(table.c.version_updated_at.is_(None), own < new),
-    ).returning(*table.primary_key)
-    return bool(connection.execute(statement).all())

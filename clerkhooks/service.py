@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import sqlalchemy as sa
 from flask import Flask
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase
 
-from clerkhooks.extension import ROUTES, ClerkHooks
+from clerkhooks import ClerkHooks
 from clerkhooks.settings import PROJECT, VARIABLES, ServiceSettings, exit_if_invalid, read_environ
-from clerkhooks.store.models import Base
-from clerkhooks.web.logs import init_service_logs
 
+ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
 VERSION_TABLE: Final = "clerkhooks_version"  # other programs may have an alembic_version
+
+
+class Base(DeclarativeBase):
+    """The service's declarative base. It names every constraint, so that migrations can drop it."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
 db = SQLAlchemy(model_class=Base)
 hooks = ClerkHooks(db)
 
@@ -43,6 +60,5 @@ def _create_app(values: Mapping[str, Any]) -> Flask:
     db.init_app(app)
     migrations = str(PROJECT / "migrations")
     Migrate(app, db, migrations, version_table=VERSION_TABLE, include_name=hooks.include_name)
-    hooks.init_app(app, routes=ROUTES, problems=True, environ={})
-    init_service_logs(app, settings.log_format)
+    hooks.init_app(app, routes=ROUTES, problems=True, request_log=settings.log_format, environ={})
     return app

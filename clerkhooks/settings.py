@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -123,7 +123,7 @@ class ServiceSettings(Settings):
     """The configuration of the service, which also owns its database, its log and its server."""
 
     database_url: str = field(repr=False, default=DEFAULT_DATABASE_URL)
-    log_format: str | None = None
+    log_format: Literal["auto", "json", "text"] = "auto"
     port: int = 8000
     web_concurrency: int = 2
     pool_size: int = 10
@@ -132,7 +132,7 @@ class ServiceSettings(Settings):
     def _read(cls, read: _Reader) -> dict[str, Any]:
         found = super()._read(read) | {
             "database_url": read("DATABASE_URL", _parse_database_url, DEFAULT_DATABASE_URL),
-            "log_format": read("LOG_FORMAT", _parse_log_format, None),
+            "log_format": read("LOG_FORMAT", _parse_log_format, "auto"),
             "port": read("PORT", _number_up_to(65535), 8000),
             "web_concurrency": read("WEB_CONCURRENCY", _number_up_to(512), 2),
         }
@@ -379,10 +379,11 @@ def _parse_console_password(text: str) -> str:
     return text
 
 
-def _parse_log_format(text: str) -> str:
-    if text not in ("json", "text"):
+def _parse_log_format(text: str) -> Literal["json", "text"]:
+    formats: dict[str, Literal["json", "text"]] = {"json": "json", "text": "text"}
+    if text not in formats:
         raise ValueError("is neither json nor text.")
-    return text
+    return formats[text]
 
 
 def parse_url(text: str) -> str:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event as sa_event
 from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks.clerk.events import NEW_USER, ReceivedEvent
 from clerkhooks.errors import Unauthenticated, describe, frames
-from clerkhooks.events import Event, Handler, Handlers, Outcome
+from clerkhooks.events import Handlers, Outcome
+from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
-from clerkhooks.store.columns import to_json
-from clerkhooks.store.database import (
-    LOCK_TIMEOUT,
-    STATEMENT_TIMEOUT,
-    begin_immediate,
-    is_autocommit,
-    transaction,
-)
+from clerkhooks.store.columns import read_fields, to_json
+from clerkhooks.store.database import LOCK_TIMEOUT, transaction
 from clerkhooks.store.messages import is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
 BATCH_LOCK_TIMEOUT = "50ms"  # then the batch fails, and each caller retries alone
-LAST_SEEN_STEP = timedelta(minutes=1)
-PRESENCE_LASTS = timedelta(minutes=5)
+LAST_SEEN_INTERVAL = timedelta(minutes=1)
+PRESENCE_TIMEOUT = timedelta(minutes=5)
 
 
 class Users:
@@ -55,9 +47,9 @@ class Users:
         """
         Apply *event*, unless the database already has a newer version.
 
-        Deliveries repeat and overtake one another; the row ends the same. The user, the message and
-        what handlers write are one transaction, always in this order, so that two deliveries may
-        wait for each other but never deadlock.
+        Deliveries may repeat and arrive out of order; the row ends the same. The user, the message
+        and what handlers write are one transaction, always in this order, so that two deliveries
+        may wait for each other but never deadlock.
 
         Raises:
             Exception: any error. The event is rolled back and recorded as failed.
@@ -66,7 +58,9 @@ class Users:
         handlers = self._handlers.find(event.type, after_commit=False)
         try:
             if handlers:
-                outcome = self._apply_with_handlers(event, now, handlers)
+                outcome = apply_with_handlers(
+                    self._session, self._store, event, handlers, self.write
+                )
             else:
                 outcome = self._deliver(event)
         except Exception as error:
@@ -80,7 +74,7 @@ class Users:
 
     def get_authenticated(self, user_id: str, *, impersonated: bool) -> tuple[ClerkUser, bool]:
         """
-        Return the user behind a verified session token, and whether this call created the row.
+        Return the user of a verified session token, and whether this call created the row.
 
         Moves ``last_seen``, at most once a minute, unless the caller impersonates the user.
 
@@ -94,9 +88,7 @@ class Users:
             statements = self._store.statements
             created = bool(self._store.database.write(statements.create_first_seen, row))
             user = self._read(user_id)
-        elif (
-            not impersonated and user.deleted_at is None and user.last_seen <= now - LAST_SEEN_STEP
-        ):
+        elif not impersonated and _is_seen_long_ago(user, now):
             user = self._move_last_seen(user_id, now) or self._read(user_id)
         if user is None or user.deleted_at is not None:
             raise Unauthenticated("user_deleted")
@@ -117,7 +109,7 @@ class Users:
 
     def _move_last_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
         """Move ``last_seen``. Of concurrent calls one succeeds, and the others return None."""
-        parameters = {"id": user_id, "now": now, "before": now - LAST_SEEN_STEP}
+        parameters = {"id": user_id, "now": now, "before": now - LAST_SEEN_INTERVAL}
         rows = self._store.database.write(self._store.statements.move_last_seen, parameters)
         return self._make_snapshot(rows[0]) if rows else None
 
@@ -128,66 +120,19 @@ class Users:
         return [users.get(user_id) for user_id in user_ids]
 
     def _apply_all(self, events: Sequence[ReceivedEvent]) -> list[Outcome]:
-        """Apply *events* in a transaction of their own; no two are of one message or user."""
+        """Apply *events* in a separate transaction; each message and user is in them once."""
         limit = LOCK_TIMEOUT if len(events) == 1 else BATCH_LOCK_TIMEOUT
         with self._store.database.connect() as connection, transaction(connection):
-            return self._write(connection, events, datetime.now(UTC), limit)
+            return self.write(connection, events, limit)
 
-    def _apply_with_handlers(
-        self, event: ReceivedEvent, now: datetime, handlers: Sequence[Handler]
-    ) -> Outcome:
-        session = self._session()
-        connection = self._begin(session)
-        with _own_limits(connection):
-            [outcome] = self._write(connection, [event], now, LOCK_TIMEOUT)
-        if outcome is Outcome.DUPLICATE:
-            session.rollback()
-            return outcome
-        for handler in handlers:
-            with _commit_refused(session, connection), _exit_refused():
-                _call(handler, event, outcome)
-            # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
-            # rollback an empty commit succeeds. Either way the message would be answered 200 and
-            # lost.
-            if self._session() is not session or not self._is_recorded(session, event):
-                raise RuntimeError(_ENDED)
-        session.commit()
-        # A listener of the application's may have swallowed an error inside the commit.
-        if self._read_outcome(self._store.database.execute, event) in _NOT_DONE:
-            raise RuntimeError("The message's transaction was rolled back while it was committed.")
-        return outcome
-
-    def _begin(self, session: Session) -> sa.Connection:
-        """Return the session's connection, in a transaction even if its engine is in AUTOCOMMIT."""
-        bind = {"clause": self._store.users}
-        connection = session.connection(bind_arguments=bind)
-        if not is_autocommit(connection):
-            return connection
-        session.commit()  # whatever was executed before is committed already
-        is_postgresql = connection.dialect.name == "postgresql"
-        level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
-        return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
-
-    def _is_recorded(self, session: Session, event: ReceivedEvent) -> bool:
-        connection = session.connection(bind_arguments={"clause": self._store.messages})
-        return self._read_outcome(connection.execute, event) not in _NOT_DONE
-
-    def _read_outcome(
-        self, execute: Callable[[sa.Executable], Iterable[sa.Row[Any]]], event: ReceivedEvent
-    ) -> str | None:
-        messages = self._store.messages
-        query = sa.select(messages.c.outcome).where(messages.c.message_id == event.message_id)
-        return next((str(outcome) for (outcome,) in execute(query)), None)
-
-    def _write(
+    def write(
         self,
         connection: sa.Connection,
         events: Sequence[ReceivedEvent],
-        now: datetime,
-        lock_timeout: str,
+        lock_timeout: str = LOCK_TIMEOUT,
     ) -> list[Outcome]:
         """Write users and messages, except for messages that were processed before."""
-        statements = self._store.statements
+        statements, now = self._store.statements, datetime.now(UTC)
         rows = [self._row(event, now) for event in events]
         if connection.dialect.name == "postgresql":
             parameters = {"rows": to_json(rows), "now": now, "lock_timeout": lock_timeout}
@@ -212,109 +157,35 @@ class Users:
             "outcome": None,
             "occurred_at": event.occurred_at,
         }
+        store = self._store
         if event.user_id is None:
             handled = self._handlers.handles(event.type)
             row["outcome"] = Outcome.APPLIED if handled else Outcome.IGNORED
         elif event.profile is None:
             row |= profile_columns(DELETED_USER) | {"deleted_at": now}
         else:
-            row |= profile_columns(event.profile) | self._store.read_fields(event.data)
+            row |= profile_columns(event.profile)
+            row |= read_fields(store.fields, event.data, store.database.dialect)
             row |= zip(VERSION_COLUMNS, event.version, strict=True)
-        return self._store.statements.encode(row)
+        return store.statements.encode(row)
 
     def _call_after_commit(self, event: ReceivedEvent, outcome: Outcome) -> None:
         for handler in self._handlers.find(event.type, after_commit=True):
             try:
-                _call(handler, event, outcome)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is already committed
+                call_handler(handler, event, outcome)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is committed
                 self._session.rollback()
                 told = {"message_id": event.message_id, "error": describe(error)}
                 logger.error("handler_failed", extra={**told, "frames": frames(error)})
 
 
-@contextmanager
-def _exit_refused() -> Iterator[None]:
-    """Make SystemExit of a handler an error like any other, which is recorded and answered 500."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError("A handler raised SystemExit.") from error
-
-
-_NOT_DONE = (None, Outcome.FAILED)
-
-
 def is_present(user: Any) -> bool:
     """Return whether *user* is set online and was seen within five minutes."""
-    return bool(user.is_online) and datetime.now(UTC) - user.last_seen <= PRESENCE_LASTS
+    return bool(user.is_online) and datetime.now(UTC) - user.last_seen <= PRESENCE_TIMEOUT
 
 
-_ENDED = (
-    "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
-    "commits the message together with everything that handlers write. Use "
-    "db.session.begin_nested() around an error of the database that you catch."
-)
-
-
-@contextmanager
-def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
-    """Refuse commits while a handler runs: what later handlers write must not be lost."""
-    attempts: list[object] = []
-    transaction = session.get_transaction()
-
-    def refuse(target: Session | sa.Connection) -> None:
-        if target is connection or not session.in_nested_transaction():
-            attempts.append(target)
-            raise RuntimeError(_ENDED)
-
-    sa_event.listen(session, "before_commit", refuse)
-    sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
-    try:
-        yield
-    finally:
-        sa_event.remove(session, "before_commit", refuse)
-        sa_event.remove(connection, "commit", refuse)
-    if attempts or session.get_transaction() is not transaction:
-        raise RuntimeError(_ENDED)
-
-
-@contextmanager
-def _own_limits(connection: sa.Connection) -> Iterator[None]:
-    """Bound the waits of our statement in the application's transaction, and of no other."""
-    if connection.dialect.name != "postgresql":
-        begin_immediate(connection)
-        yield
-        return
-    before = connection.execute(
-        _EXCHANGE_LIMITS, {"lock": LOCK_TIMEOUT, "statement": STATEMENT_TIMEOUT}
-    ).one()
-    yield
-    connection.execute(_EXCHANGE_LIMITS, {"lock": before[0], "statement": before[1]})
-
-
-_EXCHANGE_LIMITS = sa.text(
-    """
-    SELECT lock_before, statement_before,
-        set_config('lock_timeout', :lock, true), set_config('statement_timeout', :statement, true)
-    FROM (SELECT current_setting('lock_timeout') AS lock_before,
-        current_setting('statement_timeout') AS statement_before OFFSET 0) AS before
-    """
-)
-
-
-def _call(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> None:
-    result = handler(
-        Event(
-            type=event.type,
-            data=event.data,
-            message_id=event.message_id,
-            version=event.version,
-            occurred_at=event.occurred_at,
-            outcome=outcome,
-        )
-    )
-    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise TypeError("A handler must be a plain function: its result is not awaited.")
+def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
+    return user.deleted_at is None and user.last_seen <= now - LAST_SEEN_INTERVAL
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:

@@ -55,9 +55,18 @@ def make_batcher(
     return Batcher(work, keys=lambda item: (item[0],), concerns_all=lambda _: concerns_all)
 
 
-def wait_for_callers(batcher: Batcher[Any, Any], count: int) -> None:
-    """Return once so many callers wait in line."""
-    eventually(lambda: len(batcher._waiting) >= count)
+def count_callers(batcher: Batcher[Any, Any]) -> Callable[[int], None]:
+    """Return a function that waits until so many callers have joined a batch from now on."""
+    joined: list[object] = []
+    join = batcher._join
+
+    def join_and_count(item: Any) -> Any:
+        place = join(item)
+        joined.append(item)
+        return place
+
+    batcher._join = join_and_count  # type: ignore[method-assign]
+    return lambda count: eventually(lambda: len(joined) >= count)
 
 
 @contextmanager
@@ -65,17 +74,18 @@ def called_together(
     batcher: Batcher[str, str], work: Work, *items: str
 ) -> Iterator[list[Future[str]]]:
     """
-    Call with "first", and while that is at work with each of *items*, in this order.
+    Call with "first", and while that is being executed with each of *items*, in this order.
 
-    Then let it go on.
+    Then let the first call continue.
     """
+    wait_for_callers = count_callers(batcher)
     with ThreadPoolExecutor(len(items) + 1) as pool:
         answers = [pool.submit(batcher, "first")]
         try:
             assert work.began.wait(TIMEOUT)
             for number, item in enumerate(items):
                 answers.append(pool.submit(batcher, item))
-                wait_for_callers(batcher, number + 1)
+                wait_for_callers(number + 2)
             yield answers
         finally:
             work.released.set()
@@ -83,7 +93,7 @@ def called_together(
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no caller lead a batch of its own because the one under way takes long."""
+    """Let no batch run beside a slow one."""
     monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
 
 
@@ -106,7 +116,7 @@ def test_keeps_items_of_one_key_apart() -> None:
     with called_together(make_batcher(work), work, "ada", "alan", "bea", "anna") as answers:
         pass
     assert [answer.result() for answer in answers] == ["FIRST", "ADA", "ALAN", "BEA", "ANNA"]
-    assert work.batches == [["first"], ["ada", "bea"], ["alan"], ["anna"]]
+    assert sorted(work.batches[1:]) == [["ada"], ["alan", "bea"], ["anna"]]
 
 
 def test_lets_equal_items_share_a_batch_without_keys() -> None:
@@ -137,7 +147,7 @@ def test_limits_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work()
     with called_together(make_batcher(work), work, "ada", "bea", "cleo"):
         pass
-    assert work.batches == [["first"], ["ada", "bea"], ["cleo"]]
+    assert sorted(work.batches[1:]) == [["ada", "bea"], ["cleo"]]
 
 
 def test_lets_only_the_culprit_fail() -> None:
@@ -201,40 +211,39 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     assert batcher("dora") == "DORA"
 
 
-@pytest.mark.parametrize("promoted", [False, True], ids=["in line", "as it is to lead"])
-def test_leaves_no_caller_waiting_if_one_is_killed_in_line(
-    monkeypatch: pytest.MonkeyPatch, promoted: bool
+def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A caller that is killed in line leaves it, and hands over the lead if it has it."""
-    work, wait = Work(), batching._Call.wait
-
-    def wait_and_die(self: batching._Call[str, str], seconds: float = -1) -> bool:
-        woken = not promoted or wait(self, seconds)
-        if self.item == "ada":
-            raise SystemExit(1)
-        return woken if promoted else wait(self, seconds)
-
-    monkeypatch.setattr(batching._Call, "wait", wait_and_die)
+    """A leader that is killed before it executes anything closes its batch; the others retry."""
+    work, joined = Work(), threading.Event()
     batcher = make_batcher(work)
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(batcher, "first")
-        assert work.began.wait(TIMEOUT)
+    work.released.set()
+
+    def die(_seconds: float) -> None:
+        assert joined.wait(TIMEOUT)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(batching, "sleep", die)
+    wait_for_callers = count_callers(batcher)
+    with ThreadPoolExecutor(2) as pool:
         ada = pool.submit(batcher, "ada")
-        if promoted:
-            wait_for_callers(batcher, 1)
-        else:
-            assert isinstance(ada.exception(TIMEOUT), SystemExit)
+        wait_for_callers(1)
         bea = pool.submit(batcher, "bea")
-        wait_for_callers(batcher, 2 if promoted else 1)
-        work.released.set()
-        assert (first.result(TIMEOUT), bea.result(TIMEOUT)) == ("FIRST", "BEA")
+        wait_for_callers(2)
+        joined.set()
         assert isinstance(ada.exception(TIMEOUT), SystemExit)
-    assert batcher("dora") == "DORA"
-    assert ["ada"] not in work.batches
+        assert bea.result(TIMEOUT) == "BEA"
+    assert work.batches == [["bea"]]
+    assert is_at_rest(batcher)
+
+
+def is_at_rest(batcher: Batcher[Any, Any]) -> bool:
+    """Return whether no batch takes items or is being executed."""
+    return batcher._open is None and not batcher._turn.locked()
 
 
 def test_passes_a_batch_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that has waited for MAX_WAIT leads a batch beside the one that is stuck."""
+    """A batch that has waited for MAX_WAIT runs beside the one that is stuck."""
     monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
     work = Work()
     batcher = make_batcher(work)
@@ -245,7 +254,7 @@ def test_passes_a_batch_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None
         assert not first.done()
         work.released.set()
         assert first.result(TIMEOUT) == "FIRST"
-    assert batcher._leaders == 0
+    assert is_at_rest(batcher)
 
 
 @given(
@@ -276,7 +285,7 @@ def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool
             assert answer.result() == item.upper()
         else:
             assert str(error) in bad if concerns_all else str(error) == item[0]
-    assert (batcher._waiting, batcher._leaders) == ([], 0)
+    assert is_at_rest(batcher)
 
 
 def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
@@ -290,7 +299,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
-    batcher = batcher_of(service, "_read")
+    wait_for_callers = count_callers(batcher_of(service, "_read"))
     counted: list[str] = []
     with (
         ThreadPoolExecutor(12) as pool,
@@ -300,7 +309,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
     ):
         called = [other_id, *[user_id] * 10]
         calls = [pool.submit(call(service, who)) for who in called]
-        wait_for_callers(batcher, 11)
+        wait_for_callers(12)
         hold.released.set()
         answers = [answer.result(TIMEOUT) for answer in (first, *calls)]
     assert [answer.get_json()["id"] for answer in answers] == [other_id, *called]
@@ -315,15 +324,15 @@ def test_does_not_let_a_locked_row_delay_others(
     """Others of its batch are answered within a second, while the lock is still held."""
     locked_id = clerk_id("user")
     assert service.outcome(user_event(locked_id)) == "applied"
-    batcher = batcher_of(service, "_deliver")
+    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(9)]
     with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(10) as pool:
         other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [locked_id])
         with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
             waiting = pool.submit(delivery(service, body_of(locked_id, at=NOW_MS + 1)))
-            wait_for_callers(batcher, 1)
+            wait_for_callers(2)
             answers = [first, *(pool.submit(delivery(service, body)) for body in bodies[1:])]
-            wait_for_callers(batcher, 9)
+            wait_for_callers(10)
             hold.released.set()
             released_at = time.monotonic()
             outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}

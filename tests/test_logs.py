@@ -179,6 +179,28 @@ def test_prints_each_service_in_its_own_format(clerk: FakeClerk, tmp_path: Path)
     assert all("/healthz" in line for line in printed)
 
 
+def test_logs_requests_of_an_application_that_asks_for_it(clerk: FakeClerk, tmp_path: Path) -> None:
+    """``request_log="text"`` prints a line for each request, of the application's routes, too."""
+    code = """
+import sys
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from clerkhooks import ClerkHooks
+db = SQLAlchemy()
+app = Flask("application")
+app.config["SQLALCHEMY_DATABASE_URI"] = sys.argv[1]
+db.init_app(app)
+ClerkHooks(db).init_app(app, request_log="text")
+app.add_url_rule("/", view_func=lambda: "hello")
+app.test_client().get("/")
+"""
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/test.db"]
+    environment = os.environ | clerk.environ
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"INFO +GET / 200 [0-9.]+ ms +request_id=", ran.stdout)
+
+
 @pytest.mark.parametrize(
     ("is_terminal", "log_format", "is_json"),
     [(True, "", False), (False, "", True), (True, "json", True), (False, "text", False)],

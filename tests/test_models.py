@@ -151,7 +151,7 @@ def test_lets_the_newer_of_two_writes_win(application: Application, newer_first:
 
 def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams: Any) -> None:
     """
-    A model without versions, or a row without its whole key, is a mistake.
+    A model without versions, a row without its whole key and an unknown column are mistakes.
 
     The delivery is answered 500.
     """
@@ -164,6 +164,7 @@ def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams:
             ("teams", {"id": "1"}),
             (teams, {"id": "1"}),
             (teams, {"tenant": "t", "id": None}),
+            (teams, {"tenant": "t", "id": "1", "colour": "red"}),
         ]
         for model, values in calls:
             try:
@@ -173,7 +174,8 @@ def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams:
         raise errors[0]
 
     assert application.deliver(event_body("session.created", {}, NOW_MS)).status_code == 500
-    assert [type(error) for error in errors] == [TypeError, TypeError, ValueError, ValueError]
+    assert [type(error) for error in errors] == [TypeError] * 2 + [ValueError] * 3
     assert "derives from Versioned" in str(errors[0])
     assert "primary key: tenant" in str(errors[2])
     assert "primary key: id" in str(errors[3])
+    assert "no column colour" in str(errors[4])

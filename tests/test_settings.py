@@ -459,7 +459,7 @@ def test_loads_the_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> 
     read = read_environ(tmp_path)
     loaded = ServiceSettings.from_mapping(read)
     assert (loaded.webhook_secrets, loaded.port, loaded.web_concurrency) == ((b"s" * 24,), 2, 3)
-    assert loaded.log_format is None
+    assert loaded.log_format == "auto"
     assert read["PATH"] == os.environ["PATH"]
 
 

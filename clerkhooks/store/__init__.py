@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from clerkhooks.clerk.fields import Field
-from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import Database
 from clerkhooks.store.statements import Statements
 
@@ -23,7 +21,3 @@ class Store:
     messages: sa.Table
     fields: dict[sa.Column[Any], Field]
     statements: Statements
-
-    def read_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the declared columns' values in a user object; None for what cannot be kept."""
-        return read_fields(self.fields, data, self.database.dialect)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import (
-    DeclarativeBase,
     Mapped,
     MappedColumn,
     Mapper,
@@ -23,20 +22,6 @@ from clerkhooks.store.columns import is_supported
 VERSION_COLUMNS = ("version_updated_at", "version_timestamp", "version_message_id")
 MESSAGES = "webhook_messages"
 _FIELD = "clerkhooks.field"
-
-
-class Base(DeclarativeBase):
-    """The service's declarative base. It names every constraint, so that migrations can drop it."""
-
-    metadata = sa.MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):

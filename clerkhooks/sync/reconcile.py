@@ -22,7 +22,7 @@ from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, is_user_id, milliseconds, parse_snapshot
 from clerkhooks.errors import ClerkhooksError, EventError, describe
 from clerkhooks.store import Store
-from clerkhooks.store.columns import to_json
+from clerkhooks.store.columns import read_fields, to_json
 from clerkhooks.store.database import TimeoutConnection, transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
@@ -220,7 +220,8 @@ class Reconciliation:
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return what the columns of *snapshot* must hold."""
-        return profile_columns(snapshot.profile) | self.store.read_fields(snapshot.data)
+        declared = read_fields(self.store.fields, snapshot.data, self.store.database.dialect)
+        return profile_columns(snapshot.profile) | declared
 
     def _upsert(self, snapshots: Sequence[Snapshot]) -> set[str]:
         return self._execute(self.store.statements.merge_snapshots, snapshots)

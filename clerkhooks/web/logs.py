@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ import click
 from flask import Flask, Response, current_app, has_request_context, request
 
 from clerkhooks.errors import describe, frames
-from clerkhooks.web.state import EXTENSION, State, current_state, request_state
+from clerkhooks.web.state import EXTENSION, RequestLog, State, request_state
 
 logger = logging.getLogger("clerkhooks")
 PATH_LENGTH = 512
@@ -82,20 +83,19 @@ class ServiceHandler(logging.StreamHandler[Any]):
         return super().filter(record) if state is None or state.logs_requests else False
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format as LOG_FORMAT says; without it, as text on a terminal and as JSON elsewhere."""
+        """Format as the application of the line has chosen."""
         state = _find_state()
-        chosen = state.log_format if state else None
-        if chosen is None:
+        chosen = state.log_format if state else "auto"
+        if chosen == "auto":
             chosen = "text" if sys.stdout.isatty() else "json"
         return self._formatters[chosen].format(record)
 
 
-def init_service_logs(app: Flask, log_format: str | None) -> None:
+def init_request_log(app: Flask, log_format: RequestLog) -> None:
     """
     Log every request of *app* once, when its response is ready, and print the lines to stdout.
 
-    *log_format* is ``json``, ``text``, or None for text on a terminal and JSON elsewhere. If the
-    root logger has a handler already, that one prints the lines, as for Flask's own logger.
+    If the root logger has a handler already, that one prints the lines, as for Flask's own logger.
     """
     state: State = app.extensions[EXTENSION]
     state.logs_requests, state.log_format = True, log_format
@@ -106,8 +106,6 @@ def init_service_logs(app: Flask, log_format: str | None) -> None:
         logger.addHandler(ServiceHandler())
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    # The first function of a request, even before one that aborts it.
-    app.url_value_preprocessor(_start_clock)
     app.after_request(_log_request)
 
 
@@ -118,16 +116,11 @@ def log_failure(error: BaseException) -> None:
     logger.error("request_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
 
 
-def log_delivery() -> None:
-    """Log the result of a delivery, unless its failure or each request is logged anyway."""
-    fields = request_state().fields
-    if not current_state().logs_requests and fields.get("reason") != "internal_error":
+def log_delivery(fields: Mapping[str, Any]) -> None:
+    """Log the result of a delivery, unless its failure has been logged already."""
+    if fields.get("reason") != "internal_error":
         level = logging.WARNING if "reason" in fields else logging.INFO
         logger.log(level, "webhook_delivered", extra=fields)
-
-
-def _start_clock(_endpoint: str | None, _values: dict[str, Any] | None) -> None:
-    request_state()
 
 
 def _find_state() -> State | None:

@@ -74,22 +74,23 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
     return answer
 
 
-def read_body() -> bytes:
+def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     """
-    Return the whole body of the current request, up to 1 MiB, whatever limit the application has.
+    Return the body of the current request, up to 1 MiB whatever limit the application has.
 
     Raises:
-        BodyTooLarge: it is longer.
-        BadRequest: ``body_unreadable``; it cannot be read, as when its chunks are malformed.
+        BodyTooLarge: the body is longer.
+        RequestError: *unreadable*, with the reason ``body_unreadable``, for instance if chunks are
+            malformed.
     """
     if (request.content_length or 0) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
-    # Werkzeug cuts a chunked body at the limit without an error; one more byte shows it.
+    # Werkzeug truncates a chunked body at the limit without an error; one more byte shows it.
     request.max_content_length = MAX_BODY + 1
     try:
         body = request.get_data(cache=False)
     except Exception:  # noqa: BLE001  # servers raise errors of their own for malformed bodies
-        raise BadRequest("body_unreadable") from None
+        raise unreadable("body_unreadable") from None
     if len(body) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
     return body

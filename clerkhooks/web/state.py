@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flask import Flask, current_app, request
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clerkhooks.web.metrics import Metrics
 
 EXTENSION = "clerkhooks"
+RequestLog = Literal["auto", "json", "text"]
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -50,7 +51,7 @@ class State:
     metrics: Metrics | None = None
     logs_requests: bool = False
     """Whether each request is logged, as in the service; otherwise only each delivery is."""
-    log_format: str | None = None
+    log_format: RequestLog = "auto"
 
 
 @dataclass

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException
 
 from clerkhooks.clerk.events import parse_event
 from clerkhooks.clerk.signatures import HEADERS, verify_signature
-from clerkhooks.errors import BadRequest, RequestError, SignatureError
+from clerkhooks.errors import RequestError, SignatureError
 from clerkhooks.web.logs import log_delivery, log_failure
 from clerkhooks.web.problems import answered, json_response, problem, read_body
 from clerkhooks.web.state import annotate, current_state, request_state
@@ -28,39 +28,32 @@ def add_routes(blueprint: Blueprint) -> None:
 
 
 def receive_webhook() -> Response:
-    """Answer one delivery; log and count it."""
+    """Answer one delivery, then count and log it."""
+    delivery, state = request_state(), current_state()
     response = apply_delivery()
-    state, metrics = request_state(), current_state().metrics
-    if metrics is not None:
-        metrics.count_delivery(response.status_code, state.fields, state.seconds)
-    log_delivery()
+    if state.metrics is not None:
+        state.metrics.count_delivery(response.status_code, delivery.fields, delivery.seconds)
+    if not state.logs_requests:
+        log_delivery(delivery.fields)
     return response
 
 
 @answered
 def apply_delivery() -> Response:
     """Verify, parse and apply the delivery of the current request."""
-    state = current_state()
+    state, now = current_state(), time.time()
+    body = read_body(unreadable=SignatureError)  # what cannot be read cannot be verified
     headers = {name: request.headers.get(name, "") for name in HEADERS}
-    message = verify_signature(headers, _read_body(), state.secrets, time.time())
+    message = verify_signature(headers, body, state.secrets, now)
     annotate(message_id=message.message_id)
     event = parse_event(message)
     annotate(message_id=event.message_id, event_type=event.type, user_id=event.user_id)
     try:
         outcome = state.users.apply(event)
-    except (
-        RequestError,
-        HTTPException,
-    ) as error:  # a handler's, as by abort(404): no answer to Clerk
+    except (RequestError, HTTPException) as error:
+        # Raised by a handler, for instance by abort(404): not an answer for Clerk.
         log_failure(error)
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
-    lag = None if event.occurred_at is None else time.time() - event.occurred_at.timestamp()
+    lag = time.time() - event.occurred_at.timestamp() if event.occurred_at else None
     annotate(outcome=outcome, lag_s=None if lag is None else round(lag, 3))
     return json_response({"outcome": outcome, "messageId": message.message_id})
-
-
-def _read_body() -> bytes:
-    try:
-        return read_body()
-    except BadRequest as error:  # what cannot be read cannot be verified
-        raise SignatureError(error.reason) from None

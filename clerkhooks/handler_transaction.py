@@ -1,0 +1,164 @@
+"""A message's transaction in the application's own session, which its handlers share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event as sa_event
+from sqlalchemy.orm import Session, scoped_session
+
+from clerkhooks.clerk.events import ReceivedEvent
+from clerkhooks.events import Event, Handler, Outcome
+from clerkhooks.store import Store
+from clerkhooks.store.database import (
+    LOCK_TIMEOUT,
+    STATEMENT_TIMEOUT,
+    begin_immediate,
+    is_autocommit,
+)
+
+_NOT_DONE = (None, Outcome.FAILED)
+_ENDED = (
+    "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
+    "commits the message together with everything that handlers write. Use "
+    "db.session.begin_nested() around an error of the database that you catch."
+)
+_EXCHANGE_LIMITS = sa.text(
+    """
+    SELECT lock_before, statement_before,
+        set_config('lock_timeout', :lock, true), set_config('statement_timeout', :statement, true)
+    FROM (SELECT current_setting('lock_timeout') AS lock_before,
+        current_setting('statement_timeout') AS statement_before OFFSET 0) AS before
+    """
+)
+
+
+def apply_with_handlers(
+    scoped: scoped_session[Session],
+    store: Store,
+    event: ReceivedEvent,
+    handlers: Sequence[Handler],
+    write: Callable[[sa.Connection, Sequence[ReceivedEvent]], list[Outcome]],
+) -> Outcome:
+    """
+    Apply *event* by *write*, call *handlers*, and commit what both have written at once.
+
+    Raises:
+        RuntimeError: a handler ended the transaction, or the commit did not keep the message.
+        Exception: whatever a handler or the database raises. The caller rolls back.
+    """
+    session = scoped()
+    connection = _begin(session, store)
+    with _own_limits(connection):
+        [outcome] = write(connection, [event])
+    if outcome is Outcome.DUPLICATE:
+        session.rollback()
+        return outcome
+    for handler in handlers:
+        with _commit_refused(session, connection), _exit_refused():
+            call_handler(handler, event, outcome)
+        # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
+        # rollback an empty commit succeeds. Either way the message would be answered 200 and
+        # lost.
+        if scoped() is not session or not _is_recorded(session, store, event):
+            raise RuntimeError(_ENDED)
+    session.commit()
+    # A listener of the application may have swallowed an error inside the commit.
+    if _read_outcome(store, store.database.execute, event) in _NOT_DONE:
+        raise RuntimeError("The message's transaction was rolled back while it was committed.")
+    return outcome
+
+
+def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> None:
+    """
+    Call *handler* with *event*.
+
+    Raises:
+        TypeError: its result is a coroutine or a generator, which nothing would run.
+    """
+    result = handler(
+        Event(
+            type=event.type,
+            data=event.data,
+            message_id=event.message_id,
+            version=event.version,
+            occurred_at=event.occurred_at,
+            outcome=outcome,
+        )
+    )
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError("A handler must be a plain function: its result is not awaited.")
+
+
+def _begin(session: Session, store: Store) -> sa.Connection:
+    """Return the session's connection, in a transaction even if its engine is in AUTOCOMMIT."""
+    bind = {"clause": store.users}
+    connection = session.connection(bind_arguments=bind)
+    if not is_autocommit(connection):
+        return connection
+    session.commit()  # whatever was executed before is committed already
+    is_postgresql = connection.dialect.name == "postgresql"
+    level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
+    return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
+
+
+def _is_recorded(session: Session, store: Store, event: ReceivedEvent) -> bool:
+    connection = session.connection(bind_arguments={"clause": store.messages})
+    return _read_outcome(store, connection.execute, event) not in _NOT_DONE
+
+
+def _read_outcome(
+    store: Store, execute: Callable[[sa.Executable], Iterable[sa.Row[Any]]], event: ReceivedEvent
+) -> str | None:
+    messages = store.messages
+    query = sa.select(messages.c.outcome).where(messages.c.message_id == event.message_id)
+    return next((str(outcome) for (outcome,) in execute(query)), None)
+
+
+@contextmanager
+def _exit_refused() -> Iterator[None]:
+    """Turn SystemExit into an error like any other, which is recorded and answered 500."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError("A handler raised SystemExit.") from error
+
+
+@contextmanager
+def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
+    """Refuse commits while a handler runs: what later handlers write must not be lost."""
+    attempts: list[object] = []
+    transaction = session.get_transaction()
+
+    def refuse(target: Session | sa.Connection) -> None:
+        if target is connection or not session.in_nested_transaction():
+            attempts.append(target)
+            raise RuntimeError(_ENDED)
+
+    sa_event.listen(session, "before_commit", refuse)
+    sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
+    try:
+        yield
+    finally:
+        sa_event.remove(session, "before_commit", refuse)
+        sa_event.remove(connection, "commit", refuse)
+    if attempts or session.get_transaction() is not transaction:
+        raise RuntimeError(_ENDED)
+
+
+@contextmanager
+def _own_limits(connection: sa.Connection) -> Iterator[None]:
+    """Bound the waits of our statement in the application's transaction, and of no other."""
+    if connection.dialect.name != "postgresql":
+        begin_immediate(connection)
+        yield
+        return
+    before = connection.execute(
+        _EXCHANGE_LIMITS, {"lock": LOCK_TIMEOUT, "statement": STATEMENT_TIMEOUT}
+    ).one()
+    yield
+    connection.execute(_EXCHANGE_LIMITS, {"lock": before[0], "statement": before[1]})
