@@ -1,8 +1,8 @@
 """
-The metrics of all workers of this host. Imported only if METRICS_TOKEN is set.
+Prometheus metrics of all workers of this host. Imported only if METRICS_TOKEN is set.
 
-prometheus-client shares its figures in the files of PROMETHEUS_MULTIPROC_DIR, and looks for that
-when it is imported.
+prometheus-client reads PROMETHEUS_MULTIPROC_DIR when it is imported, and then keeps its values in
+files of that directory, which the workers share.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from clerkhooks.web.state import EXTENSION, State
 
 FAMILIES = frozenset(
     """
-    email invitation organization organizationDomain organizationInvitation organizationMembership paymentAttempt permission role session
-    sms subscription subscriptionItem user waitlistEntry
-    """.split()  # noqa: SIM905  # a list of them takes fifteen lines
+    email invitation organization organizationDomain organizationInvitation organizationMembership
+    paymentAttempt permission role session sms subscription subscriptionItem user waitlistEntry
+    """.split()  # noqa: SIM905  # as a list it takes fifteen lines
 )
 USER_EVENTS = frozenset(("user.created", "user.updated", "user.deleted"))
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
@@ -41,60 +41,66 @@ _IN_USE = "clerkhooks.in_use"
 
 
 class Metrics:
-    """The figures that this process counts; several processes with one directory count together."""
+    """The metrics of this process, or of all processes that share a directory."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.registry = CollectorRegistry()
         self.webhooks = self._counter(
-            "webhooks", "Verified deliveries, by what became of them.", "type", "outcome"
+            "webhooks", "Verified deliveries, by event type and outcome.", "type", "outcome"
         )
         self.webhook_refusals = self._counter(
-            "webhook_refusals", "Deliveries that were not taken.", "reason"
+            "webhook_refusals", "Deliveries that were rejected.", "reason"
         )
         self.webhook_duration = self._histogram(
-            "webhook_duration_seconds", "How long a verified delivery took.", DURATIONS
+            "webhook_duration_seconds", "Processing time of verified deliveries.", DURATIONS
         )
         self.webhook_lag = self._histogram(
-            "webhook_lag_seconds", "From an event to the end of its processing.", LAGS
+            "webhook_lag_seconds", "Time from an event to the end of its processing.", LAGS
         )
-        self.sessions_verified = self._counter("sessions_verified", "Calls of signed-in users.")
-        self.sessions_refused = self._counter(
-            "sessions_refused", "Calls that were refused.", "reason"
-        )
+        self.sessions_verified = self._counter("sessions_verified", "Authenticated calls.")
+        self.sessions_refused = self._counter("sessions_refused", "Rejected calls.", "reason")
         self.fetches = self._counter(
             "signing_keys_fetches", "Fetches of the signing keys.", "result"
         )
-        # With a label, so that a worker that has not fetched any yet says nothing instead of 1970.
+        # The label keeps a worker that has not fetched keys yet from exporting a value of 0.
         self.fetched_at = self._gauge(
             "signing_keys_fetched_timestamp_seconds",
-            "Of the oldest key set in use.",
+            "When the oldest key set in use was fetched.",
             "livemin",
             "source",
         )
-        self.fallback_users = self._counter("fallback_users", "Users whom a first call created.")
+        self.fallback_users = self._counter("fallback_users", "Users created by their first call.")
         self.connections = self._gauge(
-            "database_connections_in_use", "Connections of the pool that are at work.", "livesum"
+            "database_connections_in_use", "Connections of the pool that are in use.", "livesum"
         )
         self.connections_limit = self._gauge(
             "database_connections_limit", "Connections that the pool may open.", "livesum"
         )
 
-    def _counter(self, name: str, says: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, says, labels, registry=self.registry)
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, documentation, labels, registry=self.registry)
 
-    def _histogram(self, name: str, says: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(PREFIX + name, says, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(PREFIX + name, documentation, buckets=buckets, registry=self.registry)
 
     def _gauge(
-        self, name: str, says: str, over_workers: Literal["livemin", "livesum"], *labels: str
+        self,
+        name: str,
+        documentation: str,
+        over_workers: Literal["livemin", "livesum"],
+        *labels: str,
     ) -> Gauge:
         return Gauge(
-            PREFIX + name, says, labels, registry=self.registry, multiprocess_mode=over_workers
+            PREFIX + name,
+            documentation,
+            labels,
+            registry=self.registry,
+            multiprocess_mode=over_workers,
         )
 
     def count_delivery(self, status: int, fields: dict[str, Any], seconds: float) -> None:
-        """Count a delivery by what its log line says; *seconds* is how long it took."""
+        """Count a delivery by the *fields* of its log line; it took *seconds*."""
         event_type = fields.get("event_type")
         if event_type is None or (fields.get("outcome") is None and status < 500):
             self.webhook_refusals.labels(fields.get("reason") or "other").inc()
@@ -105,14 +111,14 @@ class Metrics:
         if fields.get("lag_s") is not None and outcome in (Outcome.APPLIED, Outcome.STALE):
             self.webhook_lag.observe(max(0.0, fields["lag_s"]))
 
-    def count_fetch(self, well: bool) -> None:
+    def count_fetch(self, succeeded: bool) -> None:
         """Count a fetch of the signing keys."""
-        self.fetches.labels("ok" if well else "failed").inc()
-        if well:
+        self.fetches.labels("ok" if succeeded else "failed").inc()
+        if succeeded:
             self.fetched_at.labels("jwks").set(time.time())
 
     def watch_pool(self) -> None:
-        """Count the private pool's connections as they come and go."""
+        """Count the private pool's connections as they are checked out and in."""
         event.listen(self._store.database.engine, "checkout", self._count_checkout)
         event.listen(self._store.database.engine, "checkin", self._count_checkin)
 
@@ -121,7 +127,7 @@ class Metrics:
         self.connections.inc()
 
     def _count_checkin(self, _connection: object, record: Any) -> None:
-        # In an outage the pool also takes back what it could not connect, and so never gave out.
+        # In an outage the pool also checks in connections that failed before their checkout.
         if record.record_info.pop(_IN_USE, False):
             self.connections.dec()
 
@@ -131,7 +137,7 @@ class Metrics:
         self.connections_limit.set(pool.size())
 
     def collect(self) -> Iterator[Metric]:
-        """All figures of all processes, and those that only the database knows."""
+        """Yield the metrics of all processes, and those read from the database."""
         for family in _read_files() if is_shared() else self.registry.collect():
             yield (
                 _age(family)
@@ -142,7 +148,7 @@ class Metrics:
 
 
 def init_metrics(state: State) -> None:
-    """Count what the application of *state* does from now on."""
+    """Start counting for the application of *state*."""
     metrics = state.metrics = Metrics(state.store)
     keys = state.authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
@@ -160,23 +166,23 @@ def begin_process(app: Flask) -> None:
 
 
 def is_shared() -> bool:
-    """Whether several processes count together, so that this one, which loads the application, may not be one that serves it."""
+    """Return whether several processes count together. This one may then not serve requests."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
 def exposition(metrics: Metrics) -> bytes:
-    """Return all figures in Prometheus's text format."""
+    """Return all metrics in Prometheus's text format."""
     return generate_latest(metrics)
 
 
 def family_of(event_type: str) -> str:
-    """A label for *event_type*, of which there are few: whoever may sign must not make a series of each message."""
+    """Return a label for *event_type*, from a small set that limits the number of time series."""
     family = event_type.partition(".")[0]
     return event_type if event_type in USER_EVENTS else family if family in FAMILIES else "other"
 
 
 def _read_files() -> Iterable[Metric]:
-    """What every process has counted. One that begins makes its files, which cannot be read until they have their size."""
+    """Return the metrics of every process, retrying while a new process creates its files."""
     collector: Any = MultiProcessCollector(None)  # type: ignore[no-untyped-call]
     for _ in range(100):
         with suppress(struct.error):
@@ -203,13 +209,13 @@ def _from_database(store: Store) -> Iterator[Metric]:
     yield GaugeMetricFamily("clerkhooks_database_up", "Whether the database answers.", 1)
     yield GaugeMetricFamily(
         "clerkhooks_users_unfilled",
-        "Rows that no webhook and no sync has filled in.",
+        "Users without a profile: no webhook and no sync has filled in the row.",
         unfilled.value,
     )
     if last is not None:
         silence = (datetime.now(UTC) - last).total_seconds()
         yield GaugeMetricFamily(
             "clerkhooks_last_webhook_age_seconds",
-            "Since the last verified webhook that was new.",
+            "Time since the last verified delivery of a new message.",
             silence,
         )
