@@ -1,11 +1,11 @@
-"""gunicorn's configuration, which it reads from the folder in which it is started."""
+"""gunicorn's configuration, read from the directory in which gunicorn starts."""
 
 from __future__ import annotations
 
 import gevent.monkey
 
-# Before anything that does I/O is imported: psycopg, for one, chooses how it waits when it is
-# imported.
+# Monkey-patch before anything that does I/O is imported: psycopg, for instance, then chooses how
+# it waits.
 gevent.monkey.patch_all()
 
 import atexit  # noqa: E402
@@ -26,14 +26,12 @@ workers = settings.web_concurrency
 worker_class = "gevent"
 worker_connections = 500
 preload_app = True
-# Seconds, longer than proxies usually keep a connection, so that none writes into a closed one.
+# Seconds. Longer than proxies usually keep a connection, so that no proxy uses a closed one.
 keepalive = 75
-timeout = 15  # seconds without a heartbeat; Svix gives up on an answer after as many
-graceful_timeout = 12  # seconds: a request is over within 10
+timeout = 15  # seconds without a heartbeat; Svix waits as long for an answer
+graceful_timeout = 12  # seconds; a request ends within 10
 limit_request_line = 8190
-limit_request_field_size = (
-    32768  # headers of 16 KiB reach the application, which answers in its own words
-)
+limit_request_field_size = 32768  # the application itself answers headers of up to 16 KiB
 control_socket_disable = True
 
 
@@ -43,12 +41,12 @@ def _remove_metrics(directory: str, owner: int) -> None:
 
 
 if settings.metrics_token:
-    # prometheus-client looks for it once, when it is imported. A new one for each boot: counts
-    # start at zero.
+    # prometheus-client reads the variable when it is imported. Each start gets a new directory, so
+    # that counters start at zero.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics = tempfile.mkdtemp(
         prefix="clerkhooks-metrics-"
     )
-    # gunicorn does not call on_exit if it cannot listen.
+    # Not on_exit, which gunicorn does not call if it cannot listen.
     atexit.register(_remove_metrics, _metrics, os.getpid())
 
 
@@ -76,22 +74,22 @@ def post_fork(server: Any, _worker: Any) -> None:
 
 
 def pre_request(_worker: Any, request: Any) -> None:
-    """Remember in which iteration of the event loop this request began."""
+    """Remember the event loop's iteration in which this request began."""
     request.began_in = gevent.get_hub().loop.iteration
 
 
 def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> None:
     """
-    Yield to other connections after a request that never waited, such as one that is refused.
+    Yield to other connections after a request that never waited, such as a rejected one.
 
-    Otherwise a client that always has the next request ready would keep the worker for itself.
+    Otherwise a client that always sends the next request at once would keep the worker to itself.
     """
     if gevent.get_hub().loop.iteration == request.began_in:
-        gevent.sleep(0.00001)  # an iteration of the loop; a sleep of 0 would end before it
+        gevent.sleep(0.00001)  # one iteration of the loop; sleep(0) would end before it
 
 
 def child_exit(_server: Any, worker: Any) -> None:
-    """Drop the gauges of a worker that has ended; what it counted stays."""
+    """Drop the gauges of a worker that has ended; its counters stay."""
     if settings.metrics_token:
         from prometheus_client.multiprocess import mark_process_dead
 

@@ -1,4 +1,4 @@
-"""Keep a users table that is always what Clerk has, and authenticate calls with its sessions."""
+"""Keep a users table in step with Clerk, and authenticate calls with Clerk's sessions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a handler receives, and the registry that finds the handlers of an event type."""
+"""The event that handlers receive, and the registry of handlers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Outcome(StrEnum):
-    """The result of a delivery. ``duplicate`` is only ever an answer; it is never stored."""
+    """The result of a delivery. ``duplicate`` is answered and never stored."""
 
     APPLIED = "applied"
     STALE = "stale"
@@ -23,10 +23,10 @@ class Outcome(StrEnum):
 
 class Version(NamedTuple):
     """
-    Orders two states of one object: compared from left to right, times in milliseconds.
+    The version of an object's state, compared from left to right; times are in milliseconds.
 
-    An event without any time has ``updated_at`` -1, below all others, and the time of its delivery
-    attempt as ``timestamp``.
+    An event without any time has ``updated_at`` -1, which ranks below all others, and the time of
+    its delivery attempt as ``timestamp``.
     """
 
     updated_at: int
@@ -72,7 +72,7 @@ class Handlers:
 
         Raises:
             ValueError: *pattern* is not an event type, a family or ``*``.
-            TypeError: *handler* is asynchronous or a generator, and would never run.
+            TypeError: *handler* is asynchronous or a generator, which nothing would run.
         """
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(
@@ -82,7 +82,7 @@ class Handlers:
         if not callable(handler):
             raise TypeError(f"A handler must be callable; {handler!r} is not.")
         if _is_deferred(handler) or _is_deferred(type(handler).__call__):
-            raise TypeError("A handler must be a plain function: its result is not awaited.")
+            raise TypeError("A handler must be a plain function: nothing would await its result.")
         entry = (pattern, after_commit, handler)
         if entry not in self._registered:
             self._registered.append(entry)
@@ -96,12 +96,12 @@ class Handlers:
         return found
 
     def handles(self, event_type: str) -> bool:
-        """Return whether any handler, inside or after the transaction, takes *event_type*."""
+        """Return whether any handler is registered for *event_type*."""
         return any(_matches(pattern, event_type) for pattern, _, _ in self._registered)
 
 
 def _is_deferred(function: object) -> bool:
-    """Return whether calling *function* only makes a coroutine or a generator, and runs nothing."""
+    """Return whether calling *function* makes a coroutine or a generator without running it."""
     return (
         inspect.iscoroutinefunction(function)
         or inspect.isgeneratorfunction(function)

@@ -40,7 +40,7 @@ DEFAULT_ROUTES = ("webhooks", "me")
 
 class ClerkHooks(Generic[U]):
     """
-    Keeps an application's users as Clerk has them, and authenticates its calls.
+    Keeps an application's users in step with Clerk, and authenticates its calls.
 
     *db* is the application's Flask-SQLAlchemy object. *model* derives from ``ClerkUser`` and
     ``db.Model``; without one, a plain table ``users`` is made. Use one object for any number of
@@ -59,7 +59,7 @@ class ClerkHooks(Generic[U]):
     @overload
     def __init__(self, db: SQLAlchemy, model: type[U]) -> None: ...
     def __init__(self, db: SQLAlchemy, model: type[Any] | None = None) -> None:
-        """Add clerkhooks' tables to the metadata of *db*."""
+        """Add the tables to the metadata of *db*."""
         if model is not None and not (isinstance(model, type) and issubclass(model, ClerkUser)):
             raise TypeError("The model must derive from ClerkUser: class User(ClerkUser, db.Model)")
         self.db = db
@@ -121,7 +121,7 @@ class ClerkHooks(Generic[U]):
         The handler takes one ``Event``. It runs inside the message's transaction, once for each
         message, also for a stale one; what it writes through ``db.session`` is committed with the
         message. If it raises, or ends the transaction, the delivery is answered 500 and retried.
-        With *after_commit* it runs after the commit, at most once, and its errors are logged.
+        With *after_commit* it runs after the commit, at most once, and its errors are only logged.
 
         Raises:
             ValueError: *pattern* is malformed.
@@ -154,7 +154,7 @@ class ClerkHooks(Generic[U]):
         Let ``flask db migrate`` look only at tables of *db*, in a database that others share.
 
         Use it as ``Migrate(app, db, include_name=hooks.include_name)``. Otherwise Alembic drops
-        every table that it finds and does not know.
+        every table of the database that is not in the metadata.
         """
         if type_ != "table":
             return True
@@ -170,7 +170,7 @@ class ClerkHooks(Generic[U]):
         if app.extensions.get("sqlalchemy") is not self.db:
             raise RuntimeError("Call db.init_app(app) before hooks.init_app(app).")
         if EXTENSION in app.extensions:
-            raise RuntimeError("This application has clerkhooks already: call init_app once.")
+            raise RuntimeError("hooks.init_app() was already called for this application.")
 
     def _make_state(self, app: Flask, settings: Settings, values: AppConfig) -> State:
         store = self._make_store(app, settings)
@@ -252,9 +252,9 @@ def _refuse_unprotected(app: Flask) -> None:
     endpoint = auth.find_unprotected(app)
     if endpoint is not None:
         raise RuntimeError(
-            f"The view of {endpoint!r} is public: its @require_auth stands above the route. "
-            "Put it below, so that the route gets the protected view. "
-            "If that route is meant to be public, give it a function of its own."
+            f"The view of {endpoint!r} is public, because @require_auth is above the route. "
+            "Put it below the route, so that the route gets the protected view. "
+            "If the route is meant to be public, give it a separate function."
         )
 
 

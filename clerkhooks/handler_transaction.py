@@ -1,4 +1,4 @@
-"""A message's transaction in the application's own session, which its handlers share."""
+"""A message's transaction in the application's session, shared with its handlers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def apply_with_handlers(
     write: Callable[[sa.Connection, Sequence[ReceivedEvent]], list[Outcome]],
 ) -> Outcome:
     """
-    Apply *event* by *write*, call *handlers*, and commit what both have written at once.
+    Apply *event* with *write*, call *handlers*, and commit everything in one transaction.
 
     Raises:
         RuntimeError: a handler ended the transaction, or the commit did not keep the message.
@@ -91,7 +91,7 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
         )
     )
     if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise TypeError("A handler must be a plain function: its result is not awaited.")
+        raise TypeError("A handler must be a plain function: nothing would await its result.")
 
 
 def _begin(session: Session, store: Store) -> sa.Connection:
@@ -130,7 +130,7 @@ def _exit_refused() -> Iterator[None]:
 
 @contextmanager
 def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
-    """Refuse commits while a handler runs: what later handlers write must not be lost."""
+    """Raise if a handler commits or rolls back: the message must stay one transaction."""
     attempts: list[object] = []
     transaction = session.get_transaction()
 
@@ -152,7 +152,7 @@ def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[Non
 
 @contextmanager
 def _own_limits(connection: sa.Connection) -> Iterator[None]:
-    """Bound the waits of our statement in the application's transaction, and of no other."""
+    """Limit the waits of our statement in the application's transaction, then restore them."""
     if connection.dialect.name != "postgresql":
         begin_immediate(connection)
         yield

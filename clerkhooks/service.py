@@ -1,4 +1,4 @@
-"""The service: a Flask application with nothing but clerkhooks, configured by the environment."""
+"""The service: a Flask application with only clerkhooks, configured by the environment."""
 
 from __future__ import annotations
 

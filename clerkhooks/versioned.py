@@ -1,4 +1,4 @@
-"""The guarded write for tables of the application's own."""
+"""The guarded write for the application's own tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database: its tables, the statements that decide, the log of messages, operators' queries."""
+"""The database: tables, the SQL that decides, the message log, operators' queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a database can store a value, and in which form it travels there."""
+"""Declared columns: which values a column can store, and how they are sent to the database."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 def read_fields(
     fields: Mapping[sa.Column[Any], Field], data: Mapping[str, Any], dialect: sa.Dialect
 ) -> dict[str, Any]:
-    """Return the declared columns' values in a user object; None for what cannot be kept."""
+    """Return the declared columns' values in a user object; None if absent or not storable."""
     return {
         column.name: _read_field(column, field, data, dialect) for column, field in fields.items()
     }
@@ -50,15 +50,15 @@ def _read_field(
         return _normalize(column.type, value, dialect)
     except ValueError:
         return None
-    except Exception as error:  # noqa: BLE001  # code of others, fed with what a user may choose
-        # The error's text may quote the value.
+    except Exception as error:  # noqa: BLE001  # the application's code, fed with a user's input
+        # The error's text is not logged, because it may quote the value.
         extra = {"column": column.name, "error": type(error).__name__}
         logger.warning("column_not_parsed", extra=extra)
         return None
 
 
 def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
-    """Return *value* as it will be read, so that a comparison with the row finds it equal."""
+    """Return *value* as it will be read back, so that comparing it with the row works."""
     if isinstance(type_, sa.DateTime) and isinstance(value, datetime) and value.tzinfo is not None:
         value = value.astimezone(UTC)  # SQLite stores no zone
         keeps_zone = type_.timezone and dialect.name != "sqlite"
@@ -73,7 +73,7 @@ def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect)
 
 
 def _bind(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
-    """Return what a type of the application's own makes of *value*."""
+    """Return *value* as converted by the application's own type decorators."""
     while isinstance(type_, sa.types.TypeDecorator) and value is not None:
         if type(type_).process_bind_param is not sa.types.TypeDecorator.process_bind_param:
             value = type_.process_bind_param(value, dialect)
@@ -82,12 +82,12 @@ def _bind(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> A
 
 
 def is_supported(type_: sa.types.TypeEngine[Any]) -> bool:
-    """Return whether it can be told of every value if a column of *type_* stores it."""
+    """Return whether the limits of *type_* are known, so that every value can be checked."""
     return not isinstance(type_, sa.Interval) and isinstance(_implementation(type_), tuple(_CHECKS))
 
 
 def is_storable(column: sa.Column[Any], value: Any) -> bool:
-    """Return whether *column* can store *value*, as its type binds it, as it is."""
+    """Return whether *column* can store *value* unchanged, as its type binds it."""
     kind = _implementation(column.type)
     check = next(check for type_, check in _CHECKS.items() if isinstance(kind, type_))
     return check(kind, value) and _fits_index(column, value)
@@ -145,7 +145,7 @@ def _is_storable_numeric(kind: sa.Numeric[Any], value: Any) -> bool:
 
 
 def _is_short(value: float | Decimal) -> bool:
-    """Return whether *value* is finite and has few digits: 1E-999999999 would take for ever."""
+    """Return whether *value* is finite and has few digits: 1E-999999999 would exhaust memory."""
     _, digits, exponent = (value if isinstance(value, Decimal) else Decimal(value)).as_tuple()
     return isinstance(exponent, int) and len(digits) <= MAX_DIGITS and abs(exponent) <= MAX_DIGITS
 
@@ -173,13 +173,13 @@ _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
     sa.Time: lambda _, value: isinstance(value, time) and value.tzinfo is None,
     sa.Uuid: _is_storable_uuid,
 }
-"""Of each type that is supported, in order of inheritance, whether it stores a value."""
+"""The supported types, subclasses before their bases, and whether each can store a value."""
 
 
 def make_encoder(
     type_: sa.types.TypeEngine[Any], dialect: sa.Dialect
 ) -> Callable[[Any], Any] | None:
-    """Return how a value of *type_* travels in a JSON parameter; None if it does as it is."""
+    """Return a function that encodes values of *type_* for JSON, or None if none is needed."""
     kind = _implementation(type_)
     if isinstance(kind, sa.JSON):
         return to_json if dialect.name == "sqlite" else None
@@ -230,5 +230,5 @@ def _is_storable_json(value: Any, depth: int = 0) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """Return *value* as JSON text, unescaped: an encoding may lack what an escape stands for."""
+    """Return *value* as JSON text without escapes, which the database's encoding may not have."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The private engine: connections of clerkhooks' own, in which every statement commits."""
+"""The private engine: separate connections, on which every statement commits by itself."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TimeoutConnection(psycopg.Connection[Any]):
     """
     A connection that gives up on a server that does not answer at all.
 
-    A frozen server enforces none of its own timeouts and keeps its sockets open, so that TCP sees
-    nothing wrong.
+    A frozen server does not enforce its own timeouts and keeps its sockets open, so TCP notices
+    nothing.
     """
 
     answer_timeout: float | None = 3.5
@@ -54,18 +54,18 @@ class TimeoutConnection(psycopg.Connection[Any]):
             return super().wait(gen, interval, timeout or self.answer_timeout)
         except psycopg.OperationalError:
             if self.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
-                # The late answer must not be taken for that of the next statement.
+                # A late answer must not be read as the answer to the next statement.
                 self.close()
             raise
 
 
 class Database:
     """
-    An application's database, through an engine of clerkhooks' own.
+    An application's database, through a private engine.
 
-    Every statement is a transaction by itself (AUTOCOMMIT), whatever the application does with its
-    own engine. Waiting is bounded: for a lock 2 s, for a statement 3 s, for a dead or frozen server
-    about 4 s; SQLite's writers wait 4 s for their turn. The pool is made anew in a forked process.
+    Every statement commits by itself (AUTOCOMMIT), whatever the application does with its own
+    engine. Waits are bounded: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen
+    server, and 4 s for SQLite's write lock. A forked process gets a new pool.
     """
 
     def __init__(self, engine: sa.Engine, options: Mapping[str, Any], *, pool_size: int) -> None:
@@ -143,9 +143,9 @@ class Database:
 @contextmanager
 def transaction(connection: sa.Connection) -> Iterator[None]:
     """
-    Run the block's statements in one transaction on SQLite; on PostgreSQL each is one by itself.
+    Run the block's statements in one transaction on SQLite.
 
-    Statements on PostgreSQL are written so that each is right alone.
+    On PostgreSQL each of our statements is written to be a whole transaction by itself.
     """
     if connection.dialect.name != "sqlite":
         yield
@@ -157,13 +157,13 @@ def transaction(connection: sa.Connection) -> Iterator[None]:
     except BaseException:
         try:
             connection.exec_driver_sql("ROLLBACK")
-        except sa.exc.SQLAlchemyError:  # it must not go back to the pool with a transaction
+        except sa.exc.SQLAlchemyError:  # never return an open transaction to the pool
             connection.invalidate()
         raise
 
 
 def is_autocommit(connection: sa.Connection) -> bool:
-    """Return whether statements of *connection* commit by themselves, without asking the server."""
+    """Return whether statements of *connection* commit by themselves. Sends nothing."""
     driver = connection.connection.driver_connection
     if connection.dialect.name == "sqlite" and getattr(driver, "isolation_level", "") is None:
         return True
@@ -172,11 +172,11 @@ def is_autocommit(connection: sa.Connection) -> bool:
 
 def begin_immediate(connection: sa.Connection, timeout: float = BUSY_TIMEOUT) -> None:
     """
-    Begin a transaction on SQLite that has the write lock from its start.
+    Begin a transaction on SQLite and take the write lock at once.
 
     SQLite's busy handler backs off and is unfair: under contention some writers starve. It also
-    blocks every greenlet of a process, the one that holds the lock among them. So the lock is
-    polled here.
+    blocks every greenlet of the process, even the one that holds the lock. So the lock is polled
+    here.
 
     Raises:
         OperationalError: another writer kept the lock for *timeout* seconds.
@@ -208,16 +208,16 @@ def _refuse_memory(url: sa.URL) -> None:
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # FULL: a commit that was answered 200 must survive a power cut; a log alone would not be
-    # synced.
+    # FULL: a commit that was answered 200 must survive a power failure. In WAL mode, NORMAL does
+    # not sync each commit.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _postgresql_arguments(engine: sa.Engine, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the application's own connect arguments, such as certificates, and our limits."""
+    """Return the application's connect arguments, such as certificates, and our limits."""
     limits: dict[str, Any] = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
-    # A text that the database's encoding lacks is then refused by the server, not by the driver.
+    # With UTF-8, the server rather than the driver rejects text that its encoding cannot represent.
     arguments = limits | {"client_encoding": "utf8"}
     if engine.dialect.driver in _LIBPQ:
         given = options.get("connect_args", {})

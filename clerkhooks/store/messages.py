@@ -1,4 +1,4 @@
-"""The log of messages: each is processed once; a failure is kept until a retry succeeds."""
+"""The message log: each message is processed once; a failure stays until a retry succeeds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: datetime) -> None:
     """
-    Record that *event* failed, in a transaction of its own. A failure never overwrites a success.
+    Record in a separate transaction that *event* failed. A failure never overwrites a success.
 
-    If the database is away, that is logged instead: Svix retries in any case.
+    If the database is unavailable, log a warning instead: Svix retries in any case.
     """
     row = {
         "message_id": event.message_id,
@@ -32,7 +32,7 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
         "now": now,
         "error": describe(error),
     }
-    if is_unanswered(error):  # another attempt would only wait as long again
+    if is_unanswered(error):  # another statement would only time out again
         _log_not_recorded(event, error)
         return
     try:
@@ -49,9 +49,9 @@ def _log_not_recorded(event: ReceivedEvent, error: Exception) -> None:
 
 def is_unanswered(error: Exception) -> bool:
     """
-    Return whether PostgreSQL did not answer, SQLite's write lock was taken, or the pool was empty.
+    Return whether PostgreSQL did not answer, SQLite stayed locked, or the pool was exhausted.
 
-    None of these is the message's fault; retrying at once would only time out again.
+    These are not the message's fault; retrying now would only time out again.
     """
     silent = ("OperationalError", "OperationalError SQLITE_BUSY")
     unanswered = isinstance(error, OperationalError) and describe(error) in silent
@@ -62,8 +62,9 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     """
     Delete messages that were received and processed before *before*; yield the size of each batch.
 
-    Each batch is a transaction of its own and skips rows that a delivery holds, so that no writer
-    waits long. Users are not touched: a message that is delivered again is judged by its version.
+    Each batch is a separate transaction and skips rows that a delivery has locked, so that no
+    writer waits long. Users are not changed. If a pruned message is delivered again, its version
+    decides.
     """
     table = store.messages
     old = (
@@ -83,5 +84,5 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
 
 
 def is_failed(table: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition of a failure without a later success, as the index spells it."""
+    """Return the condition for failed messages, spelled as in the partial index."""
     return table.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")

@@ -1,4 +1,4 @@
-"""The tables: the mixin for users, the log of messages, and columns that order states."""
+"""The tables: the mixin for users, the message log, and the version columns."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _FIELD = "clerkhooks.field"
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """A point in time: aware and in UTC on every database, whatever the session's time zone."""
+    """An aware time in UTC on every database, whatever the session's time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Convert to UTC; a naive time is ambiguous and refused with a ValueError."""
+        """Convert to UTC. A naive time is ambiguous and raises ValueError."""
         if value is not None and value.tzinfo is None:
             raise ValueError("A time without a time zone cannot be stored.")
         return value and value.astimezone(UTC)
@@ -46,8 +46,8 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
         return "DateTime(timezone=True)"
 
 
-# Alembic renders a column's type by its module and repr. This way a generated migration says
-# sa.DateTime(timezone=True), and runs without an import of ours.
+# Alembic renders a column's type by its module and repr. With these, a generated migration says
+# sa.DateTime(timezone=True) and needs no import from clerkhooks.
 UTCDateTime.__module__ = "sqlalchemy.types"
 
 # Where order decides, compare bytes: linguistic collations differ between servers.
@@ -56,9 +56,9 @@ Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 class Versioned:
     """
-    Columns that let a table end the same in every order of events; see ``upsert``.
+    Version columns, which make a table converge for every order of events; see ``upsert``.
 
-    They are empty in a row that no event has filled.
+    They are NULL until an event has filled the row.
     """
 
     version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
@@ -68,12 +68,11 @@ class Versioned:
 
 class ClerkUser(Versioned):
     """
-    A Clerk user, as a mixin for the application's own model; matched by Clerk's id alone.
+    Mixin for the application's model of users, which are matched by Clerk's id alone.
 
     The profile columns depend only on what Clerk sent. Times are in UTC. The version columns are
-    empty while nothing has filled the row, and again after ``user.deleted``. A tombstone with a
-    version was inferred by a sync, which did not find the user; later evidence from Clerk revives
-    it.
+    NULL until the row is filled, and again after ``user.deleted``. A tombstone with a version was
+    inferred by a sync that did not find the user; later evidence from Clerk revives it.
     """
 
     if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class ClerkUser(Versioned):
 
         @declared_attr.directive
         def __tablename__(cls) -> str | None:  # noqa: N805
-            # A model that derives from the application's (single-table inheritance) has none.
+            # In single-table inheritance, a derived model has no table name.
             return None if has_inherited_table(cls) else "users"
 
     id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
@@ -96,35 +95,20 @@ class ClerkUser(Versioned):
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
-OWN_COLUMNS = frozenset(
-    [
-        "id",
-        "email",
-        "name",
-        "image_url",
-        "is_online",
-        "last_seen",
-        "created_at",
-        "updated_at",
-        "deleted_at",
-        "version_updated_at",
-        "version_timestamp",
-        "version_message_id",
-    ]
-)
+OWN_COLUMNS = frozenset((*ClerkUser.__annotations__, *VERSION_COLUMNS))
 
 
 def from_clerk(
     path: str, *column: Any, parse: Callable[[Any], Any] | None = None, **options: Any
 ) -> MappedColumn[Any]:
     """
-    Declare a column that is kept from Clerk's user object, under the same ordering as the profile.
+    Declare a column that keeps a field of Clerk's user object, ordered like the profile.
 
     *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
-    ``primary_phone_number``. *parse* receives the value, which may come from the user, and returns
-    what is stored; if it raises ValueError, the value counts as absent. A value that the column
-    cannot store counts as absent, too. *column* and *options* are those of ``mapped_column``; the
-    column must be nullable. Use ``sa.JSON`` for objects and lists.
+    ``primary_phone_number``. *parse* receives the value, which the user may have chosen, and
+    returns what is stored. If it raises ValueError, or if the column cannot store the value, the
+    value counts as absent. *column* and *options* are those of ``mapped_column``; the column must
+    be nullable. Use ``sa.JSON`` for objects and lists.
 
     Raises:
         ValueError: *path* is malformed, or leads into ``private_metadata``.
@@ -135,7 +119,7 @@ def from_clerk(
 
 def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
     """
-    Return the columns that a model keeps from Clerk.
+    Return the columns that a model declares with ``from_clerk``.
 
     Raises:
         ValueError: a column cannot work as declared.
@@ -161,25 +145,25 @@ def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
 def _check_declared(column: sa.Column[Any], where: str) -> None:
     if not column.nullable:
         raise ValueError(
-            f"{where} may be absent at Clerk, so it must be nullable: Mapped[… | None]."
+            f"{where} must be nullable, because Clerk may have no value for it: Mapped[… | None]."
         )
     if not is_supported(column.type):
         raise ValueError(
-            f"{where} has a type whose limits clerkhooks does not know: a value that it refused "
-            "would fail all of a user's events. Use text, JSON, a number, a date, Enum or Uuid."
+            f"{where} has an unsupported type: a value outside its limits would make all events of "
+            "a user fail. Use text, JSON, a number, a date, Enum or Uuid."
         )
     unique: list[Any] = [index for index in column.table.indexes if index.unique]
     unique += [one for one in column.table.constraints if isinstance(one, sa.UniqueConstraint)]
     if column.unique or any(column in one.columns.values() for one in unique):
         raise ValueError(
-            f"{where} must not be unique: events arrive in any order, and one that overtakes "
-            "another would be refused."
+            f"{where} must not be unique: events arrive in any order, so two users may have the "
+            "same value for a while."
         )
 
 
 def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
     """
-    Make the log of messages: what each was about and its outcome, and nothing of its payload.
+    Make the table of the message log. It holds ids, types and outcomes, and no payload.
 
     Raises:
         ValueError: *metadata* has such a table already.

@@ -1,4 +1,4 @@
-"""A user's row as it was read: frozen, and tied to no database session."""
+"""A read-only copy of a user's row, independent of any database session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Snapshot:
     _model: type[ClerkUser]
 
     def __setattr__(self, name: str, value: object) -> Never:
-        """Refuse: what is written here would be lost."""
+        """Raise AttributeError: the copy is never written back."""
         model = self._model.__name__
         raise AttributeError(
             f"current_user is a read-only copy of the row, so {name} cannot be set. "
@@ -35,11 +35,11 @@ class Snapshot:
         )
 
     def __delattr__(self, name: str) -> Never:
-        """Refuse, likewise."""
+        """Raise AttributeError."""
         raise AttributeError(f"current_user is read-only: {name} cannot be deleted.")
 
     def __getattr__(self, name: str) -> Any:
-        """Find what is not a column: a property, a method or a plain attribute of the model."""
+        """Return a property, a method or a plain attribute of the model."""
         owners = (vars(each) for each in self._model.__mro__)
         found = next((owner[name] for owner in owners if name in owner), _MISSING)
         if found is _MISSING or isinstance(found, QueryableAttribute) or name.startswith("__"):
@@ -73,7 +73,7 @@ def _values(snapshot: Snapshot) -> list[Any]:
 
 
 def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
-    """Return the columns that a snapshot has: all but those of the version and deferred ones."""
+    """Return the columns of a snapshot: all but the version columns and deferred ones."""
     return [
         column
         for column in cast("sa.Table", mapper.local_table).c
@@ -85,7 +85,7 @@ def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
 def make_snapshots(
     mapper: Mapper[Any], columns: Sequence[sa.Column[Any]]
 ) -> Callable[[Sequence[Any]], Any]:
-    """Return a function that makes a snapshot out of a row of these *columns*."""
+    """Return a function that makes a snapshot from a row of these *columns*."""
     mapped = mapper.columns.values()
     names = [
         _property(mapper, column).key if column in mapped else column.key for column in columns

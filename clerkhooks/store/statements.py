@@ -1,9 +1,10 @@
 """
-The SQL that writes and reads users: which of two states wins is decided here, inside a statement.
+The SQL that writes and reads users, and decides which of two states wins.
 
-No two workers can come between reading and writing. The same text serves SQLite and PostgreSQL, but
-for how it reads its rows out of one JSON parameter. ``{users}``, ``{messages}`` and the lists of
-columns are filled in once for each application, quoted by its dialect.
+The comparison is inside the statement, so no other worker can come between reading and writing. The
+same text serves SQLite and PostgreSQL, except for the part that reads rows from one JSON parameter.
+``{users}``, ``{messages}`` and the lists of columns are filled in once for each application, quoted
+by its dialect.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ PROFILE = ("email", "name", "image_url")
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
-# Clerk never gives an id to a second user, so a tombstone of user.deleted is final. One that a sync
-# left has a version: it only proves that the user was not found, and gives way to later evidence.
+# Clerk never reuses an id, so a tombstone of user.deleted is final. A tombstone that a sync wrote
+# has a version: the user was not found then, but later evidence may revive it.
 _UPSERT_USERS = """
 INSERT INTO {users} AS u
     (id, {kept}, is_online, last_seen, created_at, updated_at, deleted_at, {version})
@@ -42,8 +43,8 @@ WHERE (u.deleted_at IS NULL OR u.version_updated_at IS NOT NULL) AND ({wins})
 RETURNING id
 """
 
-# An event of a message that was processed before neither waits for the user's row nor locks it. The
-# count is deliberate: PostgreSQL may turn an EXISTS into a join that reads the whole log.
+# A redelivered message neither waits for the user's row nor locks it. The count is deliberate:
+# PostgreSQL may turn EXISTS into a join that reads the whole log.
 _IS_NEW = """id IS NOT NULL AND (
         SELECT count(*) FROM {messages} AS m
         WHERE m.message_id = r.message_id AND m.outcome <> 'failed') = 0"""
@@ -54,10 +55,10 @@ _EVENT_WINS = """
         OR (u.version_updated_at, u.version_timestamp, u.version_message_id)
          < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
 
-# A user that the Backend API returns is not deleted, whatever an earlier sync has found.
+# A user that the Backend API returns is not deleted, whatever an earlier sync found.
 _SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
 
-# Each message is processed once. One that failed is taken over by the retry that succeeds.
+# Each message is processed once. The retry of a failed message replaces its row.
 _RECORD_MESSAGES = """
 INSERT INTO {messages} AS m
     (message_id, event_type, clerk_user_id, outcome, attempts,
@@ -94,7 +95,7 @@ ON CONFLICT (id) DO NOTHING
 RETURNING id
 """
 
-# Skips a row that somebody has locked: last_seen is not worth waiting for.
+# Skips a locked row: last_seen is not worth waiting for.
 _MOVE_LAST_SEEN = """
 UPDATE {users} SET last_seen = :now
 WHERE id = (
@@ -109,8 +110,8 @@ WHERE id = :id AND deleted_at IS NULL
 RETURNING {every_column}
 """
 
-# One index look-up for each id. Without OFFSET, a plan made while the table was small may go on for
-# as long as a connection lasts, and read all of a large table.
+# One index lookup for each id. Without OFFSET, a connection may keep a plan from when the table was
+# small, which reads all of a table that is large by now.
 _SELECT_ON_POSTGRESQL = """
 SELECT {every_column_of_found}
 FROM json_to_recordset(CAST(:rows AS json)) AS r (id text),
@@ -121,7 +122,7 @@ SELECT {every_column} FROM {users}
 WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows))
 """
 
-# A column that was declared later is empty in rows that have Clerk's newest state already.
+# A column that was declared later is NULL in rows that already have Clerk's newest state.
 _FILL_DECLARED = """
 WITH r AS ({snapshot_rows})
 UPDATE {users} AS u SET {declared_from_r}, updated_at = :now
@@ -131,7 +132,7 @@ WHERE u.id = r.id AND u.deleted_at IS NULL AND u.version_updated_at = r.version_
 RETURNING {updated}
 """
 
-# The tombstone ranks above everything that was updated until now; a later event revives the user.
+# The tombstone ranks above every update before the sync; a later event revives the user.
 _TOMBSTONE = """
 UPDATE {users} SET
     {erased}, name = 'Deleted User', is_online = false, deleted_at = :now, updated_at = :now,
@@ -151,8 +152,8 @@ class Statements:
     The statements of one application's tables, for one dialect.
 
     *columns* are those that reading statements return. The parameter ``rows`` is a JSON array of
-    objects, by the names of columns; each user and each message may be in it once. Parameters that
-    are times must be aware.
+    objects whose keys are column names, with each user and each message at most once. Times must be
+    aware.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class Statements:
         self.apply = self._text(
             _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
         )
-        """Apply events and record messages at once; takes ``lock_timeout``. PostgreSQL only."""
+        """Apply events and record messages; takes ``lock_timeout``. PostgreSQL only."""
         self.upsert_users = self._text("WITH r AS ({event_rows})" + upsert, names)
         self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
         """The same in two steps, for SQLite, which has no data-modifying CTEs."""
@@ -195,7 +196,7 @@ class Statements:
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return *values* of columns as they travel in ``rows``."""
+        """Return *values* of columns, encoded for ``rows``."""
         encoded = dict(values)
         for name, encoder in self._encoders.items():
             if encoded.get(name) is not None:
@@ -203,7 +204,7 @@ class Statements:
         return encoded
 
     def _names(self, messages: sa.Table) -> dict[str, str]:
-        """Return what the templates' placeholders stand for."""
+        """Return the values of the templates' placeholders."""
         quote = self.dialect.identifier_preparer.quote
         table = self.dialect.identifier_preparer.format_table
         kept = [quote(name) for name in self.kept]
@@ -237,13 +238,13 @@ class Statements:
         return ("id", *self.kept, "deleted_at", *VERSION_COLUMNS)
 
     def _rows(self, names: Iterable[str], *, limits_locks: bool = False) -> str:
-        """Return the query that reads rows of these columns out of the parameter ``rows``."""
+        """Return the query that reads rows of these columns from the parameter ``rows``."""
         quote = self.dialect.identifier_preparer.quote
         if not self._is_postgresql:
             each = (f"json_extract(value, '$.\"{name}\"') AS {quote(name)}" for name in names)
             return f"SELECT {', '.join(each)} FROM json_each(:rows)"
         typed = (f"{quote(name)} {self._types[name].compile(self.dialect)}" for name in names)
-        # Set inside the statement, for its own transaction alone: that needs no round trip.
+        # Set inside the statement, for its transaction only, without another round trip.
         limits = "(SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits, "
         return (
             f"SELECT r.* FROM {limits if limits_locks else ''}"
@@ -257,7 +258,7 @@ class Statements:
 
 
 def profile_columns(profile: Profile) -> dict[str, Any]:
-    """Return the values of a profile's columns, each named as its field."""
+    """Return the profile's values by column name."""
     return {name: getattr(profile, name) for name in PROFILE}
 
 

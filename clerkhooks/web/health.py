@@ -1,4 +1,4 @@
-"""Whether the process serves, and whether it can do its work."""
+"""``/healthz``, ``/readyz`` and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clerkhooks.web.state import annotate, current_state
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _READ_ONLY = "SQLITE_READONLY"
-_BUSY = "SQLITE_BUSY"  # another writer is at work, so writing is possible
+_BUSY = "SQLITE_BUSY"  # another writer holds the lock, so the database accepts writes
 
 
 def add_routes(blueprint: Blueprint) -> None:
@@ -29,10 +29,10 @@ def add_routes(blueprint: Blueprint) -> None:
 
 
 def add_metrics(blueprint: Blueprint) -> None:
-    """Add ``/metrics``, for every method: a 405 would tell a stranger that it exists."""
+    """Add ``/metrics`` for every method: a 405 would reveal that the route exists."""
 
     def add(setup: BlueprintSetupState) -> None:
-        # Only a rule without methods of its own takes methods that nobody knows.
+        # Only a rule without methods also matches unknown methods.
         path = f"{(setup.url_prefix or '').rstrip('/')}/metrics"
         endpoint = f"{setup.name_prefix}.{setup.name}.metrics".lstrip(".")
         setup.app.url_map.add(Rule(path, endpoint=endpoint, strict_slashes=False))
@@ -42,13 +42,13 @@ def add_metrics(blueprint: Blueprint) -> None:
 
 
 def healthz() -> Response:
-    """Say that the process serves. A restart would not help a database, so it is not asked."""
+    """Answer that the process serves. A restart cannot help a database, so it is not queried."""
     return json_response({"status": "ok"})
 
 
 @answered
 def readyz() -> Response:
-    """Say whether the database answers, has our tables and columns, and accepts writes."""
+    """Answer whether the database responds, has our tables and columns, and accepts writes."""
     try:
         found = find_fault(current_state().store)
     except SQLAlchemyError as error:
@@ -59,10 +59,10 @@ def readyz() -> Response:
 
 def find_fault(store: Store) -> str | None:
     """
-    Return why the database cannot do its work, as a reason, or None if it can.
+    Return the reason why the database cannot be used, or None if it can.
 
     Raises:
-        SQLAlchemyError: it does not answer.
+        SQLAlchemyError: the database does not answer.
     """
     with store.database.connect() as connection:
         if _is_read_only(connection):
@@ -79,12 +79,12 @@ def find_fault(store: Store) -> str | None:
 
 def _is_read_only(connection: sa.Connection) -> bool:
     if connection.dialect.name == "postgresql":
-        # A standby, and a server or role that is set to read only.
+        # On a standby, and on a server or for a role that is set to read-only.
         return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
     try:
         begin_immediate(connection, timeout=0)
         try:
-            # A file that is read-only can be locked all the same; only a write is refused.
+            # Even a read-only file can be locked; only a write fails.
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
             connection.exec_driver_sql(f"PRAGMA user_version = {version}")
         finally:
@@ -98,14 +98,14 @@ def _is_read_only(connection: sa.Connection) -> bool:
 
 
 def _is_missing(error: sa.exc.DBAPIError) -> bool:
-    """Return whether *error* says that a table, a column or a schema does not exist."""
+    """Return whether *error* means that a table, a column or a schema does not exist."""
     sqlstate = getattr(error.orig, "sqlstate", None)
     return sqlstate in ("42P01", "42703", "3F000") or "no such " in str(error.orig)
 
 
 @answered
 def metrics() -> Response:
-    """Return the metrics to a caller with the token; for all others the route does not exist."""
+    """Return the metrics to a caller with the token, and 404 to everybody else."""
     state = current_state()
     token = state.settings.metrics_token
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
@@ -115,7 +115,7 @@ def metrics() -> Response:
         abort(404)
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))
-    from clerkhooks.web.metrics import exposition  # prometheus-client is loaded only if it is used
+    from clerkhooks.web.metrics import exposition  # loads prometheus-client
 
     text = exposition(state.metrics)
     response = Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,8 +1,8 @@
 """
-The lines that clerkhooks logs: their form, and what they may say.
+Log lines: their formats and their fields.
 
-All go to the logger ``clerkhooks``. An application decides where they end up. The service prints
-them to stdout, one a request: JSON on a platform, readable on a terminal.
+All of them go to the logger ``clerkhooks``, and an application decides where they are written. The
+service prints one line per request to stdout, as text on a terminal and as JSON elsewhere.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _COLOURS = {"warning": "yellow", "error": "red", "critical": "red"}
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as a line of JSON: time, level, event, the fields of ``extra``, the request id."""
+    """Formats a record as JSON: time, level, event, the fields of ``extra``, the request id."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Leave the text of an exception out: it may quote a row."""
+        """Format without the text of an exception, which may quote a row."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return json.dumps(
             {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
@@ -40,17 +40,17 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same as text: a request by its line, other events by their name, then the fields."""
+    """Formats a record as text: the request line or the event's name, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """What cannot be printed is escaped: a path must not move the cursor."""
+        """Escape unprintable characters, so that a path cannot move the cursor."""
         fields, level, what = _extra(record), record.levelname.lower(), record.getMessage()
         if what == "request":
             method, path, status, duration = (
                 fields.pop(name) for name in ("method", "path", "status", "duration_ms")
             )
             what = f"{method} {path} {status} {duration} ms"
-        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # of the person who reads it
+        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # local time, for a person
         text = "  ".join([what, *(f"{name}={value}" for name, value in fields.items())])
         text = "".join(
             character if character.isprintable() else ascii(character)[1:-1] for character in text
@@ -65,10 +65,9 @@ class TextFormatter(logging.Formatter):
 
 class ServiceHandler(logging.StreamHandler[Any]):
     """
-    Prints the lines of applications that are the service, each in its application's format.
+    Prints the lines of applications that asked for a request log, each in its own format.
 
-    There is one for all of them, since they share the logger; another application's lines are not
-    its own.
+    The applications of a process share the logger, and so this handler.
     """
 
     def __init__(self) -> None:
@@ -76,14 +75,14 @@ class ServiceHandler(logging.StreamHandler[Any]):
         self._formatters = {"json": JsonFormatter(), "text": TextFormatter()}
 
     def filter(self, record: logging.LogRecord) -> Any:
-        """Pass over what is not the service's, and what a handler of the root logger prints."""
+        """Skip other applications' lines, and all lines if the root logger has a handler."""
         if logging.getLogger().handlers:  # added later, as by logging.basicConfig
             return False
         state = _find_state()
         return super().filter(record) if state is None or state.logs_requests else False
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format as the application of the line has chosen."""
+        """Format as the application of the line asked."""
         state = _find_state()
         chosen = state.log_format if state else "auto"
         if chosen == "auto":
@@ -110,7 +109,7 @@ def init_request_log(app: Flask, log_format: RequestLog) -> None:
 
 
 def log_failure(error: BaseException) -> None:
-    """Log an unexpected error once: its class, SQLSTATE and frames, never its text."""
+    """Log an unexpected error: its class, SQLSTATE and frames, never its text."""
     fields = request_state().fields
     ids = {name: fields.get(name) for name in ("message_id", "user_id")}
     logger.error("request_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
@@ -152,7 +151,7 @@ def _log_request(response: Response) -> Response:
             "duration_ms": round(state.seconds * 1000, 2),
             **state.fields,
         }
-        # Made here and not by log(), which walks the stack to find its caller.
+        # logger.log() would walk the stack to find its caller.
         record = logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line)
         logger.handle(record)
     return response

@@ -1,4 +1,4 @@
-"""``/api/me``: the signed-in user, for the front end."""
+"""``GET /api/me`` and ``PUT /api/me/presence``: the signed-in user, for the front end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDPOINTS = ("clerkhooks.get_me", "clerkhooks.put_presence")
 
 
 def add_routes(blueprint: Blueprint, app: Flask, authorized_parties: Sequence[str]) -> None:
-    """Add both routes; browsers may call them from the authorized parties' pages, and no others."""
+    """Add both routes. Only pages of the authorized parties may call them from a browser."""
     me, presence = PATHS
     blueprint.add_url_rule(me, view_func=get_me, strict_slashes=False)
     blueprint.add_url_rule(presence, view_func=put_presence, methods=["PUT"], strict_slashes=False)
@@ -30,8 +30,8 @@ def add_routes(blueprint: Blueprint, app: Flask, authorized_parties: Sequence[st
 
 
 def _make_finish(app: Flask, authorized_parties: Sequence[str]) -> Callable[[Response], Response]:
-    """Make the function that keeps profiles out of caches, and adds the headers of CORS."""
-    # Patterns, since flask-cors takes the brackets of an IPv6 host for one.
+    """Return a function that forbids caching and adds CORS headers."""
+    # Patterns, because flask-cors reads the brackets of an IPv6 host as a regular expression.
     origins = [
         re.compile(re.escape(party) + r"\Z") for party in authorized_parties if party != NATIVE
     ]
@@ -52,7 +52,7 @@ def _make_finish(app: Flask, authorized_parties: Sequence[str]) -> Callable[[Res
             if origins:
                 if "HTTP_ORIGIN" in request.environ:
                     set_cors_headers(response, options)
-                # An application's own CORS(app) runs after this, and would add a second header.
+                # An application's own CORS(app) runs later and would add the headers again.
                 setattr(response, FLASK_CORS_EVALUATED, True)
         return response
 

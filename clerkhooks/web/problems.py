@@ -40,14 +40,14 @@ _REASONS = {413: "body_too_large", 500: "internal_error"}
 
 
 def json_response(body: Mapping[str, Any]) -> Response:
-    """Return *body* as JSON, in its own order, whatever JSON provider the application has."""
+    """Return *body* as JSON in its own key order, independent of the application's provider."""
     return Response(json.dumps(body), content_type="application/json")
 
 
 def problem(
     status: int, reason: str, headers: Mapping[str, str] | None = None, **members: object
 ) -> Response:
-    """Return a response with *reason*, a stable code; *members* are further ones of the body."""
+    """Return a problem with *reason*, a stable code, and further *members* of its body."""
     annotate(reason=reason)
     body = {"type": "about:blank", "title": _title(status), "status": status, "reason": reason}
     text = json.dumps(body | members)
@@ -55,7 +55,7 @@ def problem(
 
 
 def answered(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Decorate a view of ours: errors become problems, whatever handlers the application has."""
+    """Decorate a view so that its errors become problems, bypassing the application's handlers."""
 
     @wraps(view)
     def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
@@ -67,7 +67,7 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
             return cast("Response", from_http_exception(error))
         except Exception as error:
             log_failure(error)
-            if current_app.debug:  # for the debugger
+            if current_app.debug:  # show the debugger
                 raise
             return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
 
@@ -89,7 +89,7 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     request.max_content_length = MAX_BODY + 1
     try:
         body = request.get_data(cache=False)
-    except Exception:  # noqa: BLE001  # servers raise errors of their own for malformed bodies
+    except Exception:  # noqa: BLE001  # each server raises other errors for malformed bodies
         raise unreadable("body_unreadable") from None
     if len(body) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
@@ -97,7 +97,7 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
 
 
 def init_errors(app: Flask) -> None:
-    """Answer what ``require_auth`` raises in the application's own views."""
+    """Answer the errors that ``require_auth`` raises in the application's views."""
     for kind in _STATUS:
         app.register_error_handler(kind, from_request_error)
 
@@ -108,11 +108,11 @@ def init_problems(app: Flask) -> None:
 
 
 def from_request_error(error: RequestError) -> Response:
-    """Return the problem of an error of ours."""
+    """Return the problem for one of our errors."""
     headers: dict[str, str] = {}
     members: dict[str, object] = {}
     if isinstance(error, Forbidden) and error.reverification is not None:
-        # Clerk's front-end libraries look for this before they ask the user to verify again.
+        # Clerk's front-end libraries read this and then ask the user to verify again.
         metadata = {"reverification": error.reverification}
         members["clerk_error"] = {
             "type": "forbidden",
@@ -128,7 +128,7 @@ def from_request_error(error: RequestError) -> Response:
 
 
 def from_http_exception(error: HTTPException) -> Any:
-    """Return the problem of an HTTP error; what an application's ``abort`` says stays."""
+    """Return the problem for an HTTP error. A text passed to ``abort`` becomes its detail."""
     if error.response is not None:
         return error.get_response()
     status = error.code or 500

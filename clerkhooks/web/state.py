@@ -29,7 +29,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 @dataclass(frozen=True)
 class Authenticator:
-    """What verifies an application's calls. Without cookie names, cookies do not authenticate."""
+    """Verifies an application's calls. Without cookie names, cookies do not authenticate."""
 
     verifier: SessionVerifier
     authorized_parties: frozenset[str]
@@ -38,29 +38,29 @@ class Authenticator:
 
 @dataclass
 class State:
-    """Everything about one application, in ``app.extensions["clerkhooks"]``."""
+    """The state of one application, in ``app.extensions["clerkhooks"]``."""
 
     hooks: Any
     settings: Settings
     values: Mapping[str, Any] = field(repr=False)
-    """The variables that *settings* were read from, for the doctor."""
+    """The variables from which *settings* were read, for the doctor."""
     store: Store
     users: Users
     authenticator: Authenticator
     secrets: tuple[SigningSecret, ...]
     metrics: Metrics | None = None
     logs_requests: bool = False
-    """Whether each request is logged, as in the service; otherwise only each delivery is."""
+    """Whether every request is logged, as in the service, or only deliveries."""
     log_format: RequestLog = "auto"
 
 
 @dataclass
 class RequestState:
-    """Everything about one request, in ``request.environ["clerkhooks"]``."""
+    """The state of one request, in ``request.environ["clerkhooks"]``."""
 
     app: Flask
     fields: dict[str, Any] = field(default_factory=dict)
-    """What the request's log line says: ids, codes and figures, never a text that a user chose."""
+    """The fields of the request's log line: ids, codes and numbers, never text from a user."""
     started_at: float = field(default_factory=time.perf_counter)
     is_authenticated: bool = False
     session: Session | None = None
@@ -74,7 +74,7 @@ class RequestState:
 
     @property
     def seconds(self) -> float:
-        """How long the request has taken so far."""
+        """Seconds since the request started."""
         return time.perf_counter() - self.started_at
 
 
@@ -95,7 +95,7 @@ def current_state() -> State:
 
 
 def disconnect(app: Flask) -> None:
-    """Close the connections that *app* has to its databases, as at the end of a test."""
+    """Close the database connections of *app*, for instance at the end of a test."""
     with app.app_context():
         db = app.extensions["sqlalchemy"]
         db.session.remove()
@@ -106,15 +106,15 @@ def disconnect(app: Flask) -> None:
 
 def request_state() -> RequestState:
     """Return the state of the current request."""
-    # With the request, not in g: tests push an application context for longer, and g with it.
+    # Kept in the environ, not in g: a test may keep one application context for many requests.
     environ, app = request.environ, current_app._get_current_object()  # type: ignore[attr-defined]
     state = environ.get(EXTENSION)
-    # An application may hand its request on to another one, whose users are others.
+    # An application may forward its request to another application, which has other users.
     if state is None or state.app is not app:
         state = environ[EXTENSION] = RequestState(app)
     return cast("RequestState", state)
 
 
 def annotate(**fields: str | float | None) -> None:
-    """Add to the log line of the current request."""
+    """Add fields to the log line of the current request."""
     request_state().fields.update(fields)

@@ -1,4 +1,4 @@
-"""``POST /webhooks/clerk``: where Clerk's events come in."""
+"""``POST /webhooks/clerk`` receives Clerk's events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clerkhooks.web.state import annotate, current_state, request_state
 
 
 def add_routes(blueprint: Blueprint) -> None:
-    """Add the route, also with a trailing slash: Svix counts a redirect as a failure."""
+    """Add the route, with and without a trailing slash: Svix counts a redirect as a failure."""
     blueprint.add_url_rule(
         "/webhooks/clerk",
         view_func=receive_webhook,

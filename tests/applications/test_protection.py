@@ -88,7 +88,7 @@ def test_never_serves_what_was_meant_to_be_protected(
             assert response.status_code == 500
             assert "secret" not in response.text.lower()
         app.config["PROPAGATE_EXCEPTIONS"] = True
-        with pytest.raises(RuntimeError, match="stands above the route"):
+        with pytest.raises(RuntimeError, match="is above the route"):
             app.test_client().get("/secret")
 
 
