@@ -191,7 +191,7 @@ class ClerkHooks(Generic[U]):
         with app.app_context():
             engine = self.db.engines[bind_key]
         options = _engine_options(self.db, app, bind_key)
-        database = Database(engine, options, pool_size=settings.pool_size)
+        database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
         columns = read_columns(self._mapper)
         statements = Statements(
             self._users, self._messages, self._fields, database.dialect, columns=columns

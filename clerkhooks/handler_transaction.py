@@ -14,12 +14,8 @@ from sqlalchemy.orm import Session, scoped_session
 from clerkhooks.clerk.events import ReceivedEvent
 from clerkhooks.events import Event, Handler, Outcome
 from clerkhooks.store import Store
-from clerkhooks.store.database import (
-    LOCK_TIMEOUT,
-    STATEMENT_TIMEOUT,
-    begin_immediate,
-    is_autocommit,
-)
+from clerkhooks.store.database import begin_immediate, is_autocommit
+from clerkhooks.store.postgresql import LOCK_TIMEOUT, STATEMENT_TIMEOUT
 
 _NOT_DONE = (None, Outcome.FAILED)
 _ENDED = (

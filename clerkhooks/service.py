@@ -56,6 +56,9 @@ def _create_app(values: Mapping[str, Any]) -> Flask:
     app.config.update({name: values[name] for name in VARIABLES if name in values})
     app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
     app.config["DATABASE_POOL_SIZE"] = settings.pool_size
+    if settings.pooler == "transaction":  # flask db upgrade uses the application's engine
+        options = {"connect_args": {"prepare_threshold": None}}
+        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.url_map.merge_slashes = False  # Svix counts a redirect as a failure
     db.init_app(app)
     migrations = str(PROJECT / "migrations")

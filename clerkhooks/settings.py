@@ -46,6 +46,7 @@ VARIABLES = {
     "METRICS_TOKEN": "Any secret of 16 characters or more, such as the output of: openssl rand -hex 16",
     "CONSOLE_PASSWORD": "Any secret of 12 characters or more, such as the output of: openssl rand -hex 12",
     "DATABASE_POOL_SIZE": "The number of connections of clerkhooks' own pool, per process, such as 5.",
+    "DATABASE_POOLER": "session or transaction: the mode of a pooler such as PgBouncer.",
     "LOG_FORMAT": "json or text.",
     "PORT": "A free TCP port, such as 8000.",
     "WEB_CONCURRENCY": "The number of worker processes, such as 2.",
@@ -77,6 +78,7 @@ class Settings:
     metrics_token: str | None = field(repr=False, default=None)
     console_password: str | None = field(repr=False, default=None)
     pool_size: int = 5
+    pooler: Literal["session", "transaction"] | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -113,6 +115,7 @@ class Settings:
             "metrics_token": read("METRICS_TOKEN", _parse_metrics_token, None),
             "console_password": read("CONSOLE_PASSWORD", _parse_console_password, None),
             "pool_size": read("DATABASE_POOL_SIZE", _number_up_to(100), cls.pool_size),
+            "pooler": read("DATABASE_POOLER", _parse_pooler, None),
         }
         read.require(secret, "is not set.")
         return found
@@ -377,6 +380,16 @@ def _parse_console_password(text: str) -> str:
     if len(text) < 12 or not text.isprintable():
         raise ValueError("is not 12 or more printable characters.")
     return text
+
+
+def _parse_pooler(text: str) -> Literal["session", "transaction"]:
+    modes: dict[str, Literal["session", "transaction"]] = {
+        "session": "session",
+        "transaction": "transaction",
+    }
+    if text not in modes:
+        raise ValueError("is neither session nor transaction.")
+    return modes[text]
 
 
 def _parse_log_format(text: str) -> Literal["json", "text"]:

@@ -17,9 +17,10 @@ from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields, to_json
-from clerkhooks.store.database import LOCK_TIMEOUT, transaction
+from clerkhooks.store.database import transaction
 from clerkhooks.store.messages import is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
+from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
@@ -82,17 +83,17 @@ class Users:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
         """
         now = datetime.now(UTC)
-        user, created = self._read(user_id), False
+        user, created = self._read(user_id), None
         if user is None:
-            row = {"id": user_id, "name": NEW_USER, "now": now}
-            statements = self._store.statements
-            created = bool(self._store.database.write(statements.create_first_seen, row))
-            user = self._read(user_id)
+            created = self._create_first_seen(user_id, now)
+            user = created or self._read(user_id)
         elif not impersonated and _is_seen_long_ago(user, now):
             user = self._move_last_seen(user_id, now) or self._read(user_id)
-        if user is None or user.deleted_at is not None:
+        if user is None:  # a row is never removed: another server has answered, which lags behind
+            raise RuntimeError("A user's row was not found although it exists.")
+        if user.deleted_at is not None:
             raise Unauthenticated("user_deleted")
-        return user, created
+        return user, created is not None
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
         """
@@ -106,6 +107,12 @@ class Users:
         if not rows:
             raise Unauthenticated("user_deleted")
         return self._make_snapshot(rows[0])
+
+    def _create_first_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
+        """Create a minimal user. Of concurrent calls one succeeds, and the others return None."""
+        row = {"id": user_id, "name": NEW_USER, "now": now}
+        rows = self._store.database.write(self._store.statements.create_first_seen, row)
+        return self._make_snapshot(rows[0]) if rows else None
 
     def _move_last_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
         """Move ``last_seen``. Of concurrent calls one succeeds, and the others return None."""

@@ -116,9 +116,9 @@ def migrated(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
     return url_of
 
 
-def migrate(url: str, clerk: FakeClerk) -> None:
+def migrate(url: str, clerk: FakeClerk, **variables: str) -> None:
     """Bring the database at *url* to the newest migration."""
-    app = create_app(clerk.environ | {"DATABASE_URL": url})
+    app = create_app(clerk.environ | {"DATABASE_URL": url} | variables)
     with app.app_context():
         upgrade()
         if url.startswith("sqlite"):  # so that the file is whole, and may be copied

@@ -4,59 +4,26 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any, cast
 
-import psycopg
 import sqlalchemy as sa
-from psycopg.abc import RV, PQGen
 from sqlalchemy import event
 
 from clerkhooks.errors import Fault, SettingsError
+from clerkhooks.store import postgresql
+from clerkhooks.store.postgresql import Pooler
 
-LOCK_TIMEOUT, STATEMENT_TIMEOUT = "2s", "3s"
 BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's one write lock
 POOL_TIMEOUT = 4.0  # seconds that a request waits for a connection
-_LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers whose connect arguments are libpq's
-_NOT_LIBPQ = (
-    "connection_factory",
-    "cursor_factory",
-    "async",
-    "async_",
-    "row_factory",
-    "autocommit",
-)
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
     "keeps SQLite in memory, where each connection would have a database of its own.",
     "Use a file, also in tests: sqlite:////tmp/test.db",
 )
-
-
-class TimeoutConnection(psycopg.Connection[Any]):
-    """
-    A connection that gives up on a server that does not answer at all.
-
-    A frozen server does not enforce its own timeouts and keeps its sockets open, so TCP notices
-    nothing.
-    """
-
-    answer_timeout: float | None = 3.5
-    """Seconds: longer than STATEMENT_TIMEOUT, so that the server's own error arrives first."""
-
-    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        """Wait for an answer, but no longer than ``answer_timeout``."""
-        try:
-            return super().wait(gen, interval, timeout or self.answer_timeout)
-        except psycopg.OperationalError:
-            if self.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
-                # A late answer must not be read as the answer to the next statement.
-                self.close()
-            raise
 
 
 class Database:
@@ -68,9 +35,18 @@ class Database:
     server, and 4 s for SQLite's write lock. A forked process gets a new pool.
     """
 
-    def __init__(self, engine: sa.Engine, options: Mapping[str, Any], *, pool_size: int) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        options: Mapping[str, Any],
+        *,
+        pool_size: int,
+        pooler: Pooler | None = None,
+    ) -> None:
         """
         Derive the private engine from the application's *engine* and its engine *options*.
+
+        *pooler* is the mode of a connection pooler between here and PostgreSQL.
 
         Raises:
             SettingsError: the database is SQLite in memory.
@@ -83,19 +59,17 @@ class Database:
             arguments = {"timeout": BUSY_TIMEOUT, "check_same_thread": False}
             self.engine = self._create(engine.url, connect_args=arguments, echo=echo, **pool)
             event.listen(self.engine, "connect", _set_up_sqlite)
-        elif "creator" in options:  # such as a cloud provider's connector, whose driver is its own
+        elif "creator" in options:  # for instance a cloud provider's connector with its own driver
             creator = options["creator"]
             self.engine = self._create(engine.url, creator=creator, echo=echo, **pool)
-            event.listen(self.engine, "connect", _set_up_postgresql)
+            postgresql.listen(self.engine)
         else:
             url = engine.url.set(drivername="postgresql+psycopg")
-            arguments = _postgresql_arguments(engine, options)
+            arguments = postgresql.connect_arguments(engine, options)
             self.engine = self._create(
                 url, connect_args=arguments, echo=echo, pool_use_lifo=True, **pool
             )
-            event.listen(self.engine, "do_connect", _connect_to_postgresql)
-            event.listen(self.engine, "connect", _set_up_postgresql)
-            event.listen(self.engine, "checkout", _replace_closed)
+            postgresql.listen_with_psycopg(self.engine, pooler)
         self._pid = os.getpid()
 
     @staticmethod
@@ -212,39 +186,3 @@ def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # not sync each commit.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _postgresql_arguments(engine: sa.Engine, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the application's connect arguments, such as certificates, and our limits."""
-    limits: dict[str, Any] = {"connect_timeout": "2", "tcp_user_timeout": "4000"}
-    # With UTF-8, the server rather than the driver rejects text that its encoding cannot represent.
-    arguments = limits | {"client_encoding": "utf8"}
-    if engine.dialect.driver in _LIBPQ:
-        given = options.get("connect_args", {})
-        arguments |= {name: given[name] for name in given if name not in _NOT_LIBPQ}
-    return {name: value for name, value in arguments.items() if name not in engine.url.query}
-
-
-def _connect_to_postgresql(
-    _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
-) -> TimeoutConnection:
-    return TimeoutConnection.connect(*arguments, autocommit=True, **parameters)
-
-
-def _set_up_postgresql(connection: Any, _record: object) -> None:
-    # After connecting, since poolers refuse limits among the startup parameters.
-    connection.cursor().execute(
-        "SELECT set_config(name, value, false) FROM (VALUES"
-        f" ('lock_timeout', '{LOCK_TIMEOUT}'), ('statement_timeout', '{STATEMENT_TIMEOUT}'),"
-        " ('idle_in_transaction_session_timeout', '15s'), ('timezone', 'UTC'))"
-        " AS limits (name, value)"
-    )
-
-
-def _replace_closed(connection: TimeoutConnection, _record: object, _proxy: object) -> None:
-    """Have the pool replace a connection that the server has closed, as in a restart."""
-    # An idle connection with readable data has been closed by the server. This costs no round trip.
-    poll = select.poll()  # select() cannot look at descriptors above 1,024
-    poll.register(connection.pgconn.socket, select.POLLIN)
-    if poll.poll(0):
-        raise sa.exc.DisconnectionError

@@ -92,7 +92,7 @@ _CREATE_FIRST_SEEN = """
 INSERT INTO {users} (id, name, is_online, last_seen, created_at, updated_at)
 VALUES (:id, :name, false, :now, :now, :now)
 ON CONFLICT (id) DO NOTHING
-RETURNING id
+RETURNING {every_column}
 """
 
 # Skips a locked row: last_seen is not worth waiting for.
@@ -190,7 +190,7 @@ class Statements:
         self.fill_declared = self._text(_FILL_DECLARED, names) if fields else None
         self.tombstone = self._text(_TOMBSTONE, names)
         self.record_failure = self._text(_RECORD_FAILURE, names)
-        self.create_first_seen = self._text(_CREATE_FIRST_SEEN, names)
+        self.create_first_seen = self._text(_CREATE_FIRST_SEEN, names).columns(*columns)
         self.select = self._text(select, names).columns(*columns)
         self.move_last_seen = self._text(_MOVE_LAST_SEEN, names).columns(*columns)
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)

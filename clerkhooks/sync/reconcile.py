@@ -23,9 +23,10 @@ from clerkhooks.clerk.events import Snapshot, is_user_id, milliseconds, parse_sn
 from clerkhooks.errors import ClerkhooksError, EventError, describe
 from clerkhooks.store import Store
 from clerkhooks.store.columns import read_fields, to_json
-from clerkhooks.store.database import TimeoutConnection, transaction
+from clerkhooks.store.database import transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
+from clerkhooks.store.postgresql import TimeoutConnection
 from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.store.statements import PROFILE, profile_columns
 

@@ -66,6 +66,7 @@ def find_fault(store: Store) -> str | None:
     """
     with store.database.connect() as connection:
         if _is_read_only(connection):
+            connection.invalidate()  # after a failover, a new connection may reach the new primary
             return "database_read_only"
         for table in (store.users, store.messages):
             try:

@@ -25,7 +25,7 @@ from clerkhooks.clerk.events import ReceivedEvent, parse_event
 from clerkhooks.clerk.signatures import verify_signature
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import to_json
-from clerkhooks.store.database import LOCK_TIMEOUT
+from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.web.state import State
 from tests.benchmarks.bare_sqlite import connect, write_message
 

@@ -1,0 +1,152 @@
+"""The private engine's connections to PostgreSQL: limits, poolers, failovers, silent networks."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any, Literal
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.abc import RV, PQGen
+from psycopg.sql import Composable
+from sqlalchemy import event
+
+Pooler = Literal["session", "transaction"]
+LOCK_TIMEOUT, STATEMENT_TIMEOUT = "2s", "3s"
+MAX_IDLE = 30.0  # seconds, less than any network remembers an idle connection
+READ_ONLY = "25006"
+_LIMITS = {"lock_timeout": LOCK_TIMEOUT, "statement_timeout": STATEMENT_TIMEOUT, "timezone": "UTC"}
+_SESSION_LIMITS = _LIMITS | {"idle_in_transaction_session_timeout": "15s"}
+_LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers whose connect arguments are libpq's
+_NOT_LIBPQ = (
+    "connection_factory",
+    "cursor_factory",
+    "async",
+    "async_",
+    "row_factory",
+    "autocommit",
+)
+_CHECKED_IN = "clerkhooks.checked_in"
+
+
+def _set_config(limits: Mapping[str, str], *, is_local: bool) -> bytes:
+    calls = (f"set_config('{name}', '{value}', {is_local})" for name, value in limits.items())
+    return f"SELECT {', '.join(calls)}".encode()
+
+
+class TimeoutConnection(psycopg.Connection[Any]):
+    """
+    A connection that gives up on a server that does not answer at all.
+
+    A frozen server does not enforce its own timeouts and keeps its sockets open, so TCP notices
+    nothing.
+    """
+
+    answer_timeout: float | None = 3.5
+    """Seconds: longer than STATEMENT_TIMEOUT, so that the server's own error arrives first."""
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Wait for an answer, but no longer than ``answer_timeout``."""
+        try:
+            return super().wait(gen, interval, timeout or self.answer_timeout)
+        except psycopg.OperationalError:
+            if self.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
+                # A late answer must not be read as the answer to the next statement.
+                self.close()
+            raise
+
+
+class LocalLimitsCursor(psycopg.ClientCursor[Any]):
+    """
+    A cursor for a pooler that gives each transaction another server connection.
+
+    A session's settings and prepared statements would end up with strangers. So the limits are sent
+    with each statement, in one message and one implicit transaction, and end with it.
+    """
+
+    _prefix = _set_config(_LIMITS, is_local=True) + b"; "
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> LocalLimitsCursor:
+        """Execute *query* under the limits; the result is that of *query*."""
+        if isinstance(query, Composable):
+            query = query.as_bytes(self)
+        text = query.encode() if isinstance(query, str) else query
+        super().execute(self._prefix + text, params, **options)
+        self.set_result(-1)
+        return self
+
+
+def connect_arguments(engine: sa.Engine, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the application's connect arguments, such as certificates, and our limits."""
+    arguments: dict[str, Any] = {
+        "connect_timeout": "2",
+        # Milliseconds and seconds. TCP alone would notice a dead peer after hours.
+        "tcp_user_timeout": "4000",
+        "keepalives_idle": "30",
+        "keepalives_interval": "10",
+        "keepalives_count": "3",
+        # Then the server, not the driver, rejects text that its encoding cannot represent.
+        "client_encoding": "utf8",
+    }
+    if engine.dialect.driver in _LIBPQ:
+        given = options.get("connect_args", {})
+        arguments |= {name: given[name] for name in given if name not in _NOT_LIBPQ}
+    return {name: value for name, value in arguments.items() if name not in engine.url.query}
+
+
+def listen(engine: sa.Engine) -> None:
+    """Set limits on each new connection of *engine*, and drop connections that are read-only."""
+    event.listen(engine, "connect", _set_limits)
+    event.listen(engine, "handle_error", _invalidate_read_only)
+
+
+def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
+    """Do the same for *engine* with connections of our own class, and drop stale ones."""
+    if pooler == "transaction":
+        event.listen(engine, "do_connect", _connect_through_pooler)
+        event.listen(engine, "handle_error", _invalidate_read_only)
+    else:
+        event.listen(engine, "do_connect", _connect)
+        listen(engine)
+    event.listen(engine, "checkin", _note_checkin)
+    event.listen(engine, "checkout", _replace_stale)
+
+
+def _connect(
+    _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
+) -> TimeoutConnection:
+    return TimeoutConnection.connect(*arguments, autocommit=True, **parameters)
+
+
+def _connect_through_pooler(
+    _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
+) -> TimeoutConnection:
+    options: dict[str, Any] = {"prepare_threshold": None, "cursor_factory": LocalLimitsCursor}
+    return TimeoutConnection.connect(*arguments, autocommit=True, **(parameters | options))
+
+
+def _set_limits(connection: Any, _record: object) -> None:
+    # After connecting, because poolers reject limits among the startup parameters.
+    connection.cursor().execute(_set_config(_SESSION_LIMITS, is_local=False).decode())
+
+
+def _invalidate_read_only(context: sa.ExceptionContext) -> None:
+    """Have the pool replace all connections after a failover left one of them read-only."""
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
+
+
+def _note_checkin(_connection: object, record: Any) -> None:
+    record.info[_CHECKED_IN] = monotonic()
+
+
+def _replace_stale(connection: TimeoutConnection, record: Any, _proxy: object) -> None:
+    """Have the pool replace a connection that the server closed or a network may have forgotten."""
+    is_old = monotonic() - record.info.get(_CHECKED_IN, monotonic()) > MAX_IDLE
+    # An idle connection with readable data has been closed by the server. No round trip needed.
+    poll = select.poll()  # select() cannot watch descriptors above 1,024
+    poll.register(connection.pgconn.socket, select.POLLIN)
+    if is_old or poll.poll(0):
+        raise sa.exc.DisconnectionError

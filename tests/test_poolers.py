@@ -1,0 +1,151 @@
+"""The service behind PgBouncer, in session mode and in transaction mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from clerkhooks import create_app
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.web.state import disconnect
+from tests.conftest import MakeDatabase, migrate
+from tests.pgbouncer import pgbouncer
+from tests.support import NOW_MS, Service, deletion, user_event
+
+pytestmark = pytest.mark.slow
+SESSION_OPTIONS: tuple[dict[str, str], ...] = ({}, {"ignore_startup_parameters": "options"})
+
+
+@pytest.fixture
+def empty_url(make_database: MakeDatabase) -> str:
+    """An empty PostgreSQL database whose time zone is not UTC."""
+    url = make_database("postgresql")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET timezone = 'Asia/Kolkata'".encode()
+        )
+    return url
+
+
+@contextmanager
+def serving(clerk: FakeClerk, url: str, direct_url: str, pooler: str) -> Iterator[Service]:
+    """Migrate and create the service at *url*, looking into the database at *direct_url*."""
+    variables = {"DATABASE_POOLER": pooler} if pooler else {}
+    clerk_environ = clerk.environ | variables
+    migrate(url, clerk, **variables)
+    app = create_app(clerk_environ | {"DATABASE_URL": url})
+    try:
+        yield Service(app, clerk, direct_url)
+    finally:
+        disconnect(app)
+
+
+def use(service: Service, rounds: int) -> set[int]:
+    """Deliver events and call the API from 16 threads; return the status codes."""
+
+    def run(_: int) -> set[int]:
+        codes: set[int] = set()
+        for _ in range(rounds):
+            user_id, first_id = clerk_id("user"), clerk_id("user")
+            codes |= {
+                service.deliver(user_event(user_id)).status_code,
+                service.deliver(user_event(user_id, at=NOW_MS + 1)).status_code,
+                service.call(user_id).status_code,
+                service.call(first_id).status_code,
+                service.call(
+                    first_id, "PUT", "/api/me/presence", body={"isOnline": True}
+                ).status_code,
+                service.deliver(deletion(user_id, at=NOW_MS + 2)).status_code,
+            }
+        return codes
+
+    with ThreadPoolExecutor(16) as pool:
+        return set().union(*pool.map(run, range(16)))
+
+
+def limits_of(service: Service) -> tuple[str, str, str]:
+    """Return the limits under which a statement of ours runs on the server."""
+    names = ("lock_timeout", "statement_timeout", "timezone")
+    with service.app.extensions["clerkhooks"].store.database.connect() as connection:
+        found = [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+    return (str(found[0]), str(found[1]), str(found[2]))
+
+
+def check_times(service: Service) -> None:
+    """Check that times are right although the database's zone is not UTC."""
+    user_id, now = clerk_id("user"), datetime.now(UTC)
+    assert service.outcome(user_event(user_id, at=NOW_MS)) == "applied"
+    last_seen = datetime.fromisoformat(service.call(user_id).get_json()["lastSeen"])
+    assert abs(last_seen - now) < timedelta(seconds=10)
+    [(occurred_at,)] = service.rows(
+        "SELECT extract(epoch FROM occurred_at) FROM webhook_messages "
+        f"WHERE clerk_user_id = '{user_id}'"
+    )
+    assert round(occurred_at * 1000) == NOW_MS
+
+
+@pytest.mark.parametrize("options", SESSION_OPTIONS, ids=["default", "ignores options"])
+@pytest.mark.parametrize("pooler", ["", "session"])
+def test_works_in_session_mode(
+    clerk: FakeClerk, empty_url: str, options: dict[str, str], pooler: str
+) -> None:
+    """Limits are set after connecting, so PgBouncer's default configuration accepts us."""
+    with (
+        pgbouncer(empty_url, "session", **options) as url,
+        serving(clerk, url, empty_url, pooler) as service,
+    ):
+        assert use(service, rounds=2) == {200}
+        assert limits_of(service) == ("2s", "3s", "UTC")
+        check_times(service)
+
+
+def test_works_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
+    """No statement depends on what an earlier one left on the server connection."""
+    with (
+        pgbouncer(empty_url, "transaction", default_pool_size="4") as url,
+        serving(clerk, url, empty_url, "transaction") as service,
+    ):
+        assert use(service, rounds=10) == {200}
+        assert limits_of(service) == ("2s", "3s", "UTC")
+        check_times(service)
+
+
+def test_leaves_nothing_on_server_connections_that_others_use(
+    clerk: FakeClerk, empty_url: str
+) -> None:
+    """In transaction mode, the next client finds no setting and no prepared statement of ours."""
+    with (
+        pgbouncer(empty_url, "transaction", default_pool_size="1") as url,
+        serving(clerk, url, empty_url, "transaction") as service,
+    ):
+        assert use(service, rounds=1) == {200}
+        with psycopg.connect(url, prepare_threshold=None) as stranger:
+            left = stranger.execute(
+                "SELECT current_setting('lock_timeout'), current_setting('statement_timeout'), "
+                "(SELECT count(*) FROM pg_prepared_statements), "
+                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')"
+            ).fetchone()
+    assert left == ("0", "0", 0, 0)
+
+
+def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
+    """A locked row fails a delivery after two seconds, and nothing stays waiting on the server."""
+    user_id = clerk_id("user")
+    with (
+        pgbouncer(empty_url, "transaction") as url,
+        serving(clerk, url, empty_url, "transaction") as service,
+        psycopg.connect(empty_url) as other,
+    ):
+        assert service.outcome(user_event(user_id)) == "applied"
+        other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [user_id])
+        started_at = time.monotonic()
+        assert service.deliver(user_event(user_id, at=NOW_MS + 1)).status_code == 500
+        assert time.monotonic() - started_at < 3
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        assert service.rows(waiting) == [(0,)]
