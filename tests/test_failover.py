@@ -1,0 +1,40 @@
+"""The database fails over to a synchronous standby behind one address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clerkhooks.clerk.fake import FakeClerk
+from tests.conftest import migrate
+from tests.racing import eventually
+from tests.replication import Sender, cluster, fail_over, lost
+from tests.server import serving
+
+pytestmark = pytest.mark.slow
+
+
+def test_loses_no_message_and_recovers_without_a_restart(clerk: FakeClerk, tmp_path: Path) -> None:
+    """
+    After a crash, and after a demotion that leaves sessions open and read-only, all is well.
+
+    No acknowledged message is lost, ``/readyz`` is 503 meanwhile and 200 within 5 s of promotion,
+    and attempts fail only around the failover.
+    """
+    with cluster() as nodes:
+        migrate(nodes.url, clerk)
+        with serving(nodes.url, clerk, tmp_path / "server.log") as server:
+            sender = Sender(server)
+            results = [fail_over(nodes, server, crash=crash) for crash in (True, False)]
+            failed_before = sender.failed
+            acknowledged_before = len(sender.acknowledged)
+            fresh = Sender(server)
+            eventually(lambda: len(fresh.acknowledged) >= 100 or fresh.failed)
+            for each in (sender, fresh):
+                each.stop()
+            assert (sender.failed, fresh.failed) == (failed_before, 0)
+            assert len(sender.acknowledged) > acknowledged_before > 0
+            assert lost(server, sender.acknowledged | fresh.acknowledged) == []
+    assert [was_unready for _, was_unready in results] == [True, True]
+    assert max(seconds for seconds, _ in results) < 5
