@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -11,8 +13,16 @@ from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase
 
-from clerkhooks import ClerkHooks
-from clerkhooks.settings import PROJECT, VARIABLES, ServiceSettings, exit_if_invalid, read_environ
+from clerkhooks import ClerkHooks, SettingsError
+from clerkhooks.errors import Fault
+from clerkhooks.settings import (
+    DEFAULT_DATABASE_URL,
+    PROJECT,
+    VARIABLES,
+    ServiceSettings,
+    exit_if_invalid,
+    read_environ,
+)
 
 ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
 VERSION_TABLE: Final = "clerkhooks_version"  # other programs may have an alembic_version
@@ -60,8 +70,32 @@ def _create_app(values: Mapping[str, Any]) -> Flask:
         options = {"connect_args": {"prepare_threshold": None}}
         app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.url_map.merge_slashes = False  # Svix counts a redirect as a failure
+    _check_sqlite_folder(app, sa.make_url(settings.database_url))
     db.init_app(app)
     migrations = str(PROJECT / "migrations")
     Migrate(app, db, migrations, version_table=VERSION_TABLE, include_name=hooks.include_name)
     hooks.init_app(app, routes=ROUTES, problems=True, request_log=settings.log_format, environ={})
     return app
+
+
+def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
+    """
+    Check that the folder of a SQLite file can be written to. The instance folder is created.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if url.get_backend_name() != "sqlite" or str(url.database).startswith("file:"):
+        return
+    folder = Path(app.instance_path, str(url.database)).parent
+    try:
+        if folder == Path(app.instance_path):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass  # not writable, as is found next
+    if not os.access(folder, os.W_OK | os.X_OK):
+        is_default = str(url) == DEFAULT_DATABASE_URL
+        what = "is not set, and its default is" if is_default else "is"
+        problem = f"{what} a SQLite file in {folder}, where this user cannot write."
+        remedy = "Name a file elsewhere, such as sqlite:////path/to/clerkhooks.db, or a PostgreSQL."
+        raise SettingsError([Fault("DATABASE_URL", problem, remedy)])
