@@ -11,6 +11,7 @@ from flask.cli import ScriptInfo
 from clerkhooks.cli.commands import clerk
 from clerkhooks.cli.dev import dev
 from clerkhooks.cli.doctor import doctor
+from clerkhooks.cli.serve import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,5 +29,5 @@ def _create_service() -> Flask:
     return create_app()
 
 
-for command in (dev, doctor, *clerk.commands.values()):
+for command in (dev, doctor, serve, *clerk.commands.values()):
     main.add_command(command)

@@ -1,0 +1,37 @@
+"""``clerkhooks serve``: gunicorn, after the migrations where a platform has no release step."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from clerkhooks.settings import PROJECT
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--migrate", is_flag=True, help="Migrate the database first.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
+    """
+    Serve with gunicorn, as `gunicorn wsgi:app` does.
+
+    --migrate is for platforms without a release step. Of several hosts that start at once, one
+    migrates and the others wait. ARGUMENTS are passed to gunicorn.
+    """
+    if not (PROJECT / "wsgi.py").exists():
+        raise click.ClickException("serve needs a checkout of the service. There is no wsgi.py.")
+    os.chdir(PROJECT)
+    if migrate:
+        _migrate()
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "wsgi:app", *arguments])  # noqa: S606
+
+
+def _migrate() -> None:
+    from flask_migrate import upgrade
+
+    from clerkhooks import create_app
+
+    with create_app().app_context():
+        upgrade()

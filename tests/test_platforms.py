@@ -1,0 +1,215 @@
+"""The deployment files name variables, commands and paths that exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clerkhooks import create_app
+from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.cli.main import main
+from clerkhooks.settings import PROJECT, VARIABLES
+from clerkhooks.web.state import disconnect
+from tests.server import environ, free_port
+
+PROCFILE = dict(
+    line.split(": ", 1) for line in (PROJECT / "Procfile").read_text().splitlines() if line
+)
+OF_POSTGRES = {"POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"}
+FILES = ("app.json", "render.yaml", "railway.json", "fly.toml", ".do/deploy.template.yaml")
+
+
+def load(name: str) -> Any:
+    """Return the parsed content of a deployment file."""
+    text = (PROJECT / name).read_text()
+    if name.endswith(".json"):
+        return json.loads(text)
+    return tomllib.loads(text) if name.endswith(".toml") else yaml.safe_load(text)
+
+
+def find(value: Any, *keys: str) -> Iterator[Any]:
+    """Yield the values of *keys*, wherever they are in *value*."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in keys:
+                yield item
+            yield from find(item, *keys)
+    elif isinstance(value, list):
+        for item in value:
+            yield from find(item, *keys)
+
+
+def variables_of(name: str) -> set[str]:
+    """Return the variables that a deployment file sets."""
+    content, found = load(name), set[str]()
+    for listed in find(content, "envVars", "envs"):
+        found |= {one["key"] for one in listed}
+    for mapping in find(content, "env", "environment"):
+        found |= set(mapping)
+    return found
+
+
+@pytest.mark.parametrize("name", [*FILES, "compose.yaml"])
+def test_sets_only_variables_that_are_read(name: str) -> None:
+    """A misspelt variable would silently be ignored."""
+    assert variables_of(name) - OF_POSTGRES <= set(VARIABLES)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
+)
+def test_asks_for_the_secret(name: str) -> None:
+    """The one required variable is asked for. Railway's and Fly's files cannot ask."""
+    assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
+
+
+def test_serves_and_migrates_by_the_same_commands_everywhere() -> None:
+    """Every platform runs what the Procfile runs; Heroku and Dokku read the Procfile itself."""
+    release, web = PROCFILE["release"], PROCFILE["web"]
+    assert load("fly.toml")["deploy"]["release_command"] == release
+    assert load("fly.toml")["processes"] == {"web": web}
+    assert load("railway.json")["deploy"]["preDeployCommand"] == [release]
+    assert load("railway.json")["deploy"]["startCommand"] == web
+    [service] = [one for one in load("render.yaml")["services"] if one["type"] == "web"]
+    assert (service["preDeployCommand"], service["startCommand"]) == (release, web)
+    spec = load(".do/deploy.template.yaml")["spec"]
+    assert (spec["jobs"][0]["run_command"], spec["services"][0]["run_command"]) == (release, web)
+
+
+def test_runs_commands_that_exist() -> None:
+    """Scheduled jobs name commands of ours."""
+    scheduled = [one["command"] for one in load("app.json")["cron"]]
+    scheduled += [one["startCommand"] for one in load("render.yaml")["services"][1:]]
+    for command in scheduled:
+        python, m, package, name = command.split()
+        assert (python, m, package) == ("python", "-m", "clerkhooks")
+        assert name in main.commands
+
+
+def test_checks_a_path_that_answers(clerk: FakeClerk, tmp_path: Path) -> None:
+    """Every health check asks for a route of the service."""
+    paths = {
+        load("railway.json")["deploy"]["healthcheckPath"],
+        load("render.yaml")["services"][0]["healthCheckPath"],
+        load("fly.toml")["http_service"]["checks"][0]["path"],
+        load("app.json")["healthchecks"]["web"][0]["path"],
+        load(".do/deploy.template.yaml")["spec"]["services"][0]["health_check"]["http_path"],
+    }
+    app = create_app(clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
+    assert paths <= {rule.rule for rule in app.url_map.iter_rules()}
+    disconnect(app)
+
+
+def test_listens_on_the_port_that_fly_forwards_to() -> None:
+    """The port is named twice in Fly's file."""
+    fly = load("fly.toml")
+    assert int(fly["env"]["PORT"]) == fly["http_service"]["internal_port"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the instructions of the Dockerfile."""
+    text = (PROJECT / "Dockerfile").read_text().replace("\\\n", " ")
+    found = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    return [(name, rest) for name, rest in found]
+
+
+@contextmanager
+def running(command: list[str], root: Path, variables: dict[str, str]) -> Iterator[None]:
+    """Run a server until the block ends."""
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=root, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+@pytest.mark.slow
+def test_builds_and_serves_as_the_dockerfile_says(clerk: FakeClerk, tmp_path: Path) -> None:
+    """Its steps, as plain commands in an empty directory, end in a healthy, migrated service."""
+    root = tmp_path / "app"
+    root.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    port = free_port()
+    variables = environ(**clerk.environ)
+    variables["PATH"] = f"{tmp_path}/venv/bin:{variables['PATH']}"
+    health = command = None
+    for name, rest in instructions():
+        match name:
+            case "COPY":
+                copy(rest.split()[0], root)
+            case "RUN":
+                without_user = re.sub(r"useradd .*? && |&& chown .*", "", rest)
+                subprocess.run(
+                    without_user, shell=True, cwd=root, env=variables, check=True, timeout=300
+                )
+            case "ENV":
+                key, _, value = rest.partition("=")
+                variables[key] = value
+            case "HEALTHCHECK":
+                health = json.loads(rest.partition("CMD ")[2])
+            case "CMD":
+                command = json.loads(rest)
+            case _:
+                assert name in ("FROM", "WORKDIR", "USER", "EXPOSE", "VOLUME")
+    assert health
+    assert command
+    variables["PORT"] = str(port)
+    with running(command, root, variables):
+        deadline = time.monotonic() + 60
+        while subprocess.run(health, cwd=root, env=variables, stderr=subprocess.DEVNULL).returncode:
+            assert time.monotonic() < deadline, (root / "log").read_text()
+            time.sleep(0.2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
+            assert answer.status == 200
+    assert (root / "instance" / "clerkhooks.db").exists()
+    assert not (root / "tests").exists()
+
+
+def copy(source: str, root: Path) -> None:
+    """Copy a file, or the build context without what .dockerignore names."""
+    if source != ".":
+        shutil.copy(PROJECT / source, root)
+        return
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True, timeout=20
+    )
+    ignored = (PROJECT / ".dockerignore").read_text().split()
+    for name in listed.stdout.splitlines():
+        if name.partition("/")[0] not in ignored:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, root / name)
+
+
+def test_does_not_run_as_root() -> None:
+    """The image's server has a user without a home and without a password."""
+    named = dict(instructions())
+    assert named["USER"] == "clerkhooks"
+    assert "useradd --system" in (PROJECT / "Dockerfile").read_text()
+
+
+def test_shell_words_of_the_healthcheck_survive() -> None:
+    """The check reads PORT, which platforms set."""
+    named = dict(instructions())
+    command = json.loads(named["HEALTHCHECK"].partition("CMD ")[2])
+    assert shlex.join(command).count("PORT") == 1
