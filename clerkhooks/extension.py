@@ -233,7 +233,7 @@ def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Bluepri
     if "console" in wanted and settings.console_password is not None:
         from clerkhooks.console import make_console
 
-        blueprint.register_blueprint(make_console(state))
+        blueprint.register_blueprint(make_console())
     return blueprint
 
 

@@ -112,7 +112,7 @@ MISTAKES: list[tuple[dict[str, str], str, str]] = [
     ({"CLERK_WEBHOOK_SECRET": "whsec_hidden!"}, "variable_wrong", "error"),
     ({"PORT": "x", "WEB_CONCURRENCY": "y"}, "variable_wrong", "error"),
     ({"METRICS_TOKEN": "short"}, "variable_wrong", "error"),
-    ({"CONSOLE_PASSWORD": "elevenchars"}, "variable_wrong", "error"),
+    ({"CONSOLE_PASSWORD": "fifteen-letters"}, "variable_wrong", "error"),
     ({"LOG_FORMAT": "xml"}, "variable_wrong", "error"),
     ({"CLERK_WEBHOOK_SECRETS": SECRET}, "variable_unknown", "warning"),
     ({"CLERK_XYZZY": SECRET}, "variable_unknown", "warning"),

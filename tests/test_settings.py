@@ -275,12 +275,13 @@ BAD = {
     },
     "CLERK_AUDIENCE": {"nothing but separators": [","]},
     "CONSOLE_PASSWORD": {
-        "is not 12 or more": [
+        "is not 16 or more": [
             "x",
-            "elevenchars",
-            " " * 5 + "elevenchars",
-            "twelve\u202echars",
-            "twelve\tchars!",
+            "fifteen-letters",
+            " " * 5 + "fifteen-letters",
+            "sixteen letters and blanks",
+            "sixteen\u202echaracters",
+            "sixteen\tcharacters",
         ]
     },
     "PORT": {"is not a number from 1 to 65535": ["0", "65536", "-1", "8e3", "x", "٣", "1" * 5000]},
@@ -385,7 +386,7 @@ def test_shows_no_secret_in_its_repr() -> None:
     }
     environ |= {
         "METRICS_TOKEN": "hidden-metrics-token",
-        "CONSOLE_PASSWORD": "hidden console password",
+        "CONSOLE_PASSWORD": "hidden-console-password",
     }
     shown = repr(ServiceSettings.from_mapping(environ))
     for part in (

@@ -95,7 +95,7 @@ def run(files: Files, port: int, *, once: bool) -> int:
         port = listener.getsockname()[1]
         files.lock.write_text(f"process {os.getpid()}, http://{HOST}:{port}")
         story = demonstration.Story(FakeClerk())
-        password = secrets.token_hex(6)
+        password = secrets.token_hex(8)
         environ = server_environ(os.environ, story.clerk, files.database, password)
         click.secho(
             "clerkhooks dev: the real server, with keys and a database made for this run", bold=True

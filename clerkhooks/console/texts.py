@@ -5,22 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
-from clerkhooks.store.activity import COUNTED, Count
+from clerkhooks.store.activity import MAX_COUNT
 from clerkhooks.web.state import Authenticator
 
 _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
-def number(count: Count | int) -> str:
-    """Write a number of rows, and whether it is exact."""
-    if isinstance(count, int):
-        return f"{count:,}"
-    if count.is_exact:
-        return f"{count.value:,}"
-    if count.value <= COUNTED + 1:
-        return f"over {COUNTED:,}"
-    digits = len(str(count.value)) - 3
-    return f"about {round(count.value, -digits):,}"
+def number(count: int) -> str:
+    """Write a number of rows, of which no more than MAX_COUNT are counted."""
+    return f"{count:,}" if count <= MAX_COUNT else f"more than {MAX_COUNT:,}"
 
 
 def duration(seconds: float) -> str:

@@ -187,7 +187,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
 
 
 def _judge_failures(store: Store, program: Program) -> Finding:
-    failed = activity.count_failures(store, datetime.now(UTC) - timedelta(days=1)).value
+    failed = activity.count_failures(store, datetime.now(UTC) - timedelta(days=1))
     if not failed:
         what = "Every message of the last 24 hours has been processed."
         return Finding("messages_processed", Level.OK, "webhooks", what)
@@ -223,7 +223,7 @@ def _judge_last_webhook(store: Store, program: Program) -> Finding:
 
 
 def _judge_unfilled(store: Store, program: Program) -> Finding:
-    unfilled = activity.count_unfilled(store, MAX_UNFILLED).value
+    unfilled = activity.count_unfilled(store, MAX_UNFILLED)
     if not unfilled:
         what = "No user has been without a profile for over an hour."
         return Finding("users_filled", Level.OK, "users", what)

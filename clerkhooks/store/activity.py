@@ -1,205 +1,103 @@
-"""How much happens, and whether all is well with it: the figures that one look should take in. On PostgreSQL none reads a whole table."""
+"""Figures for operators. Each is read from an index, and none counts more than MAX_COUNT rows."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import sqlalchemy as sa
 
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
-from clerkhooks.store.queries import is_live, is_unfilled
+from clerkhooks.store.queries import MAX_EXAMINED, is_live, is_unfilled
 
-COUNTED = (
-    10_000  # rows that are counted one by one; of more, PostgreSQL knows about how many there are
-)
-HOURS = 24
-SLICE = timedelta(minutes=10)
-GLIMPSE = timedelta(seconds=10)  # of each slice: a first look at how many messages there are
-SAMPLE = 20_000  # messages that the hours are counted from, at most
+MAX_COUNT = MAX_EXAMINED
+"""A larger count means: more than MAX_COUNT."""
 STORED = (Outcome.APPLIED, Outcome.STALE, Outcome.IGNORED, Outcome.FAILED)
-LATEST = 1000  # messages that the lag is taken from
-
-
-class Count(NamedTuple):
-    """A number of rows: exact, or else an estimate, or without an estimate a lower bound."""
-
-    value: int
-    is_exact: bool = True
+LAG_SAMPLE = 1000  # messages
 
 
 class Lag(NamedTuple):
-    """From events to the end of their processing, in seconds."""
+    """The time from an event to the end of its processing, in seconds."""
 
     median: float
     p99: float
 
 
-@dataclass(frozen=True)
-class Activity:
-    """Messages by hour, the oldest first, and outcome. Where not all were counted, *share* of them was, and the rest follows."""
-
-    hours: Sequence[tuple[datetime, dict[str, int]]]
-    share: float
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(sum(by_outcome.values()) for _, by_outcome in self.hours)
-
-
-def read_activity(store: Store, now: datetime) -> Activity:
-    """
-    Return the messages of the last day by hour.
-
-    The last hour also has those stamped by a clock that is ahead.
-
-    Of many only a sample is counted, the same part of each ten minutes; but failures, unless they
-    are many as well, are all counted.
-    """
-    first = now - timedelta(hours=HOURS)
-    glimpsed = sum(count for _, _, count in _count_slices(store, first, GLIMPSE))
-    share = min(1.0, SAMPLE / (glimpsed * (SLICE / GLIMPSE))) if glimpsed else 1.0
-    hours: list[tuple[datetime, dict[str, int]]] = [
-        (first + timedelta(hours=hour), dict.fromkeys(STORED, 0)) for hour in range(HOURS)
-    ]
-    for hour, outcome, count in _count_slices(store, first, SLICE * share):
-        hours[hour][1][outcome] = count if share == 1 else round(count / share)
-    failed = _find_failures(store, first) if share < 1 else None
-    if failed is not None:
-        for hour, (_, by_outcome) in enumerate(hours):
-            by_outcome[Outcome.FAILED] = failed[hour]
-    return Activity(hours, share)
-
-
-def _find_failures(store: Store, first: datetime) -> Counter[int] | None:
-    """The failed messages of each hour since *first*; None if there are more than can be counted quickly."""
-    at = store.messages.c.received_at
-    query = sa.select(at).where(is_failed(store.messages), at >= first).limit(COUNTED + 1)
-    times = cast("Sequence[tuple[datetime]]", store.database.execute(query))
-    return (
-        None
-        if len(times) > COUNTED
-        else Counter(min(int((at - first) / timedelta(hours=1)), HOURS - 1) for (at,) in times)
+def find_lag(store: Store, since: datetime) -> Lag | None:
+    """Return the lag of the last thousand messages processed since *since*, or None."""
+    columns = store.messages.c
+    query = (
+        sa.select(columns.occurred_at, columns.processed_at)
+        .where(columns.received_at >= since)
+        .where(columns.outcome.in_((Outcome.APPLIED, Outcome.STALE)))
+        .order_by(columns.received_at.desc())
+        .limit(LAG_SAMPLE)
     )
-
-
-def _count_slices(
-    store: Store, first: datetime, length: timedelta
-) -> Sequence[tuple[int, str, int]]:
-    """Hour, outcome and number of the messages in the first *length* of each slice since *first*."""
-    messages = store.messages
-    at = messages.c.received_at
-    columns = (
-        sa.column("hour", sa.Integer),
-        sa.column("begins", at.type),
-        sa.column("ends", at.type),
-    )
-    starts = [first + SLICE * number for number in range(int(timedelta(hours=HOURS) / SLICE))]
-    rows = [(int((start - first) / timedelta(hours=1)), start, start + length) for start in starts]
-    if length == SLICE:
-        rows[-1] = (*rows[-1][:2], datetime.max.replace(tzinfo=UTC))
-    slices = sa.values(*columns).data(rows).cte("slices")
-    inside = sa.and_(at >= slices.c.begins, at < slices.c.ends)
-    query = sa.select(slices.c.hour, messages.c.outcome, sa.func.count()).select_from(
-        slices.join(messages, inside)
-    )
-    query = query.group_by(slices.c.hour, messages.c.outcome)
-    return cast("Sequence[tuple[int, str, int]]", store.database.execute(query))
-
-
-def find_lag(store: Store, now: datetime) -> Lag | None:
-    """Return the lag of the last thousand processed messages of the last day, or None."""
-    messages = store.messages
-    times = (
-        sa.select(messages.c.occurred_at, messages.c.processed_at)
-        .where(
-            messages.c.received_at >= now - timedelta(hours=HOURS),
-            messages.c.outcome.in_((Outcome.APPLIED, Outcome.STALE)),
-        )
-        .order_by(messages.c.received_at.desc())
-        .limit(LATEST)
-    )
-    rows = cast("Sequence[tuple[datetime, datetime]]", store.database.execute(times))
-    lags = sorted(max(0.0, (done - at).total_seconds()) for at, done in rows if at and done)
+    times = cast("Sequence[tuple[datetime, datetime]]", store.database.execute(query))
+    lags = sorted(max(0.0, (done - at).total_seconds()) for at, done in times if at and done)
     if not lags:
         return None
-    return Lag(
-        *(lags[min(len(lags) - 1, math.ceil(len(lags) * share) - 1)] for share in (0.5, 0.99))
-    )
+    return Lag(*(lags[math.ceil(len(lags) * share) - 1] for share in (0.5, 0.99)))
 
 
 def find_last_received(store: Store) -> datetime | None:
-    """When the last verified message came that was new."""
+    """Return the time at which the last new message arrived."""
     at = store.messages.c.received_at
     [(last,)] = store.database.execute(sa.select(sa.func.max(at, type_=at.type)))
     return cast("datetime | None", last)
 
 
-def count_failures(store: Store, since: datetime | None = None) -> Count:
-    """Messages, received at *since* or later, that failed and were never retried to success."""
+def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
+    """Return the number of messages of each outcome received since *since*, newest first."""
+    columns = store.messages.c
+    newest = (
+        sa.select(columns.outcome)
+        .where(columns.received_at >= since)
+        .order_by(columns.received_at.desc())
+        .limit(MAX_COUNT + 1)
+        .subquery()
+    )
+    query = sa.select(newest.c.outcome, sa.func.count()).group_by(newest.c.outcome)
+    counts = cast("Sequence[tuple[str, int]]", store.database.execute(query))
+    return dict.fromkeys(map(str, STORED), 0) | dict(counts)
+
+
+def count_failures(store: Store, since: datetime | None = None) -> int:
+    """Return the number of messages that failed, if no retry has succeeded since."""
     messages = store.messages
     recent = sa.true() if since is None else messages.c.received_at >= since
-    return _count(store, messages, f"ix_{messages.name}_failed", is_failed(messages), recent)
+    return _count(store, messages, is_failed(messages), recent)
 
 
-def count_unfilled(store: Store, older_than: timedelta | None = None) -> Count:
-    """Rows that nothing has filled in; with *older_than* only those that have been so for as long."""
+def count_unfilled(store: Store, older_than: timedelta | None = None) -> int:
+    """Return the number of rows that nothing has filled in and that are older than *older_than*."""
     users = store.users
     old = sa.true() if older_than is None else users.c.created_at < datetime.now(UTC) - older_than
-    return _count(store, users, f"ix_{users.name}_unfilled", is_unfilled(users), old)
+    return _count(store, users, is_unfilled(users), old)
 
 
-def count_users(store: Store) -> Count:
-    """Rows of ``users``, tombstones among them."""
-    return _count(store, store.users, f"ix_{store.users.name}_created_at_id")
+def count_users(store: Store) -> int:
+    """Return the number of users, including tombstones."""
+    return _count(store, store.users)
 
 
-def count_tombstones(store: Store) -> Count:
-    """Rows of users who are deleted, or were not found by a sync."""
-    users = store.users
-    return _count(store, users, f"ix_{users.name}_deleted", sa.not_(is_live(users)))
+def count_tombstones(store: Store) -> int:
+    """Return the number of users who were deleted, or not found by a sync."""
+    return _count(store, store.users, sa.not_(is_live(store.users)))
 
 
-def count_new_users(store: Store, since: datetime) -> Count:
-    """Rows made at *since* or later."""
-    return _count(store, store.users, None, store.users.c.created_at >= since)
+def count_new_users(store: Store, since: datetime) -> int:
+    """Return the number of users created since *since*."""
+    return _count(store, store.users, store.users.c.created_at >= since)
 
 
-def _count(
-    store: Store, table: sa.Table, index: str | None, *conditions: sa.ColumnElement[bool]
-) -> Count:
-    """
-    The rows of *table* that hold to *conditions*: counted, or estimated where there are many.
-
-    The estimate is PostgreSQL's own of *index*, whose condition they share. SQLite has none, and
-    counts them all.
-    """
-    counted: sa.Select[Any] = (
-        sa.select(sa.literal_column("1")).select_from(table).where(*conditions)
-    )
-    if store.database.dialect_name != "postgresql":
-        return Count(_count_rows(store, counted))
-    few = _count_rows(store, counted.limit(COUNTED + 1))
-    if few <= COUNTED:
-        return Count(few)
-    estimate = (
-        0 if index is None else int(store.database.execute(_ESTIMATE, {"index": index})[0][0])
-    )
-    return Count(max(few, estimate), is_exact=False)
-
-
-_ESTIMATE = sa.text(
-    "SELECT coalesce((SELECT reltuples FROM pg_class WHERE oid = to_regclass(:index)), 0)"
-)
-
-
-def _count_rows(store: Store, query: sa.Select[Any]) -> int:
-    [(count,)] = store.database.execute(sa.select(sa.func.count()).select_from(query.subquery()))
+def _count(store: Store, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
+    one: sa.ColumnElement[int] = sa.literal_column("1")
+    rows = sa.select(one).select_from(table).where(*conditions).limit(MAX_COUNT + 1)
+    query = sa.select(sa.func.count()).select_from(rows.subquery())
+    [(count,)] = store.database.execute(query)
     return int(count)

@@ -1,20 +1,25 @@
-"""What an operator asks about users and messages; it changes nothing."""
+"""Operators' queries about users and messages. They change nothing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from datetime import datetime
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
 
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
+from clerkhooks.store.reports import Cursor as Cursor
+from clerkhooks.store.reports import MessageReport as MessageReport
+from clerkhooks.store.reports import UserReport as UserReport
 
-SEARCHED = 20_000  # messages that one page is looked for among
+MAX_EXAMINED = 100_000
+"""How many rows one statement reads at most; more could take longer than a statement may."""
+Conditions = list[sa.ColumnElement[bool]]
 
 
 def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
@@ -27,96 +32,98 @@ def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
     return sa.and_(users.c.version_updated_at.is_(None), is_live(users))
 
 
-class Cursor(NamedTuple):
-    """Where a page ends, newest first: the time and the key of its last row."""
-
-    at: datetime
-    key: str
-
-    def __str__(self) -> str:
-        return f"{self.at.isoformat()},{self.key}"
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor:
-        """
-        What was printed with a page.
-
-        Raises:
-            ValueError: if it was not.
-        """
-        at, _, key = text.partition(",")
-        moment = datetime.fromisoformat(at)
-        try:
-            return cls(
-                (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC), key
-            )
-        except OverflowError:
-            raise ValueError("a time before the first or after the last") from None
+R = TypeVar("R", UserReport, MessageReport)
 
 
-@dataclass(frozen=True, slots=True)
-class UserReport:
-    """A whole row of ``users``. The version's times are in milliseconds."""
+class Page(NamedTuple, Generic[R]):
+    """
+    Rows, newest first, and the cursor of the next page.
 
-    id: str
-    email: str | None
-    name: str
-    image_url: str | None
-    is_online: bool
-    last_seen: datetime
-    created_at: datetime
-    updated_at: datetime
-    deleted_at: datetime | None
-    version_updated_at: int | None
-    version_timestamp: int | None
-    version_message_id: str | None
+    If *is_cut*, MAX_EXAMINED rows were examined before the page was full.
+    """
 
-    @property
-    def cursor(self) -> Cursor:
-        """Where a page that ends with this row ends."""
-        return Cursor(self.created_at, self.id)
-
-    @property
-    def as_of(self) -> datetime | None:
-        """The time of the version that filled it; None where nothing did, or what did it named no time."""
-        if self.version_updated_at is None or self.version_updated_at < 0:
-            return None
-        return datetime.fromtimestamp(self.version_updated_at / 1000, UTC)
-
-    @property
-    def source(self) -> str:
-        """What made the row as it is."""
-        if self.version_updated_at is None:
-            return "first call" if self.deleted_at is None else "user.deleted"
-        if self.deleted_at is not None:
-            return "not found by a sync"
-        return "webhook" if self.version_message_id else "sync"
+    rows: list[R]
+    next: Cursor | None
+    is_cut: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReport:
-    """A whole row of ``webhook_messages``."""
+@dataclass(frozen=True)
+class _Listing(Generic[R]):
+    """Rows of a table that meet *conditions*, which an index serves, and *filters*, all others."""
 
-    message_id: str
-    event_type: str
-    clerk_user_id: str | None
-    outcome: str
-    attempts: int
-    occurred_at: datetime | None
-    received_at: datetime
-    processed_at: datetime | None
-    error: str | None
+    store: Store
+    report: type[R]
+    order: tuple[sa.Column[datetime], sa.Column[str]]
+    conditions: Conditions
+    filters: Conditions
 
-    @property
-    def cursor(self) -> Cursor:
-        """Where a page that ends with this row ends."""
-        return Cursor(self.received_at, self.message_id)
+    def read_page(self, before: Cursor | None, limit: int) -> Page[R]:
+        """Return up to *limit* rows after *before*, newest first."""
+        at, key = self.order
+        query = self.select().where(*self.conditions).order_by(at.desc(), key.desc())
+        if before is not None:
+            # The condition on the time is redundant, but an index on the time serves it.
+            query = query.where(at <= before.at, sa.tuple_(at, key) < self._literals(before))
+        end = self._find_end(query) if self.filters else None
+        if end is not None:
+            query = query.where(at >= end.at, sa.tuple_(at, key) >= self._literals(end))
+        rows = self.read(query.where(*self.filters).limit(limit + 1))
+        if len(rows) > limit:
+            return Page(rows[:limit], rows[limit - 1].cursor)
+        return Page(rows, end, is_cut=end is not None)
+
+    def read_all(self, before: Cursor | None, limit: int) -> list[R]:
+        """Return up to *limit* rows after *before*, newest first, from as many pages as needed."""
+        page = self.read_page(before, limit)
+        found = page.rows
+        while page.next is not None and len(found) < limit:
+            page = self.read_page(page.next, limit - len(found))
+            found += page.rows
+        return found
+
+    def select(self) -> sa.Select[Any]:
+        """Return a query of the report's columns."""
+        table = self.order[0].table
+        return sa.select(*(table.c[name] for name in self.report.__dataclass_fields__))
+
+    def read(self, query: sa.Select[Any]) -> list[R]:
+        """Return the rows of *query* as reports."""
+        return [self.report(**row._mapping) for row in self.store.database.execute(query)]
+
+    def _find_end(self, query: sa.Select[Any]) -> Cursor | None:
+        """Return the last of the MAX_EXAMINED rows to examine, or None if there are fewer."""
+        last = query.with_only_columns(*self.order).offset(MAX_EXAMINED - 1).limit(1)
+        rows: Sequence[Any] = self.store.database.execute(last)
+        return Cursor(*rows[0]) if rows else None
+
+    def _literals(self, cursor: Cursor) -> Any:
+        at, key = self.order
+        return sa.tuple_(sa.literal(cursor.at, at.type), sa.literal(cursor.key, key.type))
 
 
 def find_user(store: Store, user_id: str) -> UserReport | None:
-    """The row of a user."""
-    rows = _read(store, _select_users(store).where(store.users.c.id == user_id))
-    return UserReport(**rows[0]) if rows else None
+    """Return the row of a user."""
+    listing = _list_users(store)
+    rows = listing.read(listing.select().where(store.users.c.id == user_id))
+    return rows[0] if rows else None
+
+
+def read_user_page(
+    store: Store,
+    search: str | None = None,
+    *,
+    deleted: bool = False,
+    unsynced: bool = False,
+    before: Cursor | None = None,
+    limit: int = 50,
+) -> Page[UserReport]:
+    """
+    Return a page of users, newest first.
+
+    *search* is an id, a whole email, or the beginning of the name or of the part after the first
+    name. *deleted* selects tombstones, and *unsynced* rows that nothing has filled in.
+    """
+    return _list_users(store, search, deleted, unsynced).read_page(before, limit)
 
 
 def find_users(
@@ -128,26 +135,41 @@ def find_users(
     before: Cursor | None = None,
     limit: int = 50,
 ) -> list[UserReport]:
-    """
-    Users, newest first: those after the place *before*, which match *search*.
+    """Return up to *limit* users, selected as by ``read_user_page``, from the whole table."""
+    return _list_users(store, search, deleted, unsynced).read_all(before, limit)
 
-    That is an id, a whole email, or the beginning of a name or of what follows the first name.
-    *deleted*: tombstones only; *unsynced*: only rows that nothing has filled in. A search by name
-    reads the whole table.
-    """
-    users, query = store.users, _select_users(store)
-    if search:
-        query = query.where(_matches(store, search))
+
+def _list_users(
+    store: Store, search: str | None = None, deleted: bool = False, unsynced: bool = False
+) -> _Listing[UserReport]:
+    columns, text = store.users.c, (search or "").strip()
+    conditions: Conditions = []
+    filters: Conditions = []
     if deleted:
-        query = query.where(sa.not_(is_live(users)))
+        conditions.append(sa.not_(is_live(store.users)))
     if unsynced:
-        query = query.where(is_unfilled(users))
-    query = _newest_first(query, users.c.created_at, users.c.id, before)
-    return [UserReport(**row) for row in _read(store, query.limit(limit))]
+        conditions.append(is_unfilled(store.users))
+    if text.startswith("user_"):
+        conditions.append(columns.id == text)
+    elif "@" in text:
+        conditions.append(columns.email.in_((text, text.lower())))
+    elif text:
+        filters.append(_has_name(store, text))
+    order = (columns.created_at, columns.id)
+    return _Listing(store, UserReport, order, conditions, filters)
+
+
+def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
+    """Return the condition that the name, or the part after its first space, begins with *text*."""
+    name = store.users.c.name
+    beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
+    find = sa.func.strpos if store.database.dialect_name == "postgresql" else sa.func.instr
+    names = (name, sa.func.substr(name, find(name, " ") + 1))
+    return sa.or_(*(sa.func.lower(each).like(beginning, escape="/") for each in names))
 
 
 class Wanted(TypedDict, total=False):
-    """Which messages are asked for; what is None or absent does not matter."""
+    """The messages to list. A filter that is None or absent selects every message."""
 
     outcome: str | None
     user_id: str | None
@@ -155,19 +177,10 @@ class Wanted(TypedDict, total=False):
 
 
 def find_message(store: Store, message_id: str) -> MessageReport | None:
-    """A message."""
-    rows = _read(
-        store, sa.select(*store.messages.c).where(store.messages.c.message_id == message_id)
-    )
-    return MessageReport(**rows[0]) if rows else None
-
-
-class MessagePage(NamedTuple):
-    """Messages, newest first, and where the next page begins; one *is_cut* where the search for more was given up for now."""
-
-    messages: list[MessageReport]
-    next: Cursor | None
-    is_cut: bool = False
+    """Return a message."""
+    listing = _list_messages(store)
+    rows = listing.read(listing.select().where(store.messages.c.message_id == message_id))
+    return rows[0] if rows else None
 
 
 def read_message_page(
@@ -177,137 +190,47 @@ def read_message_page(
     before: Cursor | None = None,
     limit: int = 50,
     **wanted: Unpack[Wanted],
-) -> MessagePage:
-    """
-    Return a page of messages, newest first: after *before*, received at *since* or later.
-
-    What no index serves is looked for among the next 20,000 messages only, so that a page costs the
-    same in any table.
-    """
-    indexed = {
-        name: value
-        for name, value in wanted.items()
-        if name == "user_id" or value == Outcome.FAILED
-    }
-    others = {
-        name: value for name, value in wanted.items() if name not in indexed and value is not None
-    }
-    columns = store.messages.c
-    selected = _select_messages(store, cast("Wanted", indexed))
-    candidates = _newest_first(selected, columns.received_at, columns.message_id, before)
-    if since is not None:
-        candidates = candidates.where(columns.received_at >= since)
-    if not others:
-        found = [MessageReport(**row) for row in _read(store, candidates.limit(limit + 1))]
-        return MessagePage(found[:limit], found[limit - 1].cursor if len(found) > limit else None)
-    found, end = _look_among(store, candidates.limit(SEARCHED).cte("looked_at"), others, limit + 1)
-    if len(found) > limit:
-        return MessagePage(found[:limit], found[limit - 1].cursor)
-    return MessagePage(found, end.cursor if end else None, is_cut=end is not None)
-
-
-def _look_among(
-    store: Store, looked_at: sa.CTE, wanted: Mapping[str, object], limit: int
-) -> tuple[list[MessageReport], MessageReport | None]:
-    """Those that are *wanted*, and the last that was *looked_at* if there may be more behind it."""
-    # In one statement: a moment later newer messages have come, and the last would be another.
-    newest_first = _newest_first(
-        sa.select(*looked_at.c), looked_at.c.received_at, looked_at.c.message_id, None
-    )
-    matching = newest_first.where(*_conditions(store, looked_at.c, wanted)).limit(limit).subquery()
-    last = newest_first.offset(SEARCHED - 1).subquery()
-    both = sa.union_all(
-        sa.select(*matching.c, sa.false().label("is_last")), sa.select(*last.c, sa.true())
-    ).subquery()
-    rows = _read(
-        store, _newest_first(sa.select(*both.c), both.c.received_at, both.c.message_id, None)
-    )
-    reports = [
-        (row["is_last"], MessageReport(**{name: row[name] for name in row if name != "is_last"}))
-        for row in rows
-    ]
-    return [report for is_last, report in reports if not is_last], next(
-        (report for is_last, report in reports if is_last), None
-    )
+) -> Page[MessageReport]:
+    """Return a page of messages, newest first, received at *since* or later."""
+    return _list_messages(store, since, **wanted).read_page(before, limit)
 
 
 def find_messages(
     store: Store, *, since: datetime | None = None, limit: int = 50, **wanted: Unpack[Wanted]
 ) -> list[MessageReport]:
-    """The latest messages that are *wanted*, received at *since* or later, however far back they are; newest first."""
-    found: list[MessageReport] = []
-    cursor = None
-    while len(found) < limit:
-        page = read_message_page(
-            store, since=since, before=cursor, limit=limit - len(found), **wanted
-        )
-        found += page.messages
-        cursor = page.next
-        if cursor is None:
-            break
-    return found
+    """Return up to *limit* messages, received at *since* or later, from the whole log."""
+    return _list_messages(store, since, **wanted).read_all(None, limit)
 
 
 def find_new_messages(
     store: Store, since: datetime, watched: Sequence[str], **wanted: Unpack[Wanted]
 ) -> list[MessageReport]:
-    """Messages that are *wanted*, oldest first: those received at *since* or later, and those of the ids *watched*."""
-    columns = store.messages.c
+    """Return messages received at *since* or later, or with an id in *watched*, oldest first."""
+    columns, listing = store.messages.c, _list_messages(store, **wanted)
     recent = sa.or_(columns.received_at >= since, columns.message_id.in_(watched))
-    query = _select_messages(store, wanted).where(recent)
-    query = query.order_by(columns.received_at, columns.message_id)
-    return [MessageReport(**row) for row in _read(store, query)]
+    query = listing.select().where(recent, *listing.conditions, *listing.filters)
+    return listing.read(query.order_by(columns.received_at, columns.message_id))
 
 
-def _select_users(store: Store) -> sa.Select[Any]:
-    return sa.select(*(store.users.c[name] for name in UserReport.__dataclass_fields__))
-
-
-def _select_messages(store: Store, wanted: Wanted) -> sa.Select[Any]:
-    return sa.select(*store.messages.c).where(*_conditions(store, store.messages.c, wanted))
-
-
-def _conditions(
-    store: Store, columns: Any, wanted: Mapping[str, object]
-) -> Iterator[sa.ColumnElement[bool]]:
-    for name, value in wanted.items():
-        if value is not None:
-            yield (
-                is_failed(store.messages)
-                if value == Outcome.FAILED
-                else columns["clerk_user_id" if name == "user_id" else name] == value
-            )
-
-
-def _matches(store: Store, search: str) -> sa.ColumnElement[bool]:
-    """An id, a whole email, or the beginning of a name, told apart by their form."""
-    columns, text = store.users.c, search.strip()
-    if text.startswith("user_"):
-        return columns.id == text
-    if "@" in text:
-        return sa.or_(columns.email == text, columns.email == text.lower())
-    beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
-    find = sa.func.strpos if store.database.dialect_name == "postgresql" else sa.func.instr
-    names = (columns.name, sa.func.substr(columns.name, find(columns.name, " ") + 1))
-    return sa.or_(*(sa.func.lower(name).like(beginning, escape="/") for name in names))
-
-
-def _newest_first(
-    query: sa.Select[Any],
-    at: sa.ColumnElement[datetime],
-    key: sa.ColumnElement[str],
-    before: Cursor | None,
-) -> sa.Select[Any]:
-    query = query.order_by(at.desc(), key.desc())
-    if before is None:
-        return query
-    # The first condition says nothing new, but an index on the time alone serves it.
-    return query.where(
-        at <= before.at,
-        sa.tuple_(at, key)
-        < sa.tuple_(sa.literal(before.at, at.type), sa.literal(before.key, key.type)),
-    )
-
-
-def _read(store: Store, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    return [dict(row._mapping) for row in store.database.execute(query)]
+def _list_messages(
+    store: Store,
+    since: datetime | None = None,
+    outcome: str | None = None,
+    user_id: str | None = None,
+    event_type: str | None = None,
+) -> _Listing[MessageReport]:
+    columns = store.messages.c
+    conditions: Conditions = []
+    filters: Conditions = []
+    if since is not None:
+        conditions.append(columns.received_at >= since)
+    if user_id is not None:
+        conditions.append(columns.clerk_user_id == user_id)
+    if outcome == Outcome.FAILED:
+        conditions.append(is_failed(store.messages))
+    elif outcome is not None:
+        filters.append(columns.outcome == outcome)
+    if event_type is not None:
+        filters.append(columns.event_type == event_type)
+    order = (columns.received_at, columns.message_id)
+    return _Listing(store, MessageReport, order, conditions, filters)

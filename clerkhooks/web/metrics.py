@@ -210,7 +210,7 @@ def _from_database(store: Store) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "clerkhooks_users_unfilled",
         "Users without a profile: no webhook and no sync has filled in the row.",
-        unfilled.value,
+        unfilled,
     )
     if last is not None:
         silence = (datetime.now(UTC) - last).total_seconds()

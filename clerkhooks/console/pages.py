@@ -1,0 +1,253 @@
+"""The pages of the console."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from flask import Response, abort, request, url_for
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from sqlalchemy.exc import SQLAlchemyError
+
+from clerkhooks.clerk.events import is_user_id
+from clerkhooks.console import texts
+from clerkhooks.doctor import (
+    APPLICATION,
+    OUTSIDE_CHECKS,
+    SERVICE,
+    Finding,
+    Level,
+    Program,
+    diagnose,
+)
+from clerkhooks.doctor.database import judge_database
+from clerkhooks.errors import BadRequest, describe
+from clerkhooks.events import Outcome
+from clerkhooks.store import Store, activity, queries
+from clerkhooks.users import is_present
+from clerkhooks.web.problems import read_body
+from clerkhooks.web.state import annotate, current_state
+
+PAGE = 50
+LATEST = 20  # messages on a user's page
+MAX_SEARCH = 320  # characters
+DAY = timedelta(hours=24)
+PERIODS = {
+    "1h": timedelta(hours=1),
+    "24h": DAY,
+    "7d": timedelta(days=7),
+    "30d": timedelta(days=30),
+}
+SHOWN = ("all", "unfilled", "deleted")
+_SEVERITIES = (Level.ERROR, Level.WARNING, Level.OK, Level.SKIPPED)
+_HERE = Path(__file__).parent
+_CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".svg": "image/svg+xml; charset=utf-8"}
+
+
+def _make_environment() -> Environment:
+    """Make a template environment that an application's templates and filters cannot change."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.globals.update(
+        url_for=url_for,
+        ago=texts.ago,
+        duration=texts.duration,
+        moment=texts.moment,
+        number=texts.number,
+        max_count=activity.MAX_COUNT,
+    )
+    return environment
+
+
+_ENVIRONMENT: Final = _make_environment()
+
+
+def show_overview() -> Response:
+    """Show whether webhooks and the database work. It is a page also if the database is away."""
+    state, now = current_state(), datetime.now(UTC)
+    findings = judge_database(state.store, _find_program())
+    is_ready, figures = findings[0].level is not Level.ERROR, None
+    if is_ready:
+        figures = _read_figures(state.store, now)
+    else:
+        annotate(error=findings[0].code)
+    keys = texts.key_set(state.authenticator)
+    findings = _sort(findings)
+    return _render("overview", findings=findings, figures=figures, is_ready=is_ready, keys=keys)
+
+
+def show_checks() -> Response:
+    """Run the doctor's checks. Those that ask Clerk have a time limit of 5 s each."""
+    state, program = current_state(), _find_program()
+    findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
+    findings += judge_database(state.store, program)
+    return _render("checks", findings=_sort(findings))
+
+
+def list_messages() -> Response:
+    """Show messages, newest first."""
+    asked = {name: _read_argument(name) for name in ("outcome", "type", "user", "since")}
+    outcome, since = asked["outcome"], asked["since"]
+    if (outcome or Outcome.FAILED) not in activity.STORED or (since or "1h") not in PERIODS:
+        raise BadRequest("filter_malformed")
+    page = queries.read_message_page(
+        current_state().store,
+        outcome=outcome,
+        event_type=asked["type"],
+        user_id=asked["user"],
+        since=datetime.now(UTC) - PERIODS[since] if since else None,
+        before=_parse_cursor(_read_argument("after")),
+        limit=PAGE,
+    )
+    return _render("messages", page=page, asked=asked, outcomes=activity.STORED, periods=PERIODS)
+
+
+def show_message(message_id: str) -> Response:
+    """Show a message and its outcome."""
+    message = queries.find_message(current_state().store, _check_text(message_id))
+    return _render("message", message=message, message_id=message_id)
+
+
+def list_users() -> Response:
+    """Show users, newest first, or the users that were searched for."""
+    if request.method == "POST":
+        return _search_users()
+    shown = _read_argument("show") or "all"
+    if shown not in SHOWN:
+        raise BadRequest("filter_malformed")
+    page = queries.read_user_page(
+        current_state().store,
+        deleted=shown == "deleted",
+        unsynced=shown == "unfilled",
+        before=_parse_cursor(_read_argument("after")),
+        limit=PAGE,
+    )
+    return _render("users", page=page, search=None, choices=SHOWN, shown=shown)
+
+
+def _search_users() -> Response:
+    """
+    Show the users that match a form, or redirect to the only one.
+
+    The form is posted since platforms log URLs, and a name or email must not be in a log. It
+    changes nothing, so a form on another site does no harm.
+    """
+    form = parse_qs(read_body().decode("utf-8", "replace"))
+    search, after = (_check_text(form.get(name, [""])[0]).strip() for name in ("search", "after"))
+    search = search[:MAX_SEARCH]
+    if not search:
+        return _redirect(".list_users")
+    if is_user_id(search):
+        return _redirect(".show_user", user_id=search)
+    store, before = current_state().store, _parse_cursor(after)
+    page = queries.read_user_page(store, search, before=before, limit=PAGE)
+    if len(page.rows) == 1 and not before and not page.next:
+        return _redirect(".show_user", user_id=page.rows[0].id)
+    return _render("users", page=page, search=search, choices=SHOWN, shown=None)
+
+
+def show_user(user_id: str) -> Response:
+    """Show a user's row, the event that it comes from, and the latest messages about the user."""
+    if not is_user_id(user_id):
+        abort(404)
+    store = current_state().store
+    user, winner = queries.find_user(store, user_id), None
+    messages = queries.read_message_page(store, user_id=user_id, limit=LATEST)
+    if user is not None and user.version_message_id:
+        winner = queries.find_message(store, user.version_message_id)
+    return _render(
+        "user",
+        user=user,
+        user_id=user_id,
+        is_present=user is not None and is_present(user),
+        messages=messages,
+        winner=winner,
+    )
+
+
+def send_static(name: str) -> Response:
+    """Send a style sheet or an icon."""
+    file = _HERE / "static" / name
+    content_type = _CONTENT_TYPES.get(file.suffix)
+    if content_type is None or not file.is_file():
+        abort(404)
+    return Response(file.read_bytes(), content_type=content_type)
+
+
+def refuse_unknown(path: str) -> Response:
+    """Answer 404 for a path below the console, to a caller with the password only."""
+    del path
+    abort(404)
+
+
+def _find_program() -> Program:
+    return SERVICE if current_state().logs_requests else APPLICATION
+
+
+def _sort(findings: list[Finding]) -> list[Finding]:
+    """Return *findings*, the most severe first."""
+    return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.level))
+
+
+def _render(template: str, **context: object) -> Response:
+    page = _ENVIRONMENT.get_template(f"clerkhooks/{template}.html").render(
+        context,
+        endpoint=(request.endpoint or "").rpartition(".")[2],
+        after=_read_argument("after"),
+        command=_find_program().command,
+        now=datetime.now(UTC),
+    )
+    return Response(page, content_type="text/html; charset=utf-8")
+
+
+def _redirect(endpoint: str, **values: Any) -> Response:
+    return Response(status=303, headers={"Location": url_for(endpoint, **values)})
+
+
+def _read_figures(store: Store, now: datetime) -> dict[str, Any] | None:
+    """Return the overview's figures, or None if the database cannot answer now."""
+    try:
+        return _count(store, now)
+    except SQLAlchemyError as error:
+        annotate(error=describe(error))
+        return None
+
+
+def _count(store: Store, now: datetime) -> dict[str, Any]:
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    return {
+        "outcomes": activity.count_outcomes(store, now - DAY),
+        "lag": activity.find_lag(store, now - DAY),
+        "last": activity.find_last_received(store),
+        "failures": activity.count_failures(store),
+        "users": activity.count_users(store),
+        "tombstones": activity.count_tombstones(store),
+        "unfilled": activity.count_unfilled(store, timedelta(hours=1)),
+        "new": activity.count_new_users(store, midnight),
+    }
+
+
+def _read_argument(name: str) -> str | None:
+    return _check_text(request.args.get(name, "")).strip() or None
+
+
+def _parse_cursor(text: str | None) -> queries.Cursor | None:
+    try:
+        return queries.Cursor.parse(text) if text else None
+    except ValueError:
+        raise BadRequest("cursor_malformed") from None
+
+
+def _check_text(text: str) -> str:
+    """
+    Return *text*.
+
+    Raises:
+        BadRequest: no database can store it.
+    """
+    if "\0" in text:
+        raise BadRequest("filter_malformed")
+    return text
