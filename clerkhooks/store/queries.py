@@ -62,15 +62,17 @@ class _Listing(Generic[R]):
         at, key = self.order
         query = self.select().where(*self.conditions).order_by(at.desc(), key.desc())
         if before is not None:
-            # The condition on the time is redundant, but an index on the time serves it.
-            query = query.where(at <= before.at, sa.tuple_(at, key) < self._literals(before))
-        end = self._find_end(query) if self.filters else None
-        if end is not None:
-            query = query.where(at >= end.at, sa.tuple_(at, key) >= self._literals(end))
+            last = sa.literal(before.at, at.type), sa.literal(before.key, key.type)
+            query = query.where(sa.tuple_(at, key) < sa.tuple_(*last))
+        oldest = self._find_oldest(query) if self.filters else None
+        if oldest is not None:
+            query = query.where(at >= oldest)
         rows = self.read(query.where(*self.filters).limit(limit + 1))
         if len(rows) > limit:
             return Page(rows[:limit], rows[limit - 1].cursor)
-        return Page(rows, end, is_cut=end is not None)
+        if oldest is not None:
+            return Page(rows, Cursor(oldest, ""), is_cut=True)  # no key is before an empty one
+        return Page(rows, None)
 
     def read_all(self, before: Cursor | None, limit: int) -> list[R]:
         """Return up to *limit* rows after *before*, newest first, from as many pages as needed."""
@@ -90,15 +92,12 @@ class _Listing(Generic[R]):
         """Return the rows of *query* as reports."""
         return [self.report(**row._mapping) for row in self.store.database.execute(query)]
 
-    def _find_end(self, query: sa.Select[Any]) -> Cursor | None:
-        """Return the last of the MAX_EXAMINED rows to examine, or None if there are fewer."""
-        last = query.with_only_columns(*self.order).offset(MAX_EXAMINED - 1).limit(1)
-        rows: Sequence[Any] = self.store.database.execute(last)
-        return Cursor(*rows[0]) if rows else None
-
-    def _literals(self, cursor: Cursor) -> Any:
-        at, key = self.order
-        return sa.tuple_(sa.literal(cursor.at, at.type), sa.literal(cursor.key, key.type))
+    def _find_oldest(self, query: sa.Select[Any]) -> datetime | None:
+        """Return the time of the last of MAX_EXAMINED rows, or None if there are fewer."""
+        at, _ = self.order
+        times = query.with_only_columns(at).order_by(None).order_by(at.desc())
+        rows = self.store.database.execute(times.offset(MAX_EXAMINED - 1).limit(1))
+        return rows[0][0] if rows else None
 
 
 def find_user(store: Store, user_id: str) -> UserReport | None:
