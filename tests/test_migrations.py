@@ -37,7 +37,7 @@ def test_give_every_constraint_and_index_its_name(service: Service) -> None:
     assert names == {"users": "pk_users", "webhook_messages": "pk_webhook_messages"}
     assert indexes == {
         "ix_users_email",
-        "ix_users_created_at_id",
+        "ix_users_created_at",
         "ix_users_unfilled",
         "ix_users_deleted",
         "ix_webhook_messages_received_at",

@@ -200,9 +200,9 @@ def add_indexes(users: sa.Table) -> None:
     unfilled = sa.text("version_updated_at IS NULL AND deleted_at IS NULL")
     deleted = sa.text("deleted_at IS NOT NULL")
     wanted: dict[str, tuple[tuple[str, ...], sa.TextClause | None]] = {
-        "created_at_id": (("created_at", "id"), None),
+        "created_at": (("created_at",), None),
         "unfilled": (("created_at",), unfilled),
-        "deleted": (("created_at", "id"), deleted),
+        "deleted": (("created_at",), deleted),
     }
     present = {index.name for index in users.indexes}
     for suffix, (columns, where) in wanted.items():

@@ -33,11 +33,11 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_users"),
     )
     op.create_index("ix_users_email", "users", ["email"])
-    op.create_index("ix_users_created_at_id", "users", ["created_at", "id"])
+    op.create_index("ix_users_created_at", "users", ["created_at"])
     create_partial_index(
         "users", "unfilled", ["created_at"], "version_updated_at IS NULL AND deleted_at IS NULL"
     )
-    create_partial_index("users", "deleted", ["created_at", "id"], "deleted_at IS NOT NULL")
+    create_partial_index("users", "deleted", ["created_at"], "deleted_at IS NOT NULL")
     op.create_table(
         "webhook_messages",
         sa.Column("message_id", bytewise, nullable=False),
