@@ -659,7 +659,7 @@ def test_reports_how_far_back_it_searched(
             f"msg_{number}",
         )
     page = console.get("/console/messages?type=user.created").text
-    assert "No message so far matches." in page
+    assert "No match so far." in page
     assert "Searched back to" in page
     for _ in range(2):
         following = re.search(r'rel="next" href="([^"]*)"', page)
@@ -679,7 +679,7 @@ def test_reports_how_far_back_it_searched_users(
     for _ in range(4):
         console.service.deliver(user_event(clerk_id("user")))
     answer = console.search("grace")
-    assert "No user so far matches." in answer.text
+    assert "No match so far." in answer.text
     assert "Searched back to" in answer.text
     for _ in range(2):
         following = re.search(r'name="after" value="([^"]*)"', answer.text)

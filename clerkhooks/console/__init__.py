@@ -33,7 +33,7 @@ VIEWS: tuple[tuple[str, View, Sequence[str]], ...] = (
 
 
 def make_console() -> Blueprint:
-    """Make the console of an application that has CONSOLE_PASSWORD."""
+    """Make the blueprint of the console. Without CONSOLE_PASSWORD it admits nobody."""
     blueprint = Blueprint("console", __name__, url_prefix="/console")
     blueprint.before_request(check_password)
     blueprint.after_request(set_headers)
@@ -42,18 +42,22 @@ def make_console() -> Blueprint:
 
 
 class _AnyPath(BaseConverter):
-    """Matches any path. Flask's own converter refuses ``//x`` and line breaks."""
+    """Matches every path. Flask's converter ``path`` does not match ``/x`` or line breaks."""
 
     regex, part_isolating = r"[\s\S]+", False
 
 
 class _AnyRequest(Rule):
-    """A rule for every method and any path: a 404 of the application's needs no password."""
+    """
+    A rule without methods, whose path may use the converter ``anything``.
+
+    Otherwise Flask would answer 404 or 405 before the password is checked.
+    """
 
     def get_converter(
         self, variable_name: str, converter_name: str, args: tuple[Any, ...], kwargs: Any
     ) -> BaseConverter:
-        """Return the converter ``anything``, without adding it to the application's URL map."""
+        """Find ``anything`` here, so that it is not added to the application's URL map."""
         if converter_name == "anything":
             return _AnyPath(self.map)
         return super().get_converter(variable_name, converter_name, args, kwargs)
@@ -69,7 +73,7 @@ def _add_rules(setup: BlueprintSetupState) -> None:
 
 
 def _answer(view: Callable[P, Response], methods: Sequence[str]) -> Callable[P, Response]:
-    """Answer errors of *view* as problems, those of the database with a reason of their own."""
+    """Refuse all methods but *methods*, and answer errors of *view* as problems."""
 
     @answered
     @wraps(view)

@@ -66,7 +66,7 @@ _ENVIRONMENT: Final = _make_environment()
 
 
 def show_overview() -> Response:
-    """Show whether webhooks and the database work. It is a page also if the database is away."""
+    """Show whether webhooks and the database work, and figures if the database answers."""
     state, now = current_state(), datetime.now(UTC)
     findings = judge_database(state.store, _find_program())
     is_ready, figures = findings[0].level is not Level.ERROR, None
@@ -80,7 +80,7 @@ def show_overview() -> Response:
 
 
 def show_checks() -> Response:
-    """Run the doctor's checks. Those that ask Clerk have a time limit of 5 s each."""
+    """Run all checks of the doctor. Each question to Clerk has a time limit of 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
     findings += judge_database(state.store, program)
@@ -112,7 +112,7 @@ def show_message(message_id: str) -> Response:
 
 
 def list_users() -> Response:
-    """Show users, newest first, or the users that were searched for."""
+    """Show users, newest first; a posted form is a search."""
     if request.method == "POST":
         return _search_users()
     shown = _read_argument("show") or "all"
@@ -130,10 +130,10 @@ def list_users() -> Response:
 
 def _search_users() -> Response:
     """
-    Show the users that match a form, or redirect to the only one.
+    Show the users that match the posted form. If only one does, redirect to its page.
 
-    The form is posted since platforms log URLs, and a name or email must not be in a log. It
-    changes nothing, so a form on another site does no harm.
+    The search is not in the URL, since platforms log URLs and it may be a name or an email. A
+    forged form of another site is harmless: it changes nothing, and that site cannot read the page.
     """
     form = parse_qs(read_body().decode("utf-8", "replace"))
     search, after = (_check_text(form.get(name, [""])[0]).strip() for name in ("search", "after"))
@@ -178,7 +178,7 @@ def send_static(name: str) -> Response:
 
 
 def refuse_unknown(path: str) -> Response:
-    """Answer 404 for a path below the console, to a caller with the password only."""
+    """Answer 404 for any other path, so that it also needs the password."""
     del path
     abort(404)
 
@@ -188,7 +188,7 @@ def _find_program() -> Program:
 
 
 def _sort(findings: list[Finding]) -> list[Finding]:
-    """Return *findings*, the most severe first."""
+    """Return *findings*, most severe first."""
     return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.level))
 
 
@@ -243,10 +243,10 @@ def _parse_cursor(text: str | None) -> queries.Cursor | None:
 
 def _check_text(text: str) -> str:
     """
-    Return *text*.
+    Return *text* unchanged.
 
     Raises:
-        BadRequest: no database can store it.
+        BadRequest: *text* has a NUL character, which PostgreSQL refuses.
     """
     if "\0" in text:
         raise BadRequest("filter_malformed")

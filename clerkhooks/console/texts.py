@@ -1,4 +1,4 @@
-"""How the console's pages write numbers and times."""
+"""Numbers and times as text for the console's pages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
 def number(count: int) -> str:
-    """Write a number of rows, of which no more than MAX_COUNT are counted."""
+    """Format a number of rows. Counting stops above MAX_COUNT."""
     return f"{count:,}" if count <= MAX_COUNT else f"more than {MAX_COUNT:,}"
 
 
 def duration(seconds: float) -> str:
-    """Write a length of time in the unit that suits it: 40 ms, 2.5 s, 3 minutes."""
+    """Format a duration in a suitable unit: 40 ms, 2.5 s, 3 minutes."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(then: datetime, now: datetime) -> str:
-    """Write how long ago *then* was; a time by a clock that runs ahead may be in the future."""
+    """Format the time since *then*, which another clock may place in the future."""
     passed = int((now - then).total_seconds())
     if abs(passed) < 2:
         return "just now"
@@ -36,12 +36,12 @@ def ago(then: datetime, now: datetime) -> str:
 
 
 def moment(then: datetime) -> str:
-    """Write a point in time, in UTC."""
+    """Format a point in time, in UTC."""
     return f"{then.astimezone(UTC):%d %b %Y, %H:%M:%S}"
 
 
 def key_set(authenticator: Authenticator) -> tuple[str, str]:
-    """Return the state of the session keys as a level and in words."""
+    """Return the state of the session keys as a level and a text."""
     keys = authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         if keys.age is None:

@@ -15,7 +15,7 @@ from clerkhooks.store.messages import is_failed
 from clerkhooks.store.queries import MAX_EXAMINED, is_live, is_unfilled
 
 MAX_COUNT = MAX_EXAMINED
-"""A larger count means: more than MAX_COUNT."""
+"""Counting stops above this number."""
 STORED = (Outcome.APPLIED, Outcome.STALE, Outcome.IGNORED, Outcome.FAILED)
 LAG_SAMPLE = 1000  # messages
 
@@ -52,7 +52,11 @@ def find_last_received(store: Store) -> datetime | None:
 
 
 def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
-    """Return the number of messages of each outcome received since *since*, newest first."""
+    """
+    Return the number of messages of each outcome received since *since*.
+
+    If they are more than MAX_COUNT, only the newest are counted.
+    """
     columns = store.messages.c
     newest = (
         sa.select(columns.outcome)
@@ -67,14 +71,14 @@ def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
 
 
 def count_failures(store: Store, since: datetime | None = None) -> int:
-    """Return the number of messages that failed, if no retry has succeeded since."""
+    """Return the number of failed messages without a successful retry."""
     messages = store.messages
     recent = sa.true() if since is None else messages.c.received_at >= since
     return _count(store, messages, is_failed(messages), recent)
 
 
 def count_unfilled(store: Store, older_than: timedelta | None = None) -> int:
-    """Return the number of rows that nothing has filled in and that are older than *older_than*."""
+    """Return the number of rows older than *older_than* that nothing has filled in."""
     users = store.users
     old = sa.true() if older_than is None else users.c.created_at < datetime.now(UTC) - older_than
     return _count(store, users, is_unfilled(users), old)

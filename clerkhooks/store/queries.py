@@ -18,7 +18,7 @@ from clerkhooks.store.reports import MessageReport as MessageReport
 from clerkhooks.store.reports import UserReport as UserReport
 
 MAX_EXAMINED = 100_000
-"""How many rows one statement reads at most; more could take longer than a statement may."""
+"""The most rows that one statement reads. More could exceed the statement timeout."""
 Conditions = list[sa.ColumnElement[bool]]
 
 
@@ -28,7 +28,7 @@ def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
 
 
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition of a row that nothing has filled in."""
+    """Return the condition of a row that no event and no sync has filled in."""
     return sa.and_(users.c.version_updated_at.is_(None), is_live(users))
 
 
@@ -71,7 +71,7 @@ class _Listing(Generic[R]):
         if len(rows) > limit:
             return Page(rows[:limit], rows[limit - 1].cursor)
         if oldest is not None:
-            return Page(rows, Cursor(oldest, ""), is_cut=True)  # no key is before an empty one
+            return Page(rows, Cursor(oldest, ""), is_cut=True)  # every key sorts after an empty one
         return Page(rows, None)
 
     def read_all(self, before: Cursor | None, limit: int) -> list[R]:
@@ -120,7 +120,7 @@ def read_user_page(
     Return a page of users, newest first.
 
     *search* is an id, a whole email, or the beginning of the name or of the part after the first
-    name. *deleted* selects tombstones, and *unsynced* rows that nothing has filled in.
+    name. *deleted* selects tombstones, and *unsynced* rows that no event and no sync has filled in.
     """
     return _list_users(store, search, deleted, unsynced).read_page(before, limit)
 
