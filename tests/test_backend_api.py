@@ -64,6 +64,15 @@ def saying(text: bytes) -> Behaviour:
     return behave
 
 
+def dripping_headers(backend: Backend, request: BaseHTTPRequestHandler) -> None:
+    """Send a header one byte at a time, without an end."""
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    request.close_connection = True
+    while not backend.released.wait(0.01):
+        request.wfile.write(b"x")
+        request.wfile.flush()
+
+
 def failure_of(call: Callable[[], object]) -> BackendApiError:
     """Return what *call* raises."""
     with pytest.raises(BackendApiError) as caught:
@@ -244,6 +253,7 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "reset": (resetting, "api_unreachable"),
     "stalled": (stalling, "api_unreachable"),
     "dripping": (dripping, "api_unreachable"),
+    "dripping headers": (dripping_headers, "api_unreachable"),
     "no HTTP": (saying(b"SSH-2.0-OpenSSH\r\n\r\n"), "api_unreachable"),
     "truncated": (TRUNCATED, "answer_unusable"),
     "cut short": (CUT_SHORT, "answer_unusable"),
@@ -272,6 +282,17 @@ def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reaso
     assert len(backend.requests) < 30
 
 
+def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -> None:
+    """The deadline covers headers and body of each request, not only of a connection's first."""
+    with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
+        api.count_users()
+        for behaviour in (dripping_headers, dripping):
+            backend.behaviours, start = [behaviour], time.monotonic()
+            api.count_users()
+            assert 0.35 < time.monotonic() - start < 5
+    assert len(backend.requests) == 5
+
+
 def test_reports_a_refused_connection() -> None:
     """After some retries the API counts as unreachable."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -291,7 +312,7 @@ def test_limits_the_size_of_an_answer(
     api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit applies to the decompressed body."""
-    monkeypatch.setattr(backend_api, "LARGEST_ANSWER", 10_000)
+    monkeypatch.setattr(backend_api, "MAX_ANSWER", 10_000)
     backend.behaviours = [
         answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")
     ]

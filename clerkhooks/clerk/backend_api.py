@@ -1,4 +1,4 @@
-"""Clerk's Backend API, as far as reconciliation needs it: users by time, by ids, and whether one is gone."""
+"""A client for the part of Clerk's Backend API that reconciliation uses."""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlsplit
 
 import httpx
 import stamina
 
 from clerkhooks.clerk import strict_json
+from clerkhooks.clerk.download import Answer, Connection, Limits, TooLong, UnusableAnswer
 from clerkhooks.errors import BackendApiError
 
 T = TypeVar("T")
-PAGE = 500  # the most users of a page: a higher limit is silently answered with ten
-IDS = 100  # the most ids of a question
-ALLOWED = {
-    "sk_live_": 900,
-    "sk_test_": 90,
-}  # of 1,000 and 100 in ten seconds: the rest is the application's own
-WINDOW = 11.0  # seconds; Clerk counts in ten, but not every request is as long on its way
-PATIENCE = 120.0  # seconds until a call is given up
-LONGEST_PAUSE = 60.0  # seconds, also where Retry-After says more
-LARGEST_ANSWER = (
-    64 * 1024 * 1024
-)  # bytes; a page of 500 users with all the metadata that Clerk lets them have is half of it
-_CONNECT_TIMEOUT, _TIMEOUT = 5.0, 30.0
+PAGE = 500  # users on a page; Clerk silently answers a higher limit with ten
+IDS = 100  # the most ids that Clerk accepts in one request
+# Requests in ten seconds, of Clerk's 1,000 and 100: the rest is left to the application.
+ALLOWED = {"sk_live_": 900, "sk_test_": 90}
+WINDOW = 11.0  # seconds; Clerk counts in ten, but requests vary in how long they travel
+TIMEOUT = 30.0  # seconds without a byte; a whole exchange may take twice as long
+RETRY_TIMEOUT = 120.0  # seconds until a call gives up
+MAX_PAUSE = 60.0  # seconds, even if Retry-After says more
+MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice a page of users with all the metadata Clerk allows
 _NO_PARAMETERS: Mapping[str, Any] = {}
-# A retry that helps is no news: without any handler Python would print each to stderr.
+# Python would print each retry to stderr if no handler is configured.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 class RateLimit:
-    """Lets at most *allowed* requests begin in any *window* seconds, from however many threads."""
+    """Lets at most *allowed* requests begin in any *window* seconds, over all threads."""
 
     def __init__(
         self,
@@ -54,14 +52,14 @@ class RateLimit:
         self._guard = threading.Lock()
 
     def wait(self) -> None:
-        """Return once one more may begin."""
-        with self._guard:  # who waits holds it: nobody else could begin any sooner
+        """Wait until one more request may begin."""
+        with self._guard:  # held while waiting: no other thread could begin any sooner
             while (pause := self._free_at() - self._clock()) > 0:
                 self._sleep(pause)
             self._begun.append(self._clock())
 
     def hold(self, seconds: float) -> None:
-        """Let none begin for so long: what one thread was told is true for all of them."""
+        """Pause all threads: Retry-After applies to the key, not to the thread."""
         self._held_until = max(self._held_until, self._clock() + seconds)
 
     def _free_at(self) -> float:
@@ -69,14 +67,8 @@ class RateLimit:
         return max(self._held_until, self._begun[0] + self._window) if is_full else self._held_until
 
 
-class _Answer(NamedTuple):
-    status: int
-    headers: httpx.Headers
-    body: bytes
-
-
-class _Passing(BackendApiError):
-    """What may be over soon. *retry_after* is in seconds, where Clerk said it."""
+class _Temporary(BackendApiError):
+    """An error that may be over soon. *retry_after* is in seconds, or None if Clerk sent none."""
 
     def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
         super().__init__(reason, what)
@@ -87,9 +79,8 @@ class BackendApi:
     """
     A client that keeps within Clerk's rate limits and retries. Threads may share it.
 
-    Every method raises BackendApiError, at the latest some *patience* seconds later. *pace* scales
-    patience and all pauses, for tests, which are in a hurry; *timeout* (seconds) is how long the
-    API may be silent.
+    Every method raises BackendApiError, after *patience* seconds of retries at the latest. *pace*
+    scales patience and all pauses, so that tests take less time; *timeout* is in seconds.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests.
     """
@@ -99,26 +90,27 @@ class BackendApi:
         api_url: str,
         secret_key: str,
         *,
-        patience: float = PATIENCE,
+        patience: float = RETRY_TIMEOUT,
         pace: float = 1.0,
-        timeout: float = _TIMEOUT,
+        timeout: float = TIMEOUT,
     ) -> None:
-        self._client = httpx.Client(
-            base_url=f"{api_url}/v1",
-            headers={"Authorization": f"Bearer {secret_key}"},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
-            follow_redirects=False,
-            # To read the certificates takes a noticeable time, which plain HTTP to this machine has
-            # no use for.
-            verify=httpx.URL(api_url).scheme != "http",
+        # Loading the certificates takes 20 ms, so all connections share them.
+        is_plain = urlsplit(api_url).scheme == "http"
+        verify = False if is_plain else httpx.create_ssl_context()
+        self._connect: Callable[[], Connection] = lambda: Connection(
+            Limits(timeout, 2 * timeout, MAX_ANSWER),
+            {"Authorization": f"Bearer {secret_key}"},
+            verify=verify,
+            compressed=True,
         )
+        self._idle: list[Connection] = []
         self._rate_limit = RateLimit(
             ALLOWED.get(secret_key[:8], ALLOWED["sk_test_"]), WINDOW * pace
         )
-        self._patience, self._pace, self._timeout = patience, pace, timeout
+        self._url, self._patience, self._pace = f"{api_url}/v1", patience, pace
 
     def __enter__(self) -> Self:
-        """Connections are made when they are needed."""
+        """Return the client. Connections are opened when they are needed."""
         return self
 
     def __exit__(
@@ -127,11 +119,12 @@ class BackendApi:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close them."""
-        self._client.close()
+        """Close all connections."""
+        while self._idle:
+            self._idle.pop().close()
 
     def count_users(self) -> int:
-        """How many users there are."""
+        """Return the number of users."""
         counted = self._get("/users/count", _NO_PARAMETERS)
         count = counted.get("total_count") if isinstance(counted, dict) else None
         if not isinstance(count, int) or isinstance(count, bool):
@@ -140,36 +133,33 @@ class BackendApi:
 
     def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
         """
-        A page of users, oldest first, each as Clerk gives it.
+        Return a page of users, oldest first, unchanged.
 
-        With *created_at_after* (milliseconds) only those of later; Clerk does not say whether the
-        millisecond itself is among them.
+        *created_at_after* is in milliseconds; Clerk does not document whether it is inclusive.
         """
         bound = {} if created_at_after is None else {"created_at_after": created_at_after}
         return self._list({"limit": PAGE, "offset": offset, "order_by": "+created_at"} | bound)
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
-        """Those of at most a hundred users who exist, in any order."""
+        """Return those of at most a hundred users that exist, in any order."""
         if len(user_ids) > IDS:
             raise ValueError(f"Clerk takes {IDS} ids at a time.")
-        # Without ids Clerk lists everybody, and without a limit ten of those who were asked for.
+        # Without ids Clerk lists all users, and without a limit only ten of the requested ones.
         return self._list({"limit": IDS, "user_id": list(user_ids)}) if user_ids else []
 
     def is_gone(self, user_id: str) -> bool:
-        """Whether there is no such user, in Clerk's own words: the 404 of a proxy or of a wrong URL proves nothing."""
-        return self._patiently(
-            lambda: _judge_user(
-                self._send(f"/users/{quote(user_id, safe='')}", _NO_PARAMETERS), user_id
-            )
-        )
+        """
+        Return whether Clerk's own error code says that there is no such user.
+
+        The 404 of a proxy or of a wrong URL proves nothing.
+        """
+        path = f"/users/{quote(user_id, safe='')}"
+        return self._retry(lambda: _judge_user(self._send(path, _NO_PARAMETERS), user_id))
 
     def fetch_date(self) -> datetime | None:
-        """What the API's clock says, to the second, whatever else it answers; None where it does not say."""
-        return _parse_date(
-            self._patiently(lambda: self._send("/users/count", _NO_PARAMETERS)).headers.get(
-                "Date", ""
-            )
-        )
+        """Return the time of the API's clock, to the second; None if its answer has no date."""
+        answer = self._retry(lambda: self._send("/users/count", _NO_PARAMETERS))
+        return _parse_date(answer.headers.get("Date", ""))
 
     def _list(self, parameters: Mapping[str, Any]) -> list[Any]:
         users = self._get("/users", parameters)
@@ -178,9 +168,9 @@ class BackendApi:
         return users
 
     def _get(self, path: str, parameters: Mapping[str, Any]) -> Any:
-        return self._patiently(lambda: _judge(self._send(path, parameters)))
+        return self._retry(lambda: _judge(self._send(path, parameters)))
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
+    def _retry(self, ask: Callable[[], T]) -> T:
         attempts = stamina.retry_context(
             on=self._pause_after,
             attempts=None,
@@ -192,48 +182,49 @@ class BackendApi:
         for attempt in attempts:
             with attempt:
                 return ask()
-        raise AssertionError  # pragma: no cover  # the last attempt raises what it met
+        raise AssertionError  # pragma: no cover  # the last attempt raises its error
 
     def _pause_after(self, error: Exception) -> bool | float:
-        """Whether to try again, after a pause that grows; or after how many seconds."""
-        if not isinstance(error, _Passing):
+        """Return whether to retry with backoff, or after how many seconds."""
+        if not isinstance(error, _Temporary):
             return False
         if not error.retry_after:
             return True
-        pause = min(error.retry_after, LONGEST_PAUSE, self._patience) * self._pace
+        pause = min(error.retry_after, MAX_PAUSE, self._patience) * self._pace
         self._rate_limit.hold(pause)
         return pause
 
-    def _send(self, path: str, parameters: Mapping[str, Any]) -> _Answer:
+    def _send(self, path: str, parameters: Mapping[str, Any]) -> Answer:
         self._rate_limit.wait()
         try:
-            with self._client.stream("GET", path, params=parameters) as response:
-                return _Answer(response.status_code, response.headers, self._read(response))
-        # The library's own text is left out: it may quote what was sent or answered.
+            with self._borrow_connection() as connection:
+                return connection.get(f"{self._url}{path}", parameters)
+        except TooLong as error:
+            raise BackendApiError("answer_unusable", str(error)) from None
+        except UnusableAnswer as error:
+            raise _Temporary("answer_unusable", str(error)) from None
+        except TimeoutError as error:
+            raise _Temporary("api_unreachable", str(error)) from None
+        # The library's own text is left out: it may quote the request or the answer.
         except httpx.HTTPError as error:
-            raise _Passing("api_unreachable", f"did not answer ({type(error).__name__})") from None
+            what = f"did not answer ({type(error).__name__})"
+            raise _Temporary("api_unreachable", what) from None
 
-    def _read(self, response: httpx.Response) -> bytes:
-        """The whole body. Timeouts begin anew with each byte, so one that only drips is ended here."""
-        body, until = bytearray(), time.monotonic() + 2 * self._timeout
+    @contextmanager
+    def _borrow_connection(self) -> Iterator[Connection]:
+        """Yield an idle connection or a new one, for one thread at a time."""
         try:
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > LARGEST_ANSWER:
-                    raise BackendApiError(
-                        "answer_unusable", f"answered more than {LARGEST_ANSWER:,} bytes"
-                    )
-                if time.monotonic() > until:
-                    raise _Passing("api_unreachable", "did not answer in time")
-        except (httpx.RemoteProtocolError, httpx.DecodingError):
-            raise _Passing(
-                "answer_unusable", "sent an answer that was cut short or garbled"
-            ) from None
-        return bytes(body)
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            yield connection
+        finally:
+            self._idle.append(connection)
 
 
-def _judge(answer: _Answer) -> Any:
-    """What a good answer says."""
+def _judge(answer: Answer) -> Any:
+    """Return the content of a successful answer."""
     status, what = answer.status, f"answered {answer.status}"
     if status == 200:
         return _parse(answer.body)
@@ -242,27 +233,26 @@ def _judge(answer: _Answer) -> Any:
     if status == 403:
         raise BackendApiError("secret_key_forbidden", what)
     if status == 429:
-        raise _Passing("rate_limited", what, _parse_retry_after(answer.headers))
+        raise _Temporary("rate_limited", what, _parse_retry_after(answer.headers))
     if status >= 500:
-        raise _Passing("api_unreachable", what, _parse_retry_after(answer.headers))
+        raise _Temporary("api_unreachable", what, _parse_retry_after(answer.headers))
     raise BackendApiError("answer_unusable", what)
 
 
-def _judge_user(answer: _Answer, user_id: str) -> bool:
-    """Whether the user of that id is gone."""
+def _judge_user(answer: Answer, user_id: str) -> bool:
+    """Return whether *answer* proves that the user is gone, and not that it exists."""
     if answer.status == 404 and _is_not_found(answer.body):
         return True
     user = _judge(answer)
     if not isinstance(user, dict) or user.get("id") != user_id:
-        raise BackendApiError("answer_unusable", "did not answer with the user who was asked for")
+        raise BackendApiError("answer_unusable", "did not answer with the requested user")
     return False
 
 
 def _is_not_found(body: bytes) -> bool:
     try:
-        return any(
-            error["code"] == "resource_not_found" for error in strict_json.parse(body)["errors"]
-        )
+        errors = strict_json.parse(body)["errors"]
+        return any(error["code"] == "resource_not_found" for error in errors)
     except (ValueError, TypeError, KeyError):
         return False
 
@@ -271,11 +261,11 @@ def _parse(body: bytes) -> Any:
     try:
         return strict_json.parse(body)
     except ValueError:
-        raise _Passing("answer_unusable", "answered 200, but no whole JSON") from None
+        raise _Temporary("answer_unusable", "answered 200 without valid JSON") from None
 
 
 def _parse_retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds, from seconds or from a date; by the clock of whoever sent it."""
+    """Return seconds, from seconds or from a date, which is compared with the sender's clock."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])

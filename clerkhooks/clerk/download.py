@@ -1,0 +1,145 @@
+"""GET requests with a limit on the time of the whole exchange and on the size of the answer."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+
+_CONNECT_TIMEOUT = 5.0  # seconds
+
+
+class UnusableAnswer(Exception):
+    """An answer that cannot be used: cut short, garbled or too long."""
+
+
+class TooLong(UnusableAnswer):
+    """An answer with more bytes than allowed."""
+
+
+class Answer(NamedTuple):
+    """Any answer, whatever its status. Redirects are not followed."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """*silence* and *total* are in seconds, *size* is in bytes of the decompressed body."""
+
+    silence: float
+    total: float
+    size: int
+
+
+class Connection:
+    """
+    A connection that is kept between requests. Only one thread at a time may use it.
+
+    Without *compressed*, a compressed answer is returned as it is: decompressing a small body could
+    use any amount of memory.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        headers: Mapping[str, str],
+        *,
+        verify: ssl.SSLContext | bool = True,
+        compressed: bool = False,
+    ) -> None:
+        encoding = {} if compressed else {"Accept-Encoding": "identity"}
+        self._limits, self._compressed = limits, compressed
+        self._client = httpx.Client(
+            headers={**headers, **encoding},
+            timeout=httpx.Timeout(limits.silence, connect=min(limits.silence, _CONNECT_TIMEOUT)),
+            limits=httpx.Limits(max_connections=1),
+            follow_redirects=False,
+            verify=verify,
+        )
+        self._socket: socket.socket | None = None
+
+    def get(self, url: str, parameters: Mapping[str, Any] | None = None) -> Answer:
+        """
+        Return the answer to one request.
+
+        Raises:
+            TimeoutError: it took longer than the total.
+            httpx.HTTPError: there was no answer.
+            UnusableAnswer: the body was cut short, garbled or too long.
+        """
+        with (
+            self._deadline() as trace,
+            self._client.stream(
+                "GET", url, params=parameters, extensions={"trace": trace}
+            ) as response,
+        ):
+            return Answer(response.status_code, response.headers, self._read(response))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _read(self, response: httpx.Response) -> bytes:
+        body = bytearray()
+        try:
+            for piece in response.iter_bytes() if self._compressed else response.iter_raw():
+                body += piece
+                if len(body) > self._limits.size:
+                    raise TooLong(f"answered more than {self._limits.size:,} bytes")
+        except (httpx.RemoteProtocolError, httpx.DecodingError):
+            raise UnusableAnswer("sent an answer that was cut short or garbled") from None
+        return bytes(body)
+
+    @contextmanager
+    def _deadline(self) -> Iterator[Any]:
+        """
+        Shut the socket down after the total time; yields a trace function for httpx.
+
+        httpx' own timeouts start anew with each byte, so a trickling answer would never end.
+        """
+        expired = threading.Event()
+
+        def trace(event: str, info: Mapping[str, Any]) -> None:
+            if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+                self._socket = info["return_value"].get_extra_info("socket")
+                if expired.is_set():  # the timer fired while this one was connecting
+                    cut()
+
+        def cut() -> None:
+            expired.set()
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self._limits.total, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield trace
+        except (httpx.HTTPError, UnusableAnswer):
+            if not expired.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if expired.is_set():
+            raise TimeoutError("did not answer in time")
+
+
+def download(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
+    """Return the answer to a single request; raises what ``Connection.get`` raises."""
+    # Loading the certificates takes 20 ms, which plain HTTP to this machine does not need.
+    connection = Connection(limits, headers, verify=urlsplit(url).scheme != "http")
+    try:
+        return connection.get(url)
+    finally:
+        connection.close()
