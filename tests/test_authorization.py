@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clerkhooks.clerk.authorization import (
     MalformedClaims,
     Organization,
-    check_questions,
+    check_conditions,
     is_authorized,
     parse_organization,
 )
@@ -160,7 +160,7 @@ def test_refuses_an_impossible_question(
 ) -> None:
     """A question that no session can ever meet is a programming error."""
     with pytest.raises(error, match=names):
-        check_questions(questions)
+        check_conditions(questions)
 
 
 @pytest.mark.parametrize(
@@ -173,5 +173,5 @@ def test_refuses_an_impossible_question(
 )
 def test_accepts_documented_questions(questions: dict[str, Any]) -> None:
     """All forms in Clerk's documentation are valid."""
-    check_questions(questions)
+    check_conditions(questions)
     assert not is_authorized({}, **questions)

@@ -91,7 +91,7 @@ def test_refreshes_in_the_background_after_five_minutes(
 
 
 def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) -> None:
-    """They verify new tokens and remembered ones for twelve hours, and then nothing."""
+    """They verify tokens for twelve hours, and then none."""
     keys = fetched(FetchedKeys(issuer.url))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     issuer.behaviour, start = answering(b"", 500), clock.now
@@ -195,7 +195,7 @@ def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> 
 
 
 def test_drops_a_key_that_is_no_longer_published(issuer: Issuer) -> None:
-    """Clerk removes a key that leaked. Remembered tokens are refused with it."""
+    """Clerk removes a key that leaked. Tokens that it signed are refused then."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     verifier.verify(token, time.time())

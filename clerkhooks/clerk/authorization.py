@@ -1,22 +1,32 @@
-"""What a session may do: the answers of Clerk's own ``has()``, from the claims of a verified token."""
+"""Authorization: what Clerk's own ``has()`` answers for the claims of a verified token."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 Level = Literal["first_factor", "second_factor", "multi_factor"]
 Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """How lately which factors must have been verified, in Clerk's own names."""
+    """Which factors must have been verified within how many minutes, in Clerk's own names."""
 
     level: Level
     afterMinutes: float
+
+
+class Conditions(TypedDict, total=False):
+    """What ``has()`` and ``require_auth`` take. None is the same as an absent condition."""
+
+    role: str | None
+    permission: str | None
+    feature: str | None
+    plan: str | None
+    reverification: Preset | Reverification | None
 
 
 PRESETS: dict[str, Reverification] = {
@@ -37,12 +47,16 @@ _SCOPES = {"o": "o", "org": "o", "organization": "o", "u": "u", "user": "u"}
 
 
 class MalformedClaims(Exception):
-    """Claims whose shape Clerk's SDK does not bear: they authorize nothing."""
+    """Claims that Clerk's SDK rejects grant nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Organization:
-    """The active organization of a session. Role and permissions carry Clerk's prefix: ``org:admin``, ``org:invoices:read``."""
+    """
+    The active organization of a session.
+
+    Role and permissions have Clerk's prefix: ``org:admin``, ``org:invoices:read``.
+    """
 
     id: str
     slug: str | None
@@ -52,64 +66,58 @@ class Organization:
 
 def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
     """
-    The active organization, as either version of the claims tells it; None where there is none.
+    Return the active organization from claims of either version; None without one.
 
     Raises:
-        MalformedClaims: where Clerk's SDK throws.
+        MalformedClaims: Clerk's SDK throws.
 
     Source: Clerk, "Session tokens", default claims, versions 1 and 2.
     """
     if claims.get("v") == 2:
-        told = claims.get("o")
-        if _is_falsy(told):
+        packed = claims.get("o")
+        if _is_falsy(packed):
             return None
-        told = told if isinstance(told, dict) else {}
-        role = f"org:{told['rol']}" if isinstance(told.get("rol"), str) and told["rol"] else None
-        return _organization(told.get("id"), told.get("slg"), role, _permissions(claims, told))
+        packed = packed if isinstance(packed, dict) else {}
+        name = packed.get("rol")
+        role = f"org:{name}" if isinstance(name, str) and name else None
+        permissions = _unpack_permissions(claims, packed)
+        return _make_organization(packed.get("id"), packed.get("slg"), role, permissions)
     listed = claims.get("org_permissions")
-    permissions = (
-        tuple(text for text in listed if isinstance(text, str)) if isinstance(listed, list) else ()
-    )
-    return _organization(
+    listed = listed if isinstance(listed, list) else []
+    permissions = tuple(text for text in listed if isinstance(text, str))
+    return _make_organization(
         claims.get("org_id"), claims.get("org_slug"), claims.get("org_role"), permissions
     )
 
 
-def is_authorized(
-    claims: Mapping[str, Any],
-    *,
-    role: str | None = None,
-    permission: str | None = None,
-    feature: str | None = None,
-    plan: str | None = None,
-    reverification: Preset | Reverification | None = None,
-) -> bool:
+def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -> bool:
     """
-    Return whether the session meets every question, of which there must be one.
+    Return whether the session meets every condition, and there is at least one.
 
-    What is missing or malformed denies.
+    Missing or malformed claims deny.
+
+    Raises:
+        TypeError: there is no such condition.
 
     Source: @clerk/shared 4, createCheckAuthorization; Clerk, "Verify whether a user has access" and
     "Reverification".
     """
+    given = _drop_absent(conditions)
     try:
         organization = parse_organization(claims)
-        answers = [
-            role is None or _has_role(organization, role),
-            permission is None
-            or (organization is not None and _with_prefix(permission) in organization.permissions),
-            feature is None or _is_listed(claims.get("fea"), feature),
-            plan is None or _is_listed(claims.get("pla"), plan),
-            reverification is None or _is_fresh(claims.get("fva"), reverification),
-        ]
+        return bool(given) and all(
+            _CHECKS[name](claims, organization, value) for name, value in given.items()
+        )
     except MalformedClaims:
         return False
-    asked = (role, permission, feature, plan, reverification)
-    return all(answers) and any(question is not None for question in asked)
 
 
 def parse_factor_verification_age(claims: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Minutes since the first and the second factor were verified, -1 for one that is not set up; None if unknown."""
+    """
+    Return the minutes since the first and the second factor were verified; None if unknown.
+
+    -1 stands for a factor that is not set up.
+    """
     fva = claims.get("fva")
     if isinstance(fva, list) and len(fva) == 2 and all(map(_is_factor_age, fva)):
         return (fva[0], fva[1])
@@ -117,64 +125,68 @@ def parse_factor_verification_age(claims: Mapping[str, Any]) -> tuple[float, flo
 
 
 def parse_reverification(reverification: object) -> Reverification | None:
-    """A preset or an object in the long form; None if it is neither."""
+    """Return the long form of a preset or of an object; None if it is neither."""
     if isinstance(reverification, str):
         return PRESETS.get(reverification)
     if not isinstance(reverification, Mapping):
         return None
     level, after = reverification.get("level"), reverification.get("afterMinutes")
-    if (
-        level not in LEVELS
-        or isinstance(after, bool)
-        or not isinstance(after, int | float)
-        or not after > 0
-    ):
+    if level not in LEVELS or isinstance(after, bool) or not isinstance(after, int | float):
         return None
-    return {"afterMinutes": after, "level": level}
+    return {"afterMinutes": after, "level": level} if after > 0 else None
 
 
-def check_questions(questions: Mapping[str, Any]) -> dict[str, Any]:
+def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
     """
-    Return a copy of *questions*, refusing any that no session could ever meet.
+    Return a copy of *conditions* without absent ones.
 
     Raises:
-        TypeError: if one is of a wrong type. ValueError: if one is malformed, or asks for a system
-        permission, which Clerk puts into no token.
+        TypeError: there is no such condition, or it is of a wrong type.
+        ValueError: no session could ever meet it; Clerk puts system permissions into no token.
     """
-    return {
+    checked = {
         name: _check_reverification(value) if name == "reverification" else _check_name(name, value)
-        for name, value in questions.items()
+        for name, value in _drop_absent(conditions).items()
     }
+    return cast("Conditions", checked)
+
+
+def _drop_absent(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    for name in conditions:
+        if name not in _CHECKS:
+            raise TypeError(f"{name!r} is not a condition. Use {', '.join(_CHECKS)}.")
+    return {name: value for name, value in conditions.items() if value is not None}
 
 
 def _check_name(kind: str, value: object) -> str:
+    pattern, example = _FORMS[kind]
     if not isinstance(value, str):
-        raise TypeError(f"{kind} is a string, such as {_FORMS[kind][1]!r}; not {value!r}.")
-    if not re.fullmatch(_FORMS[kind][0], value):
+        raise TypeError(f"{kind} must be a string, such as {example!r}; not {value!r}.")
+    if not re.fullmatch(pattern, value):
         raise ValueError(
-            f"{kind} is a name such as {_FORMS[kind][1]!r}; not {value!r}. System permissions are in no token."
+            f"{kind} must be a name such as {example!r}; not {value!r}. "
+            "Clerk puts system permissions into no token."
         )
     return value
 
 
 def _check_reverification(value: object) -> object:
     wanted = parse_reverification(value)
-    if wanted is None or (
-        isinstance(value, Mapping)
-        and (set(value) != set(wanted) or not math.isfinite(wanted["afterMinutes"]))
-    ):
+    has_others = isinstance(value, Mapping) and wanted is not None and set(value) != set(wanted)
+    if wanted is None or has_others or not math.isfinite(wanted["afterMinutes"]):
         raise ValueError(
-            f"reverification is one of {', '.join(PRESETS)}, or a level and afterMinutes; not {value!r}."
+            f"reverification must be one of {', '.join(PRESETS)}, "
+            f"or a level and afterMinutes; not {value!r}."
         )
     return value if isinstance(value, str) else wanted
 
 
 def _is_falsy(value: object) -> bool:
-    """Whether JavaScript takes *value* for absent: unlike Python, not an empty list or object."""
+    """Return whether *value* is falsy in JavaScript: unlike Python, not an empty list or object."""
     return value is None or value is False or value in ("", 0)
 
 
-def _organization(
+def _make_organization(
     id_: object, slug: object, role: object, permissions: tuple[str, ...]
 ) -> Organization | None:
     if not isinstance(id_, str) or not id_:
@@ -187,31 +199,36 @@ def _organization(
     )
 
 
-def _permissions(claims: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, ...]:
-    """Version 2 packs permissions: ``fpm`` has a number for each organization-scoped feature, whose bits index ``per``."""
+def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) -> tuple[str, ...]:
+    """
+    Return the permissions of version 2.
+
+    ``per`` lists their names. ``fpm`` has a number for each feature of the organization, whose bits
+    are indices into ``per``.
+    """
     features = _split_by_scope(claims.get("fea"))["o"]
-    per, fpm = told.get("per"), told.get("fpm")
+    per, fpm = packed.get("per"), packed.get("fpm")
     if _is_falsy(per) or _is_falsy(fpm):
         return ()
     if not isinstance(per, str) or not isinstance(fpm, str):
         raise MalformedClaims
     names = [name.strip() for name in per.split(",")]
-    # A feature beyond the map, and a number that is none, give nothing.
-    packed = [
-        int(bits) if re.fullmatch("[0-9]{1,4000}", bits) else 0
-        for bits in map(str.strip, fpm.split(","))
-    ]
-    pairs = zip(features, packed, strict=False)
+    # Features without a number, and numbers that are malformed, grant nothing.
     return tuple(
         f"org:{feature}:{name}"
-        for feature, bits in pairs
+        for feature, bits in zip(features, map(_parse_bits, fpm.split(",")), strict=False)
         for at, name in enumerate(names)
         if bits >> at & 1
     )
 
 
+def _parse_bits(text: str) -> int:
+    digits = text.strip()
+    return int(digits) if re.fullmatch("[0-9]{1,4000}", digits) else 0
+
+
 def _split_by_scope(listed: object) -> dict[str, list[str]]:
-    """``o:dashboard,u:ai,ou:teams`` as what the organization has and what the user has."""
+    """Return the values of ``o:dashboard,u:ai,ou:teams`` for the organization and for the user."""
     found: dict[str, list[str]] = {"o": [], "u": []}
     if _is_falsy(listed):
         return found
@@ -226,24 +243,25 @@ def _split_by_scope(listed: object) -> dict[str, list[str]]:
     return found
 
 
-def _is_listed(listed: object, asked: str) -> bool:
-    """Whether a feature or plan is in a claim; ``org:`` or ``user:`` before it asks in that scope alone."""
+def _is_listed(listed: object, wanted: str) -> bool:
+    """Return whether a claim lists *wanted*; ``org:`` or ``user:`` restricts it to that scope."""
     if not isinstance(listed, str) or not listed:
         return False
     found = _split_by_scope(listed)
-    first, colon, rest = asked.partition(":")
+    first, colon, rest = wanted.partition(":")
     if not colon:
-        return asked in found["o"] or asked in found["u"]
+        return wanted in found["o"] or wanted in found["u"]
     scope = _SCOPES.get(first)
     return scope is not None and (rest.partition(":")[0] or first) in found[scope]
 
 
 def _has_role(organization: Organization | None, role: str) -> bool:
-    return (
-        organization is not None
-        and organization.role is not None
-        and _with_prefix(organization.role) == _with_prefix(role)
-    )
+    held = organization.role if organization is not None else None
+    return held is not None and _with_prefix(held) == _with_prefix(role)
+
+
+def _has_permission(organization: Organization | None, permission: str) -> bool:
+    return organization is not None and _with_prefix(permission) in organization.permissions
 
 
 def _with_prefix(text: str) -> str:
@@ -251,23 +269,28 @@ def _with_prefix(text: str) -> str:
 
 
 def _is_factor_age(age: object) -> bool:
-    return (
-        isinstance(age, int | float)
-        and not isinstance(age, bool)
-        and math.isfinite(age)
-        and (age == -1 or age >= 0)
-    )
+    if isinstance(age, bool) or not isinstance(age, int | float):
+        return False
+    return math.isfinite(age) and (age == -1 or age >= 0)
 
 
-def _is_fresh(fva: object, reverification: object) -> bool:
-    ages, wanted = parse_factor_verification_age({"fva": fva}), parse_reverification(reverification)
+def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
+    ages, wanted = parse_factor_verification_age(claims), parse_reverification(reverification)
     if ages is None or wanted is None or ages == (-1, -1):
         return False
     first, second = (age != -1 and wanted["afterMinutes"] > age for age in ages)
-    if (
-        wanted["level"] == "first_factor" or ages[1] == -1
-    ):  # without a second factor the first one stands in
+    # Without a second factor the first one replaces it.
+    if wanted["level"] == "first_factor" or ages[1] == -1:
         return first
     if wanted["level"] == "second_factor":
         return second
-    return first and second  # where the first factor is not set up, it cannot be fresh
+    return first and second  # a first factor that is not set up is never fresh
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any], Organization | None, Any], bool]] = {
+    "role": lambda _, organization, role: _has_role(organization, role),
+    "permission": lambda _, organization, name: _has_permission(organization, name),
+    "feature": lambda claims, _, feature: _is_listed(claims.get("fea"), feature),
+    "plan": lambda claims, _, plan: _is_listed(claims.get("pla"), plan),
+    "reverification": lambda claims, _, wanted: _is_fresh(claims, wanted),
+}

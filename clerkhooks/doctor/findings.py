@@ -13,10 +13,8 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
-import httpx
-
+from clerkhooks.clerk.download import Limits, download
 from clerkhooks.errors import Fault
 from clerkhooks.settings import ServiceSettings, Settings
 
@@ -103,12 +101,9 @@ class Case:
 def measure_clock(url: str) -> float:
     """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
     before = time.time()
-    verify = urlsplit(url).scheme != "http"
-    with httpx.stream(
-        "GET", url, timeout=TIMEOUT / 2, follow_redirects=False, verify=verify
-    ) as response:
-        after = time.time()
-        date = parsedate_to_datetime(response.headers["Date"])
+    answer = download(url, {}, Limits(TIMEOUT / 2, TIMEOUT, 1024 * 1024))
+    after = time.time()
+    date = parsedate_to_datetime(answer.headers["Date"])
     # The header has whole seconds only.
     return (before + after) / 2 - (date.replace(tzinfo=date.tzinfo or UTC).timestamp() + 0.5)
 

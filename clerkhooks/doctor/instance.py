@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.clerk.signing_keys import FetchedKeys, download, parse_key_set
+from clerkhooks.clerk.signing_keys import FetchedKeys, fetch_key_set
 from clerkhooks.doctor import findings
 from clerkhooks.doctor.findings import Case, Finding, Level, run_with_timeout
 from clerkhooks.errors import BackendApiError, describe
@@ -79,7 +79,7 @@ def _compare_keys(url: str, keys: Sequence[RSAPublicKey]) -> Finding:
 
 
 def _fetch_keys(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
-    return run_with_timeout(findings.TIMEOUT, lambda: parse_key_set(download(url, headers)))
+    return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
 
 
 def _count(keys: Sequence[object] | Mapping[str, object]) -> str:

@@ -1,0 +1,107 @@
+"""Finds the session token of a request, and the session and user that it proves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from flask import request
+
+from clerkhooks.clerk.session_tokens import Session
+from clerkhooks.errors import Forbidden, Unauthenticated
+from clerkhooks.web.state import Authenticator, annotate, current_state, request_state
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def sign_in(*, optional: bool) -> Session | None:
+    """
+    Authenticate the current request once, and keep its session and user in the request's state.
+
+    Raises:
+        Unauthenticated, Forbidden, KeysUnavailable: answered 401, 403 and 503.
+    """
+    state = request_state()
+    if not state.is_authenticated or (state.session is None and not optional):
+        session = _authenticate(optional=optional)
+        if session is not None:
+            annotate(user_id=session.user_id)
+            app = current_state()
+            state.user, created = app.users.get_authenticated(
+                session.user_id, impersonated=session.impersonated
+            )
+            state.session = session
+            if created and app.metrics is not None:
+                app.metrics.fallback_users.inc()
+        state.is_authenticated = True
+    return state.session
+
+
+def _authenticate(*, optional: bool) -> Session | None:
+    """
+    Return the session that the current request proves; None for an anonymous caller, if optional.
+
+    Raises:
+        Unauthenticated: ``token_missing``, or why the first token is not valid.
+        Forbidden: ``origin_not_authorized``: another site's page may have sent the cookie.
+        KeysUnavailable: there is no key to verify with, whether or not there is a token.
+    """
+    authenticator = current_state().authenticator
+    if not optional or request.headers.get("Authorization") or _has_cookie(authenticator):
+        authenticator.verifier.keys.require_any()
+    refused: Unauthenticated | None = None
+    for token, in_cookie in find_tokens(authenticator):
+        if in_cookie and not _has_own_origin(authenticator):
+            raise Forbidden("origin_not_authorized")
+        try:
+            return authenticator.verifier.verify(token, time.time(), in_cookie=in_cookie)
+        except Unauthenticated as error:
+            # Clerk's cookie outlives the token in it, so an expired one is not a sign of forgery.
+            is_anonymous = optional and in_cookie and error.reason == "token_expired"
+            refused = refused if is_anonymous else refused or error
+    if refused is not None:
+        raise refused
+    if not optional:
+        raise Unauthenticated("token_missing")
+    return None
+
+
+def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
+    """
+    Yield the session tokens of the current request, unverified, and whether each came in a cookie.
+
+    A bearer token wins over every cookie, even if it is bad. Another scheme does not hide the
+    cookies.
+    """
+    bearer = _find_bearer()
+    if bearer is not None:
+        yield bearer, False
+        return
+    for name in authenticator.cookie_names:
+        if cookie := request.cookies.get(name):
+            yield cookie, True
+
+
+def _find_bearer() -> str | None:
+    """
+    Return the bearer token of the current request, or None if its authorization has another scheme.
+
+    Raises:
+        Unauthenticated: ``token_missing``; the scheme is Bearer, and no token follows.
+    """
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    if not token:
+        raise Unauthenticated("token_missing")
+    return token
+
+
+def _has_own_origin(authenticator: Authenticator) -> bool:
+    """Return whether a page of ours sent the request; safe methods need no such proof."""
+    origin = request.headers.get("Origin")
+    return request.method in SAFE_METHODS or origin in authenticator.authorized_parties
+
+
+def _has_cookie(authenticator: Authenticator) -> bool:
+    return any(request.cookies.get(name) for name in authenticator.cookie_names)
