@@ -22,7 +22,7 @@ FIRST_MILLISECOND = (
     10**11
 )  # a smaller time is in seconds: as milliseconds it would be before 1973-03-04
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def parse_snapshot(data: object) -> Snapshot:
 
 def storable(text: str) -> str:
     """*text*, cut and cleaned of what a database refuses."""
-    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
+    return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
 
 
 def storable_id(message_id: str) -> str:
@@ -184,7 +184,7 @@ def _text(value: object, length: int) -> str | None:
         not isinstance(value, str)
         or not value.strip()
         or len(value) > length
-        or _UNSTORABLE.search(value)
+        or UNSTORABLE.search(value)
     ):
         return None
     return value
@@ -192,4 +192,4 @@ def _text(value: object, length: int) -> str | None:
 
 def _name(value: object) -> str | None:
     # Not cut here: the name is cut once, when it is whole.
-    return value.strip() if isinstance(value, str) and not _UNSTORABLE.search(value) else None
+    return value.strip() if isinstance(value, str) and not UNSTORABLE.search(value) else None

@@ -1,4 +1,4 @@
-"""Verification of webhooks as Svix signs them."""
+"""Verification of webhooks that Svix signed."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from svix.webhooks import Webhook
+# The class that svix.webhooks wraps. Importing svix itself would load its whole API client, of
+# 16 MB and 0.2 s a process.
+from standardwebhooks.webhooks import Webhook
 
 from clerkhooks.errors import SignatureError
 
 HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
 TOLERANCE = 5 * 60  # seconds
-_BLANKS = " \t\n\v\f\r\xa0\ufeff"  # what JavaScript's trim() takes away from a header; Python's strip() takes more
+_BLANKS = " \t\n\v\f\r\xa0\ufeff"  # JavaScript's trim() removes these, Python's strip() more
 
 
 class SigningSecret:
-    """One secret of an endpoint, ready to sign with. Never shows itself."""
+    """One secret of an endpoint. Its repr does not show it."""
 
     def __init__(self, raw: bytes) -> None:
         self._webhook = Webhook(raw)
 
     def sign(self, message_id: str, timestamp: int, body: str) -> str:
-        """The base64 signature, without its version, of *body* sent at *timestamp* (seconds)."""
-        return self._webhook.sign(
-            message_id, datetime.fromtimestamp(timestamp, UTC), body
-        ).removeprefix("v1,")
+        """Return the base64 signature, without ``v1,``, of *body* sent at *timestamp* (seconds)."""
+        moment = datetime.fromtimestamp(timestamp, UTC)
+        return self._webhook.sign(message_id, moment, body).removeprefix("v1,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,12 @@ def verify_signature(
     headers: Mapping[str, str], body: bytes, secrets: Sequence[SigningSecret], now: float
 ) -> VerifiedMessage:
     """
-    The message, once one of its signatures matches one of *secrets*.
+    Return the message if one of its signatures matches one of *secrets*.
 
-    *headers* by lower-case name; *now* in seconds since the epoch.
+    *headers* have lower-case names; *now* is in seconds since the epoch.
 
     Raises:
-        SignatureError: for every way a stranger can get this wrong.
+        SignatureError: the message is not proven to come from Clerk; with the reason.
 
     Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend
     3.25.
@@ -58,14 +59,14 @@ def verify_signature(
         raise SignatureError("signature_headers_missing")
     attempt_timestamp = _verify_timestamp(timestamp, now)
     try:
-        # The text that was signed: JSON that was parsed and written again would be another.
+        # The signature is over this very text, not over its JSON parsed and written again.
         text = body.decode()
         expected = [secret.sign(message_id, attempt_timestamp, text).encode() for secret in secrets]
     except UnicodeError:
         raise SignatureError("body_not_utf8") from None
-    # svix's own verify() decodes base64 leniently, gives up at the first garbled signature,
-    # and takes no clock; so it signs here, and the texts are compared as Clerk's SDK does.
-    # No early exit: the time taken tells nothing of which secret or signature came close.
+    # The library's verify() decodes base64 leniently, raises at the first garbled signature, and
+    # takes no clock. So it only signs, and the texts are compared as Clerk's SDK does.
+    # No early exit: the time must not reveal which secret or signature came close.
     matches = [
         hmac.compare_digest(sent, own) for sent in _parse_signatures(signatures) for own in expected
     ]
@@ -75,7 +76,7 @@ def verify_signature(
 
 
 def _verify_timestamp(text: str, now: float) -> int:
-    # Digits only: "1e3", "NaN" and "1_000" are numbers to Python and nothing that Svix sends.
+    # Digits only: Python also reads "1e3", "NaN" and "1_000" as numbers, which Svix never sends.
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise SignatureError("timestamp_malformed")
     if abs(int(now) - int(text)) > TOLERANCE:
@@ -84,7 +85,7 @@ def _verify_timestamp(text: str, now: float) -> int:
 
 
 def _parse_signatures(header: str) -> list[bytes]:
-    """The v1 signatures of a header; other versions and garbage are passed over."""
+    """Return the v1 signatures of a header; other versions and garbage are skipped."""
     found = []
     for part in header.split(" "):
         version, _, rest = part.partition(",")

@@ -39,7 +39,7 @@ ONE = "user_" + "a" * 27
 BARE = """
 import cryptography.hazmat.primitives.asymmetric.rsa
 import dotenv, flask_cors, flask_migrate, flask_sqlalchemy
-import httpx, jwt, psycopg, sqlalchemy, svix.webhooks
+import httpx, jwt, psycopg, sqlalchemy, standardwebhooks
 from flask import Flask
 app = Flask("bare")
 @app.get("/healthz")
