@@ -142,7 +142,7 @@ def test_requires_a_session_inside_an_optional_blueprint(service: Service) -> No
 
 
 @pytest.mark.parametrize(
-    ("question", "enough"),
+    ("condition", "enough"),
     [
         ({"role": "org:admin"}, ADMIN),
         ({"permission": "org:notes:read"}, ADMIN),
@@ -152,10 +152,10 @@ def test_requires_a_session_inside_an_optional_blueprint(service: Service) -> No
     ],
 )
 def test_refuses_an_insufficient_session(
-    service: Service, question: dict[str, str], enough: dict[str, Any]
+    service: Service, condition: dict[str, str], enough: dict[str, Any]
 ) -> None:
     """401 without a session, 403 if ``has()`` is false, 200 if it is true."""
-    path = add_view(service, require_auth(**question))  # type: ignore[call-overload]
+    path = add_view(service, require_auth(**condition))  # type: ignore[call-overload]
     user_id = clerk_id("user")
     assert service.http.get(path).status_code == 401
     refused = service.call(user_id, path=path)

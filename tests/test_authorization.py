@@ -84,7 +84,7 @@ def test_denies_everything_if_the_sdk_throws(claims: dict[str, Any]) -> None:
     assert not session(odd).has(role="org:admin")
 
 
-def test_denies_an_empty_question() -> None:
+def test_denies_without_a_condition() -> None:
     """``has()`` without arguments is false."""
     assert not session(PRO).has()
 
@@ -127,18 +127,18 @@ def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
     assert (held.actor is None) or held.impersonated
     assert held.factor_verification_age is None or len(held.factor_verification_age) == 2
     _ = held.status
-    for question in (
+    for condition in (
         {"role": "org:admin"},
         {"permission": "org:notes:read"},
         {"feature": "notes"},
         {"plan": "pro"},
         {"reverification": "lax"},
     ):
-        assert held.has(**question) in (True, False)  # type: ignore[arg-type]
+        assert held.has(**condition) in (True, False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("questions", "error", "names"),
+    ("conditions", "error", "names"),
     [
         ({"role": 5}, TypeError, "role"),
         ({"permission": ["org:a:b"]}, TypeError, "permission"),
@@ -155,23 +155,39 @@ def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
         ({"reverification": 5}, ValueError, "level"),
     ],
 )
-def test_refuses_an_impossible_question(
-    questions: dict[str, Any], error: type[Exception], names: str
+def test_refuses_an_impossible_condition(
+    conditions: dict[str, Any], error: type[Exception], names: str
 ) -> None:
-    """A question that no session can ever meet is a programming error."""
+    """A condition that no session can ever meet is a programming error."""
     with pytest.raises(error, match=names):
-        check_conditions(questions)
+        check_conditions(conditions)
+
+
+def test_refuses_an_unknown_condition() -> None:
+    """A misspelt condition raises, even if it is None: ignoring it would grant too much."""
+    for misspelt in ({"rolle": "org:admin"}, {"role": "org:admin", "rolle": None}):
+        with pytest.raises(TypeError, match="'rolle' is not a condition"):
+            check_conditions(misspelt)
+        with pytest.raises(TypeError, match="'rolle' is not a condition"):
+            session(PRO).has(**misspelt)
+
+
+def test_ignores_absent_conditions() -> None:
+    """None is the same as leaving a condition out."""
+    assert check_conditions({"role": "admin", "plan": None}) == {"role": "admin"}
+    assert session(PRO).has(role="org:admin", permission=None, plan=None)
+    assert not session(PRO).has(role=None)
 
 
 @pytest.mark.parametrize(
-    "questions",
+    "conditions",
     [
         {"feature": "org:notes"},
         {"plan": "user:pro"},
         {"reverification": {"level": "multi_factor", "afterMinutes": 1.5}},
     ],
 )
-def test_accepts_documented_questions(questions: dict[str, Any]) -> None:
+def test_accepts_documented_conditions(conditions: dict[str, Any]) -> None:
     """All forms in Clerk's documentation are valid."""
-    check_conditions(questions)
-    assert not is_authorized({}, **questions)
+    check_conditions(conditions)
+    assert not is_authorized({}, **conditions)

@@ -1,4 +1,4 @@
-"""What is kept of Clerk's events."""
+"""Parsing of Clerk's events and user objects."""
 
 from __future__ import annotations
 

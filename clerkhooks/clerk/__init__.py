@@ -1,1 +1,1 @@
-"""What Clerk and Svix define: signatures, events and session tokens, free of Flask and of the database."""
+"""What Clerk and Svix define: signatures, events, session tokens, and Clerk's APIs."""

@@ -1,4 +1,4 @@
-"""Clerk's events: what a verified message says, reduced to what is kept of it."""
+"""Parsing of Clerk's events and user objects into what is stored of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from clerkhooks.events import Version
 
 EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
 NEW_USER = "New User"
-LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, the last that databases and Python know
-FIRST_MILLISECOND = (
-    10**11
-)  # a smaller time is in seconds: as milliseconds it would be before 1973-03-04
+LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, the last of Python's and of databases
+FIRST_MILLISECOND = 10**11  # in 1973; a smaller value is in seconds
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+"""Characters that databases refuse: NUL and lone surrogates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
-    What is kept of a Clerk user: every text fits its column and can be stored.
+    The stored part of a Clerk user. Every text fits its column and can be stored.
 
-    Each field is a column of ``users``; in a tombstone and before the first event all but the name
-    are None.
+    Each field is a column of ``users``. In a tombstone, and before the first event, all fields
+    except the name are None.
     """
 
     name: str
@@ -44,8 +43,7 @@ class ReceivedEvent:
     """
     An event of any type, before it is applied.
 
-    *user_id* is set for the events of a user. *profile* is then what Clerk keeps of the user, or
-    None if the user was deleted.
+    *user_id* is set for user events; *profile* is set for them unless the user was deleted.
     """
 
     message_id: str
@@ -59,7 +57,7 @@ class ReceivedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A user as the Backend API gave it. It ranks below every event of the same ``updated_at``."""
+    """A user from the Backend API. It ranks below every event of the same ``updated_at``."""
 
     user_id: str
     updated_at: int
@@ -68,21 +66,21 @@ class Snapshot:
 
     @property
     def version(self) -> Version:
-        """Comparable with those of events."""
+        """The version, which compares with those of events."""
         return Version(self.updated_at, 0, "")
 
 
 def is_user_id(value: object) -> bool:
-    """Whether *value* is a Clerk user id: ``user_`` and 1 to 64 base-62 characters."""
+    """Return whether *value* is a Clerk user id: ``user_`` and 1 to 64 base-62 characters."""
     return isinstance(value, str) and _USER_ID.fullmatch(value) is not None
 
 
 def parse_event(message: VerifiedMessage) -> ReceivedEvent:
     """
-    The event that *message* carries.
+    Return the event in *message*.
 
     Raises:
-        EventError: if it is no JSON object with a type, or a user event without a Clerk user id.
+        EventError: it is not a JSON object with a type, or is a user event without a user id.
 
     Source: Clerk, "Webhooks overview", structure of the payload.
     """
@@ -111,9 +109,9 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
     """
-    What is kept of a Clerk user object, whether from an event or from the Backend API.
+    Return the stored part of a user object from an event or from the Backend API.
 
-    A field that is null, empty, absent, of a wrong type, too long or not storable counts as absent.
+    A field that is null, empty, of a wrong type, too long or not storable counts as absent.
     """
     address = find_primary(data, "primary_email_address_id", "email_addresses")
     email = _text(address.get("email_address"), EMAIL_LENGTH)
@@ -128,11 +126,10 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
 
 def parse_snapshot(data: object) -> Snapshot:
     """
-    A user object of the Backend API.
+    Return the snapshot of a user object from the Backend API.
 
     Raises:
-        EventError: if it is not one, or does not say when it was updated, without which it cannot
-        be ranked.
+        EventError: it is not a user object, or has no ``updated_at`` to order it by.
     """
     if not isinstance(data, dict) or not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
@@ -143,12 +140,12 @@ def parse_snapshot(data: object) -> Snapshot:
 
 
 def storable(text: str) -> str:
-    """*text*, cut and cleaned of what a database refuses."""
+    """Return *text*, truncated, with characters replaced that a database refuses."""
     return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
 
 
 def storable_id(message_id: str) -> str:
-    """*message_id*, or where a database would refuse it, its beginning and its digest: no two may become one."""
+    """Return *message_id*, or its start and its digest, which is unique, if it is not storable."""
     if storable(message_id) == message_id:
         return message_id
     digest = sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()
@@ -158,10 +155,8 @@ def storable_id(message_id: str) -> str:
 def _parse_version(
     payload: Mapping[str, Any], data: Mapping[str, Any], message_id: str, attempt_timestamp: int
 ) -> tuple[Version, datetime | None]:
-    updated_at, timestamp = (
-        milliseconds(data.get("updated_at")),
-        milliseconds(payload.get("timestamp")),
-    )
+    updated_at = milliseconds(data.get("updated_at"))
+    timestamp = milliseconds(payload.get("timestamp"))
     newest = timestamp if timestamp is not None else updated_at
     if newest is None:
         return Version(-1, attempt_timestamp * 1000, message_id), None
@@ -170,26 +165,21 @@ def _parse_version(
 
 
 def milliseconds(value: object) -> int | None:
-    """A time of Clerk's, or None for anything that is none."""
+    """Return *value* as milliseconds since the epoch, or None if it is not a timestamp."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if not 0 <= value <= LAST_MILLISECOND or value != int(value):
         return None
-    # Clerk's own examples give the envelope's time in seconds; its deliveries give milliseconds.
+    # Clerk's documented examples have the envelope's time in seconds, its deliveries in milliseconds.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
 
 
 def _text(value: object, length: int) -> str | None:
-    if (
-        not isinstance(value, str)
-        or not value.strip()
-        or len(value) > length
-        or UNSTORABLE.search(value)
-    ):
+    if not isinstance(value, str) or not value.strip() or len(value) > length:
         return None
-    return value
+    return None if UNSTORABLE.search(value) else value
 
 
 def _name(value: object) -> str | None:
-    # Not cut here: the name is cut once, when it is whole.
+    # Not truncated here: the complete name is, once.
     return value.strip() if isinstance(value, str) and not UNSTORABLE.search(value) else None

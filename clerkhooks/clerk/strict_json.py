@@ -1,4 +1,4 @@
-"""JSON as browsers read it: what JavaScript's JSON.parse refuses is refused here too."""
+"""Parsing of JSON that refuses what JavaScript's ``JSON.parse`` refuses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any, Never
 
 def parse(text: bytes | str) -> Any:
     """
-    The value that *text* stands for.
+    Return the value of *text*.
 
     Raises:
-        ValueError: for all that is not JSON in UTF-8, also for NaN and for nesting too deep to be
-        meant.
+        ValueError: it is not JSON in UTF-8, contains NaN or Infinity, or is nested too deeply.
 
     Source: RFC 8259.
     """
@@ -27,8 +26,7 @@ def _refuse_constant(name: str) -> Never:
 
 
 def _parse_int(digits: str) -> int | float:
-    # Python refuses to convert thousands of digits; JavaScript reads them as a float, and so does
-    # this.
+    # Python refuses to convert thousands of digits; JavaScript reads them as a float.
     return int(digits) if len(digits) < 300 else float(digits)
 
 

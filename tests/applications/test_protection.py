@@ -38,7 +38,7 @@ def above_a_route(app: Flask) -> None:
 
 
 def above_a_blueprints_route(app: Flask) -> None:
-    """The same on a blueprint, with a question."""
+    """The same on a blueprint, with a condition."""
     blueprint = Blueprint("secrets", __name__)
 
     @require_auth(role="org:admin")
