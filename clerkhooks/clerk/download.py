@@ -6,8 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -32,56 +31,46 @@ class Answer(NamedTuple):
     body: bytes
 
 
-@dataclass(frozen=True)
-class Limits:
-    """*silence* and *total* are in seconds, *size* is in bytes of the decompressed body."""
-
-    silence: float
-    total: float
-    size: int
-
-
 class Connection:
     """
     A connection that is kept between requests. Only one thread at a time may use it.
 
-    Without *compressed*, a compressed answer is returned as it is: decompressing a small body could
-    use any amount of memory.
+    *timeout* is in seconds and covers a whole exchange; *max_size* is in bytes of the body. Without
+    *compressed* a body is never decompressed, as a small one could then use any amount of memory.
     """
 
     def __init__(
         self,
-        limits: Limits,
         headers: Mapping[str, str],
         *,
-        verify: ssl.SSLContext | bool = True,
+        timeout: float,
+        max_size: int,
         compressed: bool = False,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         encoding = {} if compressed else {"Accept-Encoding": "identity"}
-        self._limits, self._compressed = limits, compressed
+        self._timeout, self._max_size, self._compressed = timeout, max_size, compressed
+        self._socket: socket.socket | None = None
         self._client = httpx.Client(
             headers={**headers, **encoding},
-            timeout=httpx.Timeout(limits.silence, connect=min(limits.silence, _CONNECT_TIMEOUT)),
+            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
             limits=httpx.Limits(max_connections=1),
             follow_redirects=False,
             verify=verify,
         )
-        self._socket: socket.socket | None = None
 
     def get(self, url: str, parameters: Mapping[str, Any] | None = None) -> Answer:
         """
         Return the answer to one request.
 
         Raises:
-            TimeoutError: it took longer than the total.
+            TimeoutError: it took too long.
             httpx.HTTPError: there was no answer.
             UnusableAnswer: the body was cut short, garbled or too long.
         """
         with (
-            self._deadline() as trace,
-            self._client.stream(
-                "GET", url, params=parameters, extensions={"trace": trace}
-            ) as response,
+            self._deadline() as extensions,
+            self._client.stream("GET", url, params=parameters, extensions=extensions) as response,
         ):
             return Answer(response.status_code, response.headers, self._read(response))
 
@@ -94,16 +83,16 @@ class Connection:
         try:
             for piece in response.iter_bytes() if self._compressed else response.iter_raw():
                 body += piece
-                if len(body) > self._limits.size:
-                    raise TooLong(f"answered more than {self._limits.size:,} bytes")
+                if len(body) > self._max_size:
+                    raise TooLong(f"answered more than {self._max_size:,} bytes")
         except (httpx.RemoteProtocolError, httpx.DecodingError):
             raise UnusableAnswer("sent an answer that was cut short or garbled") from None
         return bytes(body)
 
     @contextmanager
-    def _deadline(self) -> Iterator[Any]:
+    def _deadline(self) -> Iterator[dict[str, Any]]:
         """
-        Shut the socket down after the total time; yields a trace function for httpx.
+        Shut the socket down after the timeout; yields the extensions of the request.
 
         httpx' own timeouts start anew with each byte, so a trickling answer would never end.
         """
@@ -121,11 +110,11 @@ class Connection:
                 with suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
 
-        timer = threading.Timer(self._limits.total, cut)
+        timer = threading.Timer(self._timeout, cut)
         timer.daemon = True
         timer.start()
         try:
-            yield trace
+            yield {"trace": trace}
         except (httpx.HTTPError, UnusableAnswer):
             if not expired.is_set():
                 raise
@@ -135,11 +124,11 @@ class Connection:
             raise TimeoutError("did not answer in time")
 
 
-def download(url: str, headers: Mapping[str, str], limits: Limits) -> Answer:
-    """Return the answer to a single request; raises what ``Connection.get`` raises."""
+def download(url: str, headers: Mapping[str, str], *, timeout: float, max_size: int) -> Answer:
+    """Return the answer to a single request; see ``Connection``."""
     # Loading the certificates takes 20 ms, which plain HTTP to this machine does not need.
-    connection = Connection(limits, headers, verify=urlsplit(url).scheme != "http")
-    try:
+    verify = urlsplit(url).scheme != "http"
+    with closing(
+        Connection(headers, timeout=timeout, max_size=max_size, verify=verify)
+    ) as connection:
         return connection.get(url)
-    finally:
-        connection.close()

@@ -161,20 +161,18 @@ def parse_form(token: str) -> UnverifiedToken:
 
 def verify_header(header: Mapping[str, Any]) -> None:
     """Refuse OAuth, template and machine tokens, which the same key signs, and other algorithms."""
-    if header.get("typ", "JWT") != "JWT":
-        raise Unauthenticated("token_type_mismatch")
-    if header.get("alg") != "RS256":
-        raise Unauthenticated("token_algorithm_refused")
-    if header.get("cat", SESSION_CATEGORY) not in (SESSION_CATEGORY, ANY_CATEGORY):
-        raise Unauthenticated("token_category_mismatch")
-    if "crit" in header:  # RFC 7515, 4.1.11: an unknown critical parameter must be refused
-        raise Unauthenticated("token_header_critical")
+    _require(header.get("typ", "JWT") == "JWT", "token_type_mismatch")
+    _require(header.get("alg") == "RS256", "token_algorithm_refused")
+    category = header.get("cat", SESSION_CATEGORY)
+    _require(category in (SESSION_CATEGORY, ANY_CATEGORY), "token_category_mismatch")
+    # RFC 7515, 4.1.11: an unknown critical parameter must be refused.
+    _require("crit" not in header, "token_header_critical")
 
 
 def verify_signature(token: UnverifiedToken, keys: Sequence[RSAPublicKey]) -> None:
     """Verify RS256 with one of *keys*. A key in the token's own header is never used."""
-    if not any(_RS256.verify(token.signed, key, token.signature) for key in keys):
-        raise Unauthenticated("token_signature_mismatch")
+    verified = any(_RS256.verify(token.signed, key, token.signature) for key in keys)
+    _require(verified, "token_signature_mismatch")
 
 
 def verify_claims(
@@ -186,87 +184,47 @@ def verify_claims(
     Raises:
         Unauthenticated: with the reason, for the first claim that is not valid.
     """
-    verify_subject(claims)
-    verify_session_id(claims)
-    verify_expiry(claims, now)
-    verify_not_before(claims, now)
-    verify_issued_at(claims, now)
-    verify_issuer(claims, rules.issuers)
-    verify_audience(claims, rules.audience)
-    verify_authorized_party(claims, rules, in_cookie=in_cookie)
-    verify_status(claims)
-
-
-def verify_subject(claims: Mapping[str, Any]) -> None:
-    """Require a Clerk user id as ``sub``; a machine's begins with ``mch_``."""
-    if not is_user_id(claims.get("sub")):
-        raise Unauthenticated("token_subject_malformed")
-
-
-def verify_session_id(claims: Mapping[str, Any]) -> None:
-    """Require ``sid``: a template's token lacks it, and outlives the session."""
-    sid = claims.get("sid")
-    if not isinstance(sid, str) or not sid:
-        raise Unauthenticated("token_session_missing")
-
-
-def verify_expiry(claims: Mapping[str, Any], now: float) -> None:
-    """Require an ``exp`` that is not past."""
-    if _parse_seconds(claims, "exp") <= now - LEEWAY:
-        raise Unauthenticated("token_expired")
-
-
-def verify_not_before(claims: Mapping[str, Any], now: float) -> None:
-    """Refuse an ``nbf`` in the future."""
-    if "nbf" in claims and _parse_seconds(claims, "nbf") > now + LEEWAY:
-        raise Unauthenticated("token_not_active_yet")
-
-
-def verify_issued_at(claims: Mapping[str, Any], now: float) -> None:
-    """Require an ``iat`` that is not in the future."""
-    if _parse_seconds(claims, "iat") > now + LEEWAY:
-        raise Unauthenticated("token_issued_in_the_future")
-
-
-def verify_issuer(claims: Mapping[str, Any], issuers: frozenset[str]) -> None:
-    """Require an ``iss`` of our instance: instances may share a key."""
-    iss = claims.get("iss")
-    if issuers and not (isinstance(iss, str) and iss in issuers):
-        raise Unauthenticated("token_issuer_mismatch")
-
-
-def verify_audience(claims: Mapping[str, Any], audience: frozenset[str]) -> None:
-    """Require one of *audience* in ``aud``, if the token has one."""
-    aud = claims.get("aud")
-    if not audience or aud in (None, "", []):
-        return
-    values = aud if isinstance(aud, list) else [aud]
-    if audience.isdisjoint(value for value in values if isinstance(value, str)):
-        raise Unauthenticated("token_audience_mismatch")
+    # A machine's id begins with mch_. A template's token has no sid, and outlives the session.
+    _require(is_user_id(claims.get("sub")), "token_subject_malformed")
+    _require(isinstance(claims.get("sid"), str) and claims["sid"] != "", "token_session_missing")
+    _require(_parse_seconds(claims, "exp") > now - LEEWAY, "token_expired")
+    if "nbf" in claims:
+        _require(_parse_seconds(claims, "nbf") <= now + LEEWAY, "token_not_active_yet")
+    _require(_parse_seconds(claims, "iat") <= now + LEEWAY, "token_issued_in_the_future")
+    if rules.issuers:  # instances may share a key
+        _require(_is_one_of(claims.get("iss"), rules.issuers), "token_issuer_mismatch")
+    if rules.audience and claims.get("aud") not in (None, "", []):
+        _require(_has_audience(claims["aud"], rules.audience), "token_audience_mismatch")
+    if rules.authorized_parties or rules.native:
+        verify_authorized_party(claims, rules, in_cookie=in_cookie)
+    status = claims.get("sts", "active")  # a pending session counts as signed out
+    _require(status != "pending", "session_pending")
+    _require(status == "active", "session_status_unknown")
 
 
 def verify_authorized_party(
     claims: Mapping[str, Any], rules: TokenRules, *, in_cookie: bool
 ) -> None:
     """Require an ``azp`` of ours: a hijacked subdomain must not use its visitors' tokens."""
-    azp = claims.get("azp")
-    if not (rules.authorized_parties or rules.native):
-        return
-    if "azp" not in claims:
+    if "azp" in claims:
+        is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
+        _require(is_ours, "token_authorized_party_mismatch")
+    else:
         # Tokens of native apps and of the Backend API have none; a browser's cookie always has one.
-        if in_cookie or not rules.native:
-            raise Unauthenticated("token_authorized_party_missing")
-    elif not (isinstance(azp, str) and azp in rules.authorized_parties):
-        raise Unauthenticated("token_authorized_party_mismatch")
+        _require(rules.native and not in_cookie, "token_authorized_party_missing")
 
 
-def verify_status(claims: Mapping[str, Any]) -> None:
-    """Require ``sts`` to be active or absent. A pending session counts as signed out."""
-    status = claims.get("sts", "active")
-    if status != "active":
-        raise Unauthenticated(
-            "session_pending" if status == "pending" else "session_status_unknown"
-        )
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise Unauthenticated(reason)
+
+
+def _is_one_of(value: object, allowed: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in allowed
+
+
+def _has_audience(aud: object, audience: frozenset[str]) -> bool:
+    return any(_is_one_of(value, audience) for value in (aud if isinstance(aud, list) else [aud]))
 
 
 def _decode_base64url(part: str) -> bytes:
@@ -292,9 +250,8 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 
 def _parse_seconds(claims: Mapping[str, Any], name: str) -> int:
     """Return a NumericDate in whole seconds, truncated as in JavaScript; a string is refused."""
-    value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unauthenticated(f"token_{name}_malformed")
-    if not abs(value) <= LAST_SECOND:  # NaN compares false
+    value: Any = claims.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= LAST_SECOND:  # NaN compares false
         raise Unauthenticated(f"token_{name}_malformed")
     return int(value)

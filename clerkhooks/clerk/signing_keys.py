@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import RSAAlgorithm
 
 from clerkhooks.clerk import strict_json
-from clerkhooks.clerk.download import Limits, download
+from clerkhooks.clerk.download import download
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
 logger = logging.getLogger(__name__)
@@ -25,27 +25,6 @@ MAX_ANSWER = 256 * 1024  # bytes; Clerk's is some 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
 COOLDOWN = 30.0  # seconds between two fetches, also after a failed one
 KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another good answer
-
-
-class SigningKeys(Protocol):
-    """Where a verifier finds keys."""
-
-    def require_any(self) -> None:
-        """
-        Wait for the first key if there is none yet.
-
-        Raises:
-            KeysUnavailable: there is no usable key.
-        """
-
-    def find(self, kid: object) -> Sequence[RSAPublicKey]:
-        """
-        Return the keys that may have signed a token with the header parameter *kid*.
-
-        Raises:
-            Unauthenticated: ``unknown_key``.
-            KeysUnavailable: there is no usable key at all.
-        """
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,13 @@ class FetchedKeys:
         return time.monotonic() - self._known.fetched_at if self._known.keys else None
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
-        """Return the key of that id, fetching it if it is unknown and the cooldown is over."""
+        """
+        Return the key with that id, fetching it if it is unknown and the cooldown is over.
+
+        Raises:
+            Unauthenticated: ``unknown_key``.
+            KeysUnavailable: there is no usable key at all.
+        """
         if time.monotonic() - self._known.fetched_at >= self.refresh_after:
             self.fetch_soon()
         self.require_any()
@@ -176,6 +161,10 @@ class FetchedKeys:
         self.on_fetch(is_current)
 
 
+SigningKeys = ConfiguredKeys | FetchedKeys
+"""Where a verifier finds keys."""
+
+
 def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
     """
     Return the RS256 keys at *url* by their ids.
@@ -184,7 +173,7 @@ def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKe
         ValueError: the status is not 200, or there is no such key.
         TimeoutError, httpx.HTTPError, UnusableAnswer: there is no usable answer in time.
     """
-    answer = download(url, headers, Limits(TIMEOUT, TIMEOUT, MAX_ANSWER))
+    answer = download(url, headers, timeout=TIMEOUT, max_size=MAX_ANSWER)
     if answer.status != 200:
         raise ValueError("not answered with 200")
     return parse_key_set(answer.body)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from clerkhooks.clerk.download import Limits, download
+from clerkhooks.clerk.download import download
 from clerkhooks.errors import Fault
 from clerkhooks.settings import ServiceSettings, Settings
 
@@ -101,7 +101,7 @@ class Case:
 def measure_clock(url: str) -> float:
     """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
     before = time.time()
-    answer = download(url, {}, Limits(TIMEOUT / 2, TIMEOUT, 1024 * 1024))
+    answer = download(url, {}, timeout=TIMEOUT / 2, max_size=1024 * 1024)
     after = time.time()
     date = parsedate_to_datetime(answer.headers["Date"])
     # The header has whole seconds only.
