@@ -490,43 +490,6 @@ def test_keeps_the_rate_over_all_threads() -> None:
     assert max(began) - min(began) >= 0.14
 
 
-def test_reads_the_clock_of_the_api(api: BackendApi, backend: Backend) -> None:
-    """Any answer has a date, even one that refuses the key."""
-    for behaviour in (None, refusing(401, "clerk_key_invalid"), answering(500), limiting(5)):
-        backend.behaviours = [behaviour] if behaviour else []
-        moment = api.fetch_date()
-        assert moment is not None
-        assert abs((moment - datetime.now(UTC)).total_seconds()) < 5
-    assert len(backend.requests) == 4
-
-
-@pytest.mark.parametrize(
-    ("header", "moment"),
-    [
-        (b"", None),
-        (b"Date: yesterday\r\n", None),
-        (b"Date: Sun, 06 Nov 99999 08:49:37 GMT\r\n", None),
-        (b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n", datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)),
-        (
-            b"Date: Sun, 06 Nov 1994 08:49:37 -0000\r\n",
-            datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC),
-        ),
-    ],
-)
-def test_does_not_guess_a_missing_date(
-    api: BackendApi, backend: Backend, header: bytes, moment: datetime | None
-) -> None:
-    """A missing or malformed date is None; any other has a time zone."""
-    backend.behaviours = [saying(b"HTTP/1.1 200 OK\r\n" + header + b"Content-Length: 2\r\n\r\n[]")]
-    assert api.fetch_date() == moment
-
-
-def test_raises_if_no_date_can_be_read(api: BackendApi, backend: Backend) -> None:
-    """Without an answer there is no date."""
-    backend.always = hanging_up
-    assert failure_of(api.fetch_date).reason == "api_unreachable"
-
-
 BAD_BODY = b'{"errors": [{"code": "x", "message": "ada@example.org"}]}'
 LOUD: dict[str, Behaviour] = {
     "401": answering(401, BAD_BODY),

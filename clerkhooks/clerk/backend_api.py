@@ -163,11 +163,6 @@ class BackendApi:
         path = f"/users/{quote(user_id, safe='')}"
         return self._retry(lambda: _judge_user(self._send(path, _NO_PARAMETERS), user_id))
 
-    def fetch_date(self) -> datetime | None:
-        """Return the time of the API's clock, to the second; None if its answer has no date."""
-        answer = self._retry(lambda: self._send("/users/count", _NO_PARAMETERS))
-        return _parse_date(answer.headers.get("Date", ""))
-
     def _list(self, parameters: Mapping[str, Any]) -> list[Any]:
         users = self._get("/users", parameters)
         if not isinstance(users, list):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -51,6 +51,7 @@ class Connection:
         encoding = {} if compressed else {"Accept-Encoding": "identity"}
         self._timeout, self._max_size, self._compressed = timeout, max_size, compressed
         self._socket: socket.socket | None = None
+        self._is_expired = False
         self._client = httpx.Client(
             headers={**headers, **encoding},
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
@@ -68,11 +69,25 @@ class Connection:
             httpx.HTTPError: there was no answer.
             UnusableAnswer: the body was cut short, garbled or too long.
         """
-        with (
-            self._deadline() as extensions,
-            self._client.stream("GET", url, params=parameters, extensions=extensions) as response,
-        ):
-            return Answer(response.status_code, response.headers, self._read(response))
+        self._is_expired = False
+        timer = threading.Timer(self._timeout, self._cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            with self._client.stream(
+                "GET", url, params=parameters, extensions={"trace": self._trace}
+            ) as response:
+                answer = Answer(response.status_code, response.headers, self._read(response))
+        except (httpx.HTTPError, UnusableAnswer):
+            if not self._is_expired:
+                raise
+        finally:
+            timer.cancel()
+            timer.join()  # it must not cut the next exchange
+        # A body without a length ends with the connection, so it may look complete.
+        if self._is_expired:
+            raise TimeoutError("did not answer in time")
+        return answer
 
     def close(self) -> None:
         """Close the connection."""
@@ -89,39 +104,18 @@ class Connection:
             raise UnusableAnswer("sent an answer that was cut short or garbled") from None
         return bytes(body)
 
-    @contextmanager
-    def _deadline(self) -> Iterator[dict[str, Any]]:
-        """
-        Shut the socket down after the timeout; yields the extensions of the request.
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self._is_expired:  # the timer fired during the attempt to connect
+                self._cut()
 
-        httpx' own timeouts start anew with each byte, so a trickling answer would never end.
-        """
-        expired = threading.Event()
-
-        def trace(event: str, info: Mapping[str, Any]) -> None:
-            if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-                self._socket = info["return_value"].get_extra_info("socket")
-                if expired.is_set():  # the timer fired while this one was connecting
-                    cut()
-
-        def cut() -> None:
-            expired.set()
-            if self._socket is not None:
-                with suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-
-        timer = threading.Timer(self._timeout, cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield {"trace": trace}
-        except (httpx.HTTPError, UnusableAnswer):
-            if not expired.is_set():
-                raise
-        finally:
-            timer.cancel()
-        if expired.is_set():
-            raise TimeoutError("did not answer in time")
+    def _cut(self) -> None:
+        # httpx' own timeouts start anew with each byte, so a trickling answer would never end.
+        self._is_expired = True
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def download(url: str, headers: Mapping[str, str], *, timeout: float, max_size: int) -> Answer:

@@ -81,11 +81,6 @@ class Session:
         return self.claims.get("act") is not None
 
     @property
-    def status(self) -> str | None:
-        """``active``, or None if the instance does not send a status."""
-        return self.claims.get("sts")
-
-    @property
     def factor_verification_age(self) -> tuple[float, float] | None:
         """Minutes since each factor was verified, -1 for one that is not set up."""
         return parse_factor_verification_age(self.claims)

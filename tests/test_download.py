@@ -1,0 +1,66 @@
+"""Downloads end within their time, whatever the server and the resolver do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from clerkhooks.clerk.download import download
+from tests.issuer import HTTP, Behaviour, Issuer, answering, dripping
+
+GOOD = answering(b"{}")
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """An endpoint that releases stalled requests after ten seconds, so that no test can hang."""
+    with Issuer().open() as issuer:
+        release = threading.Timer(10, issuer.released.set)
+        release.daemon = True
+        release.start()
+        yield issuer
+        release.cancel()
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [dripping(HTTP + b"X: "), dripping(HTTP + b"\r\n{}"), dripping(b"HTTP/1.1 200 O")],
+    ids=["headers", "body without a length", "status line"],
+)
+def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
+    """A cut body without a length looks complete, and is refused as well."""
+    issuer.behaviour, start = behaviour, time.monotonic()
+    with pytest.raises(TimeoutError):
+        download(issuer.url, {}, timeout=0.2, max_size=1_000_000)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("behaviour", [GOOD, dripping(HTTP + b"X: ")], ids=["good", "trickling"])
+def test_counts_the_time_of_the_resolver(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
+) -> None:
+    """A connection that opens after the deadline is closed at once."""
+    resolve = socket.getaddrinfo
+
+    def resolve_slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.4)
+        return resolve(*arguments, **options)
+
+    issuer.behaviour, start = behaviour, time.monotonic()
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_slowly)
+    with pytest.raises(TimeoutError):
+        download(issuer.url, {}, timeout=0.1, max_size=1_000_000)
+    assert time.monotonic() - start < 5
+
+
+def test_follows_no_redirect(issuer: Issuer) -> None:
+    """The answer is returned with its status and headers."""
+    issuer.behaviour = answering(b"moved", 302, Location="/elsewhere")
+    answer = download(issuer.url, {"X-Test": "1"}, timeout=5, max_size=5)
+    assert (answer.status, answer.headers["Location"], answer.body) == (302, "/elsewhere", b"moved")
+    assert [headers["x-test"] for headers, _ in issuer.requests] == ["1"]
