@@ -168,7 +168,7 @@ def test_refuses_an_insufficient_session(
 
 
 def test_requests_reverification_in_clerks_format(service: Service) -> None:
-    """Clerk's front-end libraries act on the body. It is not sent if a role is missing as well."""
+    """Clerk's front-end libraries act on the body. A missing role is reported first."""
     plain = add_view(service, require_auth(reverification="strict"))
     both = add_view(
         service,
@@ -355,7 +355,7 @@ def test_leaves_the_transaction_to_the_view(service: Service) -> None:
 
 
 def test_queries_the_database_once(service: Service) -> None:
-    """A call of a known user who was seen recently costs one statement."""
+    """A call of a known, recently seen user costs one statement."""
     user_id = clerk_id("user")
     service.call(user_id)
     statements: list[None] = []

@@ -1,4 +1,4 @@
-"""Verification of session tokens: Clerk's checks in Clerk's order, never looser than its SDK."""
+"""Verification of session tokens: Clerk's checks and order, never looser than its SDK."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """None is looser here, and stricter ones have the reason that the record allows."""
+    """No verdict is looser here; stricter ones have a reason that the recorded case allows."""
     assert len(SDK["cases"]) == 400
     judged = [
         case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])
@@ -259,7 +259,7 @@ def test_accepts_deeply_nested_claims() -> None:
 
 
 def test_checks_in_clerks_order() -> None:
-    """Form, header, signature, claims: only a signed token is told about its claims."""
+    """Form, header, signature, claims: an unsigned token reveals no check of its claims."""
     header, payload, signature = token({"alg": "none"}, sub=5).split(".")
     assert reason_of(f"{header}.{payload}.A") == "token_malformed"
     assert reason_of(f"{header}.{payload}.AAAA") == "token_algorithm_refused"

@@ -55,7 +55,7 @@ def is_accepted(case: dict[str, Any]) -> bool:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """Of the SDK's recorded verdicts none is looser here, and only marked ones are stricter."""
+    """No verdict is looser than the SDK's recorded one, and only marked ones are stricter."""
     assert len(SDK["cases"]) == 300
     differing = [case for case in SDK["cases"] if is_accepted(case) is not case["accept"]]
     assert [case["name"] for case in differing if not case["accept"]] == []
@@ -271,7 +271,7 @@ def test_raises_nothing_but_its_own_error(headers: dict[str, str], body: bytes, 
     st.text(st.characters(codec="latin-1")),
     st.lists(texts),
 )
-def test_verifies_whatever_was_signed(body: str, message_id: str, garbage: list[str]) -> None:
+def test_verifies_anything_that_was_signed(body: str, message_id: str, garbage: list[str]) -> None:
     """Any body under any id verifies, with any garbage around its signature."""
     message_id = f"m{message_id}m"
     signatures = [*garbage, "v1," + SDK_SECRET.sign(message_id, NOW, body), *garbage]

@@ -91,7 +91,7 @@ def test_refreshes_in_the_background_after_five_minutes(
 
 
 def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) -> None:
-    """They verify tokens for twelve hours, and then none."""
+    """They verify tokens for twelve hours; then calls are answered 503."""
     keys = fetched(FetchedKeys(issuer.url))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     issuer.behaviour, start = answering(b"", 500), clock.now
@@ -137,7 +137,7 @@ def test_waits_out_the_cooldown_after_a_fetch(issuer: Issuer, clock: Clock, fail
 
 
 @pytest.mark.parametrize("behaviour", MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
-def test_keeps_good_keys_whatever_is_answered(
+def test_keeps_good_keys_after_any_bad_answer(
     issuer: Issuer,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,

@@ -182,7 +182,7 @@ def _check_reverification(value: object) -> object:
 
 
 def _is_falsy(value: object) -> bool:
-    """Return whether *value* is falsy in JavaScript: unlike Python, not an empty list or object."""
+    """Return whether *value* is falsy in JavaScript, where empty lists and objects are not."""
     return value is None or value is False or value in ("", 0)
 
 
@@ -228,7 +228,7 @@ def _parse_bits(text: str) -> int:
 
 
 def _split_by_scope(listed: object) -> dict[str, list[str]]:
-    """Return the values of ``o:dashboard,u:ai,ou:teams`` for the organization and for the user."""
+    """Return the values of ``o:dashboard,u:ai,ou:teams`` for organization and user."""
     found: dict[str, list[str]] = {"o": [], "u": []}
     if _is_falsy(listed):
         return found

@@ -1,4 +1,4 @@
-"""GET requests with a limit on the time of the whole exchange and on the size of the answer."""
+"""GET requests with limits on the time of the whole exchange and the size of the answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TooLong(UnusableAnswer):
 
 
 class Answer(NamedTuple):
-    """Any answer, whatever its status. Redirects are not followed."""
+    """An answer of any status. Redirects are not followed."""
 
     status: int
     headers: httpx.Headers

@@ -145,7 +145,7 @@ def storable(text: str) -> str:
 
 
 def storable_id(message_id: str) -> str:
-    """Return *message_id*, or its start and its digest, which is unique, if it is not storable."""
+    """Return *message_id*; if it is not storable, its start and a unique digest."""
     if storable(message_id) == message_id:
         return message_id
     digest = sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()

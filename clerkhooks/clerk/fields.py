@@ -1,4 +1,4 @@
-"""Declared columns: fields of Clerk's user object that an application keeps beside the profile."""
+"""Declared columns: fields of Clerk's user object that an application stores as well."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Field:
         Return the value in *data*, a user object, or None if it is absent.
 
         Raises:
-            Exception: whatever ``parse`` raises for a value that it does not expect.
+            Exception: any that ``parse`` raises, such as for a value that it does not expect.
         """
         value = _primary_phone_number(data) if self.path == PHONE_NUMBER else _walk(data, self.path)
         return value if value is None or self.parse is None else self.parse(value)

@@ -33,7 +33,7 @@ class SigningSecret:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedMessage:
-    """A message that Clerk sent. *attempt_timestamp* is in seconds and changes with every retry."""
+    """A message that Clerk sent. *attempt_timestamp* (seconds) changes with every retry."""
 
     message_id: str
     attempt_timestamp: int

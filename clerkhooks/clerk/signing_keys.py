@@ -1,4 +1,4 @@
-"""The keys of session tokens: configured, or fetched from Clerk and kept during its outages."""
+"""Keys of session tokens: configured, or fetched from Clerk and kept during outages."""
 
 from __future__ import annotations
 

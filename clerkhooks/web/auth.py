@@ -69,7 +69,7 @@ def find_cookie_names(settings: Settings) -> tuple[str, ...]:
 
 
 def fetch_keys_soon(app: Flask) -> None:
-    """Start fetching the keys before the first call needs them; configured keys need no fetch."""
+    """Start fetching the keys, unless they are configured, before the first call needs them."""
     keys = app.extensions[EXTENSION].authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         keys.fetch_soon()

@@ -16,7 +16,7 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 def sign_in(*, optional: bool) -> Session | None:
     """
-    Authenticate the current request once, and keep its session and user in the request's state.
+    Authenticate the current request once; store its session and user in the request state.
 
     Raises:
         Unauthenticated, Forbidden, KeysUnavailable: answered 401, 403 and 503.
@@ -39,7 +39,7 @@ def sign_in(*, optional: bool) -> Session | None:
 
 def _authenticate(*, optional: bool) -> Session | None:
     """
-    Return the session that the current request proves; None for an anonymous caller, if optional.
+    Return the session of the current request; None for an anonymous caller, if optional.
 
     Raises:
         Unauthenticated: ``token_missing``, or why the first token is not valid.
@@ -68,7 +68,7 @@ def _authenticate(*, optional: bool) -> Session | None:
 
 def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
     """
-    Yield the session tokens of the current request, unverified, and whether each came in a cookie.
+    Yield each unverified token of the current request, and whether it came in a cookie.
 
     A bearer token wins over every cookie, even if it is bad. Another scheme does not hide the
     cookies.
@@ -84,7 +84,7 @@ def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
 
 def _find_bearer() -> str | None:
     """
-    Return the bearer token of the current request, or None if its authorization has another scheme.
+    Return the bearer token of the current request, or None if there is another scheme.
 
     Raises:
         Unauthenticated: ``token_missing``; the scheme is Bearer, and no token follows.

@@ -1,5 +1,5 @@
 """
-Known vulnerabilities of token and webhook verification, one file each, named after the mistake.
+Known vulnerabilities of token and webhook verification, one file for each mistake.
 
 Each file cites where it was exploited, and runs the attack with real keys against production code.
 """

@@ -1,5 +1,5 @@
 """
-An attacker takes over an account through an email address that was reassigned or never verified.
+An attacker takes over an account by an email address, reassigned or never verified.
 
 Exploited in "Sign in with Microsoft" in 2023 ("nOAuth"). It affects every table that matches users
 by email.

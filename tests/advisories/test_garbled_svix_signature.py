@@ -1,5 +1,5 @@
 """
-A header holds a garbled signature beside a good one, as during the rotation of a secret.
+A header has a garbled signature beside a good one, as while a secret is rotated.
 
 Affects receivers that use svix's own ``verify()``: its base64 decoder raises, and the request ends
 in a 500.

@@ -1,5 +1,5 @@
 """
-A third party presents an OAuth access token that it holds for a user as that user's session.
+A third party presents its OAuth access token for a user as that user's session.
 
 Affects resource servers that ignore ``typ``: the third party can then do everything that the user
 can (RFC 9068, 5).
