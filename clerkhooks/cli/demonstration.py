@@ -1,210 +1,146 @@
-"""The main job, shown on a running server: each step is one HTTP request and the answer that it must get."""
+"""The demonstration of ``clerkhooks dev``: signed requests, and the answers they must get."""
 
 from __future__ import annotations
 
 import sqlite3
-import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
-from clerkhooks.cli.server import ask
+from clerkhooks.cli.options import mark, print_table
 
-STEP = 10  # milliseconds between the events of a person
-Row = tuple[str, str, str | None, str | None]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One request, the answer that it must get, and what a reader learns from it."""
-
-    says: str
-    expected: str
-    meaning: str
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes = b""
+_QUERY = "SELECT id, name, email, substr(deleted_at, 1, 19) FROM users ORDER BY created_at"
 
 
-@dataclass(frozen=True)
-class Person:
-    """Somebody who signs up: as Clerk knows them from the event of *signed_up* (milliseconds) on."""
+class Demonstration:
+    """Webhooks and API calls of three users, sent to the service at *url*, which trusts *clerk*."""
 
-    id: str
-    first_name: str
-    last_name: str
-    email: str
-    signed_up: int
+    def __init__(self, clerk: FakeClerk, url: str) -> None:
+        self.clerk, self.url = clerk, url
+        self.ada, self.grace, self.alan = (clerk_id("user") for _ in range(3))
+        self._start = int(time.time() * 1000) - 100
+        self._results: list[bool] = []
 
-    def event(self, event_type: str, steps: int = 0, **changes: str) -> bytes:
-        """The event of a profile as it was some *steps* after the sign-up."""
-        at = self.signed_up + steps * STEP
-        names: dict[str, Any] = {
-            "first_name": self.first_name,
-            "last_name": self.last_name,
-        } | changes
-        return event_body(
-            event_type, user_data(self.id, email=self.email, updated_at=at, **names), at
-        )
+    def run(self, database: Path) -> bool:
+        """Send all requests, check the rows in *database*; return whether every check passed."""
+        self._show_ordering()
+        self._show_first_call()
+        self._show_deletion()
+        self._show_table(database)
+        failed, total = self._results.count(False), len(self._results)
+        text = f"{failed} of {total} checks failed." if failed else f"All {total} checks passed."
+        click.secho(f"\n{mark(not failed)} {text}", fg="red" if failed else "green")
+        return not failed
 
-
-class Story:
-    """Ada, Grace and Alan, what happens to them, and the rows that must come of it."""
-
-    def __init__(self, clerk: FakeClerk) -> None:
-        self.clerk = clerk
-        start = int(time.time() * 1000) - 10 * STEP
-        self.ada = Person(clerk_id("user"), "Ada", "Byron", "ada@example.org", start)
-        self.grace = Person(clerk_id("user"), "Grace", "Hopper", "grace@example.org", start)
-        self.alan = Person(clerk_id("user"), "Alan", "Turing", "alan@example.org", start)
-
-    def rows(self) -> list[tuple[str, str, str | None, bool]]:
-        """Id, name, email and whether it is deleted, of every row in the end."""
+    def expected_rows(self) -> list[tuple[str, str, str | None, bool]]:
+        """Return id, name, email and whether the user is deleted, for every row at the end."""
         return [
-            (self.ada.id, "Ada Lovelace", self.ada.email, False),
-            (self.grace.id, "Grace Hopper", self.grace.email, False),
-            (self.alan.id, "Deleted User", None, True),
+            (self.ada, "Ada Lovelace", "ada@example.org", False),
+            (self.grace, "Grace Hopper", "grace@example.org", False),
+            (self.alan, "Deleted User", None, True),
         ]
 
-    def scenes(self) -> list[tuple[str, list[Step]]]:
-        """What happens, in order."""
-        return [
-            (
-                "Ada signs up. Clerk's webhooks come twice, late and forged, and her row stays right.",
-                self._ada(),
-            ),
-            ("Grace is faster than her webhook.", self._grace()),
-            ("Alan deletes his account, and that is final.", self._alan()),
-        ]
-
-    def _ada(self) -> list[Step]:
-        married = self.ada.event("user.updated", 5, last_name="Lovelace")
-        earlier = self.ada.event("user.updated", 3, last_name="King")
-        forged = self._webhook(
-            "user.updated, forged", "401 signature_mismatch", "a stranger gets nowhere", married
+    def _show_ordering(self) -> None:
+        _print_title("Ada signs up. Webhooks are repeated, late or forged; her row stays correct.")
+        created = self._user_event("user.created", self.ada, "Ada Byron")
+        renamed = self._user_event("user.updated", self.ada, "Ada Lovelace", 50)
+        older = self._user_event("user.updated", self.ada, "Ada King", 30)
+        headers = self.clerk.headers(renamed)
+        forged = FakeClerk(private_key=self.clerk.private_key).headers(renamed)
+        webhook = self._send_webhook
+        webhook("user.created", created, "200 applied", "the row is inserted")
+        webhook("user.updated", renamed, "200 applied", "the name changes", headers)
+        webhook("user.updated, repeated", renamed, "200 duplicate", "nothing changes", headers)
+        webhook("user.updated, older", older, "200 stale", "the newer name stays")
+        webhook(
+            "user.updated, forged", renamed, "401 signature_mismatch", "nothing changes", forged
         )
-        forged.headers["svix-signature"] = FakeClerk(private_key=self.clerk.private_key).headers(
-            married
-        )["svix-signature"]
-        message_id = clerk_id("msg")
-        return [
-            self._webhook(
-                "user.created", "200 applied", "Ada Byron has a row", self.ada.event("user.created")
-            ),
-            self._webhook(
-                "user.updated", "200 applied", "now she is Ada Lovelace", married, message_id
-            ),
-            self._webhook(
-                "user.updated, repeated",
-                "200 duplicate",
-                "each message is done once",
-                married,
-                message_id,
-            ),
-            self._webhook("user.updated, older", "200 stale", "the newer name stays", earlier),
-            forged,
-        ]
 
-    def _grace(self) -> list[Step]:
-        signed_up = self.grace.event("user.created")
-        return [
-            self._call(self.grace, "200 New User", "her first call makes the row"),
-            self._webhook("user.created", "200 applied", "the webhook fills it in", signed_up),
-            self._call(self.grace, "200 Grace Hopper", "and the API knows her"),
-        ]
+    def _show_first_call(self) -> None:
+        _print_title("Grace calls the API before her webhook arrives.")
+        created = self._user_event("user.created", self.grace, "Grace Hopper")
+        self._call_api(self.grace, "200 New User", "the call inserts the row")
+        self._send_webhook("user.created", created, "200 applied", "the webhook fills it in")
+        self._call_api(self.grace, "200 Grace Hopper", "the API returns her name")
 
-    def _alan(self) -> list[Step]:
-        signed_up, changed = (
-            self.alan.event("user.created"),
-            self.alan.event("user.updated", 2, first_name="Al"),
+    def _show_deletion(self) -> None:
+        _print_title("Alan deletes his account. The deletion is final.")
+        created = self._user_event("user.created", self.alan, "Alan Turing")
+        updated = self._user_event("user.updated", self.alan, "Al Turing", 20)
+        data = {"deleted": True, "id": self.alan, "object": "user"}
+        deleted = event_body("user.deleted", data, self._start)
+        webhook = self._send_webhook
+        webhook("user.created", created, "200 applied", "the row is inserted")
+        webhook("user.deleted", deleted, "200 applied", "name, email and image are erased")
+        webhook("user.updated, late", updated, "200 stale", "the user stays deleted")
+        self._call_api(self.alan, "401 user_deleted", "his session token is refused")
+
+    def _show_table(self, database: Path) -> None:
+        rows = read_rows(database)
+        actual = [(*row[:3], row[3] is not None) for row in rows]
+        self._results.append(actual == self.expected_rows())
+        _print_title("The users table:")
+        print_table(("id", "name", "email", "deleted_at"), rows)
+
+    def _user_event(self, event_type: str, user_id: str, name: str, after: int = 0) -> bytes:
+        """Return an event of a user; *after* is in milliseconds since the sign-up."""
+        first_name, last_name = name.split()
+        data = user_data(
+            user_id,
+            email=f"{first_name.lower()}@example.org",
+            first_name=first_name,
+            last_name=last_name,
+            updated_at=self._start + after,
         )
-        deletion = event_body(
-            "user.deleted",
-            {"deleted": True, "id": self.alan.id, "object": "user"},
-            self.alan.signed_up,
-        )
-        return [
-            self._webhook("user.created", "200 applied", "Alan Turing has a row", signed_up),
-            self._webhook(
-                "user.deleted", "200 applied", "name, email and image are erased", deletion
-            ),
-            self._webhook("user.updated, too late", "200 stale", "nothing revives him", changed),
-            self._call(self.alan, "401 user_deleted", "nor does a token that outlived him"),
-        ]
+        return event_body(event_type, data, self._start + after)
 
-    def _webhook(
-        self, says: str, expected: str, meaning: str, body: bytes, message_id: str | None = None
-    ) -> Step:
-        headers = self.clerk.headers(body, message_id)
-        return Step(f"webhook {says}", expected, meaning, "POST", "/webhooks/clerk", headers, body)
+    def _send_webhook(
+        self,
+        label: str,
+        body: bytes,
+        expected: str,
+        meaning: str,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        headers = headers or self.clerk.headers(body)
+        answer = self._request("POST", "/webhooks/clerk", headers, body)
+        self._report(f"webhook {label}", answer, expected, meaning)
 
-    def _call(self, person: Person, expected: str, meaning: str) -> Step:
-        headers = {"Authorization": f"Bearer {self.clerk.session_token(person.id)}"}
-        return Step("GET /api/me", expected, meaning, "GET", "/api/me", headers)
+    def _call_api(self, user_id: str, expected: str, meaning: str) -> None:
+        headers = {"Authorization": f"Bearer {self.clerk.session_token(user_id)}"}
+        self._report("GET /api/me", self._request("GET", "/api/me", headers), expected, meaning)
 
+    def _request(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> str:
+        """Return the status, and the outcome, reason or name; or why there is no answer."""
+        url = f"{self.url}{path}"
+        try:
+            response = httpx.request(
+                method, url, headers=headers, content=body, timeout=10, trust_env=False
+            )
+            answer: dict[str, Any] = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            return f"no answer ({type(error).__name__})"
+        told = [answer[key] for key in ("outcome", "reason", "name") if key in answer]
+        return " ".join([str(response.status_code), *told[:1]])
 
-def show(story: Story, port: int, database: Path) -> bool:
-    """Tell *story* to the server on *port*, print what happens, and say whether all of it was right."""
-    verdicts = []
-    for title, steps in story.scenes():
-        click.secho(f"\n{title}", bold=True)
-        verdicts += [_take(step, port) for step in steps]
-    rows = read_rows(database)
-    right = [(*row[:3], row[3] is not None) for row in rows] == story.rows()
-    click.secho("\nThe users table now, read from the file:", bold=True)
-    _print_table(rows)
-    wrong = verdicts.count(False) + (not right)
-    if wrong:
-        click.secho(f"\n{mark(False)} {wrong} of {len(verdicts) + 1} checks failed.", fg="red")
-    else:
-        click.secho(
-            f"\n{mark(True)} All {len(verdicts)} steps and the table are as they must be.",
-            fg="green",
-        )
-    return not wrong
+    def _report(self, label: str, answer: str, expected: str, meaning: str) -> None:
+        ok = answer == expected
+        self._results.append(ok)
+        colour = "green" if ok else "red"
+        sign, shown = click.style(mark(ok), fg=colour), click.style(f"{answer:<26}", fg=colour)
+        click.echo(f"  {sign} {label:<32}{shown}{meaning if ok else f'expected: {expected}'}")
 
 
-def mark(well: bool) -> str:
-    """A tick or a cross, or what stands for them where the terminal's encoding has none."""
-    try:
-        "✓✗".encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return "+" if well else "x"
-    return "✓" if well else "✗"
-
-
-def read_rows(database: Path) -> list[Row]:
-    """The users in *database*, in the order of their creation, read behind the server's back."""
-    query = "SELECT id, name, email, substr(deleted_at, 1, 19) FROM users ORDER BY created_at"
+def read_rows(database: Path) -> list[tuple[str, str, str | None, str | None]]:
+    """Return the users in *database*, oldest row first, read without the service."""
     with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(query).fetchall()
+        return connection.execute(_QUERY).fetchall()
 
 
-def _take(step: Step, port: int) -> bool:
-    answer = ask(port, step.method, step.path, step.headers, step.body)
-    well = answer == step.expected
-    colour = "green" if well else "red"
-    told = step.meaning if well else f"expected: {step.expected}"
-    click.echo(
-        f"  {click.style(mark(well), fg=colour)} {step.says:<32}{click.style(f'{answer:<26}', fg=colour)}{told}"
-    )
-    return well
-
-
-def _print_table(rows: list[Row]) -> None:
-    lines = [
-        ("id", "name", "email", "deleted_at"),
-        *(tuple(value or "-" for value in row) for row in rows),
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    for number, line in enumerate(lines):
-        text = "  ".join(
-            f"{value:<{width}}" for value, width in zip(line, widths, strict=True)
-        ).rstrip()
-        click.secho(f"  {text}", dim=number == 0)
+def _print_title(text: str) -> None:
+    click.secho(f"\n{text}", bold=True)

@@ -8,8 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from clerkhooks.cli.demonstration import mark
-from clerkhooks.cli.options import json_option, printable
+from clerkhooks.cli.options import json_option, mark, printable
 from clerkhooks.doctor import Finding, Level, diagnose
 from clerkhooks.errors import Fault, SettingsError
 from clerkhooks.settings import PROJECT, read_environ

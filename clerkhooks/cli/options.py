@@ -1,4 +1,4 @@
-"""What several commands share: their options, their tables, their failures."""
+"""Options, output and error messages that several commands share."""
 
 from __future__ import annotations
 
@@ -24,24 +24,19 @@ json_option: Callable[..., Any] = click.option(
 
 
 class CannotDo(click.ClickException):
-    """Wrong settings, or somebody whom the command needs does not answer: status 2."""
+    """The command cannot run: a setting is missing, or something does not respond. Status 2."""
 
     exit_code = 2
 
 
-class DatabaseFailed(CannotDo):
-    """The database did not do what the command is for. Never its own text, which may quote a row."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(
-            f"The database failed ({describe(error)}). Is its URL right, and has it been migrated? "
-            "In the service: flask --app wsgi db upgrade"
-        )
-
-
 @contextmanager
 def database_failures() -> Iterator[None]:
-    """Whatever the database answers with, in words."""
+    """
+    Turn database errors into messages, without the database's own text, which may quote a row.
+
+    Raises:
+        CannotDo: The database failed.
+    """
     try:
         yield
     except (DataError, UnicodeEncodeError) as error:
@@ -49,11 +44,14 @@ def database_failures() -> Iterator[None]:
             f"Some characters cannot be represented in the database's encoding ({describe(error)})."
         ) from None
     except SQLAlchemyError as error:
-        raise DatabaseFailed(error) from None
+        raise CannotDo(
+            f"The database failed ({describe(error)}). Check its URL, and that it has been "
+            "migrated. In the service: flask --app wsgi db upgrade"
+        ) from None
 
 
 def command(name: str) -> str:
-    """Return how the user of the current application types one of our commands."""
+    """Return a command as the user of the current application types it."""
     return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
 
 
@@ -65,20 +63,22 @@ class Age(click.ParamType[timedelta]):
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> timedelta:
-        """Text to timedelta; anything else ends the command with status 2."""
+        """Return *value* as a timedelta."""
         found = re.fullmatch(r"([0-9]{1,4})([smhdw])", value)
         if found is None:
-            self.fail(f"{value!r} is not an age; write 90s, 10m, 12h, 30d or 8w.", param, ctx)
+            self.fail(
+                f"{value!r} is not an age. Use a form such as 10m, 12h, 30d or 8w.", param, ctx
+            )
         return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
 class Since(Age):
-    """A point in time: an age, or one in ISO 8601, of UTC where it names no zone."""
+    """A time: an age, or ISO 8601, in UTC unless it names an offset."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Text to an aware datetime."""
+        """Return *value* as an aware datetime."""
         try:
             moment = datetime.fromisoformat(value)
         except ValueError:
@@ -87,7 +87,7 @@ class Since(Age):
 
 
 def printable(value: object) -> str:
-    """*value* for a terminal: what a user chose as a name must not move the cursor or turn the line around."""
+    """Return *value* for a terminal, with control and formatting characters replaced."""
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
     text = "-" if value is None or value == "" else str(value)
@@ -96,23 +96,30 @@ def printable(value: object) -> str:
     )
 
 
+def mark(ok: bool) -> str:
+    """Return a tick or a cross, or ASCII where the output's encoding has neither."""
+    try:
+        "✓✗".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "+" if ok else "x"
+    return "✓" if ok else "✗"
+
+
 def print_table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns below their *names*; on a terminal no line is longer than it is wide."""
+    """Print *rows* below *names*, cut to the width of the terminal."""
     lines = [tuple(names), *(tuple(map(printable, row)) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     limit = get_terminal_size().columns if sys.stdout.isatty() else None
     for number, line in enumerate(lines):
-        text = "  ".join(
-            f"{value:<{width}}" for value, width in zip(line, widths, strict=True)
-        ).rstrip()
-        click.secho(
-            text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…",
-            bold=number == 0,
-        )
+        padded = (f"{value:<{width}}" for value, width in zip(line, widths, strict=True))
+        text = "  ".join(padded).rstrip()
+        if limit is not None and len(text) > limit:
+            text = f"{text[: limit - 1]}…"
+        click.secho(text, bold=number == 0)
 
 
 def as_object(report: Any) -> dict[str, Any]:
-    """A report as JSON knows it: times in ISO 8601, UTC."""
+    """Return a dataclass as a JSON object, with times in ISO 8601, UTC."""
     return {
         name: value.isoformat() if isinstance(value, datetime) else value
         for name, value in asdict(report).items()
