@@ -289,11 +289,11 @@ def test_shows_what_it_sends_and_no_secret(server: Server) -> None:
     [
         (["--to", "http://example.com/webhooks/clerk"], "only https:// is safe"),
         (["--to", "nowhere"], "not a URL"),
-        (["--to", "http://127.0.0.1:1/webhooks/clerk"], "does not answer (ConnectError)"),
+        (["--to", "http://127.0.0.1:1/webhooks/clerk"], "does not respond (ConnectError)"),
         (["--user", "ada"], "not a Clerk user id"),
         (["--set", "data"], "path=value"),
-        (["--set", "data.id.x=1"], "no object at 'id'"),
-        (["--file", "setup.cfg"], "holds no JSON object"),
+        (["--set", "data.id.x=1"], "'id' is not an object"),
+        (["--file", "setup.cfg"], "is not a JSON object"),
     ],
 )
 def test_refuses_to_send_nonsense(service: Service, arguments: list[str], says: str) -> None:

@@ -1,4 +1,4 @@
-"""A fake Clerk instance, which signs events and session tokens with keys of its own."""
+"""A fake Clerk instance that signs events and session tokens, for tests and demonstrations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from clerkhooks.clerk.session_tokens import SESSION_CATEGORY
 from clerkhooks.clerk.signatures import SigningSecret
 
 BASE62 = string.digits + string.ascii_letters
+_PREFIXES = {
+    "session": "sess",
+    "organization": "org",
+    "organizationMembership": "orgmem",
+    "organizationInvitation": "orginv",
+    "email": "ema",
+}
 
 
 def clerk_id(prefix: str) -> str:
-    """A new id as Clerk forms them: prefix, underscore, 27 base-62 characters."""
+    """Return a new id in Clerk's form: prefix, underscore, 27 base-62 characters."""
     return f"{prefix}_" + "".join(secrets.choice(BASE62) for _ in range(27))
 
 
@@ -30,7 +37,7 @@ def _new_key() -> rsa.RSAPrivateKey:
 
 @dataclass(frozen=True)
 class FakeClerk:
-    """The keys of one instance. Made anew each time, they open nothing but what is configured with them."""
+    """The keys of one instance, newly generated unless given."""
 
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(24), repr=False)
     private_key: rsa.RSAPrivateKey = field(default_factory=_new_key, repr=False)
@@ -39,7 +46,7 @@ class FakeClerk:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The variables with which a service trusts this instance."""
+        """The environment variables that make a service trust this instance."""
         return {
             "CLERK_WEBHOOK_SECRET": "whsec_" + base64.b64encode(self.secret).decode(),
             "CLERK_JWT_KEY": self.public_key_pem,
@@ -50,7 +57,7 @@ class FakeClerk:
 
     @property
     def public_key_pem(self) -> str:
-        """What the dashboard calls the JWT public key."""
+        """The JWT public key, as Clerk's dashboard shows it."""
         public = self.private_key.public_key()
         return public.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -59,7 +66,7 @@ class FakeClerk:
     def headers(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> dict[str, str]:
-        """Svix's headers for *body*. A retry keeps *message_id* and takes a new *timestamp* (seconds)."""
+        """Return Svix's headers for *body*. A retry has the same *message_id* and a new *timestamp*."""
         return svix_headers(SigningSecret(self.secret), body, message_id, timestamp)
 
     def session_token(
@@ -70,7 +77,11 @@ class FakeClerk:
         lifetime: int = 60,
         **claims: Any,
     ) -> str:
-        """A session token (version 2) of *user_id*, good for *lifetime* seconds. A claim given as None is left out."""
+        """
+        Return a session token (version 2) of *user_id* that expires after *lifetime* seconds.
+
+        *header* and *claims* are added to the defaults. A claim of None is omitted.
+        """
         now = int(time.time())
         payload = {
             "azp": self.authorized_party,
@@ -86,12 +97,9 @@ class FakeClerk:
             "v": 2,
         }
         payload = {name: value for name, value in (payload | claims).items() if value is not None}
-        head = {"alg": "RS256", "cat": SESSION_CATEGORY, "kid": "ins_fake", "typ": "JWT"} | (
-            header or {}
-        )
-        signed = (
-            f"{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(payload).encode())}"
-        )
+        head = {"alg": "RS256", "cat": SESSION_CATEGORY, "kid": "ins_fake", "typ": "JWT"}
+        parts = [json.dumps(part).encode() for part in (head | (header or {}), payload)]
+        signed = ".".join(map(_base64url, parts))
         signature = self.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
         return f"{signed}.{_base64url(signature)}"
 
@@ -99,7 +107,7 @@ class FakeClerk:
 def svix_headers(
     secret: SigningSecret, body: bytes, message_id: str | None = None, timestamp: int | None = None
 ) -> dict[str, str]:
-    """Svix's headers for *body*, signed with *secret*; *timestamp* in seconds."""
+    """Return Svix's headers for *body*, signed with *secret*. *timestamp* is in seconds."""
     message_id = clerk_id("msg") if message_id is None else message_id
     timestamp = int(time.time()) if timestamp is None else timestamp
     signature = secret.sign(message_id, timestamp, body.decode())
@@ -119,16 +127,15 @@ def user_data(
     last_name: str | None,
     updated_at: int,
 ) -> dict[str, Any]:
-    """The ``data`` of a user event, with the fields that Clerk sends. *updated_at* in milliseconds."""
+    """Return the ``data`` of a user event, with all of Clerk's fields. *updated_at* is in ms."""
     address_id = clerk_id("idn")
-    verification = {"attempts": None, "expire_at": None, "status": "verified", "strategy": "ticket"}
     address: dict[str, Any] = {
         "email_address": email,
         "id": address_id,
         "linked_to": [],
         "object": "email_address",
+        "verification": {"status": "verified", "strategy": "ticket"},
     }
-    address["verification"] = verification
     return {
         "backup_code_enabled": False,
         "banned": False,
@@ -158,18 +165,54 @@ def user_data(
     }
 
 
+def event_data(
+    event_type: str,
+    user_id: str,
+    *,
+    email: str | None,
+    first_name: str | None,
+    last_name: str | None,
+    updated_at: int,
+) -> dict[str, Any]:
+    """
+    Return the ``data`` of an event of any type. *updated_at* is in milliseconds.
+
+    It is complete for users, and has the main fields for sessions, organizations and memberships.
+    """
+    if event_type == "user.deleted":
+        return {"deleted": True, "id": user_id, "object": "user"}
+    names = {"first_name": first_name, "last_name": last_name}
+    family = event_type.partition(".")[0]
+    if family == "user":
+        return user_data(user_id, email=email, **names, updated_at=updated_at)
+    person = {"user_id": user_id, "identifier": email, **names}
+    organization = {"name": "Acme", "slug": "acme"}
+    fields: dict[str, dict[str, Any]] = {
+        "session": {"status": "active", "user_id": user_id, "client_id": clerk_id("client")},
+        "organization": {**organization, "created_by": user_id, "public_metadata": {}},
+        "organizationMembership": {
+            "role": "org:member",
+            "organization": {"id": clerk_id("org"), **organization},
+            "public_user_data": person,
+        },
+    }
+    own_id = clerk_id(_PREFIXES.get(family, "obj"))
+    times = {"created_at": updated_at, "updated_at": updated_at}
+    return {"id": own_id, "object": family, **times, **fields.get(family, {})}
+
+
 def event_body(event_type: str, data: dict[str, Any], timestamp: int) -> bytes:
-    """The body of an event as Clerk sends it. *timestamp* in milliseconds."""
+    """Return the body of an event as Clerk sends it. *timestamp* is in milliseconds."""
     attributes = {"http_request": {"client_ip": "203.0.113.7", "user_agent": "Mozilla/5.0"}}
     envelope = {
         "data": data,
         "event_attributes": attributes,
         "instance_id": "ins_fake",
         "object": "event",
+        "timestamp": timestamp,
+        "type": event_type,
     }
-    return json.dumps(
-        envelope | {"timestamp": timestamp, "type": event_type}, separators=(",", ":")
-    ).encode()
+    return json.dumps(envelope, separators=(",", ":")).encode()
 
 
 def _base64url(raw: bytes) -> str:
