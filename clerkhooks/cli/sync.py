@@ -1,4 +1,4 @@
-"""``sync``: bring the table to what Clerk has."""
+"""``sync``: make the tables match Clerk."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from clerkhooks.web.state import current_state
 if TYPE_CHECKING:
     from clerkhooks.sync.reconcile import Finding, Reconciliation
 
-_WHAT = {
-    "missing_here": "is at Clerk and has no row here",
-    "unfilled_here": "has a row that nothing has filled in",
-    "deleted_here": "is deleted here since a sync did not find it, and is at Clerk again",
+_CONTINUE = "Changes made so far are kept. To continue, run the command again."
+_FINDINGS = {
+    "missing_here": "is missing from the database",
+    "unfilled_here": "has no profile in the database",
+    "deleted_here": "was deleted by an earlier sync, and exists at Clerk again",
     "differs": "differs",
-    "gone_at_clerk": "is here and no longer at Clerk",
+    "gone_at_clerk": "no longer exists at Clerk",
+    "failed": "could not be read",
 }
 
 
 @click.command()
 @click.argument("user_ids", nargs=-1, metavar="[USER_ID]...")
 @click.option(
-    "--check",
-    is_flag=True,
-    help="Change nothing; report what is other here than at Clerk: status 1 if anything is.",
+    "--check", is_flag=True, help="Report differences and change nothing: status 1 if any exist."
 )
-@click.option("--missing", is_flag=True, help="Only rows that nothing has filled in yet.")
+@click.option("--missing", is_flag=True, help="Only users whose row has no profile yet.")
 @click.option(
     "--failed",
     is_flag=True,
-    help="Only users of messages that failed and were never retried to success.",
+    help="Only users of messages that failed and were not processed since.",
 )
 @click.option(
     "--force",
     is_flag=True,
-    help="Delete also when more than a tenth of all users, and more than 20, are gone, or all are.",
+    help="Delete even if more than a tenth of all users, and more than 20, or all are gone.",
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="One JSON object a line: each finding, with its fields, then the summary.",
+    help="Print one JSON object per line: each finding with its fields, then the summary.",
 )
 @click.pass_context
 @with_appcontext
@@ -66,21 +66,20 @@ def sync(
     as_json: bool,
 ) -> None:
     """
-    Bring users to what Clerk has, through the Backend API: all of them, or those named.
+    Update all users, or the named ones, from Clerk's Backend API.
 
-    For the first installation, after an outage, and from time to time to be sure. Webhooks and
-    calls may go on meanwhile: what is fresher here stays, and a user whom Clerk said to be deleted
-    is not revived. It may be interrupted at any moment and run again. Needs CLERK_SECRET_KEY.
+    Use it after the installation, after an outage, and on a schedule. Webhooks and API calls may
+    continue meanwhile: newer data is kept, and a user deleted by Clerk's webhook stays deleted. You
+    can interrupt it at any time and run it again. Needs CLERK_SECRET_KEY.
 
-    Status: 0 if the table is as Clerk has it, 1 if a user could not be read, deletions were
-    withheld, a named user is unknown or --check found a difference, 2 if it could not be done.
+    Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
+    withheld, a named user is unknown, or --check found a difference; 2 if the sync could not run.
     """
     if (bool(user_ids) + missing + failed) > 1:
-        raise click.UsageError("Name users, or give --missing or --failed: one of them.")
+        raise click.UsageError("Use only one of user ids, --missing and --failed.")
     if wrong := [user_id for user_id in user_ids if not is_user_id(user_id)]:
         raise click.UsageError(f"{wrong[0]!r} is not a Clerk user id, such as user_2abcDEF….")
-    output = Output(as_json)
-    with _failures(), _begun(output, check=check, force=force) as run:
+    with _failures(), _reconciliation(Output(as_json), check=check, force=force) as run:
         if user_ids:
             run.sync_some(user_ids)
         elif missing:
@@ -93,80 +92,57 @@ def sync(
 
 
 class Output:
-    """Findings as they come, then the summary: on stdout, as text or as one JSON object a line."""
+    """Print findings as they arrive, then a summary: text, or one JSON object per line."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._began = time.monotonic()
-        self.ended = False
 
     def tell(self, finding: Finding) -> None:
-        """One finding. The values of fields are profile data: only JSON, which was asked for, has them."""
+        """Print a finding. Text leaves out the values of fields, which are profile data."""
         if self._as_json:
             fields = {
                 name: {"here": here, "clerk": clerk}
                 for name, (here, clerk) in finding.fields.items()
             }
-            self._line(
-                {
-                    "kind": finding.kind,
-                    "id": finding.user_id,
-                    "reason": finding.reason,
-                    "fields": fields,
-                }
-            )
+            ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
+            click.echo(json.dumps(ids | {"fields": fields}))
             return
-        what = (
-            f"could not be read: {finding.reason}"
-            if finding.kind == "failed"
-            else _WHAT[finding.kind]
-        )
-        names = f": {', '.join(finding.fields)}" if finding.fields else ""
-        click.echo(f"{finding.user_id or 'A user without an id'} {what}{names}")
+        details = finding.reason or ", ".join(finding.fields)
+        subject = finding.user_id or "A user without an id"
+        text = f"{subject} {_FINDINGS[finding.kind]}"
+        click.echo(f"{text}: {details}" if details else text)
 
-    def summarize(self, run: Reconciliation) -> None:
-        """What became of all of them."""
-        counts = run.summary()
+    def summarize(self, run: Reconciliation, *, finished: bool) -> None:
+        """Print how many users had which result."""
         if self._as_json:
             drift = {"drift": run.drifted} if run.check else {}
-            self._line(
-                {
-                    "summary": counts
-                    | drift
-                    | {"withheld": run.withheld, "well": run.well and self.ended}
-                }
-            )
-            return
-        took = time.monotonic() - self._began
-        verb = ("Compared" if run.check else "Synced") if self.ended else "Stopped after"
-        would = " A sync would make of them:" if run.check else ""
+            state = {"withheld": run.withheld, "well": run.well and finished}
+            click.echo(json.dumps({"summary": run.summary() | drift | state}))
+        else:
+            self._print_summary(run, finished)
+
+    def _print_summary(self, run: Reconciliation, finished: bool) -> None:
+        counts, took = run.summary(), time.monotonic() - self._began
+        verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
+        would = " A sync would give:" if run.check else ""
         click.echo(f"{verb} {sum(counts.values()):,} users in {took:,.1f} s.{would}")
         for name, count in counts.items():
             click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
         if run.check:
-            click.echo(
-                f"{run.drifted:,} of them differ from what Clerk has."
-                if run.drifted
-                else "Nothing differs from what Clerk has."
-            )
+            click.echo(f"Users that differ from Clerk: {run.drifted:,}")
         if run.withheld:
             click.echo(
-                f"At least {run.withheld:,} rows have no user at Clerk. So many at once are rather the sign of a wrong CLERK_SECRET_KEY, "
-                "so none was deleted. If they are really gone: --force",
+                f"Nothing was deleted: at least {run.withheld:,} users no longer exist at Clerk, "
+                "which usually means a wrong CLERK_SECRET_KEY. To delete them: --force",
                 err=True,
             )
 
-    @staticmethod
-    def _line(value: object) -> None:
-        click.echo(json.dumps(value))
-
 
 @contextmanager
-def _begun(output: Output, *, check: bool, force: bool) -> Iterator[Reconciliation]:
-    """A run that is summarized in the end, however it ends."""
-    from clerkhooks.clerk.backend_api import (
-        BackendApi,
-    )  # with all that they need, only where they are needed
+def _reconciliation(output: Output, *, check: bool, force: bool) -> Iterator[Reconciliation]:
+    """Yield a reconciliation, and print its summary at the end, even after an error."""
+    from clerkhooks.clerk.backend_api import BackendApi  # here, because they are slow to import
     from clerkhooks.sync.reconcile import Reconciliation, reader, sole_writer
 
     state = current_state()
@@ -175,29 +151,33 @@ def _begun(output: Output, *, check: bool, force: bool) -> Iterator[Reconciliati
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
     api = BackendApi(settings.api_url, settings.secret_key)
     connecting = reader(store) if check else sole_writer(store)
+    finished = False
     with api, Progress() as progress, connecting as connection:
         run = Reconciliation(api, store, connection, progress, output.tell, check, force)
         try:
             yield run
-            output.ended = True
+            finished = True
         finally:
-            progress.end()
-            output.summarize(run)
+            progress.close()
+            output.summarize(run, finished=finished)
 
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Whatever ends a run early, in words."""
+    """
+    Turn the errors that end a sync early into messages.
+
+    Raises:
+        CannotDo: The sync did not run to its end.
+    """
     from clerkhooks.sync.reconcile import AlreadyRunning
 
     try:
         with database_failures():
             yield
     except AlreadyRunning:
-        raise CannotDo(
-            "Another sync is at work on this database. Wait for its end; a second one would only do the same."
-        ) from None
+        raise CannotDo("Another sync is running on this database. Wait until it ends.") from None
     except BackendApiError as error:
-        raise CannotDo(f"{error}\nWhat was done stays; run it again to go on.") from None
+        raise CannotDo(f"{error}\n{_CONTINUE}") from None
     except KeyboardInterrupt:
-        raise CannotDo("Interrupted. What was done stays; run it again to go on.") from None
+        raise CannotDo(f"Interrupted. {_CONTINUE}") from None
