@@ -11,6 +11,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 
 class ClerkhooksError(Exception):
     """The base of all that clerkhooks raises on purpose."""
@@ -102,8 +104,15 @@ class Fault:
     remedy: str
 
 
-class SettingsError(ClerkhooksError):
-    """The configuration cannot work. Its text lists every fault at once and shows no value."""
+class SettingsError(ClerkhooksError, click.ClickException):
+    """
+    Invalid configuration. The text lists every problem and shows no value.
+
+    Commands of an application, such as ``flask clerk users``, print the text and exit with
+    status 2. Flask shows a traceback for every other exception of an application's factory.
+    """
+
+    exit_code = 2
 
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__("invalid_settings")
@@ -114,6 +123,10 @@ class SettingsError(ClerkhooksError):
         for fault in self.faults:
             lines += ["", f"  {fault.variable} {fault.problem}", f"      {fault.remedy}"]
         return "\n".join([*lines, "", "To see it work without any configuration: clerkhooks dev"])
+
+    def format_message(self) -> str:
+        """Return what click prints."""
+        return str(self)
 
 
 def describe(error: BaseException) -> str:

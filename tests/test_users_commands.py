@@ -228,7 +228,7 @@ def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_
     assert "filled by   first call\n" in shown.stdout
     assert flask_clerk("log").stdout == "No such message.\n"
     assert flask_clerk("prune", "--json").stdout == '{"pruned": 0}\n'
-    assert "5000/webhooks/clerk does not answer" in flask_clerk("send", "user.created").stderr
+    assert "5000/webhooks/clerk does not respond" in flask_clerk("send", "user.created").stderr
 
 
 def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> None:
@@ -239,11 +239,16 @@ def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> 
     assert commands == ["log", "prune", "send", "sync", "user", "users"]
 
 
-def test_ends_with_an_application_that_is_configured_wrongly(flask_clerk: RunProcess) -> None:
-    """An application's ``SettingsError`` is shown to the user of the command."""
-    ended = flask_clerk("users", CLERK_WEBHOOK_SECRET="whsec_hidden!")
-    assert ended.returncode != 0
+@pytest.mark.parametrize("command", ["users", "send"])
+def test_ends_with_one_message_if_the_settings_are_invalid(
+    flask_clerk: RunProcess, command: str
+) -> None:
+    """The application's ``SettingsError`` is printed without a traceback; the status is 2."""
+    ended = flask_clerk(command, CLERK_WEBHOOK_SECRET="whsec_hidden!", CLERK_JWT_KEY="hidden!")
+    assert (ended.returncode, ended.stdout) == (2, "")
     assert "CLERK_WEBHOOK_SECRET is not a signing secret" in ended.stderr
+    assert "CLERK_JWT_KEY" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert "hidden" not in ended.stderr
 
 
