@@ -13,6 +13,8 @@ import pytest
 
 from clerkhooks import create_app
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.doctor import diagnose
+from clerkhooks.doctor.database import check_database
 from clerkhooks.web.state import disconnect
 from tests.conftest import MakeDatabase, migrate
 from tests.pgbouncer import pgbouncer
@@ -149,3 +151,23 @@ def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> N
         assert time.monotonic() - started_at < 3
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         assert service.rows(waiting) == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "named", "found"),
+    [
+        ("transaction", "", True),
+        ("transaction", "transaction", False),
+        ("session", "", False),
+    ],
+)
+def test_lets_doctor_recognize_a_transaction_pooler(
+    clerk: FakeClerk, empty_url: str, mode: str, named: str, found: bool
+) -> None:
+    """Without the variable, doctor names it; the poolers' other cases are no finding."""
+    migrate(empty_url, clerk)
+    with pgbouncer(empty_url, mode) as url:
+        values = clerk.environ | {"DATABASE_URL": url, "DATABASE_POOLER": named}
+        codes = [finding.code for finding in diagnose(values, checks=[check_database])]
+    assert codes[0] == "database_ready"
+    assert ("database_pooler_unnamed" in codes) is found

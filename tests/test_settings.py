@@ -22,7 +22,14 @@ from hypothesis import strategies as st
 
 from clerkhooks import SettingsError, create_app, service
 from clerkhooks.clerk.fake import FakeClerk
-from clerkhooks.settings import VARIABLES, AppConfig, ServiceSettings, Settings, read_environ
+from clerkhooks.settings import (
+    DEFAULT_DATABASE_URL,
+    VARIABLES,
+    AppConfig,
+    ServiceSettings,
+    Settings,
+    read_environ,
+)
 from clerkhooks.web.state import State, disconnect
 from tests.application import Application
 from tests.conftest import MakeService
@@ -210,16 +217,22 @@ BAD = {
             "x_" + whsec(24),
             "-_" * 20,
         ],
-        "nothing but separators": [",", " , "],
+        "is a list without entries": [",", " , "],
     },
     "DATABASE_URL": {
         "is not a database URL": ["x", "postgres://h:port/n", "://", "postgres:/h"],
-        "not supported": ["mysql://h/n", "postgresql+psycopg2://h/n", "sqlite+aiosqlite:///x"],
-        "in a folder that is not there": [
+        "unsupported database": [
+            "mysql://h/n",
+            "postgresql+psycopg2://h/n",
+            "sqlite+aiosqlite:///x",
+        ],
+        "in a folder that does not exist": [
             "sqlite:////nonexistent/x.db",
             "sqlite:///file:/nonexistent/x.db?uri=true",
         ],
-        "libpq takes": ["postgresql://h/n?nonsense=1"],
+        "does not know: nonsense": ["postgresql://h/n?nonsense=1"],
+        "set DATABASE_POOLER=transaction": ["postgresql://h/n?pgbouncer=true"],
+        "unknown value of ssl": ["postgresql://h/n?ssl=yes"],
         "in memory": [
             "sqlite://",
             "sqlite:///:memory:",
@@ -268,14 +281,14 @@ BAD = {
             "https://a.b:",
             "null",
         ],
-        "is http:// to another machine": [*BAD_URLS["http"], "https://a.b,http://a.b"],
-        "of the form https://host": ["Native", "NATIVE"],
-        "browsers leave out": ["https://a.b:443", "http://localhost:80"],
-        "nothing but separators": [",", ", ,"],
+        "is an http:// URL to another": [*BAD_URLS["http"], "https://a.b,http://a.b"],
+        "is not a URL such as https://host": ["Native", "NATIVE"],
+        "which browsers omit": ["https://a.b:443", "http://localhost:80"],
+        "is a list without entries": [",", ", ,"],
     },
-    "CLERK_AUDIENCE": {"nothing but separators": [","]},
+    "CLERK_AUDIENCE": {"is a list without entries": [","]},
     "CONSOLE_PASSWORD": {
-        "is not 16 or more": [
+        "must be at least 16": [
             "x",
             "fifteen-letters",
             " " * 5 + "fifteen-letters",
@@ -284,18 +297,19 @@ BAD = {
             "sixteen\tcharacters",
         ]
     },
-    "PORT": {"is not a number from 1 to 65535": ["0", "65536", "-1", "8e3", "x", "٣", "1" * 5000]},
-    "WEB_CONCURRENCY": {"is not a number from 1 to 512": ["0", "513", "auto"]},
-    "DATABASE_POOL_SIZE": {"is not a number from 1 to 100": ["0", "101", "-5", "5.0", "many"]},
-    "CLERK_JWKS_KEEP_HOURS": {"is not a number from 1 to 168": ["0", "169", "1.5"]},
-    "LOG_FORMAT": {"is neither json nor text": ["JSON", "xml"]},
+    "PORT": {"must be a number from 1 to 65535": ["0", "65536", "-1", "8e3", "x", "٣", "1" * 5000]},
+    "WEB_CONCURRENCY": {"must be a number from 1 to 512": ["0", "513", "auto"]},
+    "DATABASE_POOL_SIZE": {"must be a number from 1 to 100": ["0", "101", "-5", "5.0", "many"]},
+    "CLERK_JWKS_KEEP_HOURS": {"must be a number from 1 to 168": ["0", "169", "1.5"]},
+    "LOG_FORMAT": {"must be json or text": ["JSON", "xml"]},
+    "DATABASE_POOLER": {"must be session or transaction": ["statement", "pgbouncer", "1"]},
     "METRICS_TOKEN": {
-        "is not 16 or more": ["x", "fifteen-of-them", "with a blank in it", "sixteen-of-them-é"]
+        "must be at least 16": ["x", "fifteen-of-them", "with a blank in it", "sixteen-of-them-é"]
     },
 } | {
     name: {
         "is not": [*BAD_URLS[""], *BAD_URLS["path"], "ftp://a.b", "https://a b", "https://*.a.b"],
-        "is http:// to another machine": BAD_URLS["http"],
+        "is an http:// URL to another": BAD_URLS["http"],
     }
     for name in ("CLERK_ISSUER", "CLERK_API_URL", "CLERK_JWKS_URL")
 }
@@ -317,10 +331,43 @@ def test_refuses_a_value_that_cannot_work(variable: str, problem: str, value: st
     assert problem in found[variable]
 
 
-def test_needs_a_database_on_a_platform() -> None:
-    """A disk that is thrown away loses every user at the next restart."""
-    assert "throws its disk away" in faults(DYNO="web.1")["DATABASE_URL"]
-    assert "is not a database URL" in faults(DYNO="web.1", DATABASE_URL="x")["DATABASE_URL"]
+PLATFORMS = ("DYNO", "RENDER", "RAILWAY_PROJECT_ID", "FLY_APP_NAME", "K_SERVICE")
+
+
+@pytest.mark.parametrize("variable", PLATFORMS)
+def test_needs_a_database_on_a_platform(variable: str) -> None:
+    """A file system that does not last would lose every user at the next restart."""
+    assert "do not last" in faults(**{variable: "x"})["DATABASE_URL"]
+    assert "is not a database URL" in faults(**{variable: "x"}, DATABASE_URL="x")["DATABASE_URL"]
+    assert read(**{variable: "x"}, DATABASE_URL="sqlite:////tmp/x.db").database_url
+
+
+def test_uses_sqlite_on_a_platform_with_a_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume that is mounted as the instance folder lasts."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "instance")
+    assert read(FLY_APP_NAME="x").database_url == DEFAULT_DATABASE_URL
+
+
+SPELLINGS = {
+    "postgres://h/n?ssl=true": "postgresql+psycopg://h/n?sslmode=require",
+    "postgres://h/n?ssl=1": "postgresql+psycopg://h/n?sslmode=require",
+    "postgres://h/n?ssl=false": "postgresql+psycopg://h/n?sslmode=disable",
+    "postgres://h/n?ssl=true&sslmode=verify-full": "postgresql+psycopg://h/n?sslmode=verify-full",
+    "postgres://h/n?sslmode=no-verify": "postgresql+psycopg://h/n?sslmode=require",
+    "postgresql://u:p@a:1,b:2/n": "postgresql+psycopg://u:p@/n?host=a%3A1&host=b%3A2",
+    "postgresql://a,b/n?target_session_attrs=read-write": (
+        "postgresql+psycopg:///n?host=a&host=b&target_session_attrs=read-write"
+    ),
+    "postgresql+psycopg://u@/n?host=a:1&host=b:2": (
+        "postgresql+psycopg://u@/n?host=a%3A1&host=b%3A2"
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_translates_other_spellings_of_a_database_url(spelling: str) -> None:
+    """Hosting providers and node-postgres write what libpq or SQLAlchemy alone would refuse."""
+    assert read(DATABASE_URL=spelling).database_url == SPELLINGS[spelling]
 
 
 def test_lists_every_fault_at_once() -> None:
@@ -499,13 +546,13 @@ def test_ends_with_status_2_and_the_message(
     environment.setenv("PORT", "x")
     message = ended(capsys)
     assert "CLERK_WEBHOOK_SECRET is not set." in message
-    assert "PORT is not a number" in message
+    assert "PORT must be a number" in message
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("PORT=ü".encode("utf-16"), ".env is not text in UTF-8"),
+        ("PORT=ü".encode("utf-16"), ".env is not UTF-8 text"),
         (b"PORT=1\0\n", ".env cannot be read"),
         (None, ".env cannot be read"),
     ],
@@ -533,7 +580,7 @@ def refuse(_path: Path) -> dict[str, str | None]:
 
 def test_raises_for_a_mapping(environment: pytest.MonkeyPatch) -> None:
     """A caller that passes a configuration gets an exception and keeps running."""
-    with pytest.raises(SettingsError, match="PORT is not a number"):
+    with pytest.raises(SettingsError, match="PORT must be a number"):
         create_app({"CLERK_WEBHOOK_SECRET": whsec(24), "PORT": "x"})
     assert SettingsError.__mro__[1].__name__ == "ClerkhooksError"
 

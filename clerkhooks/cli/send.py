@@ -17,7 +17,7 @@ from clerkhooks.clerk.events import is_user_id
 from clerkhooks.clerk.fake import clerk_id, event_body, event_data, svix_headers
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.options import Age, CannotDo, json_option, printable
-from clerkhooks.settings import parse_url
+from clerkhooks.parsing import parse_url
 from clerkhooks.web.state import current_state
 
 Answer = dict[str, Any]

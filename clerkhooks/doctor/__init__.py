@@ -15,7 +15,7 @@ from clerkhooks.doctor.findings import Finding as Finding
 from clerkhooks.doctor.findings import Level as Level
 from clerkhooks.doctor.findings import Program as Program
 from clerkhooks.errors import Fault, SettingsError, describe
-from clerkhooks.settings import PROJECT, SECRET_VARIABLES, Settings
+from clerkhooks.settings import EPHEMERAL_PLATFORMS, PROJECT, SECRET_VARIABLES, Settings
 
 S = TypeVar("S", bound=Settings)
 Check = Callable[[Case], Iterator[Finding]]
@@ -32,7 +32,7 @@ OUTSIDE_CHECKS: tuple[Check, ...] = (
     instance.check_secret_key,
     database.check_database_url,
 )
-"""All checks except that of the database, which a running program asks over its own connections."""
+"""All checks but that of the database, which a running program checks through its own pool."""
 
 
 def diagnose(
@@ -44,10 +44,10 @@ def diagnose(
     project: Path = PROJECT,
 ) -> Iterator[Finding]:
     """
-    Yield every finding of *checks* about the variables *values*, good and bad, check by check.
+    Yield the findings of *checks* about the variables *values*, good and bad.
 
-    *unread* are faults that were found earlier, such as an unreadable ``.env``. Each check takes a
-    few seconds at most, changes nothing and raises nothing.
+    *unread* are faults that were found earlier, such as an unreadable ``.env``. A check takes a few
+    seconds at most, changes nothing and raises nothing.
     """
     settings, faults = read_settings(values, program.settings)
     case = Case(values, settings, (*unread, *faults), project, program)
@@ -66,17 +66,18 @@ def diagnose(
 
 def read_settings(values: Mapping[str, Any], kind: type[S]) -> tuple[S, tuple[Fault, ...]]:
     """
-    Return the settings in *values* without the invalid variables, and the faults of these.
+    Return the settings in *values* without the invalid variables, and the faults.
 
-    If no signing secret is valid, a placeholder takes its place.
+    A placeholder replaces an invalid signing secret, so that the rest can be checked.
     """
     try:
         return kind.from_mapping(values), ()
     except SettingsError as error:
         faults = error.faults
     invalid = {fault.variable for fault in faults}
-    # Without DYNO, a missing DATABASE_URL is no fault.
-    usable = {name: values.get(name) for name in values if name not in invalid | {"DYNO"}}
+    # Without the platform's variable, a missing DATABASE_URL is not a fault.
+    left_out = invalid | EPHEMERAL_PLATFORMS.keys()
+    usable = {name: values.get(name) for name in values if name not in left_out}
     if invalid.intersection(SECRET_VARIABLES):
         usable[SECRET_VARIABLES[0]] = PLACEHOLDER
     return kind.from_mapping(usable), faults

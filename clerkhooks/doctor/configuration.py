@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from clerkhooks.doctor.findings import TIMEOUT, Case, Finding, Level
-from clerkhooks.settings import (
-    NATIVE,
-    SECRET_VARIABLES,
-    VARIABLES,
-    ServiceSettings,
-    parse_publishable_key,
-)
+from clerkhooks.doctor.findings import Case, Finding, Level
+from clerkhooks.parsing import NATIVE, parse_publishable_key
+from clerkhooks.settings import SECRET_VARIABLES, VARIABLES, ServiceSettings
 
 # Variables of Clerk's own SDKs, which may share an environment with this program.
 _OF_OTHERS = re.compile(
@@ -161,7 +154,7 @@ def _is_local(host: str) -> bool:
 
 
 def check_env_file(case: Case) -> Iterator[Finding]:
-    """Check that the service's ``.env`` stays on this machine."""
+    """Check that only this user can read the service's ``.env``."""
     if not isinstance(case.settings, ServiceSettings):
         return
     file = case.project / ".env"
@@ -169,44 +162,12 @@ def check_env_file(case: Case) -> Iterator[Finding]:
         what = "There is no such file: only the environment is read."
         yield Finding("env_file_absent", Level.OK, ".env", what)
         return
-    found = [*_judge_git(case.project), *_judge_permissions(file)]
-    what = "git ignores it, and no other user can read it."
-    yield from found or [Finding("env_file_private", Level.OK, ".env", what)]
+    what = "No other user of this machine can read it."
+    yield from _judge_permissions(file) or [Finding("env_file_private", Level.OK, ".env", what)]
 
 
-def _judge_git(project: Path) -> Iterator[Finding]:
-    tracked = _git(project, "ls-files", "--error-unmatch", ".env")
-    if tracked == 0:
-        what = "It is in git's index: everybody with the repository has its secrets."
-        remedy = (
-            "git rm --cached .env, commit, and replace every secret in it, since the history keeps "
-            "them."
-        )
-        yield Finding("env_file_committed", Level.ERROR, ".env", what, remedy)
-    elif tracked != 1:
-        what = "Skipped: there is no repository here that git can read."
-        yield Finding("env_file_git_unknown", Level.SKIPPED, ".env", what)
-    elif _git(project, "check-ignore", "--quiet", ".env") != 0:
-        what = "git does not ignore it: the next git add includes it."
-        remedy = "Add a line .env to .gitignore."
-        yield Finding("env_file_not_ignored", Level.WARNING, ".env", what, remedy)
-
-
-def _judge_permissions(file: Path) -> Iterator[Finding]:
-    if file.stat().st_mode & 0o044:
-        what = "Other users of this machine can read it."
-        yield Finding("env_file_readable", Level.WARNING, ".env", what, "chmod 600 .env")
-
-
-def _git(project: Path, *arguments: str) -> int | None:
-    """Return git's exit status, or None if it cannot be run."""
-    # In a git hook these variables name another repository.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(project), *arguments]
-    try:
-        done = subprocess.run(  # noqa: S603
-            command, env=environ, capture_output=True, timeout=TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.returncode
+def _judge_permissions(file: Path) -> list[Finding]:
+    if not file.stat().st_mode & 0o044:
+        return []
+    what = "Other users of this machine can read it."
+    return [Finding("env_file_readable", Level.WARNING, ".env", what, "chmod 600 .env")]

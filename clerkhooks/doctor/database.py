@@ -22,7 +22,7 @@ from clerkhooks.doctor.findings import (
     run_with_timeout,
 )
 from clerkhooks.errors import describe
-from clerkhooks.settings import VARIABLES, ServiceSettings
+from clerkhooks.settings import EPHEMERAL_PLATFORMS, VARIABLES, ServiceSettings
 from clerkhooks.store import Store, activity
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
@@ -35,29 +35,32 @@ from clerkhooks.store.snapshots import read_columns
 from clerkhooks.store.statements import Statements
 from clerkhooks.web.health import find_fault
 
-DATABASE_TIMEOUT = 15.0  # seconds, for all questions to the database; each has a limit of its own
+DATABASE_TIMEOUT = 15.0  # seconds for all queries; each also has its own limit
 MAX_SILENCE = timedelta(days=7)
 MAX_UNFILLED = timedelta(hours=1)
 
 
 def check_database_url(case: Case) -> Iterator[Finding]:
-    """Check that the service's database outlasts a restart."""
+    """Check that the service's database lasts when the service restarts."""
     if not isinstance(case.settings, ServiceSettings):
         return
     if "DATABASE_URL" in case.invalid:
         what = "Skipped: DATABASE_URL is invalid."
         yield Finding("database_skipped", Level.SKIPPED, "database", what)
-    elif _is_sqlite(make_url(case.settings.database_url)) and case.text("DYNO"):
-        what = "SQLite is on this platform's disk, which is thrown away with every restart."
-        remedy = "Attach a PostgreSQL; the platform sets DATABASE_URL."
+    elif _is_sqlite(make_url(case.settings.database_url)) and any(
+        map(case.text, EPHEMERAL_PLATFORMS)
+    ):
+        what = "The SQLite file is on this platform's disk, which does not outlast a restart."
+        remedy = "Attach a PostgreSQL. Most platforms then set DATABASE_URL."
         yield Finding("sqlite_on_platform", Level.ERROR, "database", what, remedy)
 
 
 def check_database(case: Case) -> Iterator[Finding]:
-    """Check the service's database over a connection of the doctor's own."""
+    """Check the service's database through a separate connection."""
     if not isinstance(case.settings, ServiceSettings) or "DATABASE_URL" in case.invalid:
         return
     url, where = _resolve(make_url(case.settings.database_url)), _name_database(case)
+    pooler = case.settings.pooler
     # Opening SQLite would create the file.
     if _is_sqlite(url) and not Path(str(url.database).removeprefix("file:")).exists():
         what, remedy = f"{where} does not exist yet.", f"Create it: {case.program.upgrade}"
@@ -65,9 +68,13 @@ def check_database(case: Case) -> Iterator[Finding]:
         return
 
     def judge() -> list[Finding]:
-        store = plain_store(url, pool_size=1)
+        store = plain_store(url, pool_size=2)
         try:
-            return judge_database(store, case.program, where)
+            found = judge_database(store, case.program, where)
+            is_named = _is_sqlite(url) or pooler == "transaction"
+            if not is_named and is_pooled(store.database):
+                found.append(_TRANSACTION_POOLER)
+            return found
         finally:
             store.database.dispose()
 
@@ -77,8 +84,28 @@ def check_database(case: Case) -> Iterator[Finding]:
         yield _describe_unreachable(where, error, case.program)
 
 
+_TRANSACTION_POOLER = Finding(
+    "database_pooler_unnamed",
+    Level.ERROR,
+    "database",
+    "A pooler in transaction mode is between here and PostgreSQL: requests fail at random.",
+    "Set DATABASE_POOLER=transaction, or use the pooler's session mode.",
+)
+
+
+def is_pooled(database: Database) -> bool:
+    """Return whether two connections that are open at once share one session of the server."""
+    query = "SELECT pg_backend_pid()"
+    with database.connect() as first, database.connect() as second:
+        return first.exec_driver_sql(query).scalar() == second.exec_driver_sql(query).scalar()
+
+
 def plain_store(url: sa.URL, *, pool_size: int) -> Store:
-    """Return the service's tables in the database at *url*, to which nothing connects yet."""
+    """
+    Return the service's tables in the database at *url*, without connecting to it.
+
+    The connections work through any pooler, and leave no setting behind.
+    """
 
     class Plain(DeclarativeBase):
         """A metadata that no other store shares."""
@@ -90,7 +117,7 @@ def plain_store(url: sa.URL, *, pool_size: int) -> Store:
     users = cast("sa.Table", mapper.local_table)
     add_indexes(users)
     messages = make_messages_table(users.metadata, users.schema)
-    database = Database(sa.create_engine(url), {}, pool_size=pool_size)
+    database = Database(sa.create_engine(url), {}, pool_size=pool_size, pooler="transaction")
     columns = read_columns(mapper)
     statements = Statements(users, messages, {}, database.dialect, columns=columns)
     return Store(database, users, messages, {}, statements)
@@ -128,7 +155,7 @@ def judge_database(
     """
     Return the findings about the database of *store*; *where* names it in their texts.
 
-    The first one says whether it can do its work. If that is an error, there are no others.
+    The first one says whether the database can be used. If it cannot, there are no others.
     """
     try:
         readiness = _judge_readiness(store, program, where)

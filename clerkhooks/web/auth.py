@@ -17,7 +17,8 @@ from clerkhooks.clerk.authorization import Conditions, check_conditions
 from clerkhooks.clerk.session_tokens import Session, SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
 from clerkhooks.errors import Forbidden, RequestError
-from clerkhooks.settings import NATIVE, Settings
+from clerkhooks.parsing import NATIVE
+from clerkhooks.settings import Settings
 from clerkhooks.store.models import ClerkUser
 from clerkhooks.web.sign_in import sign_in
 from clerkhooks.web.state import EXTENSION, Authenticator, current_state, request_state

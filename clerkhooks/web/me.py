@@ -10,7 +10,7 @@ from flask_cors.core import FLASK_CORS_EVALUATED, get_cors_options, set_cors_hea
 
 from clerkhooks.clerk import strict_json
 from clerkhooks.errors import BadRequest, Forbidden
-from clerkhooks.settings import NATIVE
+from clerkhooks.parsing import NATIVE
 from clerkhooks.store.models import ClerkUser
 from clerkhooks.users import is_present
 from clerkhooks.web.auth import current_session, get_user, require_auth

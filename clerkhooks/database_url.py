@@ -1,0 +1,88 @@
+"""``DATABASE_URL``, in the spellings of libpq, SQLAlchemy, node-postgres and hosting providers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+_POSTGRESQL = re.compile(r"^postgres(ql(\+psycopg)?)?://")
+_SEVERAL_HOSTS = re.compile(
+    r"(postgres[^:]*://)([^/?#]*@)?([^/?#@]*,[^/?#@]*)([^?#]*)(?:\?(.*))?", re.DOTALL
+)
+
+
+def parse_database_url(text: str) -> str:
+    """
+    Return a database URL in SQLAlchemy's spelling.
+
+    Raises:
+        ValueError: the database is unsupported, or the URL cannot work.
+    """
+    try:
+        url = make_url(_POSTGRESQL.sub("postgresql+psycopg://", _name_hosts_apart(text)))
+    except (ArgumentError, ValueError):
+        raise ValueError("is not a database URL.") from None
+    if url.drivername == "postgresql+psycopg":
+        return _parse_postgresql(url)
+    if url.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise ValueError("names an unsupported database. Use PostgreSQL or SQLite.")
+    if not url.database or ":memory:" in text or "mode=memory" in text:
+        raise ValueError(
+            "keeps SQLite in memory, where each worker would have a separate database. Name a file."
+        )
+    path = url.database.removeprefix("file:")
+    if path.startswith("/") and not Path(path).parent.is_dir():
+        raise ValueError("names a SQLite file in a folder that does not exist.")
+    return text
+
+
+def _name_hosts_apart(text: str) -> str:
+    """Translate libpq's spelling of several hosts, ``//a:1,b:2/name``, to SQLAlchemy's."""
+    found = _SEVERAL_HOSTS.fullmatch(text)
+    if found is None:
+        return text
+    scheme, user, hosts, path, query = found.groups()
+    named = [f"host={host}" for host in hosts.split(",")]
+    return f"{scheme}{user or ''}{path}?{'&'.join([*named, *([query] if query else [])])}"
+
+
+def _parse_postgresql(url: URL) -> str:
+    query: dict[str, Any] = dict(url.query)
+    if isinstance(query.get("options"), tuple):  # given several times, as SQLAlchemy documents
+        query["options"] = " ".join(query["options"])
+    query |= _translate_tls(query.pop("ssl", None), query.get("sslmode"))
+    text = url.set(query=query).render_as_string(hide_password=False)
+    _check_with_libpq(text.replace("+psycopg", "", 1))
+    return text
+
+
+def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
+    """Return libpq's spelling of what node-postgres and hosting providers write."""
+    if sslmode == "no-verify":
+        return {"sslmode": "require"}
+    if ssl is None or sslmode is not None:
+        return {}
+    modes = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
+    if ssl not in modes:
+        raise ValueError("has an unknown value of ssl. Use sslmode, such as sslmode=require.")
+    return {"sslmode": modes[str(ssl)]}
+
+
+def _check_with_libpq(url: str) -> None:
+    from psycopg import ProgrammingError  # chooses how it waits when imported: after gevent
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        conninfo_to_dict(url)
+    except ProgrammingError as error:
+        unknown = re.search(r'invalid URI query parameter: "(\w{1,40})"', str(error))
+        if unknown:
+            problem = f"has a parameter that PostgreSQL does not know: {unknown[1]}."
+            if unknown[1] == "pgbouncer":
+                problem += " Remove it, and set DATABASE_POOLER=transaction instead."
+            raise ValueError(problem) from None
+        raise ValueError("is not a database URL that PostgreSQL's libpq accepts.") from None

@@ -1,0 +1,224 @@
+"""
+Parsers for the values of variables.
+
+Each raises ValueError with the end of a sentence whose subject is the variable. The error never
+quotes the value.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Literal
+from urllib.parse import SplitResult, urlsplit
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+NATIVE = "native"
+"""Among the authorized parties: admits a bearer token without ``azp``, as mobile apps send."""
+_PEM = re.compile(
+    r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL
+)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Return the entries of a list that is separated by commas or spaces."""
+    parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
+    # Nothing but separators would read as unset and switch a check off.
+    if not parts:
+        raise ValueError("is a list without entries.")
+    return parts
+
+
+def number_up_to(most: int) -> Callable[[str], int]:
+    """Return a parser for a number from 1 to *most*."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= most:
+            raise ValueError(f"must be a number from 1 to {most}.")
+        return int(text)
+
+    return parse
+
+
+def _decode_base64(text: str) -> bytes | None:
+    """Return the bytes of strict, canonical base64, or None: Clerk's SDK rejects anything else."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return raw if base64.b64encode(raw).decode() == text else None
+
+
+def parse_webhook_secrets(text: str) -> tuple[bytes, ...]:
+    """Return the signing secrets of a webhook endpoint."""
+    return tuple(_parse_webhook_secret(part) for part in split(text))
+
+
+def _parse_webhook_secret(text: str) -> bytes:
+    if text.startswith(("sk_", "pk_")):
+        raise ValueError("is an API key, not the signing secret of a webhook endpoint.")
+    raw = _decode_base64(text.removeprefix("whsec_"))
+    # The svix library would accept any text here, and then reject every message.
+    if raw is None:
+        raise ValueError("is not a signing secret: whsec_ and base64 are expected.")
+    if not 24 <= len(raw) <= 75:  # Svix's own limits
+        raise ValueError(
+            "is not a signing secret: it must hold 24 to 75 bytes. Was it copied completely?"
+        )
+    return raw
+
+
+def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
+    r"""
+    Return the RSA public keys of one or several PEMs.
+
+    Platforms change line breaks, so real ones, literal ``\n``, none at all and a bare base64 body
+    are accepted.
+
+    Raises:
+        ValueError: *text* is anything else; the error does not quote it.
+    """
+    text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
+    if "PRIVATE KEY" in text:
+        raise ValueError(
+            "holds a private key. Use the public key, and treat the private key as compromised."
+        )
+    bodies = _PEM.findall(text)
+    if "-----" in _PEM.sub("", text):
+        raise ValueError("is not a PEM public key. Was it copied completely?")
+    return tuple(_parse_jwt_key(re.sub(r"\s+", "", body)) for body in bodies or [text])
+
+
+def _parse_jwt_key(body: str) -> RSAPublicKey:
+    try:
+        key = load_der_public_key(base64.b64decode(body, validate=True))
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("is not a PEM public key. Was it copied completely?") from None
+    if not isinstance(key, RSAPublicKey) or key.key_size < 2048:
+        raise ValueError("is not an RSA key of 2,048 bits or more.")
+    return key
+
+
+def parse_publishable_key(text: str) -> str:
+    """
+    Return the Frontend API host in a publishable key: ``pk_live_`` and base64 of ``host$``.
+
+    Raises:
+        ValueError: *text* is not a publishable key.
+    """
+    found = re.fullmatch(r"pk_(?:test|live)_([A-Za-z0-9+/=_-]+)", text)
+    raw = found and _decode_base64(found[1] + "=" * (-len(found[1]) % 4))
+    host = raw.decode("ascii", "replace") if raw else ""
+    if not re.fullmatch(r"[a-z0-9.-]+(:[0-9]+)?\$", host):
+        raise ValueError("is not a publishable key.")
+    return host[:-1]
+
+
+def parse_secret_key(text: str) -> str:
+    """Return a secret key of Clerk's Backend API."""
+    if not re.fullmatch(r"sk_(?:test|live)_[A-Za-z0-9]+", text):
+        raise ValueError("is not a secret key.")
+    return text
+
+
+def parse_password(text: str) -> str:
+    """
+    Return *text*, which protects a route without a limit on attempts.
+
+    Raises:
+        ValueError: *text* is too short, or cannot be sent in a header.
+    """
+    if not re.fullmatch(r"[!-~]{16,}", text):
+        raise ValueError("must be at least 16 printable ASCII characters, without spaces.")
+    return text
+
+
+def parse_pooler(text: str) -> Literal["session", "transaction"]:
+    """Return the mode of a connection pooler."""
+    modes: dict[str, Literal["session", "transaction"]] = {
+        "session": "session",
+        "transaction": "transaction",
+    }
+    if text not in modes:
+        raise ValueError("must be session or transaction.")
+    return modes[text]
+
+
+def parse_log_format(text: str) -> Literal["json", "text"]:
+    """Return a format of the log."""
+    formats: dict[str, Literal["json", "text"]] = {"json": "json", "text": "text"}
+    if text not in formats:
+        raise ValueError("must be json or text.")
+    return formats[text]
+
+
+def parse_url(text: str) -> str:
+    """
+    Return an https URL, or an http URL to a loopback address, without a trailing slash.
+
+    Raises:
+        ValueError: *text* is anything else; the error does not quote it.
+    """
+    url = _split_url(text)
+    if re.search("[?#]", text) or url.scheme not in ("https", "http"):
+        raise ValueError("is not an https:// URL.")
+    _refuse_plain_http(url)
+    return text.rstrip("/")
+
+
+def parse_issuers(text: str) -> tuple[str, ...]:
+    """Return the issuers that tokens may have."""
+    return tuple(parse_url(part) for part in split(text))
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Return the authorized parties: origins, and ``native``."""
+    return tuple(part if part == NATIVE else _parse_origin(part) for part in split(text))
+
+
+def _parse_origin(text: str) -> str:
+    # Not only https: Clerk's SDKs for browser extensions and phones send azp of other schemes.
+    url = _split_url(text)
+    if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):
+        raise ValueError(
+            "is not a list of origins as browsers send them: scheme://host or scheme://host:port, "
+            "in lower case and without a path."
+        )
+    if (url.scheme, url.port) in (("https", 443), ("http", 80)):
+        raise ValueError("has an origin with its scheme's default port, which browsers omit.")
+    _refuse_plain_http(url)
+    return text
+
+
+def _split_url(text: str) -> SplitResult:
+    try:
+        url = urlsplit(text)
+        _ = url.port  # raises ValueError for an invalid port
+    except ValueError:
+        raise ValueError("is not a URL.") from None
+    if (
+        not url.scheme
+        or not url.hostname
+        or url.username is not None
+        or re.search(r"[\s*\\<>\"']", text)
+    ):
+        raise ValueError("is not a URL such as https://host, without wildcards or passwords.")
+    return url
+
+
+def _refuse_plain_http(url: SplitResult) -> None:
+    if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+        raise ValueError("is an http:// URL to another machine. Use https://.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
