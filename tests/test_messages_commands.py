@@ -1,4 +1,4 @@
-"""``log``, ``send`` and ``prune``: what an operator does with messages."""
+"""``log``, ``send`` and ``prune``: the commands for messages."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def age(service: Service, message_id: str, **days: float) -> None:
 
 def test_deletes_old_messages_and_no_users(service: Service) -> None:
     """
-    What was last touched before the age goes; what was retried since stays, and so do users.
+    Messages processed before the given age are deleted; retried messages and users are kept.
 
-    A redelivery after that is stale.
+    A deleted message that is delivered again is stale.
     """
     user_id = clerk_id("user")
     bodies = {
@@ -62,7 +62,7 @@ def test_deletes_old_messages_and_no_users(service: Service) -> None:
 
 @pytest.mark.parametrize("count", [5, 6, 7])
 def test_deletes_in_batches(service: Service, count: int) -> None:
-    """Every old message goes, whether or not the last batch is full."""
+    """Every old message is deleted, whether or not the last batch is full."""
     for _ in range(count):
         service.outcome(user_event(clerk_id("user")))
     state: State = service.app.extensions["clerkhooks"]
@@ -72,8 +72,8 @@ def test_deletes_in_batches(service: Service, count: int) -> None:
 
 
 @pytest.mark.parametrize("older_than", ["6d", "167h", "0w"])
-def test_asks_before_it_deletes_what_may_come_again(service: Service, older_than: str) -> None:
-    """Messages are applied once for as long as the log knows them, and Svix retries for days."""
+def test_needs_force_to_delete_recent_messages(service: Service, older_than: str) -> None:
+    """Svix retries for days, and the log prevents a second run of an application's handlers."""
     result = run(service, "prune", "--older-than", older_than)
     assert result.exit_code == 2
     assert "--force" in result.output
@@ -82,14 +82,14 @@ def test_asks_before_it_deletes_what_may_come_again(service: Service, older_than
 
 @pytest.mark.parametrize("older_than", ["30", "d", "-1d", "1y", "99999w", ""])
 def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
-    """Wrong use ends with status 2 and says what to write."""
+    """The status is 2, and the message gives examples."""
     result = run(service, "prune", "--older-than", older_than)
     assert result.exit_code == 2
     assert "12h, 30d or 8w" in result.output
 
 
 def test_explains_itself(service: Service) -> None:
-    """Each command has --help, which needs no configuration."""
+    """Each command has ``--help``, which needs no configuration."""
     for name in ("sync", "users", "user", "log", "send", "prune"):
         for result in (run(service, name, "--help"), CliRunner().invoke(main, [name, "--help"])):
             assert (result.exit_code, result.output.startswith("Usage:")) == (0, True)
@@ -97,8 +97,8 @@ def test_explains_itself(service: Service) -> None:
         assert (result.exit_code, "  prune " in result.output) == (0, True)
 
 
-def test_says_that_the_database_fails(unreachable: Service) -> None:
-    """The status is 2, without a traceback and without the database's own words."""
+def test_reports_a_database_failure(unreachable: Service) -> None:
+    """The status is 2, without a traceback or the database's own message."""
     for command in ("prune", "log"):
         result = run(unreachable, command)
         assert result.exit_code == 2
@@ -146,7 +146,7 @@ def test_lists_the_latest_messages(service: Service, messages_there: dict[str, s
         )
         == []
     )
-    assert run(service, "log", "--type", "no.such").stdout == "No such message.\n"
+    assert run(service, "log", "--type", "no.such").stdout == "No messages found.\n"
     assert run(service, "log", "--since", "soon").exit_code == 2
 
 
@@ -155,7 +155,7 @@ def test_follows_the_log(
     service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     """
-    New messages are shown once each as they come, and a failed one again after its retry.
+    Each new message is printed once, and a failed one again after its retry.
 
     Ctrl-C ends it with status 0.
     """
@@ -183,7 +183,7 @@ def test_follows_the_log(
 
 
 def sent(server: Server, *arguments: str) -> tuple[int, Any]:
-    """Send to *server*; return the status, and what was printed as JSON."""
+    """Send to *server*; return the exit status and the printed JSON."""
     app = create_app(
         server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
     )
@@ -194,9 +194,9 @@ def sent(server: Server, *arguments: str) -> tuple[int, Any]:
 
 def test_sends_what_clerk_would(server: Server) -> None:
     """
-    A user signs up, changes, is repeated and leaves.
+    It sends sign-ups, updates, repetitions and deletions.
 
-    A forged and an old message are refused, with status 1.
+    A tampered or old message is refused, with status 1.
     """
     user_id = clerk_id("user")
     status, said = sent(
@@ -249,7 +249,7 @@ def test_sends_what_clerk_would(server: Server) -> None:
     ],
 )
 def test_sends_any_type(server: Server, event_type: str) -> None:
-    """The data has at least what every object of the type has."""
+    """The data has at least the fields that every object of the type has."""
     status, said = sent(server, event_type)
     event = json.loads(said["request"]["body"])
     assert (status, event["type"], event["data"]["object"]) == (
@@ -270,8 +270,8 @@ def test_sends_a_file(server: Server, tmp_path: Path) -> None:
     assert server.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Grace",)]
 
 
-def test_shows_what_it_sends_and_no_secret(server: Server) -> None:
-    """Request and answer are printed as text."""
+def test_prints_the_request_without_the_secret(server: Server) -> None:
+    """Request and response are printed as text."""
     app = create_app(
         server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
     )
@@ -297,6 +297,6 @@ def test_shows_what_it_sends_and_no_secret(server: Server) -> None:
     ],
 )
 def test_refuses_to_send_nonsense(service: Service, arguments: list[str], says: str) -> None:
-    """The status is 2, and the message says what is wrong."""
+    """The status is 2, and the message names the problem."""
     result = run(service, "send", "user.created", *arguments)
     assert (result.exit_code, says in result.output) == (2, True), result.output

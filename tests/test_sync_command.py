@@ -1,4 +1,4 @@
-"""``clerkhooks sync``, as an operator and a scheduler meet it."""
+"""``clerkhooks sync``, run by an operator or a scheduler."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LONG_AGO = NOW_MS - 3_600_000
 
 
 def run(service: Service, *arguments: str) -> Result:
-    """Run it as ``flask --app wsgi clerk sync`` does."""
+    """Run the command as ``flask --app wsgi clerk sync`` does."""
     return service.app.test_cli_runner().invoke(args=["clerk", "sync", *arguments])
 
 
 def objects(result: Result) -> list[Any]:
-    """What it printed with --json."""
+    """Return what was printed with ``--json``."""
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_says_what_became_of_the_users(syncing: Service, backend: Backend) -> None:
-    """As text with a line for each result, as JSON in one object; how far it is goes to stderr."""
+def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
+    """Text has a line for each result, JSON one object. Progress is printed to stderr."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     first = run(syncing)
@@ -52,7 +52,7 @@ def test_says_what_became_of_the_users(syncing: Service, backend: Backend) -> No
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
-    """Status 1 while anything is other; text names users and fields only, JSON has what is here and what Clerk has."""
+    """The status is 1 if anything differs. Text names users and fields; JSON has the values."""
     ids = [backend.sign_up(at=LONG_AGO + number) for number in range(2)]
     syncing.clerk_service.deliver("user.created", backend.users[ids[0]])
     backend.update(ids[0], first_name="Grace", updated_at=LONG_AGO + 10)
@@ -85,8 +85,8 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     )
 
 
-def test_does_the_users_that_are_named(syncing: Service, backend: Backend) -> None:
-    """Others are not read; one whom neither Clerk nor the table knows makes the status 1."""
+def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
+    """Others are not read. The status is 1 if a user exists neither here nor at Clerk."""
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
     assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (
@@ -99,8 +99,8 @@ def test_does_the_users_that_are_named(syncing: Service, backend: Backend) -> No
 
 
 @pytest.mark.parametrize("which", ["--missing", "--failed"])
-def test_does_a_part(syncing: Service, backend: Backend, which: str) -> None:
-    """The unfilled rows, or the users of messages that failed; here there are no others."""
+def test_syncs_only_selected_users(syncing: Service, backend: Backend, which: str) -> None:
+    """Options select rows without a profile, or users of failed messages."""
     user_id = backend.sign_up(at=LONG_AGO)
     syncing.call(user_id)
     result = run(syncing, which, "--json")
@@ -111,7 +111,7 @@ def test_does_a_part(syncing: Service, backend: Backend, which: str) -> None:
 
 
 def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backend: Backend) -> None:
-    """An empty Clerk is rather a wrong key."""
+    """If Clerk has no users, the key is probably wrong."""
     user_id = backend.sign_up(at=LONG_AGO)
     assert run(syncing).exit_code == 0
     syncing.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
@@ -123,8 +123,8 @@ def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backen
     assert syncing.user(user_id, ("name",)) == ("Deleted User",)
 
 
-def test_tells_of_a_user_that_cannot_be_read(syncing: Service, backend: Backend) -> None:
-    """By id where it has one; the status is 1, and the rest is done."""
+def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) -> None:
+    """The message has the id if there is one. The status is 1; other users are synced."""
     backend.sign_up(at=LONG_AGO)
     odd = backend.sign_up(at=LONG_AGO, updated_at=None)
     backend.users["odd"] = None
@@ -144,13 +144,13 @@ def test_tells_of_a_user_that_cannot_be_read(syncing: Service, backend: Backend)
     ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], says: str) -> None:
-    """With status 2, before anything is asked."""
+    """The status is 2, and no request is sent."""
     result = run(service, *arguments)
     assert (result.exit_code, says in result.output) == (2, True)
 
 
 def test_asks_for_the_key(service: Service) -> None:
-    """Without CLERK_SECRET_KEY it says where to find it."""
+    """Without CLERK_SECRET_KEY, the message says where to find it."""
     result = run(service)
     assert result.exit_code == 2
     assert "CLERK_SECRET_KEY is not set" in result.output
@@ -158,8 +158,8 @@ def test_asks_for_the_key(service: Service) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_says_what_is_wrong_with_the_key(syncing: Service, backend: Backend, status: int) -> None:
-    """In words, with status 2, and without the key."""
+def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, status: int) -> None:
+    """The status is 2, and the message does not contain the key."""
     backend.behaviours.append(refusing(status, "clerk_key_invalid"))
     result = run(syncing)
     assert result.exit_code == 2
@@ -169,15 +169,15 @@ def test_says_what_is_wrong_with_the_key(syncing: Service, backend: Backend, sta
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """A scheduler that is impatient does no harm."""
+    """Overlapping runs of a scheduler do no harm."""
     with reconcile.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
     assert "Another sync is running" in result.output
 
 
-def test_says_that_the_database_fails(make_service: MakeService, backend: Backend) -> None:
-    """Without a traceback, and without the database's own words."""
+def test_reports_a_database_failure(make_service: MakeService, backend: Backend) -> None:
+    """The status is 2, without a traceback or the database's own message."""
     service = make_service(**backend.environ)
     service.rows("ALTER TABLE users RENAME TO elsewhere")
     try:
@@ -198,7 +198,7 @@ def test_says_that_the_database_fails(make_service: MakeService, backend: Backen
 def test_can_be_interrupted_and_run_again(
     syncing: Service, backend: Backend, command: list[str]
 ) -> None:
-    """Ctrl-C on a terminal ends it at once, also while Clerk does not answer; what was done stays, and a next run does the rest."""
+    """Ctrl-C ends it at once, even while Clerk does not respond; the next run completes it."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     count = iter(range(100))

@@ -28,12 +28,12 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def listed(service: Service, *arguments: str) -> list[str]:
-    """Return the ids that are listed as JSON; the table must show the same."""
+    """Return the ids that are listed as JSON; the table must list the same."""
     users = json.loads(run(service, "users", *arguments, "--json").stdout)["users"]
     table = run(service, "users", *arguments).stdout
     assert [line.split()[0] for line in table.splitlines()[1:] if line] == [
         user["id"] for user in users
-    ] or table == "No such user.\n"
+    ] or table == "No users found.\n"
     return [user["id"] for user in users]
 
 
@@ -51,7 +51,7 @@ def people(service: Service) -> dict[str, str]:
 
 
 def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> None:
-    """All users are listed, or only tombstones, or only rows that nothing has filled in."""
+    """All users are listed, or only deleted ones, or only those without a profile."""
     assert listed(service) == list(people.values())[::-1]
     assert listed(service, "--deleted") == [people["deleted"]]
     assert listed(service, "--unsynced") == [people["unfilled"]]
@@ -61,7 +61,7 @@ def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> Non
 def test_finds_by_id_email_and_beginning_of_the_name(
     service: Service, people: dict[str, str]
 ) -> None:
-    """The last name is searched as well, in any case; a percent sign is no wildcard."""
+    """The last name is searched, too, case-insensitively. A percent sign is not a wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -70,15 +70,15 @@ def test_finds_by_id_email_and_beginning_of_the_name(
     assert listed(service, "grace hopper%") == [people["grace"]]
 
 
-def test_says_what_no_database_can_hold(service: Service) -> None:
+def test_reports_characters_that_cannot_be_stored(service: Service) -> None:
     """A byte of an argument that is not UTF-8 arrives as a lone surrogate."""
     ended = run(service, "users", "\udcff")
     assert ended.exit_code == 2
     assert "Some characters cannot be represented in the database's encoding" in ended.output
 
 
-def test_goes_on_where_a_page_ended(service: Service, people: dict[str, str]) -> None:
-    """Each user is on one page; the text names the cursor of the next."""
+def test_continues_after_a_page(service: Service, people: dict[str, str]) -> None:
+    """Each user is on one page; the text output ends with the cursor of the next page."""
     read: list[str] = []
     arguments: list[str] = []
     while True:
@@ -94,8 +94,8 @@ def test_goes_on_where_a_page_ended(service: Service, people: dict[str, str]) ->
     assert run(service, "users", "--after", "yesterday").exit_code == 2
 
 
-def test_shows_a_user_and_why(service: Service, people: dict[str, str]) -> None:
-    """A user is shown with what filled the row, and with the last messages about it."""
+def test_shows_a_user_and_the_source_of_the_row(service: Service, people: dict[str, str]) -> None:
+    """The row is shown with its source, its version and the latest messages."""
     service.outcome(user_event(people["ada"], at=NOW_MS - 1), "msg_late")
     shown = run(service, "user", people["ada"])
     assert shown.exit_code == 0
@@ -113,8 +113,8 @@ def test_shows_a_user_and_why(service: Service, people: dict[str, str]) -> None:
     assert [message["outcome"] for message in whole["messages"]] == ["stale", "applied"]
 
 
-def test_says_what_made_each_row(service: Service, people: dict[str, str]) -> None:
-    """A row is made by a webhook, a first call or the user's deletion."""
+def test_names_the_source_of_each_row(service: Service, people: dict[str, str]) -> None:
+    """The source is a webhook, a first call or the user's deletion."""
     sources = {
         name: json.loads(run(service, "user", user_id, "--json").stdout)["user"]["source"]
         for name, user_id in people.items()
@@ -128,8 +128,8 @@ def test_says_what_made_each_row(service: Service, people: dict[str, str]) -> No
     assert "filled by   first call\n" in run(service, "user", people["unfilled"]).stdout
 
 
-def test_says_that_there_is_no_such_user(service: Service) -> None:
-    """The status is 1, and the text says how to fetch a user whom Clerk has."""
+def test_reports_an_unknown_user(service: Service) -> None:
+    """The status is 1, and the text says how to fetch the user from Clerk."""
     user_id = clerk_id("user")
     text, as_json = run(service, "user", user_id), run(service, "user", user_id, "--json")
     assert (text.exit_code, as_json.exit_code) == (1, 1)
@@ -148,8 +148,8 @@ def test_shows_hostile_names_as_text(service: Service) -> None:
         assert not set(output.replace("\n", "")) & set("\x1b\r\u202e\u2028")
 
 
-def test_says_that_the_database_fails(unreachable: Service) -> None:
-    """The status is 2, without a traceback and without the database's own words."""
+def test_reports_a_database_failure(unreachable: Service) -> None:
+    """The status is 2, without a traceback or the database's own message."""
     for arguments in (["users"], ["user", clerk_id("user")]):
         result = run(unreachable, *arguments)
         assert result.exit_code == 2
@@ -209,11 +209,11 @@ def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
 
 
 def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path) -> None:
-    """The commands find the application's own model, and name themselves as it runs them."""
+    """The commands use the application's model, and print commands as ``flask clerk …``."""
     user_id = clerk_id("user")
     unknown = flask_clerk("user", user_id)
     assert (unknown.returncode, unknown.stderr) == (1, "")
-    assert f"If Clerk has this user: flask clerk sync {user_id}" in unknown.stdout
+    assert f"To fetch the user from Clerk: flask clerk sync {user_id}" in unknown.stdout
     url = f"sqlite:///{tmp_path / 'shop.db'}"
     columns = "id, name, is_online, last_seen, created_at, updated_at"
     now = "'2026-01-31 08:00:00'"
@@ -226,13 +226,13 @@ def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_
     shown = flask_clerk("user", user_id)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "filled by   first call\n" in shown.stdout
-    assert flask_clerk("log").stdout == "No such message.\n"
+    assert flask_clerk("log").stdout == "No messages found.\n"
     assert flask_clerk("prune", "--json").stdout == '{"pruned": 0}\n'
     assert "5000/webhooks/clerk does not respond" in flask_clerk("send", "user.created").stderr
 
 
 def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> None:
-    """What is the service's own, such as the demonstration, is left out."""
+    """The service's own commands, such as ``dev``, are left out."""
     shown = flask_clerk("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
     commands = re.findall(r"^  ([a-z]+)  ", shown.stdout, re.MULTILINE)

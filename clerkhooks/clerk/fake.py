@@ -66,7 +66,11 @@ class FakeClerk:
     def headers(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> dict[str, str]:
-        """Return Svix's headers for *body*. A retry has the same *message_id* and a new *timestamp*."""
+        """
+        Return Svix's headers for *body*. *timestamp* is in seconds.
+
+        A retry has the same *message_id* and a new *timestamp*.
+        """
         return svix_headers(SigningSecret(self.secret), body, message_id, timestamp)
 
     def session_token(

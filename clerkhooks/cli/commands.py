@@ -26,28 +26,32 @@ MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "e
 
 
 class CursorType(click.ParamType[queries.Cursor]):
-    """Where a page ends, as it was printed with the page."""
+    """The end of a page, as ``users`` prints it."""
 
     name = "cursor"
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> queries.Cursor:
-        """Text to cursor."""
+        """Return *value* as a cursor."""
         try:
             return queries.Cursor.parse(value)
         except ValueError:
-            self.fail("is not a cursor: take it from the end of a page.", param, ctx)
+            self.fail("Not a cursor. Copy it from the end of the previous page.", param, ctx)
 
 
 @click.command("users")
 @click.argument("search", required=False)
-@click.option("--deleted", is_flag=True, help="Only tombstones.")
-@click.option("--unsynced", is_flag=True, help="Only rows that nothing has filled in yet.")
+@click.option("--deleted", is_flag=True, help="Only deleted users.")
+@click.option("--unsynced", is_flag=True, help="Only users whose row has no profile yet.")
 @click.option(
-    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many."
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=50,
+    show_default=True,
+    help="The maximum number of users.",
 )
-@click.option("--after", type=CursorType(), help="Continue after the previous page.")
+@click.option("--after", type=CursorType(), help="The cursor at the end of the previous page.")
 @json_option
 @with_appcontext
 def list_users(
@@ -59,12 +63,13 @@ def list_users(
     as_json: bool,
 ) -> None:
     """
-    List users, newest first: all, or those with an id, an email, or the start of a name.
+    List users, newest first.
 
-    With --json: {"users": [...], "next": cursor or null}.
+    SEARCH is an id, an email address, or the beginning of a first or last name. With --json, the
+    output is {"users": [...], "next": cursor or null}.
     """
     if deleted and unsynced:
-        raise click.UsageError("A tombstone is never unsynced: give --deleted or --unsynced.")
+        raise click.UsageError("Use only one of --deleted and --unsynced.")
     with database_failures():
         store = current_state().store
         found = queries.find_users(
@@ -77,14 +82,14 @@ def list_users(
         click.echo(json.dumps({"users": listed, "next": following}))
         return
     if not page:
-        click.echo("No such user.")
+        click.echo("No users found.")
         return
     print_table(
         ("id", "name", "email", "created_at", "filled by"),
         [(user.id, user.name, user.email, user.created_at, user.source) for user in page],
     )
     if following:
-        click.echo(f"\nThere are more: --after {following}", err=True)
+        click.echo(f"\nNext page: --after {following}", err=True)
 
 
 @click.command("user")
@@ -93,7 +98,11 @@ def list_users(
 @click.pass_context
 @with_appcontext
 def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
-    """Show a user's row, what made it so, and the last messages about it."""
+    """
+    Show a user's row, its source and version, and the latest messages about it.
+
+    Exit status: 0 if the user has a row, else 1.
+    """
     with database_failures():
         store = current_state().store
         user = queries.find_user(store, user_id)
@@ -104,8 +113,8 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
         click.echo(json.dumps({"user": whole, "messages": messages}))
     elif user is None:
         click.echo(
-            f"No row for {printable(user_id)}. "
-            f"If Clerk has this user: {command('sync')} {printable(user_id)}"
+            f"{printable(user_id)} has no row. "
+            f"To fetch the user from Clerk: {command('sync')} {printable(user_id)}"
         )
     else:
         _print_user(user)

@@ -1,4 +1,4 @@
-"""``clerkhooks doctor``: finds mistakes in configuration and setup, and says how to fix them."""
+"""``clerkhooks doctor``: find mistakes in the configuration and explain how to fix them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def doctor(context: click.Context, as_json: bool) -> None:
     """
     Check the configuration, the keys, the clock and the database.
 
-    Works even if the service refuses to start. Reads the environment and .env, sends a few requests
-    to Clerk and a few queries to the database, changes nothing, and shows no secret.
+    Works even if the service does not start. Reads the environment and .env, sends a few requests
+    to Clerk and a few queries to the database. Changes nothing and prints no secrets.
 
-    Exit status: 0 without errors, warnings or not; 1 with errors.
+    Exit status: 0 if there are no errors, 1 if there are.
     """
     findings = []
     values, faults = _read_environ()

@@ -17,7 +17,7 @@ from clerkhooks.cli.serve import serve
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Keep a users table that is always what Clerk has."""
+    """Keep a users table in sync with Clerk."""
     context.obj = ScriptInfo(create_app=_create_service)
     if os.environ.get("NO_COLOR"):
         context.color = False

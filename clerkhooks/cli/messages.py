@@ -1,4 +1,4 @@
-"""``log`` and ``prune``: the messages that Clerk sent."""
+"""``log`` and ``prune``: the messages that were received."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import click
 from flask.cli import with_appcontext
@@ -42,20 +41,26 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
 
 @click.command()
 @click.option(
-    "--failed", is_flag=True, help="Only those that failed and were never retried to success."
+    "--failed", is_flag=True, help="Only messages that failed and were not processed since."
 )
-@click.option("--user", "user_id", metavar="ID", help="Only those about this user.")
+@click.option("--user", "user_id", metavar="ID", help="Only messages about this user.")
 @click.option(
-    "--type", "event_type", metavar="TYPE", help="Only those of this type, such as user.updated."
-)
-@click.option(
-    "--since", type=Since(), help="Only those received since: 10m, 12h, 30d, or 2026-01-31T08:00."
+    "--type", "event_type", metavar="TYPE", help="Only messages of this type: user.updated."
 )
 @click.option(
-    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most."
+    "--since",
+    type=Since(),
+    help="Only messages received since then: 10m, 12h, 30d or 2026-01-31T08:00.",
 )
-@click.option("--follow", is_flag=True, help="Go on with new ones as they come, until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=50,
+    show_default=True,
+    help="The maximum number of messages.",
+)
+@click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @with_appcontext
 def log(
     failed: bool,
@@ -66,7 +71,11 @@ def log(
     follow: bool,
     as_json: bool,
 ) -> None:
-    """List the latest messages, newest last. A failed one is listed again after its next retry."""
+    """
+    List the latest messages, newest last.
+
+    With --follow, a failed message is printed again after each retry.
+    """
     wanted: queries.Wanted = {
         "outcome": "failed" if failed else None,
         "user_id": user_id,
@@ -78,7 +87,7 @@ def log(
         found = queries.find_messages(store, since=since, limit=limit, **wanted)[::-1]
         _print(found, as_json, with_names=True)
         if not found and not follow and not as_json:
-            click.echo("No such message.")
+            click.echo("No messages found.")
         if follow:
             for new in _follow(store, began, found, wanted):
                 _print(new, as_json, with_names=False)
@@ -87,7 +96,7 @@ def log(
 def _follow(
     store: Store, since: datetime, shown: list[Message], wanted: queries.Wanted
 ) -> Iterator[list[Message]]:
-    """What is new at each look: a message that was not there, or one that had failed and was tried again."""
+    """Yield, about once a second, the messages that are new or were retried."""
     states = {message.message_id: _state(message) for message in shown}
     while True:
         looked = datetime.now(UTC)
@@ -107,15 +116,13 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
     if as_json:
         for message in found:
             click.echo(json.dumps(as_object(message)))
-    elif found and with_names:
-        print_table(COLUMNS, [_row(message) for message in found])
+        return
+    rows = [[getattr(message, name) for name in COLUMNS] for message in found]
+    if rows and with_names:
+        print_table(COLUMNS, rows)
     else:
-        for message in found:
-            click.echo("  ".join(map(printable, _row(message))))
-
-
-def _row(message: Message) -> list[Any]:
-    return [getattr(message, name) for name in COLUMNS]
+        for row in rows:
+            click.echo("  ".join(map(printable, row)))
 
 
 @click.command()
@@ -124,22 +131,22 @@ def _row(message: Message) -> list[Any]:
     type=Age(),
     default="30d",
     show_default=True,
-    help="Delete messages that were received and processed longer ago: 12h, 30d, 8w.",
+    help="Delete messages that were received and processed before then: 12h, 30d, 8w.",
 )
 @click.option("--force", is_flag=True, help="Also delete messages younger than 7 days.")
 @json_option
 @with_appcontext
 def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
     """
-    Delete old messages, in batches that no delivery waits for.
+    Delete old messages, in small batches that do not block deliveries.
 
-    A message that Svix delivers again after it was deleted is judged by its version: its user is up
-    to date, so it changes nothing. An application's own handlers would run again, though, and Svix
-    retries and replays for days. So messages younger than 7 days need --force.
+    Svix retries a message for days. If it delivers a message again after it was deleted, users stay
+    correct, because the message is older than their rows; but an application's handlers run again.
+    Messages younger than 7 days are therefore deleted only with --force.
     """
     if older_than < SAFE_AGE and not force:
         raise click.UsageError(
-            "Svix may still redeliver messages younger than 7 days. To delete them all the same: --force"
+            "Svix may still redeliver messages younger than 7 days. To delete them anyway: --force"
         )
     with database_failures():
         pruned = sum(messages.prune(current_state().store, datetime.now(UTC) - older_than))
