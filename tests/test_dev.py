@@ -57,10 +57,13 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def start(*arguments: str, folder: Path = PROJECT) -> subprocess.Popen[str]:
     """Start a run on a free port, in a process of its own."""
+    # A copy of the package is not measured.
+    ignored = "COV" if folder != PROJECT else "-"
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(ignored)}
     return subprocess.Popen(
         [sys.executable, "-m", "clerkhooks", "dev", "--port", "0", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=environ | {"PYTHONPATH": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

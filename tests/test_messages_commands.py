@@ -37,7 +37,7 @@ def age(service: Service, message_id: str, **days: float) -> None:
 
 def test_deletes_old_messages_and_no_users(service: Service) -> None:
     """
-    Messages processed before the given age are deleted; retried messages and users are kept.
+    Messages older than the given age are deleted; retried messages and users are kept.
 
     A deleted message that is delivered again is stale.
     """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from click.testing import Result
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.cli.options import print_table
 from clerkhooks.settings import PROJECT
 from tests.server import environ
 from tests.support import NOW_MS, Service, deletion, rows, user_event
@@ -146,6 +149,21 @@ def test_shows_hostile_names_as_text(service: Service) -> None:
     for output in (run(service, "users").stdout, run(service, "user", user_id).stdout):
         assert "red" in output
         assert not set(output.replace("\n", "")) & set("\x1b\r\u202e\u2028")
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "printed"),
+    [(True, "id  name\n1   Ada Lo…\n"), (False, "id  name\n1   Ada Lovelace\n")],
+)
+def test_cuts_lines_to_the_width_of_the_terminal(
+    is_terminal: bool, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere lines are printed whole, such as for grep."""
+    monkeypatch.setenv("COLUMNS", "11")
+    with redirect_stdout(io.StringIO()) as output:
+        monkeypatch.setattr(output, "isatty", lambda: is_terminal)
+        print_table(("id", "name"), [(1, "Ada Lovelace")])
+    assert re.sub(r"\x1b\[\d+m", "", output.getvalue()) == printed
 
 
 def test_reports_a_database_failure(unreachable: Service) -> None:

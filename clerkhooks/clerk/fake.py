@@ -1,4 +1,4 @@
-"""A fake Clerk instance that signs events and session tokens, for tests and demonstrations."""
+"""A fake Clerk instance that signs events and session tokens, for tests and ``dev``."""
 
 from __future__ import annotations
 
@@ -170,26 +170,20 @@ def user_data(
 
 
 def event_data(
-    event_type: str,
-    user_id: str,
-    *,
-    email: str | None,
-    first_name: str | None,
-    last_name: str | None,
-    updated_at: int,
+    event_type: str, user_id: str, *, updated_at: int, **profile: str | None
 ) -> dict[str, Any]:
     """
     Return the ``data`` of an event of any type. *updated_at* is in milliseconds.
 
     It is complete for users, and has the main fields for sessions, organizations and memberships.
+    *profile* is the user's ``email``, ``first_name`` and ``last_name``.
     """
     if event_type == "user.deleted":
         return {"deleted": True, "id": user_id, "object": "user"}
-    names = {"first_name": first_name, "last_name": last_name}
     family = event_type.partition(".")[0]
     if family == "user":
-        return user_data(user_id, email=email, **names, updated_at=updated_at)
-    person = {"user_id": user_id, "identifier": email, **names}
+        return user_data(user_id, **profile, updated_at=updated_at)
+    person = {"user_id": user_id, "identifier": profile.pop("email"), **profile}
     organization = {"name": "Acme", "slug": "acme"}
     fields: dict[str, dict[str, Any]] = {
         "session": {"status": "active", "user_id": user_id, "client_id": clerk_id("client")},

@@ -25,21 +25,6 @@ _TIMES = ("last_seen", "created_at", "updated_at", "deleted_at")
 MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "error")
 
 
-class CursorType(click.ParamType[queries.Cursor]):
-    """The end of a page, as ``users`` prints it."""
-
-    name = "cursor"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> queries.Cursor:
-        """Return *value* as a cursor."""
-        try:
-            return queries.Cursor.parse(value)
-        except ValueError:
-            self.fail("Not a cursor. Copy it from the end of the previous page.", param, ctx)
-
-
 @click.command("users")
 @click.argument("search", required=False)
 @click.option("--deleted", is_flag=True, help="Only deleted users.")
@@ -51,7 +36,12 @@ class CursorType(click.ParamType[queries.Cursor]):
     show_default=True,
     help="The maximum number of users.",
 )
-@click.option("--after", type=CursorType(), help="The cursor at the end of the previous page.")
+@click.option(
+    "--after",
+    type=queries.Cursor.parse,
+    metavar="CURSOR",
+    help="The cursor at the end of the previous page.",
+)
 @json_option
 @with_appcontext
 def list_users(

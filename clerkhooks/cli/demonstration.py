@@ -18,7 +18,7 @@ _QUERY = "SELECT id, name, email, substr(deleted_at, 1, 19) FROM users ORDER BY 
 
 
 class Demonstration:
-    """Webhooks and API calls of three users, sent to the service at *url*, which trusts *clerk*."""
+    """Webhooks and API calls of three users, for the service at *url*, which trusts *clerk*."""
 
     def __init__(self, clerk: FakeClerk, url: str) -> None:
         self.clerk, self.url = clerk, url

@@ -32,7 +32,7 @@ class CannotDo(click.ClickException):
 @contextmanager
 def database_failures() -> Iterator[None]:
     """
-    Turn database errors into messages, without the database's own text, which may quote a row.
+    Turn database errors into messages without the database's text, which may quote a row.
 
     Raises:
         CannotDo: The database failed.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 import click
 from flask.cli import with_appcontext
 
 from clerkhooks.clerk.events import is_user_id
 from clerkhooks.cli.options import CannotDo, database_failures
-from clerkhooks.cli.progress import Progress
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES
 from clerkhooks.web.state import current_state
@@ -137,6 +138,28 @@ class Output:
                 "which usually means a wrong CLERK_SECRET_KEY. To delete them: --force",
                 err=True,
             )
+
+
+class Progress(ExitStack):
+    """
+    Show progress on stderr: a bar on a terminal, elsewhere one line for each part.
+
+    Leaving the context, or ``close()``, ends the current bar.
+    """
+
+    _bar: Any
+
+    def begin(self, label: str, total: int | None) -> None:
+        """Begin the next part, of *total* users if the number is known."""
+        self.close()
+        bar = click.progressbar(
+            repeat(None), length=total, label=label, file=sys.stderr, show_pos=True
+        )
+        self._bar = self.enter_context(bar)
+
+    def advance(self, count: int) -> None:
+        """Add *count* users to the current part."""
+        self._bar.update(count)
 
 
 @contextmanager
