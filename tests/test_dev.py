@@ -124,6 +124,8 @@ def test_passes_every_check_and_ends_with_0(
     assert names == ["Ada Lovelace", "Grace Hopper", "Deleted User"]
     assert len(printed.splitlines()) <= 40
     assert max(map(len, printed.replace(str(temporary), "/tmp").splitlines())) <= 100
+    _, _, table = printed.partition("The users table:\n")
+    assert max(map(len, table.splitlines())) <= 80
     assert "whsec_" not in printed
     assert list(temporary.iterdir()) == []
 

@@ -14,7 +14,7 @@ import httpx
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 from clerkhooks.cli.options import mark, print_table
 
-_QUERY = "SELECT id, name, email, substr(deleted_at, 1, 19) FROM users ORDER BY created_at"
+_QUERY = "SELECT id, name, email, date(deleted_at) FROM users ORDER BY created_at"
 
 
 class Demonstration:
