@@ -1,0 +1,179 @@
+"""
+A gunicorn worker that idle and slow clients cannot block.
+
+gunicorn's own gevent worker counts idle connections against ``worker_connections`` and then accepts
+no further ones, waits for a slow body without a limit, and accepts one connection per iteration of
+the event loop, however many requests an iteration serves.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import ssl
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from socket import SHUT_RD, SHUT_RDWR
+from typing import Any
+
+import gevent
+from gevent.server import StreamServer
+from gevent.socket import socket
+from gunicorn.workers.ggevent import GeventWorker
+
+REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, and for a part of a response to leave
+MAX_DESCRIPTORS = 65_536  # enough for any worker_connections, even if more are allowed
+CONNECTIONS_SHARE = 0.8  # of the descriptors; the others are for the database, keys and files
+CLOSE_IDLE_FROM = 0.9  # of the connections; gunicorn accepts no further ones at 1
+REQUESTS_PER_ACCEPT = 8
+INTERVAL = 0.25  # seconds between two checks of the deadlines
+_UNLIMITED: AbstractContextManager[None] = nullcontext()
+
+
+class Connection(socket):  # type: ignore[misc]
+    """
+    A client's connection that is in *waiting* while it waits for the client.
+
+    It is idle until the first byte of a request arrives.
+    """
+
+    __slots__ = ("_waiting", "deadline", "is_idle", "is_sending")
+
+    def __init__(self, accepted: Any, waiting: dict[Connection, None]) -> None:
+        """Take over the descriptor of the *accepted* socket."""
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._waiting = waiting
+        self.is_idle = self.is_sending = False
+        self.deadline = math.inf
+
+    def begin_wait(self, seconds: float) -> None:
+        """Expect the next request within *seconds*."""
+        self.is_idle, self.deadline = True, time.monotonic() + seconds
+
+    def recv(self, *arguments: Any) -> bytes:
+        """Receive; from the first byte on, the rest of the request has REQUEST_TIMEOUT."""
+        self._waiting[self] = None
+        try:
+            received: bytes = super().recv(*arguments)
+        finally:
+            self._waiting.pop(self, None)
+        if self.is_idle:
+            self.is_idle, self.deadline = False, time.monotonic() + REQUEST_TIMEOUT
+        return received
+
+    def sendall(self, *arguments: Any) -> None:
+        """Send all, unless the client does not read it within REQUEST_TIMEOUT."""
+        before, self.deadline = self.deadline, time.monotonic() + REQUEST_TIMEOUT
+        self.is_sending, self.is_idle = True, False
+        self._waiting[self] = None
+        try:
+            super().sendall(*arguments)
+        finally:
+            self._waiting.pop(self, None)
+            self.is_sending, self.deadline = False, before
+
+    def end_wait(self) -> None:
+        """Let a reader see the end of the stream, after what has arrived; let a sender fail."""
+        self._waiting.pop(self, None)
+        with suppress(OSError):  # the client was faster
+            # gevent's own shutdown() would raise in the greenlet that waits.
+            self._sock.shutdown(SHUT_RDWR if self.is_sending else SHUT_RD)
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """
+    gunicorn's gevent worker, with a bound for connections and a deadline for each request.
+
+    When the bound is near, the connection that has waited longest for its client is closed for each
+    new one. A worker that stops closes idle connections at once. TLS connections are served as by
+    gunicorn's own worker.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._connections: dict[Any, Connection] = {}  # by greenlet
+        self._waiting: dict[Connection, None] = {}  # the longest wait first
+
+    def init_process(self) -> None:
+        """Raise the limit of descriptors, and bound the connections well below it."""
+        limit = raise_descriptor_limit()
+        self.worker_connections = min(self.worker_connections, int(limit * CONNECTIONS_SHARE))
+        super().init_process()
+
+    def run(self) -> None:
+        """Serve until the worker is told to stop."""
+        gevent.spawn(self._watch_deadlines)
+        super().run()
+
+    def server_class(self, listener: Any, *, spawn: Any, **options: Any) -> StreamServer:
+        """Return what accepts connections; gunicorn calls this in the place of a class."""
+        tls = {"ssl_context": options["ssl_context"]} if "ssl_context" in options else {}
+
+        def serve(client: Any, address: Any) -> None:
+            self.handle(listener, client, address)
+
+        server = _Server(listener, handle=serve, spawn=spawn, **tls)
+        server.count_requests = self._count_requests
+        return server
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve a connection until it ends."""
+        if isinstance(client, ssl.SSLSocket):
+            super().handle(listener, client, addr)
+            return
+        if self._waiting and len(self._connections) >= CLOSE_IDLE_FROM * self.worker_connections:
+            next(iter(self._waiting)).end_wait()
+        greenlet = gevent.getcurrent()
+        connection = self._connections[greenlet] = Connection(client, self._waiting)
+        try:
+            super().handle(listener, connection, addr)
+        finally:
+            del self._connections[greenlet]
+
+    def timeout_ctx(self) -> Any:
+        """Begin the wait for a request. gunicorn's own worker would start a timer for each."""
+        connection = self._connections.get(gevent.getcurrent())
+        if connection is None:
+            return super().timeout_ctx()
+        connection.begin_wait(self.cfg.keepalive)
+        return _UNLIMITED
+
+    def _count_requests(self) -> int:
+        """Return the number of requests that are being served."""
+        return len(self._connections) - len(self._waiting)
+
+    def _watch_deadlines(self) -> None:
+        while True:
+            gevent.sleep(INTERVAL)
+            now, is_stopping = time.monotonic(), not self.alive
+            for connection in list(self._waiting):
+                if connection.deadline <= now or (is_stopping and connection.is_idle):
+                    connection.end_wait()
+
+
+class _Server(StreamServer):  # type: ignore[misc]
+    """
+    Accepts one connection per iteration of the event loop, and more in a busy worker.
+
+    An idle worker leaves others their share; the iterations of a busy one take long.
+    """
+
+    @staticmethod
+    def count_requests() -> int:
+        """Return the number of requests that are being served."""
+        return 0
+
+    @property
+    def max_accept(self) -> int:
+        """How many connections to accept in this iteration."""
+        return 1 + self.count_requests() // REQUESTS_PER_ACCEPT
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files as far as allowed, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= allowed:
+        return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
