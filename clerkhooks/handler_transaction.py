@@ -15,6 +15,7 @@ from clerkhooks.clerk.events import ReceivedEvent
 from clerkhooks.events import Event, Handler, Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.database import begin_immediate, is_autocommit
+from clerkhooks.store.pool import Overloaded
 from clerkhooks.store.postgresql import LOCK_TIMEOUT, STATEMENT_TIMEOUT
 
 _NOT_DONE = (None, Outcome.FAILED)
@@ -44,11 +45,15 @@ def apply_with_handlers(
     Apply *event* with *write*, call *handlers*, and commit everything in one transaction.
 
     Raises:
+        Overloaded: the application's pool had no connection in time.
         RuntimeError: a handler ended the transaction, or the commit did not keep the message.
         Exception: whatever a handler or the database raises. The caller rolls back.
     """
     session = scoped()
-    connection = _begin(session, store)
+    try:
+        connection = _begin(session, store)
+    except sa.exc.TimeoutError as error:  # of the application's pool
+        raise Overloaded from error
     with _own_limits(connection):
         [outcome] = write(connection, [event])
     if outcome is Outcome.DUPLICATE:

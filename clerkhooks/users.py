@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks.clerk.events import NEW_USER, ReceivedEvent
@@ -17,14 +19,17 @@ from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields, to_json
-from clerkhooks.store.database import transaction
-from clerkhooks.store.messages import is_unanswered, record_failure
+from clerkhooks.store.database import POOL_TIMEOUT, transaction
+from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
+from clerkhooks.store.pool import Bound, Overloaded, Slots
 from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
-BATCH_LOCK_TIMEOUT = "50ms"  # then the batch fails, and each caller retries alone
+MAX_CALLERS = 1000  # deliveries, and as many calls, that a process has begun and not answered
+BATCH_LOCK_TIMEOUT = "50ms"  # then the others of the batch go on without the locked rows
+TABLE_LOCKED_AFTER = 1.0  # seconds; PostgreSQL waits for a table before it knows our timeout
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
 
@@ -43,6 +48,9 @@ class Users:
         self._make_snapshot = make_snapshot
         self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=is_unanswered)
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
+        self._deliveries, self._calls = Bound(MAX_CALLERS), Bound(MAX_CALLERS)
+        # Whoever waits for a locked row leaves connections to the others.
+        self._lock_waits = Slots(max(1, store.database.pool_size // 2), POOL_TIMEOUT)
 
     def apply(self, event: ReceivedEvent) -> Outcome:
         """
@@ -53,25 +61,28 @@ class Users:
         may wait for each other but never deadlock.
 
         Raises:
-            Exception: any error. The event is rolled back and recorded as failed.
+            Overloaded: nothing was tried.
+            Exception: any other error. The event is rolled back and recorded as failed.
         """
+        with self._deliveries:
+            outcome = self._apply(event)
+            if outcome is not Outcome.DUPLICATE:
+                self._call_after_commit(event, outcome)
+        return outcome
+
+    def _apply(self, event: ReceivedEvent) -> Outcome:
         now = datetime.now(UTC)
         handlers = self._handlers.find(event.type, after_commit=False)
         try:
             if handlers:
-                outcome = apply_with_handlers(
-                    self._session, self._store, event, handlers, self.write
-                )
-            else:
-                outcome = self._deliver(event)
+                return apply_with_handlers(self._session, self._store, event, handlers, self.write)
+            return self._deliver(event) or self._apply_alone(event)
         except Exception as error:
             if handlers:
                 self._session.rollback()
-            record_failure(self._store, event, error, now)
+            if not isinstance(error, Overloaded):
+                record_failure(self._store, event, error, now)
             raise
-        if outcome is not Outcome.DUPLICATE:
-            self._call_after_commit(event, outcome)
-        return outcome
 
     def get_authenticated(self, user_id: str, *, impersonated: bool) -> tuple[ClerkUser, bool]:
         """
@@ -82,6 +93,10 @@ class Users:
         Raises:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
         """
+        with self._calls:
+            return self._get_authenticated(user_id, impersonated)
+
+    def _get_authenticated(self, user_id: str, impersonated: bool) -> tuple[ClerkUser, bool]:
         now = datetime.now(UTC)
         user, created = self._read(user_id), None
         if user is None:
@@ -126,11 +141,44 @@ class Users:
         users = {user.id: user for user in map(self._make_snapshot, found)}
         return [users.get(user_id) for user_id in user_ids]
 
-    def _apply_all(self, events: Sequence[ReceivedEvent]) -> list[Outcome]:
-        """Apply *events* in a separate transaction; each message and user is in them once."""
-        limit = LOCK_TIMEOUT if len(events) == 1 else BATCH_LOCK_TIMEOUT
+    def _apply_all(self, events: Sequence[ReceivedEvent]) -> list[Outcome | None]:
+        """
+        Apply *events* in a separate transaction; each message and user is in them once.
+
+        The outcome is None for an event that was not applied because its row is locked.
+        """
+        began_at = monotonic()
         with self._store.database.connect() as connection, transaction(connection):
-            return self.write(connection, events, limit)
+            try:
+                return [*self.write(connection, events, BATCH_LOCK_TIMEOUT)]
+            except OperationalError as error:
+                if not is_locked(error) or monotonic() - began_at > TABLE_LOCKED_AFTER:
+                    raise
+            if len(events) == 1:
+                return [None]
+            locked = self._find_locked(connection, events)
+            free = [event for event in events if event.user_id not in locked]
+            outcomes = iter(self.write(connection, free, BATCH_LOCK_TIMEOUT))
+            return [None if event.user_id in locked else next(outcomes) for event in events]
+
+    def _find_locked(
+        self, connection: sa.Connection, events: Sequence[ReceivedEvent]
+    ) -> frozenset[str]:
+        rows = to_json([{"id": event.user_id} for event in events if event.user_id is not None])
+        return frozenset(
+            connection.execute(self._store.statements.find_locked, {"rows": rows}).scalars()
+        )
+
+    def _apply_alone(self, event: ReceivedEvent) -> Outcome:
+        """Apply *event*, waiting for its locked row."""
+        database = self._store.database
+        with (
+            self._lock_waits.use(),
+            database.connect() as connection,
+            transaction(connection),
+        ):
+            [outcome] = self.write(connection, [event])
+        return outcome
 
     def write(
         self,

@@ -146,7 +146,7 @@ class Sender:
 
     def _start(self, request: bytes) -> None:
         opened = len(self._idle) + len(self._begun)
-        is_new = opened < self.connections and (not self._idle or random.random() < 0.1)  # noqa: S311
+        is_new = opened < self.connections and (not self._idle or random.random() < 0.1)
         if is_new:
             connection = socket.socket()
             connection.setblocking(False)

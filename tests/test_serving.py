@@ -379,7 +379,7 @@ def test_configures_gunicorn(clerk: FakeClerk, tmp_path: Path, database: str) ->
     variables = {"PORT": "8123", "WEB_CONCURRENCY": "3", "DATABASE_URL": database.format(tmp_path)}
     ended = run([sys.executable, "-c", CONFIGURATION], environ(**clerk.environ | variables))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == "0.0.0.0:8123 3 gevent True\n"
+    assert ended.stdout == "0.0.0.0:8123 3 clerkhooks.web.worker.Worker True\n"
 
 
 FORKS = """

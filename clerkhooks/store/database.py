@@ -15,10 +15,11 @@ from sqlalchemy import event
 
 from clerkhooks.errors import Fault, SettingsError
 from clerkhooks.store import postgresql
+from clerkhooks.store.pool import OrderedPool
 from clerkhooks.store.postgresql import Pooler
 
 BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's one write lock
-POOL_TIMEOUT = 4.0  # seconds that a request waits for a connection
+POOL_TIMEOUT = 2.0  # seconds that a request waits for a connection
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
     "keeps SQLite in memory, where each connection would have a database of its own.",
@@ -51,7 +52,7 @@ class Database:
         Raises:
             SettingsError: the database is SQLite in memory.
         """
-        self.dialect_name = engine.dialect.name
+        self.dialect_name, self.pool_size = engine.dialect.name, pool_size
         pool = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": POOL_TIMEOUT}
         echo: Any = engine.echo
         if self.dialect_name == "sqlite":
@@ -76,6 +77,7 @@ class Database:
     def _create(url: sa.URL, **options: Any) -> sa.Engine:
         return sa.create_engine(
             url,
+            poolclass=OrderedPool,
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
             hide_parameters=True,

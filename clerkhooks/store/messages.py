@@ -58,6 +58,11 @@ def is_unanswered(error: Exception) -> bool:
     return unanswered or isinstance(error, sa.exc.TimeoutError)
 
 
+def is_locked(error: Exception) -> bool:
+    """Return whether PostgreSQL gave up waiting for a lock."""
+    return describe(error) == "OperationalError 55P03"
+
+
 def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     """
     Delete messages that were received and processed before *before*; yield the size of each batch.

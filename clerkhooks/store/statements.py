@@ -88,6 +88,15 @@ ON CONFLICT (message_id) DO UPDATE SET attempts = m.attempts + 1, error = exclud
 WHERE m.outcome = 'failed'
 """
 
+# The mode is that of an UPDATE that leaves the key alone.
+_FIND_LOCKED = """
+WITH free AS (
+    SELECT id FROM {users} WHERE id IN (SELECT id FROM ({id_rows}) AS r)
+    FOR NO KEY UPDATE SKIP LOCKED)
+SELECT id FROM {users}
+WHERE id IN (SELECT id FROM ({id_rows}) AS r) AND id NOT IN (SELECT id FROM free)
+"""
+
 _CREATE_FIRST_SEEN = """
 INSERT INTO {users} (id, name, is_online, last_seen, created_at, updated_at)
 VALUES (:id, :name, false, :now, :now, :now)
@@ -183,6 +192,8 @@ class Statements:
             _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
         )
         """Apply events and record messages; takes ``lock_timeout``. PostgreSQL only."""
+        self.find_locked = self._text(_FIND_LOCKED, names)
+        """Return the ids of locked rows. PostgreSQL only."""
         self.upsert_users = self._text("WITH r AS ({event_rows})" + upsert, names)
         self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
         """The same in two steps, for SQLite, which has no data-modifying CTEs."""

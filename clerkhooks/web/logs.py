@@ -141,8 +141,9 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
 def _log_request(response: Response) -> Response:
     state, status = request_state(), response.status_code
     response.headers["X-Request-ID"] = state.request_id
-    refused = "reason" in state.fields
-    level = logging.ERROR if status >= 500 else logging.WARNING if refused else logging.INFO
+    reason = state.fields.get("reason")
+    is_error = status >= 500 and reason != "overloaded"
+    level = logging.ERROR if is_error else logging.WARNING if reason else logging.INFO
     if logger.isEnabledFor(level):
         line = {
             "method": request.method,

@@ -102,7 +102,7 @@ class Metrics:
     def count_delivery(self, status: int, fields: dict[str, Any], seconds: float) -> None:
         """Count a delivery by the *fields* of its log line; it took *seconds*."""
         event_type = fields.get("event_type")
-        if event_type is None or (fields.get("outcome") is None and status < 500):
+        if event_type is None or (fields.get("outcome") is None and status != 500):
             self.webhook_refusals.labels(fields.get("reason") or "other").inc()
             return
         outcome = fields.get("outcome") or Outcome.FAILED

@@ -22,6 +22,7 @@ from clerkhooks.errors import (
     SignatureError,
     Unauthenticated,
 )
+from clerkhooks.store.pool import Overloaded
 from clerkhooks.web.logs import log_failure
 from clerkhooks.web.state import annotate
 
@@ -35,6 +36,7 @@ _STATUS: dict[type[RequestError], HTTPStatus] = {
     Unauthenticated: HTTPStatus.UNAUTHORIZED,
     Forbidden: HTTPStatus.FORBIDDEN,
     KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _REASONS = {413: "body_too_large", 500: "internal_error"}
 
@@ -121,7 +123,7 @@ def from_request_error(error: RequestError) -> Response:
         }
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, KeysUnavailable):
+    if isinstance(error, KeysUnavailable | Overloaded):
         headers["Retry-After"] = str(error.retry_after)
     status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
     return problem(status, error.reason, headers, **members)

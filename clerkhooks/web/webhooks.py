@@ -11,6 +11,7 @@ from werkzeug.exceptions import HTTPException
 from clerkhooks.clerk.events import parse_event
 from clerkhooks.clerk.signatures import HEADERS, verify_signature
 from clerkhooks.errors import RequestError, SignatureError
+from clerkhooks.store.pool import Overloaded
 from clerkhooks.web.logs import log_delivery, log_failure
 from clerkhooks.web.problems import answered, json_response, problem, read_body
 from clerkhooks.web.state import annotate, current_state, request_state
@@ -50,6 +51,8 @@ def apply_delivery() -> Response:
     annotate(message_id=event.message_id, event_type=event.type, user_id=event.user_id)
     try:
         outcome = state.users.apply(event)
+    except Overloaded:
+        raise
     except (RequestError, HTTPException) as error:
         # Raised by a handler, for instance by abort(404): not an answer for Clerk.
         log_failure(error)

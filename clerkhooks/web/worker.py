@@ -12,6 +12,7 @@ import math
 import resource
 import ssl
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from socket import SHUT_RD, SHUT_RDWR
 from typing import Any
@@ -97,7 +98,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         """Raise the limit of descriptors, and bound the connections well below it."""
         limit = raise_descriptor_limit()
-        self.worker_connections = min(self.worker_connections, int(limit * CONNECTIONS_SHARE))
+        allowed = int(limit * CONNECTIONS_SHARE)
+        self.worker_connections: int = min(self.cfg.worker_connections, allowed)
         super().init_process()
 
     def run(self) -> None:
@@ -112,9 +114,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         def serve(client: Any, address: Any) -> None:
             self.handle(listener, client, address)
 
-        server = _Server(listener, handle=serve, spawn=spawn, **tls)
-        server.count_requests = self._count_requests
-        return server
+        return _Server(listener, serve, spawn, self._count_requests, **tls)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection until it ends."""
@@ -158,15 +158,16 @@ class _Server(StreamServer):  # type: ignore[misc]
     An idle worker leaves others their share; the iterations of a busy one take long.
     """
 
-    @staticmethod
-    def count_requests() -> int:
-        """Return the number of requests that are being served."""
-        return 0
+    def __init__(
+        self, listener: Any, handle: Any, spawn: Any, count_requests: Callable[[], int], **tls: Any
+    ) -> None:
+        self._count_requests = count_requests
+        super().__init__(listener, handle=handle, spawn=spawn, **tls)
 
     @property
     def max_accept(self) -> int:
-        """How many connections to accept in this iteration."""
-        return 1 + self.count_requests() // REQUESTS_PER_ACCEPT
+        """The number of connections to accept in this iteration."""
+        return 1 + self._count_requests() // REQUESTS_PER_ACCEPT
 
 
 def raise_descriptor_limit() -> int:

@@ -1,0 +1,166 @@
+"""Waiting in order, and not in vain: callers that could not be served in time are refused."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from clerkhooks.errors import RequestError
+
+RETRY_AFTER = 1  # seconds. Svix never retries sooner because of it, and people wait for a call
+_CHECK_INTERVAL = 0.1  # seconds
+_WEIGHT = 0.2  # of the latest use in the average duration
+
+
+class Overloaded(RequestError, sa.exc.TimeoutError):
+    """More callers than can be served in time: nothing was tried, and a retry helps."""
+
+    retry_after = RETRY_AFTER
+
+    def __init__(self, reason: str = "overloaded") -> None:
+        super().__init__(reason)
+
+
+class Slots:
+    """
+    At most *size* uses at once; other callers wait in order, for *timeout* seconds at most.
+
+    A caller is refused as soon as the number of those before it, and the time that a use has taken
+    lately, mean that it would wait longer.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size, self.timeout = size, timeout
+        self._guard = threading.RLock()  # garbage collection may end a use at any time
+        self._free = size
+        self._waiting: deque[threading.Lock] = deque()
+        self._duration = 0.0  # seconds that a use takes, on average
+        self._changed_at = monotonic()  # when a use began or ended
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """
+        Run the block in a slot.
+
+        Raises:
+            Overloaded: the wait would be too long.
+        """
+        began_at = self.begin()
+        try:
+            yield
+        finally:
+            self.end(began_at)
+
+    def begin(self) -> float:
+        """
+        Wait for a slot, and return the time at which the use begins.
+
+        Raises:
+            Overloaded: the wait would be too long.
+        """
+        with self._guard:
+            if self._free and not self._waiting:
+                self._free -= 1
+                self._changed_at = monotonic()
+                return self._changed_at
+            self._refuse_if_late(len(self._waiting))
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            self._wait(turn)
+        except BaseException:  # also if this caller is killed
+            self._leave(turn)
+            raise
+        return monotonic()
+
+    def end(self, began_at: float) -> None:
+        """End a use that began at *began_at*: the slot is the next caller's."""
+        with self._guard:
+            self._changed_at = monotonic()
+            self._duration += _WEIGHT * (self._changed_at - began_at - self._duration)
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+    def _wait(self, turn: threading.Lock) -> None:
+        deadline = monotonic() + self.timeout
+        while not turn.acquire(timeout=_CHECK_INTERVAL):
+            with self._guard:
+                if turn in self._waiting:
+                    self._refuse_if_late(self._waiting.index(turn), monotonic() > deadline)
+
+    def _leave(self, turn: threading.Lock) -> None:
+        with self._guard:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif self._waiting:  # it was this caller's turn
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+    def _refuse_if_late(self, before: int, is_late: bool = False) -> None:
+        # While no use ends, uses take at least as long as that.
+        duration = max(self._duration, monotonic() - self._changed_at)
+        if is_late or duration * (before + 1) / self.size > self.timeout:
+            raise Overloaded
+
+
+class Bound:
+    """At most *size* callers at once; further ones are refused."""
+
+    def __init__(self, size: int) -> None:
+        self._free = threading.BoundedSemaphore(size)
+
+    def __enter__(self) -> None:
+        """
+        Take a place.
+
+        Raises:
+            Overloaded: all places are taken.
+        """
+        if not self._free.acquire(blocking=False):
+            raise Overloaded
+
+    def __exit__(self, *_: object) -> None:
+        """Give the place back."""
+        self._free.release()
+
+
+class OrderedPool(QueuePool):
+    """A pool that serves its callers in order, and refuses those that would wait too long."""
+
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # not ours, which the service prints
+
+    def __init__(
+        self, creator: Any, pool_size: int, max_overflow: int, timeout: float, **options: Any
+    ) -> None:
+        super().__init__(creator, pool_size, max_overflow, timeout, **options)
+        self._slots = Slots(pool_size + max_overflow, timeout)
+        self._began_at: dict[ConnectionPoolEntry, float] = {}
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        began_at = self._slots.begin()
+        try:
+            record = super()._do_get()
+        except BaseException:
+            self._slots.end(began_at)
+            raise
+        self._began_at[record] = began_at
+        return record
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        began_at = self._began_at.pop(record, None)
+        try:
+            super()._do_return_conn(record)
+        finally:
+            if began_at is not None:
+                self._slots.end(began_at)
