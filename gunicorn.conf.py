@@ -24,7 +24,7 @@ with exit_if_invalid():  # before anything listens
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "clerkhooks.web.worker.Worker"
-worker_connections = 20_000  # per worker, or 0.8 of the descriptors that it may open
+worker_connections = 8000  # per worker, of some 20 KB each; or 0.8 of its file descriptors
 backlog = 4096
 preload_app = True
 # Seconds. Longer than proxies usually keep a connection, so that no proxy uses a closed one.

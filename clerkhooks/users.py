@@ -46,7 +46,7 @@ class Users:
     ) -> None:
         self._store, self._handlers, self._session = store, handlers, session
         self._make_snapshot = make_snapshot
-        self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=is_unanswered)
+        self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=_concerns_all)
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
         self._deliveries, self._calls = Bound(MAX_CALLERS), Bound(MAX_CALLERS)
         # Whoever waits for a locked row leaves connections to the others.
@@ -158,7 +158,12 @@ class Users:
                 return [None]
             locked = self._find_locked(connection, events)
             free = [event for event in events if event.user_id not in locked]
-            outcomes = iter(self.write(connection, free, BATCH_LOCK_TIMEOUT))
+            try:
+                outcomes = iter(self.write(connection, free, BATCH_LOCK_TIMEOUT))
+            except OperationalError as error:
+                if not is_locked(error):
+                    raise
+                return [None] * len(events)  # another transaction inserts one of the rows
             return [None if event.user_id in locked else next(outcomes) for event in events]
 
     def _find_locked(
@@ -241,6 +246,11 @@ def is_present(user: Any) -> bool:
 
 def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
     return user.deleted_at is None and user.last_seen <= now - LAST_SEEN_INTERVAL
+
+
+def _concerns_all(error: Exception) -> bool:
+    """Return whether no event of the batch is at fault: no answer, or a table is locked."""
+    return is_unanswered(error) or is_locked(error)
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["silent", "idle", "slow head", "slow body"]
+KINDS: tuple[Kind, ...] = ("silent", "idle", "slow head", "slow body")
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 SVIX_TIMEOUT = 15.0  # seconds that Svix waits for an answer
 _BEGUN = {
@@ -146,7 +147,7 @@ class Sender:
 
     def _start(self, request: bytes) -> None:
         opened = len(self._idle) + len(self._begun)
-        is_new = opened < self.connections and (not self._idle or random.random() < 0.1)
+        is_new = opened < self.connections and (not self._idle or random.random() < 0.3)
         if is_new:
             connection = socket.socket()
             connection.setblocking(False)

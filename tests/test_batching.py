@@ -326,9 +326,14 @@ def test_does_not_let_a_locked_row_delay_others(
     assert service.outcome(user_event(locked_id)) == "applied"
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(9)]
+    written: list[str] = []
     with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(10) as pool:
         other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [locked_id])
-        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+        with (
+            on_statement(service, "WITH", lambda: written.append("")),
+            before(service, "WITH") as hold,
+            held(hold, delivery(service, bodies[0])) as first,
+        ):
             waiting = pool.submit(delivery(service, body_of(locked_id, at=NOW_MS + 1)))
             wait_for_callers(2)
             answers = [first, *(pool.submit(delivery(service, body)) for body in bodies[1:])]
@@ -341,4 +346,5 @@ def test_does_not_let_a_locked_row_delay_others(
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
+    assert len(written) == 5, "one alone, the batch, who is locked, the others, the locked one"
     assert took < 1.5, "far from the two seconds that a row is waited for"

@@ -21,11 +21,10 @@ from pathlib import Path
 from clerkhooks.clerk.fake import FakeClerk
 from tests.benchmarks.load import webhooks
 from tests.conftest import migrate, started_postgresql
-from tests.flooding import Kind, Sender, Sent, allow_descriptors, held, median, new_clients
+from tests.flooding import KINDS, Kind, Sender, Sent, allow_descriptors, held, median, new_clients
 from tests.server import serving
 
 CLERK = FakeClerk()
-KINDS: tuple[Kind, ...] = ("silent", "idle", "slow head", "slow body")
 
 
 def line(what: str, sent: Sent, health: Sent, held: int = 0) -> None:

@@ -1,0 +1,256 @@
+"""The real server under a flood: thousands of connections, and more work than it can do in time."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import resource
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import psycopg
+import pytest
+
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from tests.benchmarks.load import webhooks
+from tests.flooding import KINDS, Kind, Sender, Sent, allow_descriptors, held, new_clients
+from tests.server import Server, serving
+from tests.support import NOW_MS, user_event
+
+only_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+only_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+def descriptors() -> Iterator[int]:
+    """The descriptors that this process may open, raised as far as allowed."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield allow_descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def send(server: Server, count: int, *, at_once: int, connections: int) -> Sent:
+    """Deliver *count* new messages."""
+    sender = Sender(server.port, at_once=at_once, connections=connections)
+    try:
+        return sender.send(itertools.islice(webhooks(server.clerk), count))
+    finally:
+        sender.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@only_postgresql
+def test_serves_beside_5000_connections_that_send_little(
+    database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int, kind: Kind
+) -> None:
+    """Deliveries and new clients are answered as soon as without them."""
+    count = min(5000, descriptors - 1000)  # fewer where the machine forbids 5,000
+    with (
+        serving(database_url, clerk, tmp_path / "log") as server,
+        held(server.port, count, kind) as count_open,
+    ):
+        with new_clients(server.port) as health:
+            sent = send(server, 500, at_once=8, connections=8)
+        if kind in ("silent", "idle"):
+            assert count_open() == count
+    assert sent.statuses == {200: 500}
+    assert health.statuses.keys() == {200}
+    assert sent.quantile(0.99) < 1
+    assert health.quantile(0.99) < 1
+
+
+@pytest.mark.slow
+@only_postgresql
+def test_serves_a_sender_that_opens_more_connections_than_it_needs(
+    database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
+) -> None:
+    """Svix delivers 500 messages at once over 2,400 kept connections: no attempt times out."""
+    connections = min(2400, descriptors - 1000)
+    with serving(database_url, clerk, tmp_path / "log") as server:
+        with new_clients(server.port) as health:
+            sent = send(server, 10_000, at_once=500, connections=connections)
+        assert server.rows("SELECT count(*) FROM webhook_messages") == [(10_000,)]
+    assert sent.statuses == {200: 10_000}
+    assert sent.connections == connections
+    assert health.statuses.keys() == {200}
+    assert health.quantile(0.99) < 1
+
+
+@only_sqlite
+def test_closes_the_longest_idle_connection_for_a_new_one(
+    database_url: str, clerk: FakeClerk, tmp_path: Path
+) -> None:
+    """Twenty connections are allowed, 18 are kept: of 40 idle ones the last stay open."""
+    with (
+        serving(
+            database_url,
+            clerk,
+            tmp_path / "log",
+            WEB_CONCURRENCY="1",
+            GUNICORN_CMD_ARGS="--worker-connections 20",
+        ) as server,
+        ExitStack() as stack,
+    ):
+        opened = []
+        for _ in range(40):
+            opened.append(stack.enter_context(connected(server)))
+            assert server.deliver(user_event(clerk_id("user"))).status == 200
+        deadline = time.monotonic() + 5
+        while [is_open(connection) for connection in opened] != [False] * 23 + [True] * 17:
+            assert time.monotonic() < deadline, [is_open(one) for one in opened]
+
+
+@only_sqlite
+def test_raises_its_limit_of_descriptors(
+    database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
+) -> None:
+    """A worker that was started with 256 descriptors may open as many as the machine allows."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, descriptors))
+    with serving(database_url, clerk, tmp_path / "log") as server:
+        for worker in psutil.Process(server.process.pid).children():
+            limits = Path(f"/proc/{worker.pid}/limits").read_text()
+            [(soft, hard)] = re.findall(r"Max open files +(\d+) +(\d+)", limits)
+            assert int(soft) == min(int(hard), 65_536)
+
+
+@pytest.mark.slow
+@only_sqlite
+def test_gives_up_on_a_request_that_does_not_arrive(
+    database_url: str, clerk: FakeClerk, tmp_path: Path
+) -> None:
+    """Ten seconds after its first byte; a slow head is not answered, a slow body is refused."""
+    with (
+        serving(database_url, clerk, tmp_path / "log", WEB_CONCURRENCY="1") as server,
+        connected(server) as head,
+        connected(server) as body,
+        connected(server) as idle,
+    ):
+        began = time.monotonic()
+        head.sendall(b"POST /webhooks/clerk HTTP/1.1\r\n")
+        body.sendall(b"POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n")
+        answers: dict[socket.socket, bytes] = {head: b"", body: b""}
+        ended: dict[socket.socket, float] = {}
+        while len(ended) < 2:
+            assert time.monotonic() - began < 15
+            time.sleep(0.2)
+            for connection in answers.keys() - ended.keys():
+                received = go_on(connection)
+                answers[connection] += received or b""
+                if received == b"":
+                    ended[connection] = time.monotonic() - began
+        assert is_open(idle)
+        assert server.deliver(user_event(clerk_id("user"))).status == 200
+    assert all(10 <= seconds < 12 for seconds in ended.values()), ended
+    assert answers[head] == b""
+    assert answers[body].startswith(b"HTTP/1.1 401 ")
+
+
+@only_sqlite
+def test_closes_idle_connections_when_it_is_told_to_stop(
+    database_url: str, clerk: FakeClerk, tmp_path: Path
+) -> None:
+    """A worker with idle connections ends long before its graceful timeout of 12 s."""
+    with serving(database_url, clerk, tmp_path / "log") as server, ExitStack() as stack:
+        opened = [stack.enter_context(connected(server)) for _ in range(20)]
+        for connection in opened[:10]:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 6
+        assert "graceful timeout" not in server.log.read_text()
+
+
+@only_postgresql
+def test_refuses_soon_what_it_cannot_do_in_time(
+    database_url: str, clerk: FakeClerk, tmp_path: Path
+) -> None:
+    """
+    Forty deliveries wait for locked rows, on two connections.
+
+    Strangers are served meanwhile. What is refused is answered 503, counted, and done by a retry.
+    """
+    token = "x" * 20
+    with (
+        serving(
+            database_url,
+            clerk,
+            tmp_path / "log",
+            WEB_CONCURRENCY="1",
+            DATABASE_POOL_SIZE="4",
+            METRICS_TOKEN=token,
+        ) as server,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        ids = [clerk_id("user") for _ in range(40)]
+        later = [user_event(user_id, at=NOW_MS + 1) for user_id in ids]
+        messages = [clerk_id("msg") for _ in ids]
+        assert {answer.status for answer in pool.map(server.deliver, map(user_event, ids))} == {200}
+        with psycopg.connect(database_url) as other:
+            other.execute("SELECT 1 FROM users FOR UPDATE")
+            waiting = [
+                pool.submit(timed, server, *pair) for pair in zip(later, messages, strict=True)
+            ]
+            time.sleep(0.3)
+            strangers = [timed(server, user_event(clerk_id("user")), clerk_id("msg"))[:2]]
+            answers = [future.result() for future in waiting]
+            other.rollback()
+        refused = [(status, after, took) for status, took, after in answers if status == 503]
+        assert {status for status, _, _ in answers} <= {500, 503}
+        assert len(refused) >= 30
+        assert {after for _, after, _ in refused} == {"1"}
+        assert statistics.median(took for _, _, took in refused) < 1.5
+        assert max(took for _, _, took in refused) < 3
+        assert [status for status, _ in strangers] == [200]
+        assert max(took for _, took in strangers) < 1
+        shown = server.request("GET", "/metrics", headers={"Authorization": f"Bearer {token}"})
+        counted = f'clerkhooks_webhook_refusals_total{{reason="overloaded"}} {len(refused)}.0'
+        assert counted in shown.body.decode()
+        assert {answer.status for answer in pool.map(server.deliver, later, messages)} == {200}
+        levels = [line["level"] for line in server.lines() if line.get("reason") == "overloaded"]
+        assert levels == ["warning"] * len(refused)
+
+
+def timed(server: Server, body: bytes, message_id: str) -> tuple[int, float, str | None]:
+    """Deliver *body*; return the status, the seconds that it took, and Retry-After."""
+    began = time.monotonic()
+    answer = server.deliver(body, message_id)
+    return answer.status, time.monotonic() - began, answer.headers.get("retry-after")
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[socket.socket]:
+    """Open a connection, until the block ends."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        yield connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Return whether the server has not closed *connection*, which receives nothing else."""
+    connection.settimeout(0.001)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def go_on(connection: socket.socket) -> bytes | None:
+    """Send another byte; return what was received, if anything, and b"" at the end."""
+    connection.settimeout(0.001)
+    try:
+        connection.sendall(b"x")
+        return connection.recv(4096)
+    except TimeoutError:
+        return None
+    except OSError:
+        return b""

@@ -1,0 +1,243 @@
+"""Callers wait in order, and are refused as soon as it is clear that they would wait too long."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import sqlalchemy as sa
+
+from clerkhooks import users
+from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.errors import RequestError
+from clerkhooks.store.pool import Bound, OrderedPool, Overloaded, Slots
+from tests.conftest import MakeService
+from tests.racing import TIMEOUT, eventually
+from tests.support import Service, user_event
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for callers."""
+    with ThreadPoolExecutor(20) as pool:
+        yield pool
+
+
+def use(slots: Slots, log: list[int], number: int, seconds: float = 0.0) -> None:
+    """Use a slot, and log it."""
+    with slots.use():
+        log.append(number)
+        time.sleep(seconds)
+
+
+def queue(
+    threads: ThreadPoolExecutor, slots: Slots, log: list[int], count: int
+) -> list[Future[None]]:
+    """Let *count* callers wait, one after another."""
+    queued = []
+    for number in range(count):
+        queued.append(threads.submit(use, slots, log, number))
+        eventually(lambda: len(slots._waiting) == number + 1)  # noqa: B023  # called at once
+    return queued
+
+
+def test_serves_callers_in_order(threads: ThreadPoolExecutor) -> None:
+    """Whoever asked first is first, and all slots are free afterwards."""
+    slots, log = Slots(1, TIMEOUT), list[int]()
+    with slots.use():
+        queued = queue(threads, slots, log, 10)
+    for future in queued:
+        future.result(TIMEOUT)
+    assert log == list(range(10))
+    assert slots._free == 1
+
+
+def test_admits_as_many_as_it_has_slots(threads: ThreadPoolExecutor) -> None:
+    """Two are inside, a third waits."""
+    slots, log = Slots(2, TIMEOUT), list[int]()
+    with slots.use():
+        use(slots, log, 0)
+        with slots.use():
+            [queued] = queue(threads, slots, log, 1)
+            assert log == [0]
+    queued.result(TIMEOUT)
+    assert log == [0, 0]
+
+
+def test_refuses_a_caller_that_has_waited_too_long() -> None:
+    """A caller waits for the timeout and no longer; it takes no slot with it."""
+    slots = Slots(1, 0.3)
+    with slots.use():
+        began = time.monotonic()
+        with pytest.raises(Overloaded), slots.use():
+            pass
+        assert 0.2 < time.monotonic() - began < 2
+    with slots.use():
+        pass
+
+
+def test_refuses_at_once_if_uses_take_long() -> None:
+    """After uses of ten seconds, nobody waits for a slot that will not be free in one."""
+    slots = Slots(1, 1)
+    for _ in range(10):
+        slots.end(slots.begin() - 10)
+    with slots.use():
+        began = time.monotonic()
+        with pytest.raises(Overloaded), slots.use():
+            pass
+        assert time.monotonic() - began < 0.5
+    with slots.use():  # a free slot is given whatever the uses took
+        pass
+
+
+def test_refuses_the_last_first(threads: ThreadPoolExecutor) -> None:
+    """The longer nothing moves, the fewer can still be served in time; the first waits on."""
+    slots, log = Slots(1, 1.5), list[int]()
+    with slots.use():
+        queued = queue(threads, slots, log, 5)
+        for future in queued[3:]:
+            assert isinstance(future.exception(TIMEOUT), Overloaded)
+        assert not queued[0].done()
+    queued[0].result(TIMEOUT)
+    assert log[0] == 0
+
+
+class Killed(BaseException):
+    """What a worker that stops raises in a caller."""
+
+
+def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller is killed while it waits, and another when its turn has just come."""
+    slots = Slots(1, TIMEOUT)
+    began_at = slots.begin()
+
+    def die(self: Slots, turn: threading.Lock) -> None:
+        raise Killed
+
+    def die_late(self: Slots, turn: threading.Lock) -> None:
+        self.end(began_at)
+        raise Killed
+
+    monkeypatch.setattr(Slots, "_wait", die)
+    with pytest.raises(Killed):
+        slots.begin()
+    assert (slots._free, len(slots._waiting)) == (0, 0)
+    monkeypatch.setattr(Slots, "_wait", die_late)
+    with pytest.raises(Killed):
+        slots.begin()
+    assert (slots._free, len(slots._waiting)) == (1, 0)
+
+
+def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPoolExecutor) -> None:
+    """The turn of a killed caller is the next one's."""
+    slots, log = Slots(1, TIMEOUT), list[int]()
+    began_at = slots.begin()
+    turn = threading.Lock()
+    turn.acquire()
+    slots._waiting.append(turn)
+    queued = threads.submit(use, slots, log, 1)
+    eventually(lambda: len(slots._waiting) == 2)
+    slots.end(began_at)
+    slots._leave(turn)
+    queued.result(TIMEOUT)
+    assert slots._free == 1
+
+
+def test_refuses_more_callers_than_its_bound() -> None:
+    """The third of two is refused, and admitted once a place is free."""
+    bound = Bound(2)
+    with bound:
+        with bound, pytest.raises(Overloaded), bound:
+            pass
+        with bound:
+            pass
+
+
+def test_is_both_an_answer_and_an_error_of_the_database() -> None:
+    """Those that expect the database to fail need not know it, and each caller has a copy."""
+    error = copy.copy(Overloaded())
+    assert isinstance(error, RequestError)
+    assert isinstance(error, sa.exc.SQLAlchemyError)
+    assert (error.reason, error.retry_after) == ("overloaded", 1)
+
+
+def test_gives_a_slot_back_if_connecting_fails() -> None:
+    """An outage does not use up the pool, nor does a connection that is lost or forgotten."""
+    fails = [True, True, False]
+
+    def connect() -> object:
+        if fails and fails.pop(0):
+            raise ConnectionRefusedError
+        return sa.create_engine("sqlite://").raw_connection().driver_connection
+
+    engine = sa.create_engine(
+        "sqlite://",
+        creator=connect,
+        poolclass=OrderedPool,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.2,
+    )
+    for _ in range(2):
+        with pytest.raises(ConnectionRefusedError):
+            engine.connect()
+    with engine.connect() as connection:
+        connection.invalidate()
+    connection = engine.connect()
+    with pytest.raises(Overloaded):
+        engine.connect()
+    del connection
+    gc.collect()
+    with engine.connect() as connection:
+        connection.detach()
+    with engine.connect():
+        pass
+    engine.dispose()
+
+
+@pytest.mark.parametrize("of", ["_deliveries", "_calls"])
+def test_answers_503_to_more_callers_than_it_serves(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """A delivery or a call too many is answered at once, counted, and not recorded as failed."""
+    monkeypatch.setattr(users, "MAX_CALLERS", 1)
+    service = make_service(METRICS_TOKEN="x" * 20)
+    bound = getattr(service.app.extensions["clerkhooks"].users, of)
+    body, user_id = user_event(clerk_id("user")), clerk_id("user")
+    with bound:
+        answers = [service.deliver(body, "msg_1"), service.call(user_id)]
+    refused, served = answers if of == "_deliveries" else answers[::-1]
+    assert served.status_code == 200
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    assert refused.content_type == "application/problem+json"
+    assert refused.get_json()["reason"] == "overloaded"
+    assert count(service, "webhook" if of == "_deliveries" else "sessions") == 1
+    assert service.deliver(body, "msg_1").status_code == 200
+    assert service.call(user_id).status_code == 200
+
+
+def count(service: Service, what: str) -> float:
+    """Return how many refusals the metrics show."""
+    metrics = service.app.extensions["clerkhooks"].metrics
+    name = {"webhook": "webhook_refusals", "sessions": "sessions_refused"}[what]
+    return float(getattr(metrics, name).labels("overloaded")._value.get())
+
+
+def test_answers_503_if_no_connection_is_free(make_service: MakeService) -> None:
+    """A delivery and a call that found the pool exhausted: nothing was tried, a retry helps."""
+    service = make_service(DATABASE_POOL_SIZE="1")
+    database = service.app.extensions["clerkhooks"].store.database
+    database.engine.pool._slots.timeout = 0.2
+    body = user_event(clerk_id("user"))
+    with ExitStack() as stack:
+        stack.enter_context(database.connect())
+        for answer in (service.deliver(body, "msg_1"), service.call(clerk_id("user"))):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.get_json()["reason"] == "overloaded"
+    assert service.deliver(body, "msg_1").get_json()["outcome"] == "applied"
