@@ -19,7 +19,7 @@ from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields, to_json
-from clerkhooks.store.database import POOL_TIMEOUT, transaction
+from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
 from clerkhooks.store.pool import Bound, Overloaded, Slots
@@ -49,7 +49,7 @@ class Users:
         self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=_concerns_all)
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
         self._deliveries, self._calls = Bound(MAX_CALLERS), Bound(MAX_CALLERS)
-        # Whoever waits for a locked row leaves connections to the others.
+        # Waits for locked rows leave at least half of the pool to other callers.
         self._lock_waits = Slots(max(1, store.database.pool_size // 2), POOL_TIMEOUT)
 
     def apply(self, event: ReceivedEvent) -> Outcome:
@@ -148,7 +148,7 @@ class Users:
         The outcome is None for an event that was not applied because its row is locked.
         """
         began_at = monotonic()
-        with self._store.database.connect() as connection, transaction(connection):
+        with self._store.database.connect() as connection, sqlite_transaction(connection):
             try:
                 return [*self.write(connection, events, BATCH_LOCK_TIMEOUT)]
             except OperationalError as error:
@@ -180,7 +180,7 @@ class Users:
         with (
             self._lock_waits.use(),
             database.connect() as connection,
-            transaction(connection),
+            sqlite_transaction(connection),
         ):
             [outcome] = self.write(connection, [event])
         return outcome

@@ -26,7 +26,7 @@ from clerkhooks import Event, SettingsError, create_app
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.errors import describe
 from clerkhooks.store import database
-from clerkhooks.store.database import Database, transaction
+from clerkhooks.store.database import Database, sqlite_transaction
 from tests.application import Application, MakeApplication
 from tests.conftest import MakeDatabase, MakeService
 from tests.racing import TIMEOUT, eventually, on_statement
@@ -397,7 +397,7 @@ def test_rolls_back_what_fails_on_sqlite(
     application = make_application(make_database("sqlite"))
     application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
     with application.database.connect() as connection:
-        with suppress(error), transaction(connection):
+        with suppress(error), sqlite_transaction(connection):
             connection.execute(sa.text("INSERT INTO notes VALUES (1)"))
             raise error
         assert application.rows("SELECT * FROM notes") == []

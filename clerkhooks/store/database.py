@@ -108,7 +108,7 @@ class Database:
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
         """Return the rows of one statement that writes."""
-        with self.connect() as connection, transaction(connection):
+        with self.connect() as connection, sqlite_transaction(connection):
             return connection.execute(statement, parameters).all()
 
     def dispose(self) -> None:
@@ -117,7 +117,7 @@ class Database:
 
 
 @contextmanager
-def transaction(connection: sa.Connection) -> Iterator[None]:
+def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
     """
     Run the block's statements in one transaction on SQLite.
 

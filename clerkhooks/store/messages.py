@@ -13,7 +13,7 @@ from clerkhooks.clerk.events import ReceivedEvent
 from clerkhooks.errors import describe
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
-from clerkhooks.store.database import transaction
+from clerkhooks.store.database import sqlite_transaction
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
         _log_not_recorded(event, error)
         return
     try:
-        with store.database.connect() as connection, transaction(connection):
+        with store.database.connect() as connection, sqlite_transaction(connection):
             connection.execute(store.statements.record_failure, row)
     except SQLAlchemyError as second:
         _log_not_recorded(event, second)

@@ -75,7 +75,10 @@ RETURNING message_id, outcome
 """
 
 _APPLY_ON_POSTGRESQL = """
-WITH r AS ({event_rows}),
+WITH r AS (
+    -- The lock timeout is set inside, for this transaction only, without another round trip.
+    SELECT r.* FROM (SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits,
+        json_to_recordset(CAST(:rows AS json)) AS r ({typed_columns})),
 changed AS ({upsert_users})
 {record_messages}
 """
@@ -235,7 +238,8 @@ class Statements:
             ),
             "every_column": ", ".join(columns),
             "every_column_of_found": ", ".join(f"found.{name}" for name in columns),
-            "event_rows": self._rows(self._state + _MESSAGE, limits_locks=True),
+            "event_rows": self._rows(self._state + _MESSAGE),
+            "typed_columns": self._typed(self._state + _MESSAGE),
             "snapshot_rows": self._rows(self._state),
             "id_rows": self._rows(("id",)),
             "last_millisecond": str(LAST_MILLISECOND),
@@ -248,19 +252,17 @@ class Statements:
     def _state(self) -> tuple[str, ...]:
         return ("id", *self.kept, "deleted_at", *VERSION_COLUMNS)
 
-    def _rows(self, names: Iterable[str], *, limits_locks: bool = False) -> str:
+    def _rows(self, names: Iterable[str]) -> str:
         """Return the query that reads rows of these columns from the parameter ``rows``."""
         quote = self.dialect.identifier_preparer.quote
         if not self._is_postgresql:
             each = (f"json_extract(value, '$.\"{name}\"') AS {quote(name)}" for name in names)
             return f"SELECT {', '.join(each)} FROM json_each(:rows)"
-        typed = (f"{quote(name)} {self._types[name].compile(self.dialect)}" for name in names)
-        # Set inside the statement, for its transaction only, without another round trip.
-        limits = "(SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits, "
-        return (
-            f"SELECT r.* FROM {limits if limits_locks else ''}"
-            f"json_to_recordset(CAST(:rows AS json)) AS r ({', '.join(typed)})"
-        )
+        return f"SELECT r.* FROM json_to_recordset(CAST(:rows AS json)) AS r ({self._typed(names)})"
+
+    def _typed(self, names: Iterable[str]) -> str:
+        quote = self.dialect.identifier_preparer.quote
+        return ", ".join(f"{quote(one)} {self._types[one].compile(self.dialect)}" for one in names)
 
     def _text(self, template: str, names: Mapping[str, str], **more: str) -> sa.TextClause:
         text = sa.text(template.format(**names, **more))

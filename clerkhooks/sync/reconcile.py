@@ -23,7 +23,7 @@ from clerkhooks.clerk.events import Snapshot, is_user_id, milliseconds, parse_sn
 from clerkhooks.errors import ClerkhooksError, EventError, describe
 from clerkhooks.store import Store
 from clerkhooks.store.columns import read_fields, to_json
-from clerkhooks.store.database import transaction
+from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.postgresql import TimeoutConnection
@@ -194,7 +194,7 @@ class Reconciliation:
         self.tell(Finding("failed", user_id, reason))
 
     def _write(self, snapshots: Mapping[str, Snapshot]) -> dict[str, Result]:
-        with nullcontext() if self.check else transaction(self.connection):
+        with nullcontext() if self.check else sqlite_transaction(self.connection):
             rows = self._read_states(list(snapshots))
             results, behind, unfilled = {}, [], []
             for user_id, snapshot in snapshots.items():
@@ -313,7 +313,7 @@ class Reconciliation:
             "found_at": int(now.timestamp() * 1000),
             "created_before": now - YOUNG,
         }
-        with transaction(self.connection):
+        with sqlite_transaction(self.connection):
             return len(self.connection.execute(self.store.statements.tombstone, parameters).all())
 
 
