@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.store import Store
-from clerkhooks.sync import reconcile
+from clerkhooks.sync import connections, reconcile
+from clerkhooks.sync.comparison import Finding
 from tests.backend import SECRET_KEY, Backend
 from tests.support import Service
 
@@ -35,12 +36,12 @@ def sync(
     run: Callable[[reconcile.Reconciliation], None] = reconcile.Reconciliation.sync_all,
     check: bool = False,
     force: bool = False,
-) -> tuple[dict[str, int], list[reconcile.Finding], reconcile.Reconciliation]:
+) -> tuple[dict[str, int], list[Finding], reconcile.Reconciliation]:
     """Run once; return what is not 0 of the summary, the findings and the run itself."""
-    findings: list[reconcile.Finding] = []
+    findings: list[Finding] = []
     store = store_of(service)
     with (
-        reconcile.sole_writer(store) as connection,
+        connections.sole_writer(store) as connection,
         BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
     ):
         reconciliation = reconcile.Reconciliation(

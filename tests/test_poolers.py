@@ -15,10 +15,13 @@ from clerkhooks import create_app
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.doctor import diagnose
 from clerkhooks.doctor.database import check_database
+from clerkhooks.sync.connections import AlreadyRunning, sole_writer
 from clerkhooks.web.state import disconnect
+from tests.backend import Backend
 from tests.conftest import MakeDatabase, migrate
 from tests.pgbouncer import pgbouncer
 from tests.support import NOW_MS, Service, deletion, user_event
+from tests.syncing import store_of, sync
 
 pytestmark = pytest.mark.slow
 SESSION_OPTIONS: tuple[dict[str, str], ...] = ({}, {"ignore_startup_parameters": "options"})
@@ -171,3 +174,20 @@ def test_lets_doctor_recognize_a_transaction_pooler(
         codes = [finding.code for finding in diagnose(values, checks=[check_database])]
     assert codes[0] == "database_ready"
     assert ("database_pooler_unnamed" in codes) is found
+
+
+def test_syncs_alone_through_a_transaction_pooler(
+    clerk: FakeClerk, empty_url: str, backend: Backend
+) -> None:
+    """The lock of a run holds in the pooler, and is gone with the run."""
+    user_id = backend.sign_up(at=1_700_000_000_000)
+    with (
+        pgbouncer(empty_url, "transaction") as url,
+        serving(clerk, url, empty_url, "transaction") as service,
+    ):
+        store = store_of(service)
+        with sole_writer(store), pytest.raises(AlreadyRunning), sole_writer(store):
+            pass
+        assert sync(service, backend)[0] == {"created": 1}
+        assert service.user(user_id) is not None
+        assert service.rows("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]

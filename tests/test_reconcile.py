@@ -17,8 +17,9 @@ from sqlalchemy.exc import OperationalError
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import parse_profile
 from clerkhooks.clerk.fake import clerk_id, event_body
-from clerkhooks.sync import reconcile
+from clerkhooks.sync import connections, listing, reconcile
 from tests.backend import Backend, Query, answering_json
+from tests.conftest import MakeService
 from tests.racing import on_statement
 from tests.support import NOW_MS, Service, deletion
 from tests.syncing import age, store_of, sync
@@ -85,7 +86,7 @@ class World:
     def sync(self, _user: str, number: int) -> None:
         """A run, during which the next few steps happen, one at each of its requests."""
         if self.running:  # a step of a run under way
-            with pytest.raises(reconcile.AlreadyRunning):
+            with pytest.raises(connections.AlreadyRunning):
                 sync(self.service, self.backend, force=True)
             return
         self.running = True
@@ -178,6 +179,11 @@ def test_reads_every_user_once_while_some_come_and_go(
         def __init__(self) -> None:
             """No connection."""
 
+        def list_newest(self, limit: int) -> list[Any]:
+            """The newest users."""
+            newest = sorted(((at, user_id) for user_id, at in there.items()), reverse=True)
+            return [{"id": user_id, "created_at": at} for at, user_id in newest[:limit]]
+
         def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
             """A page, after which somebody signs up or goes; no more than half a page go, for so many of one time are provided for."""
             after = -1 if created_at_after is None else created_at_after - inclusive
@@ -194,7 +200,7 @@ def test_reads_every_user_once_while_some_come_and_go(
                     del there[user_id]
             return [{"id": user_id, "created_at": at} for at, user_id in page]
 
-    read = [user["id"] for page in reconcile.read_all(Api()) for user in page]
+    read = [user["id"] for page in listing.read_all(Api()) for user in page]
     assert len(read) == len(set(read))
     assert stayed <= set(read)
 
@@ -398,13 +404,13 @@ def test_asks_only_for_those_who_are_meant(syncing: Service, backend: Backend) -
 def test_runs_alone(syncing: Service, backend: Backend) -> None:
     """A second run is refused while the first lasts, and not after it."""
     store = store_of(syncing)
-    with reconcile.sole_writer(store):
-        with pytest.raises(reconcile.AlreadyRunning), reconcile.sole_writer(store):
+    with connections.sole_writer(store):
+        with pytest.raises(connections.AlreadyRunning), connections.sole_writer(store):
             pass
-        with reconcile.reader(store) as connection:
+        with connections.reader(store) as connection:
             assert connection.scalar(sa.text("SELECT 1")) == 1
     for _ in range(10):  # at once, also where the server learns of a closed connection late
-        with reconcile.sole_writer(store):
+        with connections.sole_writer(store):
             pass
     assert sync(syncing, backend)[0] == {}
 
@@ -480,3 +486,68 @@ def in_the_way(service: Service) -> Exception:
             holder.invalidate()
             waiter.invalidate()
     raise AssertionError
+
+
+def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) -> None:
+    """Who signs up during a run is not read by it, even if one does before every request."""
+    early = [backend.sign_up(at=LONG_AGO + number) for number in range(3)]
+    requests: list[str] = []
+
+    def sign_up(path: str, query: Query) -> None:
+        requests.append(path)
+        assert len(requests) < 50, "the run follows the newcomers"
+        if "created_at_after" in query or "offset" in query:
+            backend.sign_up()
+
+    backend.before = sign_up
+    for check in (False, True):
+        requests.clear()
+        sync(syncing, backend, check=check)
+    assert all(syncing.user(user_id) for user_id in early)
+
+
+@pytest.mark.parametrize("count", [1, 15])
+@pytest.mark.parametrize("strangers", [0, 3])
+def test_deletes_nobody_with_the_key_of_another_instance(
+    syncing: Service, backend: Backend, count: int, strangers: int
+) -> None:
+    """If Clerk knows none of the users here, the key is a wrong one, however few they are."""
+    here = [backend.sign_up(at=LONG_AGO) for _ in range(count)]
+    assert sync(syncing, backend)[0] == {"created": count}
+    age(syncing)
+    for user_id in here:
+        backend.delete(user_id)
+    for _ in range(strangers):
+        backend.sign_up(at=LONG_AGO)
+    summary, _, run = sync(syncing, backend)
+    assert "tombstoned" not in summary
+    assert (run.withheld > 0, run.well) == (True, False)
+    assert sync(syncing, backend, force=True)[0]["tombstoned"] == count
+
+
+def test_stops_if_it_loses_its_lock(syncing: Service, backend: Backend) -> None:
+    """Another run may have begun, for instance after a failover: this one writes no more."""
+    if syncing.database_url.startswith("sqlite"):
+        pytest.skip("a file's lock lasts as long as the process")
+    user_id = backend.sign_up(at=LONG_AGO)
+
+    def cut(_path: str, _query: Query) -> None:
+        syncing.rows(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+
+    backend.before = cut
+    with pytest.raises(OperationalError):
+        sync(syncing, backend)
+    assert syncing.user(user_id) is None
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_runs_with_a_pool_of_one_connection(
+    make_service: MakeService, database_url: str, backend: Backend
+) -> None:
+    """The lock does not take a place in the pool."""
+    service = make_service(DATABASE_POOL_SIZE="1")
+    backend.sign_up(at=LONG_AGO)
+    assert sync(service, backend)[0] == {"created": 1}

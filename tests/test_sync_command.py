@@ -15,7 +15,7 @@ from click.testing import Result
 
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.settings import PROJECT
-from clerkhooks.sync import reconcile
+from clerkhooks.sync import connections
 from tests.backend import Backend, refusing, stalling
 from tests.conftest import MakeService
 from tests.server import environ
@@ -170,7 +170,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
     """Overlapping runs of a scheduler do no harm."""
-    with reconcile.sole_writer(syncing.app.extensions["clerkhooks"].store):
+    with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
     assert "Another sync is running" in result.output

@@ -147,6 +147,10 @@ class BackendApi:
         bound = {} if created_at_after is None else {"created_at_after": created_at_after}
         return self._list({"limit": PAGE, "offset": offset, "order_by": "+created_at"} | bound)
 
+    def list_newest(self, limit: int) -> list[Any]:
+        """Return the *limit* users who signed up last, newest first, unchanged."""
+        return self._list({"limit": limit, "order_by": "-created_at"})
+
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
         """Return those of at most a hundred users that exist, in any order."""
         if len(user_ids) > IDS:

@@ -20,7 +20,8 @@ from clerkhooks.settings import VARIABLES
 from clerkhooks.web.state import current_state
 
 if TYPE_CHECKING:
-    from clerkhooks.sync.reconcile import Finding, Reconciliation
+    from clerkhooks.sync.comparison import Finding
+    from clerkhooks.sync.reconcile import Reconciliation
 
 _CONTINUE = "Changes made so far are kept. To continue, run the command again."
 _FINDINGS = {
@@ -166,7 +167,8 @@ class Progress(ExitStack):
 def _reconciliation(output: Output, *, check: bool, force: bool) -> Iterator[Reconciliation]:
     """Yield a reconciliation, and print its summary at the end, even after an error."""
     from clerkhooks.clerk.backend_api import BackendApi  # here, because they are slow to import
-    from clerkhooks.sync.reconcile import Reconciliation, reader, sole_writer
+    from clerkhooks.sync.connections import reader, sole_writer
+    from clerkhooks.sync.reconcile import Reconciliation
 
     state = current_state()
     settings, store = state.settings, state.store
@@ -193,7 +195,7 @@ def _failures() -> Iterator[None]:
     Raises:
         CannotDo: The sync did not run to its end.
     """
-    from clerkhooks.sync.reconcile import AlreadyRunning
+    from clerkhooks.sync.connections import AlreadyRunning
 
     try:
         with database_failures():

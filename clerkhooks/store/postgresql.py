@@ -46,6 +46,8 @@ class TimeoutConnection(psycopg.Connection[Any]):
 
     answer_timeout: float | None = 3.5
     """Seconds: longer than STATEMENT_TIMEOUT, so that the server's own error arrives first."""
+    statement_timeout = STATEMENT_TIMEOUT
+    """Of statements on a cursor that carries its own limits."""
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Wait for an answer, but no longer than ``answer_timeout``."""
@@ -66,14 +68,14 @@ class LocalLimitsCursor(psycopg.ClientCursor[Any]):
     with each statement, in one message and one implicit transaction, and end with it.
     """
 
-    _prefix = _set_config(_LIMITS, is_local=True) + b"; "
-
     def execute(self, query: Any, params: Any = None, **options: Any) -> LocalLimitsCursor:
         """Execute *query* under the limits; the result is that of *query*."""
         if isinstance(query, Composable):
             query = query.as_bytes(self)
         text = query.encode() if isinstance(query, str) else query
-        super().execute(self._prefix + text, params, **options)
+        timeout = getattr(self.connection, "statement_timeout", STATEMENT_TIMEOUT)
+        limits = _set_config(_LIMITS | {"statement_timeout": timeout}, is_local=True)
+        super().execute(limits + b"; " + text, params, **options)
         self.set_result(-1)
         return self
 
@@ -112,6 +114,17 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
         listen(engine)
     event.listen(engine, "checkin", _note_checkin)
     event.listen(engine, "checkout", _replace_stale)
+
+
+def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
+    """Let statements of *connection* take so long. Invalidate it afterwards."""
+    driver = connection.connection.driver_connection
+    timeout = f"{seconds:.0f}s"
+    if isinstance(driver, TimeoutConnection):
+        driver.answer_timeout, driver.statement_timeout = seconds + 1, timeout
+        if driver.cursor_factory is LocalLimitsCursor:
+            return
+    connection.exec_driver_sql(f"SET statement_timeout = '{timeout}'")
 
 
 def _connect(

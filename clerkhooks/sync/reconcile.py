@@ -1,104 +1,57 @@
-"""Reconciliation: brings the table to what Clerk has, through the Backend API, while webhooks and calls keep arriving."""
+"""Reconciliation: brings the users table in line with Clerk's Backend API while events arrive."""
 
 from __future__ import annotations
 
-import fcntl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from itertools import islice
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
-import stamina
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from clerkhooks.clerk.backend_api import IDS, BackendApi
-from clerkhooks.clerk.events import Snapshot, is_user_id, milliseconds, parse_snapshot
-from clerkhooks.errors import ClerkhooksError, EventError, describe
+from clerkhooks.clerk.events import Snapshot, parse_snapshot
+from clerkhooks.errors import EventError
 from clerkhooks.store import Store
 from clerkhooks.store.columns import read_fields, to_json
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
-from clerkhooks.store.postgresql import TimeoutConnection
 from clerkhooks.store.queries import is_live, is_unfilled
-from clerkhooks.store.statements import PROFILE, profile_columns
+from clerkhooks.store.statements import profile_columns
+from clerkhooks.sync.comparison import Finding, Result, find_drift, judge, lacks_declared
+from clerkhooks.sync.connections import check_lock, retry
+from clerkhooks.sync.listing import id_of, prefetch, read_all
 
 T = TypeVar("T")
-YOUNG = timedelta(
-    minutes=10
-)  # a row that a call has just made may be ahead of what the Backend API answers
-FEW_GONE, SHARE_GONE = (
-    20,
-    10,
-)  # more than twenty, and more than one in ten, is rather the wrong key than users who left
+# The Backend API may not know a user yet whose first call has just created the row.
+MIN_AGE = timedelta(minutes=10)
+# A run that would delete more than 20 users, and more than a tenth, rather has the wrong key.
+MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
-# A lock was waited for in vain, two writers waited for each other, or SQLite's one writer was
-# another.
-_BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-_LOCK = 7_233_190_213  # any number, the same in every release, and not that of migrations
-_TIMEOUT = 30.0  # seconds, for a statement
-
-
-class DatabaseBusy(SQLAlchemyError):
-    """Other writers were in the way for too long. Its text, which a library logs at each attempt, quotes no row."""
-
-
-class AlreadyRunning(ClerkhooksError):
-    """Another sync is at work on this database."""
-
-
-class Result(StrEnum):
-    """What became of one user."""
-
-    CREATED = "created"
-    UPDATED = "updated"
-    UNCHANGED = "unchanged"
-    FRESHER_HERE = "fresher_here"
-    TOMBSTONED = "tombstoned"
-    UNKNOWN = "unknown"
-    FAILED = "failed"
 
 
 class Progress(Protocol):
-    """Who is told how far a run is."""
+    """Receives progress updates."""
 
-    def begin(self, what: str, total: int | None) -> object:
-        """A part of the run begins, of some *total* users if that is known."""
+    def begin(self, label: str, total: int | None) -> object:
+        """Begin a part of the run, of *total* users if that is known."""
 
     def advance(self, count: int) -> object:
-        """*count* more users of the part are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """
-    A user that is other here than at Clerk, or that could not be judged.
-
-    *kind*: ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk`` or
-    ``failed``. *fields* holds what is here and what Clerk has, field by field: profile data, which
-    belongs in no log.
-    """
-
-    kind: str
-    user_id: str | None
-    reason: str | None = None
-    fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+        """Add *count* users that are done."""
 
 
 @dataclass
 class Reconciliation:
     """
-    One run. With *check* it changes nothing; with *force* it deletes however many are gone.
+    One run. With *check* it changes nothing; with *force* it deletes any number of users.
 
-    *connection* is that of ``sole_writer()``. *tell* is called with each finding: of a check what
-    is other, else what failed.
+    *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
+    finding: the differences that a check finds, and what failed.
     """
 
     api: BackendApi
@@ -113,58 +66,65 @@ class Reconciliation:
     drifted: int = 0
 
     def summary(self) -> dict[str, int]:
-        """How many users met with each result."""
+        """Return the number of users by result."""
         return {result.value: self.counts[result] for result in Result}
 
     @property
     def unknown(self) -> int:
-        """How many of those named are neither here nor at Clerk."""
+        """The number of requested users that are neither here nor at Clerk."""
         return self.counts[Result.UNKNOWN]
 
     @property
     def well(self) -> bool:
-        """Whether the table is now, or for a check was already, what Clerk has."""
+        """Whether the table agrees with Clerk now, or did already in a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
 
     def sync_all(self) -> None:
-        """Every user that Clerk has, then every one that only we have."""
-        seen = 0
+        """Sync all users of Clerk, then all users that exist only here."""
+        is_trusted = self._knows_instance()
         self.progress.begin("users at Clerk", self.api.count_users())
-        with ThreadPool(1) as reader:
-            for page in _ahead(reader, read_all(self.api)):
-                self._apply(page)
-                seen += len(page)
-                self.progress.advance(len(page))
+        for page in prefetch(read_all(self.api)):
+            self._apply(page)
+            self.progress.advance(len(page))
         self.progress.begin("rows here", self._count_live())
         users = self.store.users
         ids = sa.select(users.c.id).where(
-            is_live(users), _created_before(users, datetime.now(UTC) - YOUNG)
+            is_live(users), users.c.created_at < datetime.now(UTC) - MIN_AGE
         )
-        live = _chunks(self.connection, ids, users.c.id, IDS * THREADS)
-        self._bury(
-            self._find_gone(ids for chunk in live for ids in _batched(chunk, IDS)),
-            clerk_is_empty=not seen,
-        )
+        chunks = _chunks(self.connection, ids, users.c.id, IDS)
+        self._tombstone(self._find_deleted(chunks), is_trusted=is_trusted)
 
     def sync_some(self, user_ids: Sequence[str]) -> None:
-        """These users, whether they are here, at Clerk or nowhere."""
-        self._sync_chunks(_batched(dict.fromkeys(user_ids), IDS), len(user_ids))
+        """Sync these users."""
+        chunks = _batched(dict.fromkeys(user_ids), IDS)
+        self._sync_chunks(chunks, is_trusted=True, total=len(user_ids))
 
     def sync_missing(self) -> None:
-        """The users whose rows nothing has filled in yet, of any age: they are asked for by their ids."""
+        """Sync the users that have no profile yet."""
         users = self.store.users
         ids = sa.select(users.c.id).where(is_unfilled(users))
-        self._sync_chunks(_chunks(self.connection, ids, users.c.id, IDS))
+        chunks = _chunks(self.connection, ids, users.c.id, IDS)
+        self._sync_chunks(chunks, is_trusted=self._knows_instance())
 
     def sync_failed(self) -> None:
-        """The users of messages that failed and were never retried to success."""
+        """Sync the users of messages that failed and have not succeeded since."""
         messages = self.store.messages
         ids = sa.select(messages.c.clerk_user_id).distinct().where(is_failed(messages))
-        self._sync_chunks(_chunks(self.connection, ids, messages.c.clerk_user_id, IDS))
+        chunks = _chunks(self.connection, ids, messages.c.clerk_user_id, IDS)
+        self._sync_chunks(chunks, is_trusted=self._knows_instance())
 
-    def _sync_chunks(self, chunks: Iterable[Sequence[str]], total: int | None = None) -> None:
+    def _sync_chunks(
+        self, chunks: Iterable[Sequence[str]], *, is_trusted: bool, total: int | None = None
+    ) -> None:
         self.progress.begin("users", total)
-        self._bury(self._find_gone(chunks, apply=True), clerk_is_empty=False)
+        self._tombstone(self._find_deleted(chunks, apply=True), is_trusted=is_trusted)
+
+    def _knows_instance(self) -> bool:
+        """Return whether Clerk knows any of the newest users here: else the key is a wrong one."""
+        users = self.store.users
+        newest = sa.select(users.c.id).where(is_live(users), sa.not_(is_unfilled(users)))
+        ids = self.connection.execute(newest.order_by(users.c.created_at.desc()).limit(IDS))
+        return bool(self.api.find_users(list(ids.scalars())))
 
     def _count_live(self) -> int:
         users = self.store.users
@@ -172,21 +132,21 @@ class Reconciliation:
         return self.connection.scalar(count) or 0
 
     def _apply(self, users: Sequence[Any]) -> None:
-        """Judge the users of a page, and bring those up that are behind."""
+        """Compare the users of a page with their rows, and update the rows that are older."""
         snapshots = self._parse(users)
         if snapshots:
-            results = _patiently(lambda: self._write(snapshots))
+            results = retry(lambda: self._write(snapshots))
             self.counts.update(results.values())
 
     def _parse(self, users: Iterable[Any]) -> dict[str, Snapshot]:
-        """By id, and sorted by it. One that cannot be read is told of, and does not stop the rest."""
+        """Return the users by id, in order. Report those that are malformed."""
         found = {}
         for data in users:
             try:
                 snapshot = parse_snapshot(data)
                 found[snapshot.user_id] = snapshot
             except EventError as error:
-                self._fail(_id_of(data), error.reason)
+                self._fail(id_of(data), error.reason)
         return dict(sorted(found.items()))
 
     def _fail(self, user_id: str | None, reason: str) -> None:
@@ -202,13 +162,13 @@ class Reconciliation:
                 results[user_id], is_behind = judge(row, snapshot, values)
                 if is_behind:
                     behind.append(snapshot)
-                elif row is not None and _lacks_declared(row, snapshot, values):
+                elif row is not None and lacks_declared(row, snapshot, values):
                     results[user_id] = Result.UPDATED
                     unfilled.append(snapshot)
             if self.check:
                 self._tell_drift(rows, snapshots, results)
                 return results
-            # Between reading and writing a webhook may have come, which knew better.
+            # Between reading and writing, a webhook may have brought something newer.
             changed = self._upsert(behind) | self._fill(unfilled)
             missed = {item.user_id for item in (*behind, *unfilled)} - changed
             return results | dict.fromkeys(missed, Result.FRESHER_HERE)
@@ -220,7 +180,7 @@ class Reconciliation:
         return {row.id: row for row in self.connection.execute(states)}
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Return what the columns of *snapshot* must hold."""
+        """Return the values of the columns of *snapshot*."""
         declared = read_fields(self.store.fields, snapshot.data, self.store.database.dialect)
         return profile_columns(snapshot.profile) | declared
 
@@ -234,6 +194,7 @@ class Reconciliation:
     def _execute(self, statement: sa.TextClause, snapshots: Sequence[Snapshot]) -> set[str]:
         if not snapshots:
             return set()
+        check_lock(self.connection)
         encode = self.store.statements.encode
         rows = [
             {"id": item.user_id}
@@ -256,12 +217,14 @@ class Reconciliation:
                 row, snapshot = rows.get(user_id), snapshots[user_id]
                 self.tell(find_drift(row, snapshot, self._values(snapshot)))
 
-    def _find_gone(self, chunks: Iterable[Sequence[str]], *, apply: bool = False) -> Iterator[str]:
+    def _find_deleted(
+        self, chunks: Iterable[Sequence[str]], *, apply: bool = False
+    ) -> Iterator[str]:
         """
-        Yield the ids that Clerk answers with 404; with *apply*, bring the other users up to date.
+        Yield the ids that Clerk answers with 404. With *apply*, update the other users.
 
-        Absence from a page proves nothing: pages shift while users sign up, and a limit that is not
-        taken gives fewer rows.
+        Absence from a list is not enough: pages shift while users sign up, and a limit that Clerk
+        does not accept gives fewer users.
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
@@ -270,31 +233,31 @@ class Reconciliation:
                 if apply:
                     for users in found:
                         self._apply(users)
-                known = {_id_of(data) for users in found for data in users}
+                known = {id_of(data) for users in found for data in users}
                 absent = [user_id for ids in asked for user_id in ids if user_id not in known]
-                for ids in _batched(absent, THREADS):  # no more at once: too many gone end the run
+                for ids in _batched(absent, THREADS):  # a few at a time: too many end the run
                     gone = pool.map(self.api.is_gone, ids)
                     yield from (
                         user_id for user_id, is_gone in zip(ids, gone, strict=True) if is_gone
                     )
                 self.progress.advance(sum(map(len, asked)))
 
-    def _bury(self, gone: Iterable[str], *, clerk_is_empty: bool) -> None:
-        """Make tombstones of users that are gone; of too many only where that is forced."""
-        most = 0 if clerk_is_empty else max(FEW_GONE, self._count_live() // SHARE_GONE)
+    def _tombstone(self, gone: Iterable[str], *, is_trusted: bool) -> None:
+        """Tombstone users that are deleted at Clerk, unless there are too many of them."""
+        most = max(MAX_DELETED, self._count_live() // MAX_DELETED_SHARE) if is_trusted else 0
         found: list[str] = []
         for user_id in gone:
             found.append(user_id)
             if (self.force or self.check) and len(found) == IDS:
-                self._bury_some(found)
+                self._tombstone_some(found)
                 found.clear()
             elif len(found) > most and not (self.force or self.check):
                 self.withheld = len(found)
                 return
         for ids in _batched(found, IDS):
-            self._bury_some(ids)
+            self._tombstone_some(ids)
 
-    def _bury_some(self, ids: Sequence[str]) -> None:
+    def _tombstone_some(self, ids: Sequence[str]) -> None:
         here = {row.id: row.deleted_at is None for row in self._read_states(ids).values()}
         self.counts[Result.UNKNOWN] += len(ids) - len(here)
         live = [user_id for user_id, is_live in here.items() if is_live]
@@ -303,129 +266,25 @@ class Reconciliation:
             for user_id in live:
                 self.tell(Finding("gone_at_clerk", user_id))
         elif live:
-            self.counts[Result.TOMBSTONED] += _patiently(lambda: self._mark_gone(live))
+            self.counts[Result.TOMBSTONED] += retry(lambda: self._write_tombstones(live))
 
-    def _mark_gone(self, ids: Sequence[str]) -> int:
+    def _write_tombstones(self, ids: Sequence[str]) -> int:
         now = datetime.now(UTC)
         parameters = {
             "rows": to_json([{"id": user_id} for user_id in ids]),
             "now": now,
             "found_at": int(now.timestamp() * 1000),
-            "created_before": now - YOUNG,
+            "created_before": now - MIN_AGE,
         }
+        check_lock(self.connection)
         with sqlite_transaction(self.connection):
             return len(self.connection.execute(self.store.statements.tombstone, parameters).all())
-
-
-def judge(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> tuple[Result, bool]:
-    """
-    Return what *snapshot* means for the stored *row*, or for none, and whether it must be written.
-
-    *values* are what the columns of *snapshot* hold.
-    """
-    if row is None:
-        return Result.CREATED, True
-    if row.deleted_at is not None:
-        is_final = row.version_updated_at is None
-        return (Result.FRESHER_HERE, False) if is_final else (Result.UPDATED, True)
-    if row.version_updated_at is None:
-        return Result.UPDATED, True
-    same = not _differing(row, values)
-    if tuple(getattr(row, name) for name in VERSION_COLUMNS) >= snapshot.version:
-        return Result.UNCHANGED if same else Result.FRESHER_HERE, False
-    # The version is written even if nothing else is new: an event between the two must not win
-    # later.
-    return Result.UNCHANGED if same else Result.UPDATED, True
-
-
-def _lacks_declared(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> bool:
-    """Return whether *row* is as new as *snapshot*, but from before a column was declared."""
-    if row.deleted_at is not None or row.version_updated_at != snapshot.updated_at:
-        return False
-    return any(
-        value is not None and getattr(row, name) is None
-        for name, value in values.items()
-        if name not in PROFILE
-    )
-
-
-def find_drift(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> Finding:
-    """Return how *row* differs from *snapshot*, whose columns hold *values*."""
-    if row is None:
-        return Finding("missing_here", snapshot.user_id)
-    kind = (
-        "deleted_here"
-        if row.deleted_at is not None
-        else "unfilled_here"
-        if row.version_updated_at is None
-        else "differs"
-    )
-    return Finding(kind, snapshot.user_id, fields=_differing(row, values))
-
-
-def _differing(row: Any, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (getattr(row, name), value) for name, value in values.items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def read_all(api: BackendApi) -> Iterator[list[Any]]:
-    """
-    All users of Clerk's, each once, oldest first, page by page.
-
-    The place in the list is the time of creation, not a number: in Clerk's own order, newest first,
-    or by an offset, each sign-up or deletion in mid-run would shift all that follows, and one user
-    would be read twice or never. Whether the bound itself is included is not documented, so pages
-    overlap by a millisecond, and what was seen is left out. An offset counts only among users of
-    one and the same millisecond, and goes by half a page, so that as many may be deleted meanwhile.
-    The end is a page without anybody: a short one may be a limit that was not taken.
-    """
-    after, offset = -1, 0
-    seen: dict[str, int] = {}
-    while page := api.list_users(after - 1 if after > 0 else None, offset):
-        times = {_key(data): _created_at(data) for data in page}
-        new = [data for data in page if _key(data) not in seen]
-        newest = max(times.values())
-        if newest > after:
-            after, offset = newest, 0
-            seen = {key: time for key, time in (seen | times).items() if time >= newest - 1}
-        else:
-            offset += max(1, len(page) // 2 if new else len(page))
-            seen |= times
-        if new:
-            yield new
-
-
-def _created_at(data: Any) -> int:
-    created_at = milliseconds(data.get("created_at")) if isinstance(data, dict) else None
-    return -1 if created_at is None else created_at
-
-
-def _id_of(data: Any) -> str | None:
-    """The id of a user object, if it is one: no other text of the answer gets into a report."""
-    user_id = data.get("id") if isinstance(data, dict) else None
-    return user_id if is_user_id(user_id) else None
-
-
-def _key(data: Any) -> str:
-    return _id_of(data) or repr(data)
-
-
-def _ahead(pool: ThreadPool, pages: Iterator[T]) -> Iterator[T]:
-    """The same, but the next is fetched while one is written."""
-    following = pool.apply_async(next, (pages, None))
-    while (page := following.get()) is not None:
-        following = pool.apply_async(next, (pages, None))
-        yield page
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _created_before(users: sa.Table, moment: datetime) -> sa.ColumnElement[bool]:
-    return users.c.created_at < moment
 
 
 def _chunks(
@@ -438,66 +297,3 @@ def _chunks(
     ):
         yield ids
         after = ids[-1]
-
-
-def _patiently(write: Callable[[], T]) -> T:
-    """The result of *write*, which is done again where another writer was in the way: it is a transaction of its own."""
-    for attempt in stamina.retry_context(
-        on=DatabaseBusy, attempts=6, wait_initial=0.05, wait_max=2.0
-    ):
-        with attempt:
-            try:
-                return write()
-            except OperationalError as error:
-                if describe(error).endswith(_BUSY):
-                    raise DatabaseBusy(describe(error)) from error
-                raise
-    raise AssertionError("the last attempt raises what it met")
-
-
-@contextmanager
-def sole_writer(store: Store) -> Iterator[sa.Connection]:
-    """
-    Yield a connection for one run, with longer timeouts than a request, alone over all processes.
-
-    Raises:
-        AlreadyRunning: another run is under way.
-    """
-    with reader(store) as connection:
-        if connection.dialect.name == "sqlite":
-            with _locked(f"{connection.exec_driver_sql('PRAGMA database_list').all()[0][2]}-sync"):
-                yield connection
-            return
-        # On the connection that writes: a run that loses its lock can write no more.
-        if not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK))):
-            raise AlreadyRunning("already_running")
-        try:
-            yield connection
-        finally:
-            with suppress(SQLAlchemyError):  # the server notices a closed connection a little later
-                connection.execute(sa.select(sa.func.pg_advisory_unlock(_LOCK)))
-
-
-@contextmanager
-def reader(store: Store) -> Iterator[sa.Connection]:
-    """Yield a connection for one run that changes nothing."""
-    with store.database.connect() as connection:
-        try:
-            if connection.dialect.name == "postgresql":
-                driver = connection.connection.driver_connection
-                if isinstance(driver, TimeoutConnection):
-                    driver.answer_timeout = _TIMEOUT + 1
-                connection.exec_driver_sql(f"SET statement_timeout = '{_TIMEOUT:.0f}s'")
-            yield connection
-        finally:
-            connection.invalidate()  # neither the lock nor the timeouts are meant for requests
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    with Path(path).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning("already_running") from None
-        yield

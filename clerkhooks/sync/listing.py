@@ -1,0 +1,69 @@
+"""Reading all users of the Backend API, page by page, while users sign up and are deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from typing import Any, TypeVar
+
+from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.events import is_user_id, milliseconds
+
+T = TypeVar("T")
+
+
+def read_all(api: BackendApi) -> Iterator[list[Any]]:
+    """
+    Yield all users that exist now, each once, oldest first, page by page.
+
+    The cursor is the time of creation. With an offset, each sign-up or deletion during the run
+    would shift the following pages, and a user would be read twice or never. Clerk does not document
+    whether the bound is inclusive, so pages overlap by a millisecond and repeated users are skipped.
+    Users of the same millisecond are read by an offset, which advances by half a page, so that half
+    a page of them may be deleted meanwhile.
+
+    Users who sign up during the run are not read, so that the run ends. A short page is not taken
+    for the end, because Clerk answers with fewer users if it does not accept the limit.
+    """
+    newest_first = api.list_newest(1)
+    bound = _created_at(newest_first[0]) if newest_first else -1
+    after, offset = -1, 0
+    seen: dict[str, int] = {}
+    while page := api.list_users(after - 1 if after > 0 else None, offset):
+        times = {_key(data): _created_at(data) for data in page}
+        new = [data for data in page if _key(data) not in seen and _created_at(data) <= bound]
+        newest = max(times.values())
+        if newest > after:
+            after, offset = newest, 0
+            seen = {key: time for key, time in (seen | times).items() if time >= newest - 1}
+        else:
+            offset += max(1, len(page) // 2 if new else len(page))
+            seen |= times
+        if new:
+            yield new
+        if min(times.values()) > bound:
+            return
+
+
+def prefetch(pages: Iterator[T]) -> Iterator[T]:
+    """Yield the same pages, and fetch the next one while the caller works on one."""
+    with ThreadPool(1) as pool:
+        following = pool.apply_async(next, (pages, None))
+        while (page := following.get()) is not None:
+            following = pool.apply_async(next, (pages, None))
+            yield page
+
+
+def id_of(data: Any) -> str | None:
+    """Return the id of a user object, or None; a report must not quote any other text."""
+    user_id = data.get("id") if isinstance(data, dict) else None
+    return user_id if is_user_id(user_id) else None
+
+
+def _created_at(data: Any) -> int:
+    created_at = milliseconds(data.get("created_at")) if isinstance(data, dict) else None
+    return -1 if created_at is None else created_at
+
+
+def _key(data: Any) -> str:
+    return id_of(data) or repr(data)
