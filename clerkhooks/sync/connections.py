@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,12 +96,16 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
     writes nothing, so it does not hold back vacuum.
     """
     with store.database.connect() as connection:
-        connection.detach()  # closing it ends the transaction, and the pool may have one place only
+        connection.detach()  # the pool may have one place only
         connection.exec_driver_sql("BEGIN")
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-        if not connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_LOCK))):
-            raise AlreadyRunning("already_running")
-        yield connection
+        try:
+            if not connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_LOCK))):
+                raise AlreadyRunning("already_running")
+            yield connection
+        finally:
+            with suppress(SQLAlchemyError):  # the server would notice a closed connection later
+                connection.exec_driver_sql("ROLLBACK")
 
 
 @contextmanager
