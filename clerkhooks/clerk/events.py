@@ -170,7 +170,7 @@ def milliseconds(value: object) -> int | None:
         return None
     if not 0 <= value <= LAST_MILLISECOND or value != int(value):
         return None
-    # Clerk's documented examples have the envelope's time in seconds, its deliveries in milliseconds.
+    # The envelope's time is in seconds in Clerk's documentation, in milliseconds in deliveries.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
 
 

@@ -141,7 +141,7 @@ def parse_form(token: str) -> UnverifiedToken:
     """
     Decode the three parts of *token*: canonical base64url, and a JSON object as header.
 
-    PyJWT's parser would take 32 µs more, a twentieth of a call, and accepts padding, NaN, and
+    PyJWT's parser takes 32 µs more, a twentieth of a call, and accepts padding, NaN and
     headers in UTF-16, all of which Clerk's SDK refuses.
 
     Raises:
