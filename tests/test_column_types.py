@@ -1,4 +1,4 @@
-"""Types of declared columns: no value fails an event, or differs when it is read back."""
+"""Types of declared columns: any value is accepted, and stored values are read back unchanged."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ ID = uuid.UUID("a2345678-1234-5678-1234-56781234567f")
 
 
 class Plan(enum.Enum):
-    """What an application sells."""
+    """A plan that an application sells."""
 
     FREE = "free"
     PRO = "pro"
 
 
 class Lower(sa.types.TypeDecorator[str]):
-    """A type of the application's own; it raises AttributeError for what is not a text."""
+    """A custom type that raises AttributeError for a value that is not a string."""
 
     impl = sa.String(4)
     cache_ok = True
 
     def process_bind_param(self, value: Any, _dialect: sa.Dialect) -> Any:
-        """Store small letters."""
+        """Convert to lower case."""
         return None if value is None else value.lower()
 
 
 class Renamed(sa.types.TypeDecorator[str]):
-    """A type that only has another name."""
+    """A custom type that only changes the name of another."""
 
     impl = Lower
     cache_ok = True
@@ -139,7 +139,7 @@ PARSED: dict[str, Any] = {
 def test_never_fails_an_event(
     make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
 ) -> None:
-    """Whatever a user chooses, and whatever *parse* returns: 200, and every row can be read."""
+    """Any value from a user, or from *parse*, is answered 200, and every row stays readable."""
     columns = {"value": from_clerk("value", type_, parse=parse)}
     application = make_application(empty_database, columns)
     values: list[Any] = list(PARSED) if parse else ODD
@@ -177,10 +177,10 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.pysqlite does .not. support Decimal")
-def test_finds_no_difference_in_what_it_has_stored(
+def test_reads_values_back_unchanged(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """A value is read back as it was sent, after a webhook and after a sync, and ``--check`` is content."""
+    """Values stored by a webhook or by sync are unchanged, and ``--check`` finds no difference."""
     columns = {name: from_clerk(name, TYPES[name], parse=GOOD[name][1]) for name in GOOD}
     application = make_application(empty_database, columns, **backend.environ)
     data = {name: sent for name, (sent, _, _) in GOOD.items()}
@@ -215,16 +215,20 @@ def test_finds_no_difference_in_what_it_has_stored(
 def test_counts_other_values_as_absent(
     make_application: MakeApplication, empty_database: str, name: str, values: list[Any]
 ) -> None:
-    """Without *parse*, or beyond the type's limits."""
+    """A value beyond the limits of the type, or of another type without *parse*, is absent."""
     application = make_application(empty_database, {"value": from_clerk("value", TYPES[name])})
     for value in values:
         assert deliver(application, value=value).value is None, value
 
 
-def test_shares_the_room_of_an_index_among_its_columns(
+def test_limits_texts_by_the_size_of_an_index(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """Texts that compress badly, as long as an index of both columns takes, are stored; no longer ones."""
+    """
+    Columns share the maximum size of an index entry.
+
+    Incompressible texts up to that size are stored; a longer text counts as absent.
+    """
     columns = {
         "one": from_clerk("one", sa.Text),
         "two": from_clerk("two", sa.Text),
@@ -238,10 +242,10 @@ def test_shares_the_room_of_an_index_among_its_columns(
     assert (user.one, user.two) == (texts[0], None)
 
 
-def test_does_not_limit_what_other_indexes_take(
+def test_does_not_limit_columns_of_other_indexes(
     make_application: MakeApplication, make_database: Any
 ) -> None:
-    """A GIN index, and one that hashes, take values of any length."""
+    """Columns in a GIN or hash index accept values of any length."""
     columns = {
         "data": from_clerk("data", postgresql.JSONB),
         "note": from_clerk("note", sa.Text),
@@ -257,7 +261,7 @@ def test_does_not_limit_what_other_indexes_take(
 
 
 def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
-    """Declare a column of each type, and hand the model to ``ClerkHooks``."""
+    """Declare a model with a column of each type, and create ``ClerkHooks`` with it."""
 
     class Base(DeclarativeBase):
         """The application's own base."""
@@ -280,8 +284,8 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
     ],
     ids=repr,
 )
-def test_refuses_a_type_whose_limits_are_not_known(type_: sa.types.TypeEngine[Any]) -> None:
-    """One value that the database refused would fail all events of its user, for ever."""
+def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> None:
+    """One value rejected by the database would fail every later event of its user."""
     with pytest.raises(
         ValueError, match=r"User\.value has a type whose limits clerkhooks does not"
     ):
@@ -289,7 +293,7 @@ def test_refuses_a_type_whose_limits_are_not_known(type_: sa.types.TypeEngine[An
 
 
 def test_accepts_subtypes_and_variants() -> None:
-    """PostgreSQL's own included, and types that decorate a supported one."""
+    """Subtypes, PostgreSQL's types and decorators of supported types are accepted."""
     types = {
         "binary": postgresql.JSONB(),
         "uuid": postgresql.UUID(),

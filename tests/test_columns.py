@@ -1,4 +1,4 @@
-"""Columns that an application keeps from Clerk's user object, through real webhooks and syncs."""
+"""Declared columns: fields of Clerk's user object, kept by webhooks and by sync."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parse_moment(milliseconds: Any) -> datetime:
 
 
 def fail_to_parse(value: Any) -> Any:
-    """Raise what the value asks for, as a parser with a mistake may."""
+    """Raise the exception that *value* names, as a faulty parser may."""
     raise {"type": TypeError, "key": KeyError, "index": IndexError, "value": ValueError}[value](
         "ada@example.org"
     )
@@ -95,7 +95,7 @@ def make_columns() -> dict[str, Any]:
 def wide(
     request: pytest.FixtureRequest, clerk: FakeClerk, make_database: MakeDatabase
 ) -> Iterator[Application]:
-    """An application with all of these columns, on a database of each kind."""
+    """An application with all of these columns, on each kind of database."""
     application = Application(clerk, make_database(request.param), make_columns())
     application.create_all()
     yield application
@@ -109,7 +109,7 @@ def read(application: Application, user_id: str) -> Any:
 
 
 def patch(path: str, text: str) -> bytes:
-    """Return the event of a new user in which *text*, JSON, stands at a path."""
+    """Return the event of a new user, with *text* (JSON) as the value at *path*."""
     data = user_data(
         clerk_id("user"),
         email="ada@example.org",
@@ -240,13 +240,13 @@ def shorten(value: object) -> str:
 
 
 @pytest.mark.parametrize(("column", "path", "text", "expected"), CASES, ids=shorten)
-def test_keeps_what_the_column_can_store(
+def test_stores_valid_values(
     wide: Application, backend: Backend, column: str, path: str, text: str, expected: Any
 ) -> None:
     """
-    Anything else counts as absent.
+    A value that the column cannot store counts as absent and causes no error.
 
-    Never an error, the profile is kept, and a sync finds nothing to change.
+    The profile is kept, and a sync afterwards finds nothing to change.
     """
     body = patch(path, text)
     user_id = user_id_of(body)
@@ -268,10 +268,10 @@ def test_keeps_what_the_column_can_store(
     assert getattr(read(wide, user_id), column) == getattr(row, column)
 
 
-def test_logs_a_parser_that_raises_without_the_value(
+def test_logs_parser_errors_without_the_value(
     wide: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """ValueError means absent; another error is logged with its class, never its text."""
+    """ValueError means absent. Other exceptions are logged by class, without their text."""
     with caplog.at_level(logging.WARNING, logger="clerkhooks"):
         assert wide.outcome(patch("public_metadata.clumsy", '"value"')) == "applied"
         assert not [one for one in caplog.records if one.getMessage() == "column_not_parsed"]
@@ -307,11 +307,11 @@ def test_finds_the_primary_phone_number(
     assert read(wide, user_id).phone == expected
 
 
-def test_orders_columns_as_the_profile(wide: Application) -> None:
+def test_orders_columns_like_the_profile(wide: Application) -> None:
     """
-    The newest event decides all columns, also which are absent.
+    The newest event sets every declared column, absent fields included.
 
-    The application's own stay as they are.
+    Columns that the application owns stay unchanged.
     """
     user_id = clerk_id("user")
     assert wide.outcome(user_event(user_id, at=2000, username="new")) == "applied"
@@ -326,7 +326,7 @@ def test_orders_columns_as_the_profile(wide: Application) -> None:
 
 
 def test_erases_columns_of_a_deleted_user(wide: Application, backend: Backend) -> None:
-    """``user.deleted``, and a sync that finds the user gone, erase only Clerk's columns."""
+    """A deletion, by webhook or sync, erases declared columns and keeps the application's own."""
     deleted_id, gone_id = clerk_id("user"), clerk_id("user")
     whole: dict[str, Any] = {
         "username": "ada",
@@ -348,8 +348,8 @@ def test_erases_columns_of_a_deleted_user(wide: Application, backend: Backend) -
         assert (row.name, row.tier, row.deleted_at is None) == ("Deleted User", "free", False)
 
 
-def test_shows_columns_to_the_applications_views(wide: Application) -> None:
-    """``current_user`` has declared columns with the types of the model."""
+def test_gives_columns_to_views(wide: Application) -> None:
+    """``current_user`` has the declared columns, with the model's types."""
     body = patch("public_metadata.color", '"g"')
     wide.outcome(body)
     users = wide.state.users
@@ -360,7 +360,7 @@ def test_shows_columns_to_the_applications_views(wide: Application) -> None:
 
 
 def vars_of(user: Any, *names: str) -> tuple[Any, ...]:
-    """Return some attributes."""
+    """Return the values of some attributes."""
     return tuple(getattr(user, name) for name in names)
 
 
@@ -374,7 +374,7 @@ def vars_of(user: Any, *names: str) -> tuple[Any, ...]:
     ids=["equal", "newer", "older"],
 )
 @pytest.mark.parametrize("by", ["webhook", "sync"])
-def test_fills_a_column_that_was_declared_later(
+def test_fills_a_column_declared_later(
     make_application: MakeApplication,
     empty_database: str,
     backend: Backend,
@@ -385,9 +385,9 @@ def test_fills_a_column_that_was_declared_later(
     result: str,
 ) -> None:
     """
-    A sync fills it wherever Clerk's ``updated_at`` is not older than the row's.
+    A sync fills it where Clerk's ``updated_at`` is not older than the row's.
 
-    The ordering stays as it was.
+    The row keeps its version.
     """
     user_id = backend.sign_up(at=1000, public_metadata={"plan": "pro"})
     before = make_application(empty_database)
@@ -413,10 +413,10 @@ def test_fills_a_column_that_was_declared_later(
     assert read(after, user_id).plan == "new"
 
 
-def test_does_not_fill_over_a_webhook_that_comes_in_between(
+def test_does_not_overwrite_a_newer_webhook(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """A user who cleared the field meanwhile keeps it empty, and a deleted one is not filled."""
+    """A user who cleared the field in the meantime keeps it empty. A deleted user stays erased."""
     ids = [backend.sign_up(at=1000, public_metadata={"plan": "pro"}) for _ in range(2)]
     application = make_application(
         empty_database, {"plan": from_clerk("public_metadata.plan", sa.Text)}
@@ -447,14 +447,14 @@ def declare(**columns: Any) -> ClerkHooks[Any]:
 
 @pytest.mark.parametrize("path", ["private_metadata", "private_metadata.plan"])
 def test_refuses_private_metadata(path: str) -> None:
-    """The back end's secrets do not belong into a table that many read."""
+    """Private metadata holds secrets and must not be copied into a widely readable table."""
     with pytest.raises(ValueError, match="Use public_metadata"):
         from_clerk(path, sa.JSON)
 
 
 @pytest.mark.parametrize("path", ["", ".", "a.", ".a", "a..b", "a b", "public metadata.plan", 5])
 def test_refuses_a_malformed_path(path: Any) -> None:
-    """A path that can never have a value is a mistake."""
+    """A path that can never have a value raises ValueError."""
     with pytest.raises(ValueError, match="is not a path"):
         from_clerk(path)
 
@@ -485,24 +485,24 @@ def test_refuses_a_malformed_path(path: Any) -> None:
 )
 def test_refuses_a_column_that_would_fail_events(columns: dict[str, Any], reason: str) -> None:
     """
-    Events arrive in any order and fields may be absent.
+    A column that could reject a valid event is refused when the model is declared.
 
-    What would fail then is refused at the start.
+    Events arrive in any order and may lack any field.
     """
     with pytest.raises(ValueError, match=reason):
         declare(**columns)
 
 
-def test_takes_own_columns_that_have_a_value() -> None:
-    """A default of the server's, or none needed, is enough; they may be unique."""
+def test_accepts_own_columns_with_a_default_or_null() -> None:
+    """An application's own column needs a server default or must be nullable; it may be unique."""
     declare(
         tier=mapped_column(sa.Text, nullable=False, server_default="free"),
         note=mapped_column(sa.Text, unique=True),
     )
 
 
-def test_knows_the_error_of_decimal() -> None:
-    """The case of ``Decimal`` above proves that not only ValueError counts as absent."""
+def test_decimal_raises_another_error() -> None:
+    """``Decimal`` raises an error other than ValueError, so the case above covers both."""
     assert not issubclass(decimal.InvalidOperation, ValueError)
 
 
@@ -510,10 +510,10 @@ def test_knows_the_error_of_decimal() -> None:
     "text", ["1E-9999999", "1E-999999999", "1E-20000", "0E-999999", "1E+99999"]
 )
 @pytest.mark.parametrize("type_", [sa.Numeric(10, 2), sa.Numeric()])
-def test_passes_over_a_number_of_too_many_digits(
+def test_ignores_a_number_with_too_many_digits(
     make_application: MakeApplication, empty_database: str, text: str, type_: sa.Numeric[Any]
 ) -> None:
-    """What a user chose costs neither a worker's time nor the event."""
+    """A huge number chosen by a user takes little CPU time and does not fail the event."""
     column = from_clerk("unsafe_metadata.p", type_, nullable=True, parse=Decimal)
     application = make_application(empty_database, {"price": column})
     user_id = clerk_id("user")

@@ -1,8 +1,4 @@
-"""
-The private engine.
-
-Whatever an application does with its own, what was answered 200 is committed.
-"""
+"""The private engine: a message answered 200 is committed, however the application uses its own."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ def database_of(service: Service) -> Database:
 
 
 def show(database: Database, *names: str) -> list[Any]:
-    """Return settings of a PostgreSQL session."""
+    """Return settings of a PostgreSQL session, by name."""
     with database.connect() as connection:
         return [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
 
@@ -57,14 +53,10 @@ def show(database: Database, *names: str) -> list[Any]:
     [("", ["2s", "3s", "UTC", '"$user", public']), (OPTIONS, ["2s", "3s", "UTC", "public"])],
 )
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_keeps_its_limits_beside_options_of_the_url(
+def test_combines_url_options_with_its_own_limits(
     make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
 ) -> None:
-    """
-    Other options of DATABASE_URL hold for the private engine, too.
-
-    Its timeouts and zone are its own.
-    """
+    """Options of DATABASE_URL apply, except timeouts and the time zone."""
     url = make_database("postgresql")
     service = make_service(DATABASE_URL=f"{url}{'&' if '?' in url else '?'}{options}")
     names = ("lock_timeout", "statement_timeout", "timezone", "search_path")
@@ -72,8 +64,8 @@ def test_keeps_its_limits_beside_options_of_the_url(
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_raises_what_sqlalchemy_raises(service: Service) -> None:
-    """An error has its class and SQLSTATE, hides parameters, and spares the connection."""
+def test_raises_sqlalchemy_errors(service: Service) -> None:
+    """An error has SQLAlchemy's class and SQLSTATE, hides parameters, and keeps the connection."""
     database = database_of(service)
     statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
     with pytest.raises(DBAPIError) as raised:
@@ -88,7 +80,7 @@ def test_raises_what_sqlalchemy_raises(service: Service) -> None:
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_replaces_a_connection_that_the_server_has_closed(service: Service) -> None:
-    """A closed socket is seen before it is used: no request fails."""
+    """A connection closed by the server is replaced before use, so no request fails."""
     user_id = clerk_id("user")
     pid = backend_pid(database_of(service))
     with psycopg.connect(service.database_url, autocommit=True) as other:
@@ -100,7 +92,7 @@ def test_replaces_a_connection_that_the_server_has_closed(service: Service) -> N
 
 
 def backend_pid(database: Database) -> int:
-    """Return the server process of a pooled connection."""
+    """Return the process id of a pooled connection's server process."""
     [(pid,)] = database.execute(sa.text("SELECT pg_backend_pid()"))
     return int(pid)
 
@@ -111,9 +103,9 @@ def test_loses_nothing_to_isolation_levels_of_views(
     application: Application, level: str, handled: bool
 ) -> None:
     """
-    A view chooses an isolation level for its own session.
+    Isolation levels that views set for their own session do not affect deliveries.
 
-    Of 20 later deliveries all 20 are committed.
+    All of 20 deliveries are committed.
     """
 
     @application.app.get("/report")
@@ -137,7 +129,7 @@ def test_loses_nothing_to_isolation_levels_of_views(
 def test_loses_nothing_to_the_isolation_level_of_the_engine(
     make_application: MakeApplication, empty_database: str, level: str
 ) -> None:
-    """An application's engine may have another isolation level altogether."""
+    """The isolation level of the application's engine does not affect deliveries."""
     options = {"isolation_level": level}
     application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS=options)
     user_id = clerk_id("user")
@@ -149,7 +141,7 @@ def test_loses_nothing_to_the_isolation_level_of_the_engine(
 
 
 def test_commits_apart_from_the_applications_transaction(application: Application) -> None:
-    """A view that rolls back does not undo the row that its authentication created."""
+    """A rollback in a view keeps the user row that authentication created."""
     user_id = clerk_id("user")
 
     @application.app.before_request
@@ -164,12 +156,8 @@ def test_commits_apart_from_the_applications_transaction(application: Applicatio
 
 
 @postgresql
-def test_bounds_its_own_statements_only(application: Application) -> None:
-    """
-    ``pg_sleep(4)`` through db.session is not cut.
-
-    On the private engine a statement ends after 3 s.
-    """
+def test_limits_its_own_statements_only(application: Application) -> None:
+    """The 3 s statement timeout applies to the private engine and not to ``db.session``."""
 
     @application.app.get("/slow")
     def slow() -> str:
@@ -193,7 +181,7 @@ def test_bounds_its_own_statements_only(application: Application) -> None:
 def test_stores_times_in_utc(
     make_application: MakeApplication, empty_database: str, where: str, handled: bool
 ) -> None:
-    """The zone of the database, or of the application's sessions, moves no time."""
+    """The time zone of the database or of the application's sessions does not shift any time."""
     options: dict[str, Any] = {}
     if where == "database":
         with psycopg.connect(empty_database, autocommit=True) as connection:
@@ -231,7 +219,7 @@ def test_stores_times_in_utc(
 
 
 def test_shows_its_statements_to_listeners(application: Application) -> None:
-    """``before_cursor_execute`` on the private engine sees every statement, as tracing needs it."""
+    """Tracing can observe every statement through ``before_cursor_execute`` on the engine."""
     seen: list[str] = []
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -249,7 +237,7 @@ def test_shows_its_statements_to_listeners(application: Application) -> None:
 
 @contextmanager
 def forked(database: Database) -> Iterator[dict[str, Any]]:
-    """Read and write in a forked process; yield what it found, before it ends."""
+    """Read and write in a forked process; yield its results before it is reaped."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:  # the child: it must neither raise nor return into pytest
@@ -270,9 +258,9 @@ def forked(database: Database) -> Iterator[dict[str, Any]]:
 
 def test_makes_a_fresh_pool_in_a_forked_process(application: Application) -> None:
     """
-    Two processes on one socket would read each other's answers.
+    A forked process opens its own connections, and the parent keeps using its own.
 
-    The parent's connection goes on as well.
+    Two processes on one socket would read each other's answers.
     """
     database = application.database
     application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
@@ -300,7 +288,7 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """Each connection would have a database of its own; the error advises a file, also in tests."""
+    """Every connection would open a separate database, so the error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI keeps SQLite in memory" in str(raised.value)
@@ -309,10 +297,10 @@ def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
         create_app(clerk.environ | {"DATABASE_URL": url})
 
 
-def test_has_a_pool_of_the_size_that_is_configured(
+def test_limits_its_pool_to_the_configured_size(
     make_application: MakeApplication, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More callers than connections wait for one, and no longer than the pool's timeout."""
+    """Further callers wait for a connection, up to the pool's timeout."""
     monkeypatch.setattr(database, "POOL_TIMEOUT", 0.2)
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
     with application.database.connect(), application.database.connect():
@@ -327,7 +315,7 @@ def test_has_a_pool_of_the_size_that_is_configured(
 def test_answers_more_callers_than_it_has_connections(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """Deliveries and calls share two connections without an error."""
+    """Concurrent deliveries and calls share two connections without an error."""
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
 
     def act(number: int) -> int:
@@ -342,10 +330,10 @@ def test_answers_more_callers_than_it_has_connections(
 
 
 @postgresql
-def test_connects_as_the_application_does(
+def test_uses_the_applications_connect_arguments(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """Connect arguments such as certificates or a name hold for the private engine, too."""
+    """The application's connect arguments, such as certificates, apply to the private engine."""
     options = {"connect_args": {"application_name": "bookshop", "options": "-c work_mem=7MB"}}
     application = make_application(empty_database, SQLALCHEMY_ENGINE_OPTIONS=options)
     names = ("application_name", "work_mem", "statement_timeout")
@@ -356,7 +344,7 @@ def test_connects_as_the_application_does(
 def test_uses_the_applications_creator(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """A connector of a cloud provider makes the private engine's connections as well."""
+    """The private engine uses the application's ``creator``, such as a cloud connector."""
     made: list[object] = []
 
     def create() -> Any:
@@ -378,7 +366,7 @@ def test_syncs_every_commit_to_the_disk(application: Application) -> None:
     """
     A commit that was answered 200 survives a power cut.
 
-    The application's own connections stay as they were.
+    The application's own connections keep their settings.
     """
     with application.database.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
@@ -390,10 +378,10 @@ def test_syncs_every_commit_to_the_disk(application: Application) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_rolls_back_what_fails_on_sqlite(
+def test_rolls_back_a_failed_transaction_on_sqlite(
     make_application: MakeApplication, make_database: MakeDatabase, error: type[BaseException]
 ) -> None:
-    """A transaction that an exception or a signal ends keeps nothing and holds no lock."""
+    """After an exception or a signal, nothing is kept and the write lock is released."""
     application = make_application(make_database("sqlite"))
     application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
     with application.database.connect() as connection:
@@ -408,9 +396,9 @@ def test_rolls_back_what_fails_on_sqlite(
 @pytest.mark.parametrize("handled", [False, True], ids=["no handler", "a handler"])
 def test_gives_up_on_a_write_lock_in_time(application: Application, handled: bool) -> None:
     """
-    Another process that keeps SQLite's write lock.
+    If another process holds SQLite's write lock, the answer is 500 after four seconds.
 
-    500 after four seconds, and the retry is applied.
+    The retry is applied.
     """
     if handled:
         application.hooks.on("*")(lambda _: None)
@@ -426,7 +414,7 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
 
 @sqlite
 def test_lets_every_writer_have_its_turn(application: Application) -> None:
-    """Of many that write to SQLite at once none starves: all succeed, through handlers as well."""
+    """No writer starves on SQLite: concurrent deliveries all succeed, with handlers as well."""
     application.hooks.on("session.*")(lambda _: time.sleep(0.002))
     began = threading.Barrier(16)
 
@@ -444,8 +432,8 @@ def test_lets_every_writer_have_its_turn(application: Application) -> None:
     assert application.rows("SELECT count(*) FROM webhook_messages") == [(192,)]
 
 
-def test_counts_statements_of_a_delivery(service: Service) -> None:
-    """On PostgreSQL a delivery is one statement, and so is a call; on SQLite a delivery is four."""
+def test_uses_few_statements(service: Service) -> None:
+    """A delivery and a call are one statement each on PostgreSQL. On SQLite a delivery is four."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     seen: list[None] = []
@@ -457,8 +445,8 @@ def test_counts_statements_of_a_delivery(service: Service) -> None:
     assert (delivered, len(seen) - delivered) == (1 if is_postgresql else 4, 1)
 
 
-def test_is_gone_with_its_application(application: Application) -> None:
-    """Two factories in one process have an engine each; disposing of one leaves the other alone."""
+def test_disposes_of_one_engine_only(application: Application) -> None:
+    """Two applications have separate engines; disposing of one leaves the other usable."""
     second = Flask("second")
     second.config.update(application.app.config)
     application.db.init_app(second)

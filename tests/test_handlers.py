@@ -1,4 +1,4 @@
-"""What an application's handlers may rely on, and what they mean for a message."""
+"""Handlers of an application: when they are called, and how their errors affect a message."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_gets_the_event_once(
     pattern: str,
 ) -> None:
     """
-    By type, by family or all types.
+    A handler registered by type, family or for all types gets each message once.
 
-    Once for each message, with its data and version, even if registered twice.
+    The event has the message's data and version. Registering a handler twice has no effect.
     """
     recorder = Recorder()
     for each in (pattern, pattern, "organization.created"):
@@ -93,8 +93,8 @@ def test_gets_the_event_once(
     "pattern",
     ["organization", "organization.deleted", "organizationMembership.*", "organization.created.*"],
 )
-def test_leaves_other_types_alone(application: Application, pattern: str) -> None:
-    """A type that no handler takes is ignored, also one whose name begins alike."""
+def test_ignores_other_types(application: Application, pattern: str) -> None:
+    """A type without a handler is ignored, even if a pattern is a prefix of it."""
     recorder = Recorder()
     application.hooks.on(pattern)(recorder)
     application.hooks.on(pattern, after_commit=True)(recorder)
@@ -107,27 +107,27 @@ def test_leaves_other_types_alone(application: Application, pattern: str) -> Non
     ["", "organization.", "organization.created.", "*.created", "organization*", "a b", ".*"],
 )
 def test_refuses_a_malformed_pattern(application: Application, pattern: str) -> None:
-    """A handler that could never be called is a mistake, and is reported where it is made."""
+    """A pattern that can never match raises ValueError when the handler is registered."""
     with pytest.raises(ValueError, match="is not an event type"):
         application.hooks.on(pattern)(Recorder())
 
 
 async def asynchronous(_event: Event) -> None:
-    """Would never be awaited."""
+    """Do nothing; a synchronous caller would never await it."""
 
 
 async def asynchronous_generator(_event: Event) -> AsyncIterator[None]:
-    """Would never be iterated."""
+    """Do nothing; a caller would never iterate over it."""
     yield
 
 
 def generator(_event: Event) -> Iterator[None]:
-    """Would never be iterated."""
+    """Do nothing; a caller would never iterate over it."""
     yield
 
 
 class AsynchronousCall:
-    """An object whose call would never be awaited."""
+    """A callable object whose result would never be awaited."""
 
     async def __call__(self, _event: Event) -> None:
         """Do nothing."""
@@ -151,7 +151,11 @@ def test_refuses_a_handler_that_would_not_run(
     after_commit: bool,
     handler: Any,
 ) -> None:
-    """Its message would count as done, and nothing would have been done."""
+    """
+    A handler that cannot be called synchronously is refused when it is registered.
+
+    Otherwise its messages would count as processed although the handler never ran.
+    """
     with pytest.raises(TypeError, match="handler must be"):
         application.hooks.on("user.*", after_commit=after_commit)(handler)
     assert application.outcome(user_event(clerk_id("user"))) == "applied"
@@ -177,9 +181,9 @@ def test_fails_the_message_if_the_handler_cannot_run(
     handler: Any,
 ) -> None:
     """
-    What registration cannot see shows at the first message.
+    A handler that returns a generator or takes no event fails its first message.
 
-    500, recorded as failed, and nothing of it stays.
+    The answer is 500, the message is recorded as failed, and its changes are rolled back.
     """
     application.hooks.on("*")(handler)
     assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
@@ -188,7 +192,7 @@ def test_fails_the_message_if_the_handler_cannot_run(
 
 
 def test_holds_handlers_strongly(application: Application) -> None:
-    """A closure or a method that nothing else refers to is called all the same."""
+    """A closure or bound method that nothing else references is still called."""
     events: list[str] = []
 
     def register() -> None:
@@ -206,7 +210,7 @@ def test_holds_handlers_strongly(application: Application) -> None:
 
 
 def test_calls_a_method_once(application: Application) -> None:
-    """Each access makes a new bound method; they count as one handler."""
+    """A method registered for three patterns is one handler, although its bound methods differ."""
     recorder = Recorder()
     for pattern in ("*", "user.*", "user.updated"):
         application.hooks.on(pattern)(recorder.remember)
@@ -214,8 +218,8 @@ def test_calls_a_method_once(application: Application) -> None:
     assert len(recorder.events) == 1
 
 
-def test_calls_handlers_in_the_order_of_registration(application: Application) -> None:
-    """All of those inside the transaction first, whatever their patterns."""
+def test_calls_handlers_in_registration_order(application: Application) -> None:
+    """Handlers inside the transaction run first, then those after the commit."""
     called: list[str] = []
 
     def register(name: str, pattern: str, *, after_commit: bool = False) -> None:
@@ -233,7 +237,7 @@ def test_shares_nothing_between_two_applications(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """Two ``ClerkHooks`` in one process have handlers, tables and states of their own."""
+    """Two ``ClerkHooks`` in one process have separate handlers, tables and state."""
     one, other = (make_application(make_database("sqlite")) for _ in range(2))
     recorder = Recorder()
     one.hooks.on("organization.*")(recorder)
@@ -251,9 +255,9 @@ def test_shares_handlers_between_applications_of_one_object(
     clerk: FakeClerk,
 ) -> None:
     """
-    A factory may be called twice with one ``ClerkHooks``, as in tests.
+    Handlers serve every application created with the same ``ClerkHooks``.
 
-    Its handlers serve both.
+    Test suites call an application factory several times.
     """
     application = make_application(make_database("sqlite"))
     url = make_database("sqlite")
@@ -268,8 +272,8 @@ def test_shares_handlers_between_applications_of_one_object(
     disconnect(second.app)
 
 
-def test_is_told_the_outcome_for_users(application: Application) -> None:
-    """A stale event is passed on, too, once: the application's own tables may not know it yet."""
+def test_gets_the_outcome_of_user_events(application: Application) -> None:
+    """A stale event reaches the handler once: the application's own tables may need it."""
     inside, after = Recorder(), Recorder()
     application.hooks.on("user.*")(inside)
     application.hooks.on("user.*", after_commit=True)(after)
@@ -288,11 +292,11 @@ def test_is_told_the_outcome_for_users(application: Application) -> None:
         assert {event.data["id"] for event in recorder.events} == {user_id}
 
 
-def test_commits_what_a_handler_writes_with_the_message(application: Application) -> None:
+def test_commits_handler_writes_with_the_message(application: Application) -> None:
     """
-    A handler sees the user's new row and writes in its transaction.
+    A handler sees the user's new row and writes in the same transaction.
 
-    If it raises, nothing of either stays.
+    If it raises, both its writes and the message's changes are rolled back.
     """
     user_id = clerk_id("user")
     failing = [True]
@@ -319,8 +323,8 @@ def test_commits_what_a_handler_writes_with_the_message(application: Application
     assert application.rows(LOG) == [("applied", 2, None)]
 
 
-def test_commits_what_a_handler_did_not_flush(application: Application) -> None:
-    """Pending objects are flushed by the commit; if that fails, nothing of the message stays."""
+def test_flushes_pending_objects_at_commit(application: Application) -> None:
+    """The commit flushes pending objects. If that fails, everything is rolled back."""
     user_id = clerk_id("user")
 
     @application.hooks.on("user.created")
@@ -340,8 +344,8 @@ def test_commits_what_a_handler_did_not_flush(application: Application) -> None:
     assert application.rows("SELECT count(*) FROM users") == [(2,)]
 
 
-def test_is_called_again_for_the_retry(application: Application) -> None:
-    """Handlers before one that fails are undone; all are called for the next attempt."""
+def test_calls_every_handler_again_on_retry(application: Application) -> None:
+    """Writes of earlier handlers are rolled back, and the retry calls all handlers again."""
     recorder, after = Recorder(), Recorder()
     failing = [True]
 
@@ -375,7 +379,7 @@ def swallow_flush(application: Application) -> None:
 
 
 def swallow_refusal(application: Application) -> None:
-    """Commit, and ignore that this is refused."""
+    """Commit, and ignore the resulting error."""
     with suppress(RuntimeError):
         application.db.session.commit()
 
@@ -411,9 +415,9 @@ def test_loses_nothing_to_a_handler_that_ends_the_transaction(
     ending: str,
 ) -> None:
     """
-    It is answered 500 and nothing stays.
+    A handler that commits, rolls back or breaks the transaction causes a 500.
 
-    Never 200 and lost. Without such a handler the retry is applied.
+    Nothing of the message is committed, and a retry without that handler is applied.
     """
     user_id, recorder, misbehaving = clerk_id("user"), Recorder(), [True]
     body = user_event(user_id)
@@ -442,7 +446,7 @@ def test_loses_nothing_to_a_handler_that_ends_the_transaction(
 
 
 def test_lets_a_handler_use_a_savepoint(application: Application) -> None:
-    """A part that fails and is caught in a savepoint leaves the rest of the transaction whole."""
+    """An error caught inside a savepoint leaves the rest of the transaction intact."""
 
     @application.hooks.on("user.*")
     def attempt(event: Event) -> None:
@@ -457,7 +461,7 @@ def test_lets_a_handler_use_a_savepoint(application: Application) -> None:
 
 
 class OperationalError(Exception):
-    """Such as a message broker's."""
+    """An error of another library, such as a message broker's client."""
 
 
 @pytest.mark.parametrize(
@@ -473,7 +477,7 @@ def test_fails_the_message_with_an_error_of_any_class(
     error: Exception,
     expected: str,
 ) -> None:
-    """Any error of a handler is answered 500 and recorded, also one of clerkhooks' own."""
+    """Any exception of a handler, clerkhooks' own included, is answered 500 and recorded."""
 
     @application.hooks.on("*")
     def fail(_event: Event) -> None:
@@ -490,7 +494,7 @@ def test_fails_the_message_if_a_handler_aborts(
     caplog: pytest.LogCaptureFixture,
     status: int,
 ) -> None:
-    """``abort`` and ``get_or_404`` answer Clerk with nothing but 500, and the failure is logged."""
+    """``abort`` and ``get_or_404`` in a handler are answered 500, and the failure is logged."""
     application.hooks.on("*")(lambda _: abort(status))
     with caplog.at_level(logging.ERROR, logger="clerkhooks"):
         assert application.deliver(organization(), "msg_1").status_code == 500
@@ -509,9 +513,9 @@ def test_is_called_after_the_commit(
     failure: BaseException,
 ) -> None:
     """
-    With ``after_commit`` a handler finds everything committed.
+    With ``after_commit``, a handler runs when everything has been committed.
 
-    Its error is logged and changes nothing.
+    Its exception is logged and does not change the answer.
     """
     user_id = clerk_id("user")
     recorder = Recorder()
@@ -540,7 +544,7 @@ def test_is_called_after_the_commit(
 
 
 def test_may_commit_after_the_commit(application: Application) -> None:
-    """A handler that runs afterwards has a transaction of its own, which it commits itself."""
+    """A handler that runs after the commit has its own transaction and commits it itself."""
     user_id = clerk_id("user")
 
     @application.hooks.on("user.*", after_commit=True)
@@ -553,7 +557,7 @@ def test_may_commit_after_the_commit(application: Application) -> None:
 
 
 def test_does_not_hold_the_users_row_after_the_commit(application: Application) -> None:
-    """While a handler runs after the commit, other deliveries and calls of the user go on."""
+    """A handler that runs after the commit does not block the user's deliveries and calls."""
     user_id, hold = clerk_id("user"), Hold()
     application.hooks.on("user.*", after_commit=True)(hold)
     first = delivery(application, user_event(user_id))
@@ -573,16 +577,16 @@ LIMITS = (
     [("", ("0", "0", "0")), ("-c lock_timeout=7s -c statement_timeout=1min", ("7s", "1min", "0"))],
     ids=["the server's", "the application's"],
 )
-def test_leaves_a_handlers_statements_unlimited(
+def test_does_not_limit_statements_of_handlers(
     make_application: MakeApplication,
     make_database: MakeDatabase,
     options: str,
     expected: tuple[str, ...],
 ) -> None:
     """
-    The timeouts of clerkhooks' own statement end with it.
+    The timeouts of clerkhooks do not apply to a handler's own statements.
 
-    Inside the handler they are the application's.
+    Inside the handler the application's timeouts are in effect.
     """
     arguments = {"connect_args": {"options": options}} if options else {}
     application = make_application(make_database("postgresql"), SQLALCHEMY_ENGINE_OPTIONS=arguments)
@@ -605,7 +609,7 @@ def test_keeps_limits_that_the_application_set_in_the_transaction(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """``SET LOCAL`` before the delivery is restored as well."""
+    """Timeouts set by ``SET LOCAL`` before the delivery are restored for the handler."""
     application = make_application(make_database("postgresql"))
     found: list[str] = []
 
@@ -621,11 +625,11 @@ def test_keeps_limits_that_the_application_set_in_the_transaction(
     assert found == ["45s"]
 
 
-def test_limits_the_wait_of_its_own_statement(
+def test_limits_its_own_wait_for_a_row_lock(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """With handlers, too, a row that stays locked ends in 500, recorded as failed."""
+    """With handlers, too, a row that stays locked ends in 500 and is recorded as failed."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("*")(Recorder())
     user_id = clerk_id("user")
@@ -639,7 +643,7 @@ def test_limits_the_wait_of_its_own_statement(
 
 
 def test_returns_the_handler_itself() -> None:
-    """Registration leaves the function as it is, so that a test or other code may call it."""
+    """The decorator returns the function unchanged, so that other code can call it."""
     hooks = ClerkHooks(SQLAlchemy())
 
     @hooks.on("user.created")
@@ -650,10 +654,10 @@ def test_returns_the_handler_itself() -> None:
     assert handle(event) == "user.created"
 
 
-def test_notices_a_transaction_that_its_commit_rolled_back(
+def test_detects_a_commit_that_rolled_back(
     make_application: MakeApplication, make_database: MakeDatabase
 ) -> None:
-    """An error that a listener of the application swallows inside the commit is not answered 200."""
+    """A listener that swallows an error during the commit does not lead to a 200."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("user.created")(lambda _event: None)
     session = application.db.session
@@ -671,10 +675,14 @@ def test_notices_a_transaction_that_its_commit_rolled_back(
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_fails_as_a_whole_on_a_sqlite_in_autocommit(
+def test_rolls_back_on_sqlite_in_autocommit(
     make_application: MakeApplication, make_database: MakeDatabase, skip: bool
 ) -> None:
-    """A failing handler leaves nothing behind in the application's pool, and the retry runs it again."""
+    """
+    A failing handler leaves no open transaction in the application's pool.
+
+    The retry runs the handler again.
+    """
     options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": skip}
     application = make_application(make_database("sqlite"), SQLALCHEMY_ENGINE_OPTIONS=options)
     runs: list[str] = []

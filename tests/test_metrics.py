@@ -1,4 +1,4 @@
-"""``/metrics``: what it counts, for whom, and over all workers."""
+"""``/metrics``: its figures, its protection, and totals across all workers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def samples(text: str) -> Samples:
-    """Each figure by its name, without prefix, and its labels' values, type before outcome."""
+    """Return each sample by name, without prefix, and label values (type before outcome)."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -45,7 +45,7 @@ def samples(text: str) -> Samples:
 
 
 def scrape(service: Service) -> Samples:
-    """What the service says."""
+    """Return the response of ``/metrics``."""
     response = service.http.get("/metrics", headers=AUTHORIZED)
     assert response.status_code == 200
     assert response.headers["Cache-Control"] == "no-store"
@@ -59,7 +59,7 @@ def counted(make_service: MakeService) -> Service:
 
 
 def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
-    """Each outcome once, how long each took, and how late it was."""
+    """Each outcome is counted once, with its duration and delay."""
     user_id = clerk_id("user")
     with broken_users(counted):
         counted.deliver(user_event(clerk_id("user"), "user.created"))
@@ -86,7 +86,7 @@ def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
 
 
 def test_counts_refusals_by_reason(counted: Service) -> None:
-    """Of deliveries and of calls; an application's own refusals are none of ours."""
+    """Refused deliveries and calls are counted; refusals by the application's views are not."""
     counted.http.post("/webhooks/clerk", data=b"{}")
     counted.deliver(b"[]")
     counted.http.get("/api/me")
@@ -109,11 +109,11 @@ def test_counts_refusals_by_reason(counted: Service) -> None:
     assert found[("sessions_verified_total",)] == 1
 
 
-def test_knows_who_waits_for_a_webhook(counted: Service) -> None:
+def test_counts_users_without_a_profile(counted: Service) -> None:
     """
-    Users that a first call created are counted once each, and those still unfilled now.
+    Users created by a first call are counted, as are those that still have no profile.
 
-    The age of the last webhook is told as soon as there is one.
+    The age of the last webhook is reported once a webhook has arrived.
     """
     ids = [clerk_id("user") for _ in range(2)]
     assert ("last_webhook_age_seconds",) not in scrape(counted)
@@ -133,8 +133,8 @@ def test_knows_who_waits_for_a_webhook(counted: Service) -> None:
     )
 
 
-def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The rest is told all the same."""
+def test_reports_an_unavailable_database(make_unreachable: MakeService) -> None:
+    """All other metrics are still reported."""
     service = make_unreachable(METRICS_TOKEN=TOKEN)
     service.http.get("/api/me")
     found = scrape(service)
@@ -142,13 +142,13 @@ def test_says_that_the_database_is_away(make_unreachable: MakeService) -> None:
     assert ("users_unfilled",) not in found
 
 
-def test_counts_no_connection_that_was_never_made(
+def test_counts_connections_right_after_an_outage(
     make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk
 ) -> None:
     """
-    The number of connections in use is right after an outage.
+    Failed attempts to connect do not change the number of connections in use.
 
-    The pool also takes back what it could not open.
+    SQLAlchemy's pool checks in even a connection that could not be opened.
     """
     url = make_database("postgresql")
     migrate(url, clerk)
@@ -172,7 +172,7 @@ def test_counts_no_connection_that_was_never_made(
 
 
 def test_watches_the_signing_keys(make_service: MakeService, clerk: FakeClerk) -> None:
-    """Fetches, good and bad, and how old the keys are."""
+    """Successful and failed fetches are counted, and the age of the keys is reported."""
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
@@ -190,10 +190,10 @@ def test_watches_the_signing_keys(make_service: MakeService, clerk: FakeClerk) -
     assert 0 <= found[("signing_keys_age_seconds",)] < 60
 
 
-def test_does_not_take_an_answer_that_came_too_late_for_fresh_keys(
+def test_ignores_a_late_answer_for_the_age_of_keys(
     make_service: MakeService, clerk: FakeClerk
 ) -> None:
-    """A fetch that was given up changes no key, so it makes none younger."""
+    """A fetch that timed out does not change the keys, so their age does not change either."""
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
@@ -209,8 +209,8 @@ def test_does_not_take_an_answer_that_came_too_late_for_fresh_keys(
     "header",
     [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN],
 )
-def test_is_not_there_for_strangers(counted: Service, header: str | None) -> None:
-    """Nor is it told apart from a path that does not exist."""
+def test_is_hidden_without_the_right_token(counted: Service, header: str | None) -> None:
+    """Without the token, the answer is the same as for an unknown path."""
     headers = {} if header is None else {"Authorization": header}
     answer, nowhere = (
         counted.http.get("/metrics", headers=headers),
@@ -220,11 +220,11 @@ def test_is_not_there_for_strangers(counted: Service, header: str | None) -> Non
 
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE", "TRACE", "ANY"])
-def test_takes_no_other_method(counted: Service, service: Service, method: str) -> None:
+def test_refuses_other_methods(counted: Service, service: Service, method: str) -> None:
     """
-    A caller with the token gets a 405.
+    A caller with the token gets 405 for another method.
 
-    For a stranger, and without METRICS_TOKEN, the route does not exist under any method.
+    Without the token, or without METRICS_TOKEN, every method is answered 404.
     """
     answer = counted.http.open("/metrics", method=method, headers=AUTHORIZED)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
@@ -235,8 +235,8 @@ def test_takes_no_other_method(counted: Service, service: Service, method: str) 
         ) == (404, None)
 
 
-def test_is_not_there_without_a_token(service: Service) -> None:
-    """Also not for an empty one."""
+def test_is_disabled_without_a_configured_token(service: Service) -> None:
+    """An empty METRICS_TOKEN disables the route as well."""
     for token in ("", "None", TOKEN):
         assert (
             service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code
@@ -244,8 +244,8 @@ def test_is_not_there_without_a_token(service: Service) -> None:
         )
 
 
-def test_loads_nothing_where_it_is_off(clerk: FakeClerk, tmp_path: Path) -> None:
-    """Nobody pays at start-up for what is switched off."""
+def test_loads_no_library_when_disabled(clerk: FakeClerk, tmp_path: Path) -> None:
+    """Metrics that are switched off add nothing to the start-up time."""
     code = "import sys, wsgi; sys.exit('prometheus_client' in sys.modules)"
     variables = environ(**clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
     assert (
@@ -256,8 +256,8 @@ def test_loads_nothing_where_it_is_off(clerk: FakeClerk, tmp_path: Path) -> None
     )
 
 
-def test_makes_no_series_for_a_sender(counted: Service) -> None:
-    """There are only as many series as families and codes, whatever a sender signs or sends."""
+def test_limits_the_number_of_series(counted: Service) -> None:
+    """The number of series is bounded, whatever event types a sender signs or sends."""
     for number in range(40):
         counted.deliver(event_body(f"type{number}.created", {}, 1))
         counted.deliver(event_body(f"user.{number}", {}, 1))
@@ -278,8 +278,8 @@ def test_makes_no_series_for_a_sender(counted: Service) -> None:
     assert "user" in FAMILIES
 
 
-def test_makes_no_series_for_what_an_application_answers(counted: Service) -> None:
-    """A delivery that the application refuses before our endpoint is not ours to count."""
+def test_ignores_deliveries_that_the_application_refuses(counted: Service) -> None:
+    """A delivery that the application refuses before it reaches the endpoint is not counted."""
     counted.app.before_request(
         lambda: Response(status=403) if request.path == "/webhooks/clerk" else None
     )
@@ -291,7 +291,7 @@ def test_makes_no_series_for_what_an_application_answers(counted: Service) -> No
 
 
 def test_moves_with_its_prefix(clerk: FakeClerk, tmp_path: Path) -> None:
-    """An application may serve the metrics, below its own prefix, with the same protection."""
+    """With ``url_prefix`` the metrics move below the prefix, with the same protection."""
     app, own_db = Flask("guest"), SQLAlchemy()
     url = f"sqlite:///{tmp_path}/x.db"
     app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url, METRICS_TOKEN=TOKEN)
@@ -307,8 +307,8 @@ def test_moves_with_its_prefix(clerk: FakeClerk, tmp_path: Path) -> None:
     disconnect(app)
 
 
-def test_counts_for_each_application(make_service: MakeService) -> None:
-    """Two applications in one process share no figure."""
+def test_counts_each_application_separately(make_service: MakeService) -> None:
+    """Two applications in one process share no metric."""
     first, second = make_service(METRICS_TOKEN=TOKEN), make_service(METRICS_TOKEN=TOKEN)
     first.outcome(user_event(clerk_id("user")))
     assert scrape(first)[("webhooks_total", "user.updated", "applied")] == 1
@@ -316,7 +316,7 @@ def test_counts_for_each_application(make_service: MakeService) -> None:
 
 
 def deliver_and_call(server: Server, count: int) -> None:
-    """So many of each, on connections of their own, so that both workers get some."""
+    """Deliver and call *count* times on separate connections, so that both workers take part."""
     for _ in range(count):
         user_id = clerk_id("user")
         assert server.deliver(user_event(user_id)).status == 200
@@ -325,7 +325,7 @@ def deliver_and_call(server: Server, count: int) -> None:
 
 
 def workers(server: Server) -> list[int]:
-    """The process ids of the server's workers."""
+    """Return the process ids of the server's workers."""
     return [
         int(pid)
         for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
@@ -335,7 +335,7 @@ def workers(server: Server) -> list[int]:
 
 
 def scrape_once_both_serve(server: Server) -> Samples:
-    """What the server says as soon as two workers have told how many connections they may open."""
+    """Return the samples once two workers have reported the size of their pools."""
     deadline = time.monotonic() + 15
     while True:
         found = samples(server.request("GET", "/metrics", headers=AUTHORIZED).body.decode())
@@ -344,11 +344,11 @@ def scrape_once_both_serve(server: Server) -> Samples:
         assert time.monotonic() < deadline
 
 
-def test_is_whole_over_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
+def test_adds_up_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
     """
-    What two workers count adds up, also after one of them was killed.
+    Counters of two workers add up, even after one of them was killed.
 
-    Its gauges go with it, and the server leaves no file behind.
+    A killed worker's gauges disappear, and the server removes its files when it stops.
     """
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -384,10 +384,8 @@ def test_is_whole_over_all_workers(database_url: str, clerk: FakeClerk, tmp_path
     assert not list(folder.glob("clerkhooks-metrics-*"))
 
 
-def test_waits_for_a_process_that_makes_its_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A file is empty for a moment, and then has the size that says how much of it is used."""
+def test_waits_for_a_file_being_created(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A new file is empty at first and has no valid length yet."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     file = tmp_path / "counter_1.db"
     file.touch()
@@ -425,11 +423,11 @@ print(len(removals))
 """
 
 
-def test_counts_anew_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None:
+def test_starts_from_zero_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None:
     """
-    Each boot has an empty directory of its own, which only its master removes.
+    Each boot uses a new, empty directory, which only its master process removes.
 
-    It does not matter which directory an earlier server left in the environment.
+    A directory left in the environment by an earlier server is ignored.
     """
     own = {"METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": "/nowhere", "TMPDIR": str(tmp_path)}
     variables = environ(**clerk.environ, **own, DATABASE_URL=f"sqlite:///{tmp_path}/x.db")

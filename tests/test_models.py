@@ -1,4 +1,4 @@
-"""Tables: what a model of users may be, and the guarded write for an application's own tables."""
+"""Models of users, and the guarded write for an application's own tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest_plugins = ["tests.application"]
 
 
 def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatabase) -> None:
-    """Without a model of its own an application has ``users``, with the plain columns."""
+    """Without a model, ``ClerkHooks`` declares the table ``users`` with the plain columns."""
     db, app, url = SQLAlchemy(), Flask("plain"), make_database("sqlite")
     hooks = ClerkHooks(db)
     app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url)
@@ -44,8 +44,8 @@ def declare(db: SQLAlchemy, name: str = "User", **attributes: Any) -> type[Any]:
     return type(name, parents, {"__module__": __name__, **attributes})
 
 
-def test_refuses_a_model_that_is_not_of_users() -> None:
-    """The mixin brings the columns that clerkhooks writes."""
+def test_refuses_a_model_without_the_mixin() -> None:
+    """A model must derive from ``ClerkUser``, which has the columns that clerkhooks writes."""
     db = SQLAlchemy()
     table: Any = type(
         "Team",
@@ -58,8 +58,8 @@ def test_refuses_a_model_that_is_not_of_users() -> None:
             ClerkHooks(db, model)
 
 
-def test_refuses_a_table_that_is_taken() -> None:
-    """An application with a table of users is told to derive it, and to use one object."""
+def test_refuses_a_table_that_is_already_declared() -> None:
+    """If the table exists, the error says to derive the model and use one ``ClerkHooks``."""
     db = SQLAlchemy()
     model = declare(db)
     with pytest.raises(ValueError, match=r"Let its model derive from ClerkUser"):
@@ -70,7 +70,7 @@ def test_refuses_a_table_that_is_taken() -> None:
 
 
 def test_refuses_an_application_that_is_not_ready(application: Application) -> None:
-    """``db.init_app`` comes first, and ``hooks.init_app`` once."""
+    """``hooks.init_app`` needs ``db.init_app`` before it and may be called once."""
     with pytest.raises(RuntimeError, match=r"Call db.init_app\(app\) before"):
         application.hooks.init_app(Flask("second"))
     with pytest.raises(RuntimeError, match="already called"):
@@ -80,9 +80,9 @@ def test_refuses_an_application_that_is_not_ready(application: Application) -> N
 @pytest.fixture
 def teams(application: Application) -> type[Any]:
     """
-    A table of the application's own.
+    A table that the application owns, with a composite key.
 
-    Its key has two columns, and one has another name in Python.
+    One key column has another attribute name in Python.
     """
     attributes = {
         "__module__": __name__,
@@ -117,7 +117,7 @@ def team(at: int, name: str | None, **data: Any) -> bytes:
 
 @pytest.mark.usefixtures("teams")
 def test_ends_with_the_newest_version(application: Application) -> None:
-    """In every order ``upsert`` says whether it wrote, and leaves other columns alone."""
+    """In every order, ``upsert`` returns whether it wrote and leaves other columns unchanged."""
     events = {at: team(at, f"Name {at}") for at in (1, 2, 3)}
     for order in permutations(events):
         application.rows("DELETE FROM teams")
@@ -130,8 +130,8 @@ def test_ends_with_the_newest_version(application: Application) -> None:
 
 
 @pytest.mark.usefixtures("teams")
-def test_fills_a_row_that_has_no_version(application: Application) -> None:
-    """A row that the application made itself takes the first event, however old it is."""
+def test_fills_a_row_without_a_version(application: Application) -> None:
+    """A row that the application inserted accepts the first event, however old it is."""
     application.rows("INSERT INTO teams (tenant, id, name) VALUES ('t', 'org_1', 'Own')")
     assert application.outcome(event_body("organization.created", {"id": "org_1"}, 0)) == "applied"
     assert application.rows(TEAMS) == [("t", "org_1", None, None, 0)]
@@ -141,7 +141,7 @@ def test_fills_a_row_that_has_no_version(application: Application) -> None:
 @pytest.mark.usefixtures("teams")
 @pytest.mark.parametrize("newer_first", [False, True], ids=["older first", "newer first"])
 def test_lets_the_newer_of_two_writes_win(application: Application, newer_first: bool) -> None:
-    """Two events at once, of a row that is new: the second waits, and the newer stays."""
+    """Of two concurrent events that create a row, the second waits and the newer one wins."""
     acts = [delivery(application, team(1, "Older")), delivery(application, team(2, "Newer"))]
     first, second = reversed(acts) if newer_first else acts
     assert outcomes(meet(application, first, second)) == ["applied", "applied"]
@@ -151,7 +151,7 @@ def test_lets_the_newer_of_two_writes_win(application: Application, newer_first:
 
 def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams: Any) -> None:
     """
-    A model without versions, a row without its whole key and an unknown column are mistakes.
+    An unversioned model, an incomplete key or an unknown column raises an error.
 
     The delivery is answered 500.
     """

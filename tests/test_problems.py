@@ -1,4 +1,4 @@
-"""Errors as responses, and what the log says about them."""
+"""Errors: the responses they produce, and the lines they log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROBLEM = "application/problem+json"
 
 @pytest.fixture
 def written() -> Iterator[list[str]]:
-    """What is logged, as JSON."""
+    """The lines logged, as JSON."""
     with lines(JsonFormatter()) as written:
         yield written
 
@@ -41,7 +41,7 @@ def shown(written: list[str]) -> list[dict[str, Any]]:
 
 
 def test_logs_one_line_per_request(service: Service, written: list[str]) -> None:
-    """A delivery's line holds what an operator looks for, and nothing of the profile."""
+    """The line of a delivery has the fields that an operator needs, and no profile data."""
     user_id = clerk_id("user")
     service.deliver(user_event(user_id, private_metadata={"iban": "DE00"}), "msg_1")
     [line] = shown(written)
@@ -63,8 +63,8 @@ def test_logs_one_line_per_request(service: Service, written: list[str]) -> None
     }
 
 
-def test_logs_who_called(service: Service, written: list[str]) -> None:
-    """A call's line names the user by id; that of a refused call says why, without the token."""
+def test_logs_the_caller(service: Service, written: list[str]) -> None:
+    """The line of a call has the user's id. If refused, it has the reason and no token."""
     user_id = clerk_id("user")
     service.call(user_id)
     service.call(user_id, exp=1)
@@ -76,9 +76,9 @@ def test_logs_who_called(service: Service, written: list[str]) -> None:
 
 def test_answers_a_failure_without_its_text(service: Service, written: list[str]) -> None:
     """
-    A database's message quotes the row; answer, log and table do not repeat it.
+    A failure's answer, log line and database record do not quote the database's message.
 
-    The retry is processed.
+    That message may contain the row. The retry is processed.
     """
     user_id = clerk_id("user")
     body = user_event(user_id)
@@ -108,17 +108,17 @@ def test_answers_a_failure_without_its_text(service: Service, written: list[str]
 
 
 def fail_twice() -> None:
-    """Raise an error whose text, and whose cause's text, hold profile data."""
+    """Raise an error with a cause, both with profile data in their text."""
     try:
         raise KeyError(SECRET)
     except KeyError as error:
         raise RuntimeError(f"Failing row contains ({SECRET})") from error
 
 
-def test_shows_where_a_handler_failed_and_not_its_text(
+def test_logs_frames_without_the_text_of_an_error(
     application: Application, written: list[str]
 ) -> None:
-    """A frame is a file, a line and a function; no text of the error or its cause is logged."""
+    """A frame has file, line and function. The text of an error and of its cause is not logged."""
     application.hooks.on("user.*")(lambda event: fail_twice())
     response = application.deliver(user_event(clerk_id("user")), "msg_1")
     assert (response.status_code, response.get_json()["reason"]) == (500, "internal_error")
@@ -138,7 +138,7 @@ def test_shows_where_a_handler_failed_and_not_its_text(
 
 
 def test_counts_the_attempts_of_a_failure(service: Service) -> None:
-    """Each failed attempt is counted."""
+    """Each failed attempt increments ``attempts``."""
     body = user_event(clerk_id("user"))
     with broken_users(service):
         for _ in range(3):
@@ -147,10 +147,10 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
     assert stored == [("failed", 3)]
 
 
-def test_answers_500_if_not_even_the_failure_can_be_recorded(
+def test_answers_500_if_the_failure_cannot_be_recorded(
     unreachable: Service, written: list[str]
 ) -> None:
-    """While the database is away the log has message and cause, and says what is missing."""
+    """Without a database, the log has the message id, the cause and the lost record."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
     second, failure, _ = shown(written)
     assert (second["event"], second["message_id"]) == ("failure_not_recorded", "msg_1")
@@ -158,7 +158,7 @@ def test_answers_500_if_not_even_the_failure_can_be_recorded(
 
 
 def add_failing_views(service: Service) -> None:
-    """Add views that end in every way that Flask knows."""
+    """Add views that raise each kind of error that Flask handles."""
 
     def raise_own() -> str:
         raise ClerkhooksError("never_translated")
@@ -197,7 +197,7 @@ def add_failing_views(service: Service) -> None:
 def test_answers_every_error_of_the_service_as_a_problem(
     service: Service, path: str, status: int, reason: str
 ) -> None:
-    """Each has the one shape, and no text of an exception."""
+    """All errors share one format, without the text of an exception."""
     add_failing_views(service)
     response = service.http.get(path)
     problem = response.get_json()
@@ -211,8 +211,12 @@ def test_answers_every_error_of_the_service_as_a_problem(
     assert SECRET not in response.text
 
 
-def test_keeps_what_an_error_says(service: Service) -> None:
-    """The text of ``abort`` is the detail, and headers stay; Werkzeug's own texts are left out."""
+def test_keeps_the_description_of_an_error(service: Service) -> None:
+    """
+    The text passed to ``abort`` is the detail, and headers are kept.
+
+    Werkzeug's default descriptions are omitted.
+    """
     add_failing_views(service)
     assert service.http.get("/text").get_json()["detail"] == "There is no such note."
     busy = service.http.get("/busy")
@@ -224,7 +228,7 @@ def test_keeps_what_an_error_says(service: Service) -> None:
 
 
 def test_leaves_responses_as_they_are(service: Service) -> None:
-    """A redirect, and a response that a view aborted with, are answers and not errors."""
+    """A redirect, or a response passed to ``abort``, is returned unchanged."""
     add_failing_views(service)
     assert service.http.get("/moved").headers["Location"] == "/elsewhere"
     for path, status, body in (("/response", 403, "mine"), ("/unknown", 460, "as it is")):
@@ -233,15 +237,15 @@ def test_leaves_responses_as_they_are(service: Service) -> None:
 
 
 class ClientClosed(HTTPException):
-    """A status that http.HTTPStatus does not know."""
+    """An error whose status ``http.HTTPStatus`` does not define."""
 
     code = 460
     description = "The client went away."
 
 
 @pytest.mark.parametrize("detail", [None, "It waited for 9 s."])
-def test_answers_a_status_that_has_no_name(service: Service, detail: str | None) -> None:
-    """A code of the application's own has a title, a reason and a detail as well."""
+def test_answers_a_status_without_a_name(service: Service, detail: str | None) -> None:
+    """A custom status code gets a title, a reason and a detail as well."""
 
     def raise_closed() -> str:
         raise ClientClosed(detail)
@@ -255,7 +259,7 @@ def test_answers_a_status_that_has_no_name(service: Service, detail: str | None)
 
 
 def test_leaves_the_errors_of_an_application_alone(application: Application) -> None:
-    """Without ``problems=True`` only routes and exceptions of clerkhooks end in problems."""
+    """Without ``problems=True``, only clerkhooks' routes and exceptions produce problem details."""
     app, http = application.app, application.http
     add_failing_views(application)
     app.add_url_rule("/notes", view_func=require_auth(lambda: "notes"))
@@ -273,7 +277,7 @@ def test_leaves_the_errors_of_an_application_alone(application: Application) -> 
 
 
 def test_leaves_the_error_handlers_of_an_application_alone(application: Application) -> None:
-    """What it registers for its own errors, even for Exception, never answers for our routes."""
+    """The application's error handlers, even for Exception, do not handle clerkhooks' routes."""
 
     def answer(error: Exception) -> tuple[str, int]:
         return f"mine: {type(error).__name__}", 599
@@ -293,7 +297,7 @@ def test_leaves_the_error_handlers_of_an_application_alone(application: Applicat
 
 
 def test_describes_errors_by_class_and_state_only(service: Service) -> None:
-    """What may be stored of an exception is its class, and the database's code for it."""
+    """``describe`` gives an exception's class and the database's error code, nothing else."""
     with service.app.app_context(), pytest.raises(DBAPIError) as caught:
         db.session.execute(text(f"SELECT '{SECRET}' FROM nowhere"))
     expected = ("OperationalError SQLITE_ERROR", "ProgrammingError 42P01")
