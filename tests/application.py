@@ -1,8 +1,7 @@
 """
-An application of its own that uses ``ClerkHooks``, with fixtures for the tests of the extension.
+An application that uses ``ClerkHooks``, with fixtures for the tests of the extension.
 
-A test module takes the fixtures by ``pytest_plugins = ["tests.application"]``.
-
+A test module enables the fixtures by ``pytest_plugins = ["tests.application"]``.
 PYTEST_DONT_REWRITE: a test module may import from here before pytest loads the plugin.
 """
 
@@ -25,7 +24,7 @@ from tests.support import Service
 
 
 class Application(Service):
-    """A Flask application, its database, and Clerk as it meets both."""
+    """A Flask application, its database, and a fake Clerk for both."""
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class Application(Service):
         columns: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        """Create the application; *columns* are declared on its model of users beside its own."""
+        """Create the application; *columns* are added to its model of users."""
 
         class Base(DeclarativeBase):
             """The application's own base."""
@@ -46,11 +45,7 @@ class Application(Service):
         super().__init__(self.create_app(clerk, database_url, **config), clerk, database_url)
 
     def create_app(self, clerk: FakeClerk, database_url: str, **config: Any) -> Flask:
-        """
-        Create a Flask application on *database_url*, as a factory does.
-
-        It may be called again.
-        """
+        """Create a Flask application on *database_url*; may be called several times."""
         app = Flask("application")
         uri = database_url.replace("postgresql://", "postgresql+psycopg://", 1)
         app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=uri)
@@ -61,7 +56,7 @@ class Application(Service):
 
     @property
     def state(self) -> State:
-        """What clerkhooks knows of the application."""
+        """The state of clerkhooks in the application."""
         state: State = self.app.extensions["clerkhooks"]
         return state
 
@@ -87,7 +82,7 @@ def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) 
 
 @pytest.fixture
 def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
-    """Create an application, with its tables, on a database; it is disconnected in the end."""
+    """Create applications with their tables; disconnect them after the test."""
     made: list[Application] = []
 
     def make(url: str, columns: Mapping[str, Any] | None = None, **config: Any) -> Application:
@@ -103,5 +98,5 @@ def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
 
 @pytest.fixture
 def application(make_application: MakeApplication, empty_database: str) -> Application:
-    """An application with nothing but the plain columns."""
+    """An application with the plain columns only."""
     return make_application(empty_database)

@@ -1,4 +1,8 @@
-"""Histories of users, and what their rows must be, given the set of events: read from the contract, sharing nothing with the service."""
+"""
+Histories of a user's events, and the row that the contract expects for them.
+
+Shares no code with the service.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,20 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-COLUMNS = "email, name, image_url, version_updated_at, version_timestamp, version_message_id, deleted_at IS NOT NULL"
+COLUMNS = (
+    "email, name, image_url, version_updated_at, version_timestamp, version_message_id,"
+    " deleted_at IS NOT NULL"
+)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A message that Clerk sent about a user. The two times are in milliseconds; either may be missing, or both."""
+    """
+    A message that Clerk sent about a user.
+
+    Both times are in milliseconds. Either or both may be missing.
+    """
 
     message_id: str
     user_id: str
@@ -28,7 +39,11 @@ class Sent:
 
     @property
     def body(self) -> bytes:
-        """The event as JSON; what is None is left out, as Clerk leaves out a deleted user's version."""
+        """
+        The event as JSON, without the fields that are None.
+
+        Clerk omits the version of a deleted user in the same way.
+        """
         data: dict[str, Any] = {"id": self.user_id, "object": "user", "updated_at": self.updated_at}
         if self.type == "user.deleted":
             data["deleted"] = True
@@ -49,7 +64,12 @@ class Sent:
 
     @property
     def version(self) -> tuple[int, int, bytes]:
-        """What decides between two events. With neither time there is only the attempt's, which is not the event's: -1 and 0 for it."""
+        """
+        The rank of the event.
+
+        With neither time, events are ordered by delivery attempt, which is not part of the event;
+        the times are then -1 and 0.
+        """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
         known = [time * 1000 if time < 10**11 else time for time in times if time is not None]
@@ -61,7 +81,11 @@ class Sent:
 
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
-    """The row after *events* in whatever order and number, and after a call (*called*) that came while the user was not deleted."""
+    """
+    Return the row after *events*, which may arrive in any order and number.
+
+    *called* says whether a call came before any deletion.
+    """
     found = list(events)
     if any(event.type == "user.deleted" for event in found):
         return _row(None, "Deleted User", None, deleted=True)
@@ -72,7 +96,7 @@ def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
 
 
 def stored_row(values: Iterable[Any]) -> Row:
-    """The row that a database gave for ``COLUMNS``, in the form of ``expected_row``."""
+    """Return a row read with ``COLUMNS`` in the form of ``expected_row``."""
     email, name, image_url, updated_at, timestamp, message_id, deleted = values
     version = (
         None
@@ -101,7 +125,7 @@ def _row(
 
 @dataclass(frozen=True)
 class Draft:
-    """An event of a history, before it has its ids."""
+    """An event of a history, before it gets its ids."""
 
     user: int
     type: str
@@ -111,7 +135,7 @@ class Draft:
     email: str | None
 
     def sent(self, ids: list[str], number: int) -> Sent:
-        """The event as the *number*-th of a run on users of *ids*."""
+        """Return the event as number *number* of a run with the users *ids*."""
         message_id = f"msg_{self.letter}{number}_{ids[0][5:]}"
         image_url = f"https://img.example.org/{number}" if number % 3 else None
         return Sent(
@@ -127,23 +151,29 @@ class Draft:
 
 
 USERS = range(3)
-ATTEMPTS = st.integers(-200, 200)  # seconds from now: each attempt has a time of its own
-_times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])  # two of them are one time
+ATTEMPTS = st.integers(-200, 200)  # seconds from now: each attempt has its own time
+_times = st.sampled_from(
+    [None, 0, 1, 2, 10**8, 10**11, 10**11 + 1]
+)  # 10**8 s and 10**11 ms are equal
 _rest = (
     _times,
     _times,
-    st.sampled_from("aAbB09"),  # a linguistic collation ranks these otherwise than their bytes
+    st.sampled_from("aAbB09"),  # a linguistic collation orders these differently from their bytes
     st.sampled_from(
         [None, "ada@example.org", "bob@example.org"]
-    ),  # few, so that one moves to a user who comes anew
+    ),  # few, so that addresses move between users
 )
-_users = st.sampled_from([0, 0, 0, 1, 2])  # most of one user, who has ties
+_users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, to get ties
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
 DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
 
 
 def determined(drafts: Iterable[Draft]) -> list[Draft]:
-    """*drafts*, where only the first without any time stays so, for each user: among several the attempts decide, which is best effort."""
+    """
+    Return *drafts* with at most one event without any time per user.
+
+    The order of several such events depends on their attempts, which is best effort.
+    """
     found: list[Draft] = []
     for draft in drafts:
         timeless = [old.user for old in found if old.updated_at is None and old.timestamp is None]
@@ -157,7 +187,11 @@ def determined(drafts: Iterable[Draft]) -> list[Draft]:
 
 @dataclass(frozen=True)
 class History:
-    """Events, and what happens: a delivery (its event's number, its attempt's time), a call (its user) or a prune (of these events)."""
+    """
+    Events and the steps of a run.
+
+    A step is a delivery (event number, time of the attempt), a call (user) or a prune (events).
+    """
 
     events: list[Draft]
     steps: list[tuple[str, Any]]
@@ -165,7 +199,7 @@ class History:
 
 @st.composite
 def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
-    """Each event once or more, in any order, with calls and prunes anywhere."""
+    """Draw a history: each event once or more, in any order, with calls and prunes in between."""
     updates, deletions = (
         draw(st.lists(UPDATES, min_size=fewest, max_size=most)),
         draw(st.lists(DELETIONS, max_size=2)),

@@ -1,4 +1,4 @@
-"""Calls that arrive together are executed as one; each caller is answered as if alone."""
+"""Concurrent calls are executed as a batch; each caller gets its own result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import NOW_MS, Service, deletion, user_event
 
 class Work:
     """
-    What is executed: the first batch stays at work until it is released.
+    The function that executes a batch. The first batch blocks until it is released.
 
     Batches with *bad* items fail.
     """
@@ -37,7 +37,7 @@ class Work:
         self.bad, self.error = bad, error
 
     def __call__(self, items: Sequence[str]) -> list[str]:
-        """Return each item in capitals."""
+        """Return each item in upper case."""
         self.batches.append(list(items))
         if len(self.batches) == 1:
             self.began.set()
@@ -51,12 +51,12 @@ class Work:
 def make_batcher(
     work: Callable[[Sequence[str]], Sequence[str]], *, concerns_all: bool = False
 ) -> Batcher[str, str]:
-    """Return a batcher for which items that begin with one letter have one key."""
+    """Return a batcher whose items have the same key if their first letters are equal."""
     return Batcher(work, keys=lambda item: (item[0],), concerns_all=lambda _: concerns_all)
 
 
 def count_callers(batcher: Batcher[Any, Any]) -> Callable[[int], None]:
-    """Return a function that waits until so many callers have joined a batch from now on."""
+    """Return a function that waits until *n* more callers have joined a batch."""
     joined: list[object] = []
     join = batcher._join
 
@@ -74,9 +74,9 @@ def called_together(
     batcher: Batcher[str, str], work: Work, *items: str
 ) -> Iterator[list[Future[str]]]:
     """
-    Call with "first", and while that is being executed with each of *items*, in this order.
+    Call with "first", and during its execution with each of *items*, in this order.
 
-    Then let the first call continue.
+    Then release the first call.
     """
     wait_for_callers = count_callers(batcher)
     with ThreadPoolExecutor(len(items) + 1) as pool:
@@ -93,44 +93,44 @@ def called_together(
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no batch run beside a slow one."""
+    """Disable batches beside one that is slow."""
     monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
 
 
 pytestmark = pytest.mark.usefixtures("patient")
 
 
-def test_executes_together_what_arrives_meanwhile() -> None:
-    """The first call waits for no others; those that arrive while it is at work are one batch."""
+def test_executes_waiting_calls_together() -> None:
+    """The first call runs at once; calls that arrive during its execution form one batch."""
     work = Work()
     batcher = make_batcher(work)
     with called_together(batcher, work, "ada", "bea", "cleo") as answers:
         pass
-    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "BEA", "CLEO"]
+    assert [answer.result(TIMEOUT) for answer in answers] == ["FIRST", "ADA", "BEA", "CLEO"]
     assert work.batches == [["first"], ["ada", "bea", "cleo"]]
 
 
 def test_keeps_items_of_one_key_apart() -> None:
-    """No two items of a batch share a key."""
+    """A batch never has two items with the same key."""
     work = Work()
     with called_together(make_batcher(work), work, "ada", "alan", "bea", "anna") as answers:
         pass
-    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "ALAN", "BEA", "ANNA"]
+    assert [answer.result(TIMEOUT) for answer in answers] == ["FIRST", "ADA", "ALAN", "BEA", "ANNA"]
     assert sorted(work.batches[1:]) == [["ada"], ["alan", "bea"], ["anna"]]
 
 
 def test_lets_equal_items_share_a_batch_without_keys() -> None:
-    """A reader has no keys: many callers that ask for the same are one batch."""
+    """Without keys, several callers may pass the same item in one batch."""
     work = Work()
     batcher = Batcher(work, concerns_all=lambda _: False)
     with called_together(batcher, work, "ada", "ada", "ada") as answers:
         pass
-    assert [answer.result() for answer in answers] == ["FIRST", "ADA", "ADA", "ADA"]
+    assert [answer.result(TIMEOUT) for answer in answers] == ["FIRST", "ADA", "ADA", "ADA"]
     assert work.batches == [["first"], ["ada", "ada", "ada"]]
 
 
-def test_does_not_repeat_a_call_that_gave_none() -> None:
-    """None is a result: a user who is not there is looked up once."""
+def test_accepts_none_as_a_result() -> None:
+    """None is a valid result, so a missing user is looked up once."""
     batches: list[Sequence[str]] = []
 
     def work(items: Sequence[str]) -> list[None]:
@@ -150,22 +150,22 @@ def test_limits_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(work.batches[1:]) == [["ada", "bea"], ["cleo"]]
 
 
-def test_lets_only_the_culprit_fail() -> None:
+def test_fails_only_the_failing_item() -> None:
     """
-    If a batch fails each caller tries alone.
+    If a batch fails, each caller retries alone.
 
-    The culprit gets its own error, the others succeed.
+    The failing item raises its error; the others succeed.
     """
     work = Work(bad=("bea",))
     with called_together(make_batcher(work), work, "ada", "bea", "cleo") as answers:
         pass
-    results = [str(answer.exception() or answer.result()) for answer in answers]
+    results = [str(answer.exception(TIMEOUT) or answer.result()) for answer in answers]
     assert results == ["FIRST", "ADA", "bea", "CLEO"]
     assert sorted(work.batches[2:]) == [["ada"], ["bea"], ["cleo"]]
 
 
-def test_does_not_retry_what_failed_for_all() -> None:
-    """If the database is away, no caller waits for it a second time."""
+def test_does_not_retry_an_outage() -> None:
+    """If the database is unavailable, callers do not wait for it a second time."""
     work = Work(bad=("bea",))
     batcher = make_batcher(work, concerns_all=True)
     with called_together(batcher, work, "ada", "bea", "cleo") as answers:
@@ -174,11 +174,11 @@ def test_does_not_retry_what_failed_for_all() -> None:
     assert len(work.batches) == 2
 
 
-def test_raises_an_exception_of_its_own_for_each_caller() -> None:
+def test_raises_a_fresh_exception_per_caller() -> None:
     """
-    One object raised in many threads would collect the frames of all of them.
+    Each caller gets a new exception.
 
-    Log lines without an end.
+    One object raised in several threads would collect the traceback frames of all of them.
     """
     work = Work(bad=("bea",))
     batcher = make_batcher(work, concerns_all=True)
@@ -197,9 +197,9 @@ def test_raises_an_exception_of_its_own_for_each_caller() -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     """
-    A worker that stops kills the leader.
+    If a stopping worker kills the leader, the other callers retry without it.
 
-    The others try without it, and later callers are served.
+    Later callers are served.
     """
     work = Work(bad=("ada",), error=lambda _: SystemExit(1))
     batcher = make_batcher(work)
@@ -207,14 +207,14 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     with called_together(batcher, work, "ada", *others) as answers:
         pass
     assert isinstance(answers[1].exception(), SystemExit)
-    assert [answer.result() for answer in answers[2:]] == [other.upper() for other in others]
+    assert [answer.result(TIMEOUT) for answer in answers[2:]] == [other.upper() for other in others]
     assert batcher("dora") == "DORA"
 
 
 def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A leader that is killed before it executes anything closes its batch; the others retry."""
+    """If the leader is killed before it executes anything, the others of its batch retry."""
     work, joined = Work(), threading.Event()
     batcher = make_batcher(work)
     work.released.set()
@@ -238,12 +238,12 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
 
 
 def is_at_rest(batcher: Batcher[Any, Any]) -> bool:
-    """Return whether no batch takes items or is being executed."""
+    """Return whether no batch is open or being executed."""
     return batcher._open is None and not batcher._turn.locked()
 
 
-def test_passes_a_batch_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that has waited for MAX_WAIT runs beside the one that is stuck."""
+def test_overtakes_a_blocked_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that has waited for MAX_WAIT runs beside the one that is blocked."""
     monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
     work = Work()
     batcher = make_batcher(work)
@@ -264,9 +264,9 @@ def test_passes_a_batch_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool) -> None:
     """
-    Many callers at once, whatever fails.
+    Each of many concurrent callers gets its own result or an error.
 
-    Each gets its own result or an error, and the line ends empty.
+    Afterwards no batch is open.
     """
 
     def work(batch: Sequence[str]) -> list[str]:
@@ -295,7 +295,7 @@ def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
-    """Eleven calls of two users, while a read is under way, are one statement more."""
+    """Eleven calls of two users that arrive during a read share one further statement."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
@@ -321,7 +321,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
 def test_does_not_let_a_locked_row_delay_others(
     service: Service, body_of: Callable[..., bytes]
 ) -> None:
-    """Others of its batch are answered within a second, while the lock is still held."""
+    """Other deliveries of the batch are answered while the row is still locked."""
     locked_id = clerk_id("user")
     assert service.outcome(user_event(locked_id)) == "applied"
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))

@@ -240,7 +240,7 @@ def forked(database: Database) -> Iterator[dict[str, Any]]:
     """Read and write in a forked process; yield its results before it is reaped."""
     reader, writer = os.pipe()
     pid = os.fork()
-    if pid == 0:  # the child: it must neither raise nor return into pytest
+    if pid == 0:  # the child must neither raise nor return into pytest
         try:
             rows = database.write(sa.text("INSERT INTO notes VALUES (2) RETURNING id"))
             found: dict[str, Any] = {"id": rows[0][0]}
@@ -307,7 +307,7 @@ def test_limits_its_pool_to_the_configured_size(
         with pytest.raises(sa.exc.TimeoutError):
             application.database.connect()
         assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code >= 500
-        with application.app.app_context():  # the application's own pool is another
+        with application.app.app_context():  # the application has its own pool
             assert application.db.session.scalar(sa.text("SELECT 1")) == 1
     assert application.outcome(user_event(clerk_id("user")), "msg_1") == "applied"
 
@@ -389,7 +389,7 @@ def test_rolls_back_a_failed_transaction_on_sqlite(
             connection.execute(sa.text("INSERT INTO notes VALUES (1)"))
             raise error
         assert application.rows("SELECT * FROM notes") == []
-        application.rows("INSERT INTO notes VALUES (2)")  # nobody holds the write lock
+        application.rows("INSERT INTO notes VALUES (2)")  # the write lock is free
 
 
 @sqlite

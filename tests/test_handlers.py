@@ -431,7 +431,7 @@ def test_loses_nothing_to_a_handler_that_ends_the_transaction(
     application.hooks.on("user.*")(recorder)
     application.hooks.on("user.*", after_commit=True)(recorder)
     status = application.deliver(body, "msg_1").status_code
-    # SQLite only undoes the statement that failed, so the transaction is whole.
+    # SQLite rolls back only the failed statement, so the transaction is still valid.
     is_harmless = ending == "swallowed error" and application.database_url.startswith("sqlite")
     assert status == (200 if is_harmless else 500)
     assert application.rows("SELECT count(*) FROM users") == [(2 if is_harmless else 0,)]

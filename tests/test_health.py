@@ -1,4 +1,4 @@
-"""``/healthz`` and ``/readyz``, as a platform asks them."""
+"""``/healthz`` and ``/readyz``, as platforms call them."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ def reason(service: Service) -> str | None:
 
 
 def test_is_healthy_without_a_database(unreachable: Service) -> None:
-    """A restart would not bring the database back, so it is not asked."""
+    """A restart would not restore the database, so ``/healthz`` does not query it."""
     assert unreachable.http.get("/healthz").get_json() == {"status": "ok"}
 
 
-def test_is_not_ready_while_the_database_is_away(unreachable: Service) -> None:
-    """Without a database no work can be done."""
+def test_is_not_ready_without_a_database(unreachable: Service) -> None:
+    """An unavailable database is reported as ``database_unavailable``."""
     assert reason(unreachable) == "database_unavailable"
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/healthz/", "/readyz/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """A platform's check takes a redirect for a failure."""
+    """A platform's check counts a redirect as a failure."""
     assert service.http.get(path).get_json() == {"status": "ok"}
 
 
 def test_is_ready_at_the_newest_migration(service: Service) -> None:
-    """Every table and column that this release needs is there."""
+    """The service is ready if every table and column that this release needs exists."""
     assert reason(service) is None
 
 
-def test_is_ready_at_a_migration_of_the_future(service: Service) -> None:
-    """A later release has migrated already, and this process still serves."""
+def test_is_ready_after_a_later_migration(service: Service) -> None:
+    """After a later release has migrated the database, this release is still ready."""
     [(revision,)] = service.rows("SELECT version_num FROM clerkhooks_version")
     service.rows("UPDATE clerkhooks_version SET version_num = 'ffff'")
-    service.rows("ALTER TABLE users ADD COLUMN of_the_future TEXT")
+    service.rows("ALTER TABLE users ADD COLUMN added_later TEXT")
     try:
         assert reason(service) is None
     finally:
-        service.rows("ALTER TABLE users DROP COLUMN of_the_future")
+        service.rows("ALTER TABLE users DROP COLUMN added_later")
         service.rows(f"UPDATE clerkhooks_version SET version_num = '{revision}'")
 
 
 @pytest.mark.parametrize("table", ["users", "webhook_messages"])
 def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
-    """A release that needs a column which is not there yet must not get traffic."""
+    """A release gets no traffic until every column that it needs exists."""
     column = {"users": "image_url", "webhook_messages": "error"}[table]
     service.rows(f"ALTER TABLE {table} RENAME COLUMN {column} TO old")
     try:
@@ -76,7 +76,7 @@ def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
 def test_is_not_ready_before_the_first_migration(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """An empty database is behind, whether it was never migrated or taken back."""
+    """An empty database is behind, before the first upgrade and after a downgrade to base."""
     service = make_service(DATABASE_URL=make_database(kind))
     assert reason(service) == "schema_behind"
     with service.app.app_context():
@@ -88,7 +88,7 @@ def test_is_not_ready_before_the_first_migration(
 
 
 def test_is_not_ready_while_postgresql_refuses_writes(service: Service) -> None:
-    """After a failover sessions may be alive and read-only: such a process must get no traffic."""
+    """After a failover a session can be open and read-only; such a process gets no traffic."""
     if service.database_url.startswith("sqlite"):
         pytest.skip("a file has no standby")
     name = service.database_url.partition("?")[0].rpartition("/")[2]
@@ -108,7 +108,7 @@ def test_is_not_ready_while_postgresql_refuses_writes(service: Service) -> None:
 def test_is_not_ready_while_a_file_refuses_writes(
     migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
-    """A disk that was mounted read-only looks well until somebody writes."""
+    """A SQLite file on a read-only disk can be read, so only a write shows the problem."""
     file = tmp_path / "file.db"
     shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
     with closing(sqlite3.connect(file)) as connection:
@@ -121,7 +121,7 @@ def test_is_not_ready_while_a_file_refuses_writes(
 def test_is_ready_while_another_process_writes(
     migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
-    """Another writer may hold SQLite's write lock for long, which proves that writing works."""
+    """If another process holds SQLite's write lock, the database accepts writes."""
     file = tmp_path / "file.db"
     shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
     service = make_service(DATABASE_URL=f"sqlite:///{file}")

@@ -1,4 +1,4 @@
-"""The log: one line per request, with an id that the response carries as well."""
+"""The log: one line per request, with the request id that the response carries."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ REQUEST_ID = "[0-9a-f]{32}"
 
 @pytest.mark.parametrize("path", ["/healthz", "/nowhere", "/api/me"])
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
-def test_names_each_request(service: Service, method: str, path: str) -> None:
-    """Every response has an id, its line has the same, and the next request another."""
+def test_gives_each_request_an_id(service: Service, method: str, path: str) -> None:
+    """Each response has a unique id, and its log line has the same id."""
     with lines(JsonFormatter()) as written:
         answers = [service.http.open(path, method=method) for _ in range(2)]
     ids = [answer.headers["X-Request-ID"] for answer in answers]
@@ -41,8 +41,8 @@ def test_names_each_request(service: Service, method: str, path: str) -> None:
     assert all(re.fullmatch(REQUEST_ID, request_id) for request_id in ids)
 
 
-def test_names_a_request_that_a_preprocessor_aborts(service: Service) -> None:
-    """An application's own preprocessor may run before anything else of the request."""
+def test_gives_an_aborted_request_an_id(service: Service) -> None:
+    """A URL value preprocessor may abort a request before any other hook runs."""
     tenants = Blueprint("tenants", __name__)
     tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
     tenants.add_url_rule("/tenants", view_func=str)
@@ -55,8 +55,8 @@ def test_names_a_request_that_a_preprocessor_aborts(service: Service) -> None:
     assert line["duration_ms"] >= 0
 
 
-def test_names_every_line_of_a_request(service: Service) -> None:
-    """The lines of a failure have the id of the request, too."""
+def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
+    """The lines of a failure have the request's id as well."""
     body = user_event(clerk_id("user"))
     headers = service.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
     with lines(JsonFormatter()) as written, broken_users(service):
@@ -67,8 +67,8 @@ def test_names_every_line_of_a_request(service: Service) -> None:
     assert said[0]["user_id"]
 
 
-def test_names_the_lines_of_a_handler_that_failed(application: Application) -> None:
-    """So that what failed after the commit is found by what the platform's router says."""
+def test_adds_the_id_to_the_line_of_a_failed_handler(application: Application) -> None:
+    """A failure after the commit can be found by the id in the platform's router log."""
 
     @application.hooks.on("user.updated", after_commit=True)
     def fail(_event: object) -> None:
@@ -85,8 +85,8 @@ def test_names_the_lines_of_a_handler_that_failed(application: Application) -> N
 
 
 @pytest.mark.parametrize("sent", ["a", "A.b_c:/+=-9" * 11, "x" * 128])
-def test_keeps_an_id_that_came_in(service: Service, sent: str) -> None:
-    """A line is then found by what the platform's router says."""
+def test_keeps_an_incoming_id(service: Service, sent: str) -> None:
+    """The id connects a line with the log of the platform's router."""
     answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
     assert answer.headers["X-Request-ID"] == sent
 
@@ -96,13 +96,13 @@ malformed = st.text("ab \t{}\"'<>\\;\x7f\xe9", min_size=1).filter(lambda text: n
 
 @given(sent=st.just("") | st.just("x" * 129) | malformed)
 def test_replaces_a_malformed_id(service: Service, sent: str) -> None:
-    """Whatever a stranger writes into the header, the line and the response hold a harmless id."""
+    """An unsafe incoming id is replaced in the log line and in the response."""
     answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
     assert re.fullmatch(f"{REQUEST_ID}|[ab]+", answer.headers["X-Request-ID"])
 
 
 def test_is_readable_on_a_terminal(service: Service) -> None:
-    """A request is a line followed by its fields; what moves a cursor is escaped."""
+    """A line shows the request and then its fields, with control characters escaped."""
     with lines(TextFormatter()) as written:
         service.http.get("/api/me")
         service.http.get("/%1b[31m%0a%e2%80%ae")
@@ -117,7 +117,7 @@ def test_is_readable_on_a_terminal(service: Service) -> None:
 
 
 def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are no colours with NO_COLOR."""
+    """Colours are used on a terminal only, and never with NO_COLOR."""
     record = logging.makeLogRecord({"levelname": "ERROR", "msg": "request_failed"})
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\x1b[31mERROR" in TextFormatter().format(record)
@@ -126,7 +126,7 @@ def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logs_one_line_per_delivery_in_an_application(application: Application) -> None:
-    """Its requests are its own business: nothing else is logged, and no response is changed."""
+    """In an application only deliveries are logged, and responses get no request id."""
     user_id = clerk_id("user")
     with lines(JsonFormatter()) as written:
         assert application.outcome(user_event(user_id), "msg_1") == "applied"
@@ -147,7 +147,7 @@ def test_logs_one_line_per_delivery_in_an_application(application: Application) 
 
 
 def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subprocess.PIPE) -> str:
-    """Run *code* in a process of its own, which trusts *clerk*; return what it wrote to stdout."""
+    """Run *code*, which trusts *clerk*, in a separate process; return its output."""
     code = f"CLERK = {clerk.environ!r}\nDATABASE = 'sqlite:///{folder}/logs.db'\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -173,14 +173,14 @@ for app in (*apps, *apps):
 
 
 def test_prints_each_service_in_its_own_format(clerk: FakeClerk, tmp_path: Path) -> None:
-    """Two applications in one process share the logger, and neither doubles the other's lines."""
+    """Two services in one process share the logger without duplicating each other's lines."""
     printed = run_script(TWO_SERVICES, clerk, tmp_path).splitlines()
     assert [line.startswith("{") for line in printed] == [True, False, True, False]
     assert all("/healthz" in line for line in printed)
 
 
-def test_logs_requests_of_an_application_that_asks_for_it(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``request_log="text"`` prints a line for each request, of the application's routes, too."""
+def test_logs_requests_of_an_application_on_request(clerk: FakeClerk, tmp_path: Path) -> None:
+    """``request_log="text"`` prints a line per request, including the application's routes."""
     code = """
 import sys
 from flask import Flask
@@ -205,10 +205,10 @@ app.test_client().get("/")
     ("is_terminal", "log_format", "is_json"),
     [(True, "", False), (False, "", True), (True, "json", True), (False, "text", False)],
 )
-def test_chooses_the_format_by_what_stdout_is(
+def test_chooses_the_format_by_stdout(
     clerk: FakeClerk, tmp_path: Path, is_terminal: bool, log_format: str, is_json: bool
 ) -> None:
-    """On a terminal the log is text, elsewhere JSON, and LOG_FORMAT decides where it is set."""
+    """The log is text on a terminal and JSON elsewhere, unless LOG_FORMAT is set."""
     code = f"""
 from clerkhooks import create_app
 app = create_app(CLERK | {{"DATABASE_URL": DATABASE, "LOG_FORMAT": {log_format!r}}})
@@ -241,7 +241,7 @@ app.test_client().get("/api/me")
 def test_prints_each_line_once_beside_a_root_logger(
     clerk: FakeClerk, tmp_path: Path, before: bool
 ) -> None:
-    """With logging.basicConfig, before or after, only the root's handler prints the lines."""
+    """With ``logging.basicConfig``, before or after, only the root handler prints the lines."""
     printed = run_script(ROOT_LOGGER.format(before=before), clerk, tmp_path)
     assert printed.splitlines() == ["root request"] * 2
 
@@ -266,9 +266,9 @@ for one in (app, service, app):
 
 def test_prints_nothing_for_an_application(clerk: FakeClerk, tmp_path: Path) -> None:
     """
-    Only the service's lines are printed by the service's handler.
+    The service's handler prints only the service's lines.
 
-    What an application has not configured, Python's last resort would print as a warning.
+    An application without log handlers prints no warnings through Python's last resort.
     """
     printed = run_script(APPLICATION_BESIDE_A_SERVICE, clerk, tmp_path).splitlines()
     paths = [json.loads(line)["path"] for line in printed if line.startswith("{")]
@@ -276,7 +276,7 @@ def test_prints_nothing_for_an_application(clerk: FakeClerk, tmp_path: Path) -> 
 
 
 def test_describes_an_exception_that_flask_logs(service: Service) -> None:
-    """Flask logs what a view raises, with a traceback; the line has its class and frames only."""
+    """A view's exception is logged with its class and frames, without its text."""
 
     def fail() -> str:
         raise RuntimeError("Failing row contains (ada@example.org)")

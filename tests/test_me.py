@@ -1,4 +1,4 @@
-"""``/api/me``, as a browser uses it."""
+"""``/api/me`` and its presence, as a browser uses them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORIGIN = "https://app.example.com"
 
 
 def test_shows_the_user(service: Service) -> None:
-    """The row, under the front end's names."""
+    """The answer has the row's values under the front end's names."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     response = service.call(user_id)
@@ -39,7 +39,7 @@ def test_shows_the_user(service: Service) -> None:
 
 
 def test_sets_and_shows_presence(service: Service) -> None:
-    """What was put is what is shown."""
+    """The presence that was set is returned by later calls."""
     user_id = clerk_id("user")
     for is_online in (True, False):
         assert (
@@ -62,7 +62,7 @@ def test_sets_and_shows_presence(service: Service) -> None:
     (b'{"isOnline": true}' + b" " * 2**20, "body_too_large"),
 ])  # fmt: skip
 def test_refuses_a_malformed_presence(service: Service, body: bytes, reason: str) -> None:
-    """Anything but a boolean is answered 400 and changes nothing."""
+    """A body without a boolean is answered 400, or 413 if too large, and changes nothing."""
     user_id = clerk_id("user")
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
     response = service.http.put(
@@ -77,7 +77,7 @@ def test_refuses_a_malformed_presence(service: Service, body: bytes, reason: str
 
 
 def test_refuses_the_presence_of_an_impersonator(service: Service) -> None:
-    """Someone who acts as the user may read; whether the user is online is not theirs to say."""
+    """An impersonator may read the user but not set the user's presence."""
     user_id = clerk_id("user")
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
     actor = {"sub": "user_2support"}
@@ -92,7 +92,7 @@ def test_refuses_the_presence_of_an_impersonator(service: Service) -> None:
     "authorization", [None, "", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token abc"]
 )
 def test_asks_for_a_token(service: Service, authorization: str | None) -> None:
-    """Without a bearer token the answer is 401 and names the scheme."""
+    """Without a bearer token, the answer is 401 and names the scheme."""
     response = service.http.get(
         "/api/me", headers={"Authorization": authorization} if authorization is not None else {}
     )
@@ -101,8 +101,8 @@ def test_asks_for_a_token(service: Service, authorization: str | None) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_takes_the_scheme_in_any_case(service: Service, scheme: str) -> None:
-    """RFC 9110: the scheme is case-insensitive."""
+def test_accepts_the_scheme_in_any_case(service: Service, scheme: str) -> None:
+    """The authentication scheme is case-insensitive (RFC 9110)."""
     token = service.clerk.session_token(clerk_id("user"))
     assert (
         service.http.get("/api/me", headers={"Authorization": f"{scheme} {token}"}).status_code
@@ -121,15 +121,15 @@ def test_takes_the_scheme_in_any_case(service: Service, scheme: str) -> None:
     ({"header": {"typ": "at+jwt"}}, "token_type_mismatch"),
 ])  # fmt: skip
 def test_refuses_an_invalid_token(service: Service, claims: dict[str, object], reason: str) -> None:
-    """Each is answered 401 with its reason, and creates no user."""
+    """Each token is answered 401 with its reason, and creates no user."""
     response = service.call(clerk_id("user"), **claims)  # type: ignore[arg-type]
     assert (response.status_code, response.get_json()["reason"]) == (401, reason)
     assert response.headers["WWW-Authenticate"] == "Bearer"
     assert service.rows("SELECT count(*) FROM users") == [(0,)]
 
 
-def test_refuses_a_token_that_outlived_its_user(service: Service) -> None:
-    """A valid token of a deleted user is answered 401 and does not revive the user."""
+def test_refuses_a_token_of_a_deleted_user(service: Service) -> None:
+    """A deleted user's valid token is answered 401 and does not restore the user."""
     user_id = clerk_id("user")
     service.outcome(deletion(user_id))
     for method, path in (("GET", "/api/me"), ("PUT", "/api/me/presence")):
@@ -147,7 +147,7 @@ def test_refuses_a_token_that_outlived_its_user(service: Service) -> None:
 def test_never_answers_a_stranger_with_a_5xx(
     service: Service, authorization: str, path: str
 ) -> None:
-    """Hostile headers and paths end in a 4xx."""
+    """Malformed headers and paths are answered with a 4xx."""
     assert (
         service.http.get(
             "/api/me", headers={"Authorization": f"Bearer {authorization}"}
@@ -158,7 +158,7 @@ def test_never_answers_a_stranger_with_a_5xx(
 
 
 def test_answers_503_without_keys(make_service: MakeService) -> None:
-    """Without a key for session tokens, webhooks work and protected routes say what is missing."""
+    """Without a session key, webhooks work and protected routes answer ``keys_not_configured``."""
     bare = make_service(
         CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None, CLERK_AUTHORIZED_PARTIES=None
     )
@@ -170,8 +170,8 @@ def test_answers_503_without_keys(make_service: MakeService) -> None:
 
 
 @pytest.mark.parametrize("origin", [ORIGIN, "http://[::1]:3000"])
-def test_lets_its_front_ends_call(make_service: MakeService, origin: str) -> None:
-    """Preflight, success and refusal carry the headers that a browser needs."""
+def test_allows_authorized_origins(make_service: MakeService, origin: str) -> None:
+    """Preflights, successes and refusals carry the CORS headers that a browser needs."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"{ORIGIN},http://[::1]:3000")
     asked = preflight(service, origin)
     assert asked.status_code == 200
@@ -198,16 +198,16 @@ def test_lets_its_front_ends_call(make_service: MakeService, origin: str) -> Non
         "http://app.example.com",
     ],
 )
-def test_lets_nobody_else_call(service: Service, origin: str) -> None:
-    """Another origin gets no CORS header, and no other route answers CORS."""
+def test_allows_no_other_origin(service: Service, origin: str) -> None:
+    """Other origins get no CORS headers, and neither do other routes."""
     assert not allowed(preflight(service, origin))
     assert not allowed(service.http.get("/api/me", headers={"Origin": origin}))
     assert not allowed(service.http.get("/api/me"))
     assert not allowed(service.http.post("/webhooks/clerk", headers={"Origin": ORIGIN}))
 
 
-def test_adds_no_second_header_to_those_of_an_application(service: Service) -> None:
-    """With ``CORS(app)`` beside it, a browser still gets one Access-Control-Allow-Origin."""
+def test_sends_one_cors_header_beside_flask_cors(service: Service) -> None:
+    """With ``CORS(app)`` as well, there is still one Access-Control-Allow-Origin header."""
     CORS(service.app)
     service.app.add_url_rule("/open", view_func=lambda: "open")
     asked = {
@@ -219,8 +219,8 @@ def test_adds_no_second_header_to_those_of_an_application(service: Service) -> N
     assert not allowed(service.http.get("/api/me", headers={"Origin": "https://evil.example.com"}))
 
 
-def test_names_native_no_origin(make_service: MakeService) -> None:
-    """``native`` admits tokens without azp; no page is called native."""
+def test_does_not_allow_native_as_an_origin(make_service: MakeService) -> None:
+    """``native`` accepts tokens without ``azp``; it is not a CORS origin."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"native,{ORIGIN}")
     assert service.call(clerk_id("user"), azp=None).status_code == 200
     assert allowed(preflight(service, ORIGIN))
@@ -247,13 +247,13 @@ def test_protects_views_of_an_application(service: Service) -> None:
 
 
 def test_explains_a_view_that_is_not_protected(service: Service) -> None:
-    """Reading current_user without require_auth is a mistake, and the error names the remedy."""
+    """Reading ``current_user`` without ``require_auth`` raises an error that names the remedy."""
     with service.app.test_request_context(), pytest.raises(RuntimeError, match="@require_auth"):
         _ = current_user.id
 
 
 def preflight(service: Service, origin: str) -> TestResponse:
-    """Ask what a browser asks before it sends a token to another origin."""
+    """Send the preflight request that precedes a cross-origin call with a token."""
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "PUT",
@@ -263,5 +263,5 @@ def preflight(service: Service, origin: str) -> TestResponse:
 
 
 def allowed(response: TestResponse) -> list[str]:
-    """Return the names of an answer's CORS headers."""
+    """Return the names of a response's CORS headers."""
     return [name for name, _ in response.headers if name.startswith("Access-Control-Allow")]

@@ -197,7 +197,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
-        # In a thread that is not, or no longer, the one whose answer is waited for.
+        # In another thread than the one whose answer is awaited.
         keys._fetch_now()
     found = scrape(service)
     assert keys.age is None
@@ -431,7 +431,7 @@ def test_starts_from_zero_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None
     """
     own = {"METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": "/nowhere", "TMPDIR": str(tmp_path)}
     variables = environ(**clerk.environ, **own, DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
-    # A process of its own: the configuration patches everything that waits.
+    # In a separate process, because the configuration monkey-patches the standard library.
     ended = subprocess.run(
         [sys.executable, "-c", BOOTS],
         cwd=PROJECT,

@@ -1,4 +1,4 @@
-"""The migrations: there and back, and that they make what the models describe."""
+"""The service's migrations: upgrade, downgrade, and agreement with the models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support import Service, left_to_migrate
 
 
 def test_agree_with_the_models(service: Service) -> None:
-    """Nothing is left to migrate: no column, type, index or nullability differs."""
+    """Autogenerate finds no difference in columns, types, indexes or nullability."""
     with service.app.app_context():
         assert left_to_migrate() == []
 
 
-def test_give_every_constraint_and_index_its_name(service: Service) -> None:
+def test_name_every_constraint_and_index(service: Service) -> None:
     """Names are the same on both databases, so that a later migration can drop them."""
     with service.app.app_context():
         inspector = sa.inspect(db.engine)
@@ -47,7 +47,7 @@ def test_give_every_constraint_and_index_its_name(service: Service) -> None:
 
 
 def test_order_by_bytes(service: Service) -> None:
-    """Where order decides, no linguistic collation ranks ids another way on another server."""
+    """Ids that decide an order are compared by bytes, whatever the server's collation is."""
     with service.app.app_context():
         columns = {
             (table, column["name"]): getattr(column["type"], "collation", None)
@@ -60,10 +60,10 @@ def test_order_by_bytes(service: Service) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_go_there_and_back(
+def test_upgrade_and_downgrade(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """Up, back to base and up again, and base leaves nothing behind."""
+    """A downgrade to base removes every table, and a second upgrade succeeds."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context():
         upgrade()
@@ -75,8 +75,8 @@ def test_go_there_and_back(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind: str) -> None:
-    """Two releases at once: one migrates, the other finds it done."""
-    # Two processes, as in life: alembic keeps the migration that runs in its module.
+    """Of two simultaneous upgrades, one migrates and the other finds nothing to do."""
+    # Two processes, because alembic keeps the current migration in a module variable.
     environ = os.environ | clerk.environ | {"DATABASE_URL": make_database(kind)}
     command = [sys.executable, "-m", "flask", "--app", "wsgi", "db", "upgrade"]
     runs = [
@@ -98,7 +98,7 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
 def test_leave_the_tables_of_others_alone(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """Another program's tables and version in the same database survive both ways."""
+    """Another program's tables and version in the same database are not changed."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context(), db.engine.connect() as connection:
         for statement in (

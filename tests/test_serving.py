@@ -23,8 +23,8 @@ from tests.server import Server, environ, free_port, serving, web_command, write
 from tests.support import user_event
 
 
-def test_bears_many_writers(server: Server) -> None:
-    """32 connections write at once through two workers: every message is applied."""
+def test_applies_concurrent_deliveries(server: Server) -> None:
+    """With two workers and 32 connections that write at once, every message is applied."""
     ids = [clerk_id("user") for _ in range(200)]
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda user_id: server.deliver(user_event(user_id)), ids))
@@ -40,8 +40,8 @@ def test_bears_many_writers(server: Server) -> None:
     assert not [line for line in server.lines() if line["level"] == "error"]
 
 
-def test_does_a_message_once_in_two_workers(server: Server) -> None:
-    """The same message arrives on 16 connections at once: one applies it, 15 are duplicates."""
+def test_applies_a_message_once_in_two_workers(server: Server) -> None:
+    """Of 16 simultaneous deliveries of one message, one is applied and 15 are duplicates."""
     for _ in range(10):
         body, message_id, barrier = (
             user_event(clerk_id("user")),
@@ -55,7 +55,7 @@ def test_does_a_message_once_in_two_workers(server: Server) -> None:
             message_id: str = message_id,
             barrier: threading.Barrier = barrier,
         ) -> str:
-            barrier.wait()
+            barrier.wait(30)
             return str(server.deliver(body, message_id).json()["outcome"])
 
         with ThreadPoolExecutor(16) as pool:
@@ -66,12 +66,16 @@ def test_does_a_message_once_in_two_workers(server: Server) -> None:
 
 
 def test_creates_a_user_once_for_many_first_calls(server: Server) -> None:
-    """Twenty first calls and the webhook together: all are answered, and the profile is there."""
+    """
+    Twenty first calls and the webhook arrive together.
+
+    All are answered 200, and the row has the profile.
+    """
     user_id, barrier = clerk_id("user"), threading.Barrier(21)
     headers = {"Authorization": f"Bearer {server.clerk.session_token(user_id)}"}
 
     def call(number: int) -> int:
-        barrier.wait()
+        barrier.wait(30)
         return (
             server.deliver(user_event(user_id))
             if number == 0
@@ -84,10 +88,10 @@ def test_creates_a_user_once_for_many_first_calls(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_finishes_a_request_when_it_is_told_to_stop(
+def test_finishes_a_request_after_sigterm(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """After SIGTERM a delivery under way is finished and answered; the status is 0."""
+    """A delivery in progress is finished and answered, and the exit status is 0."""
     with (
         serving(database_url, clerk, tmp_path / "server.log") as server,
         ThreadPoolExecutor(1) as pool,
@@ -96,7 +100,7 @@ def test_finishes_a_request_when_it_is_told_to_stop(
             delivery = pool.submit(server.deliver, user_event(clerk_id("user")))
             wait_for_a_waiter(server)
             server.process.send_signal(signal.SIGTERM)
-        assert delivery.result().json()["outcome"] == "applied"
+        assert delivery.result(30).json()["outcome"] == "applied"
         assert server.process.wait(30) == 0
         assert server.rows("SELECT count(*) FROM users") == [(1,)]
 
@@ -128,7 +132,11 @@ async def slow():
 def test_serves_async_views_of_an_application(
     database_url: str, clerk: FakeClerk, tmp_path: Path, worker: str
 ) -> None:
-    """Under workers of its own choice, each view has its own caller, beside deliveries."""
+    """
+    Concurrent async views each have their own caller, beside deliveries.
+
+    The application chooses the worker class.
+    """
     (tmp_path / "wsgi.py").write_text(APPLICATION)
     (tmp_path / "empty.py").touch()
     ids = [clerk_id("user") for _ in range(20)]
@@ -148,7 +156,7 @@ def test_serves_async_views_of_an_application(
 
 
 def test_fetches_keys(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """Before the first call and for many at once, in the server as it runs."""
+    """Many concurrent first calls succeed while the server fetches the keys."""
     with (
         Issuer(jwk(clerk)).open() as issuer,
         serving(
@@ -169,7 +177,7 @@ def test_fetches_keys(database_url: str, clerk: FakeClerk, tmp_path: Path) -> No
 def test_serves_beside_clients_that_never_finish(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """A hundred connections that stop in the middle of a request keep nobody else waiting."""
+    """A hundred connections with unfinished requests do not delay other requests."""
     with ExitStack() as stack, serving(database_url, clerk, tmp_path / "server.log") as server:
         for number in range(100):
             address = ("127.0.0.1", server.port)
@@ -181,8 +189,8 @@ def test_serves_beside_clients_that_never_finish(
         assert answers == [200] * 20
 
 
-def test_answers_long_headers_itself(server: Server) -> None:
-    """A token of 16 KiB reaches the application, which refuses it in its own words."""
+def test_passes_long_headers_to_the_application(server: Server) -> None:
+    """A token of 16 KiB or more reaches the application, which refuses it with its own reason."""
     for length in (16 * 1024, 20 * 1024):
         answer = server.request(
             "GET", "/api/me", headers={"Authorization": "Bearer " + "a" * length}
@@ -192,8 +200,8 @@ def test_answers_long_headers_itself(server: Server) -> None:
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
-def test_reads_no_further_than_it_must(server: Server, framing: str) -> None:
-    """A gigabyte is announced: the answer is 413 while most of it is unsent."""
+def test_refuses_a_large_body_before_reading_it(server: Server, framing: str) -> None:
+    """A body announced as 1 GiB is answered 413 before most of it is sent."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(
             f"POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
@@ -212,8 +220,8 @@ def test_reads_no_further_than_it_must(server: Server, framing: str) -> None:
     ("method", "path", "status"),
     [("POST", "/webhooks/clerk", 401), ("PUT", "/api/me/presence", 400)],
 )
-def test_bears_chunks_that_are_none(server: Server, method: str, path: str, status: int) -> None:
-    """A malformed chunk is the sender's mistake, not a failure."""
+def test_refuses_malformed_chunks(server: Server, method: str, path: str, status: int) -> None:
+    """A malformed chunk is the sender's error and is not logged as a failure."""
     token = server.clerk.session_token(clerk_id("user"))
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
@@ -224,9 +232,9 @@ def test_bears_chunks_that_are_none(server: Server, method: str, path: str, stat
 
 
 def wait_for_a_waiter(server: Server) -> None:
-    """Return when a request is under way behind a ``write_lock``."""
+    """Wait until a request is blocked by a ``write_lock``."""
     if server.database_url.startswith("sqlite"):
-        # SQLite does not tell who waits. A request that was sent before this one is accepted.
+        # SQLite does not show waiting connections. An earlier request has been accepted by now.
         assert server.request("GET", "/healthz").status == 200
         return
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -237,7 +245,7 @@ def wait_for_a_waiter(server: Server) -> None:
 
 
 def run(command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run *command* in the project until it ends."""
+    """Run *command* in the project until it exits."""
     return subprocess.run(
         command, cwd=PROJECT, env=variables, capture_output=True, text=True, timeout=60
     )
@@ -264,17 +272,17 @@ WRONG = {
 }
 
 
-def test_knows_a_wrong_value_of_every_variable() -> None:
-    """The tests below leave none out."""
+def test_has_an_invalid_value_for_every_variable() -> None:
+    """The tests below cover every variable."""
     special = {"CLERK_WEBHOOK_SIGNING_SECRET", "WEB_CONCURRENCY"}
     assert WRONG.keys() == VARIABLES.keys() - special
 
 
 @pytest.mark.parametrize("variable", WRONG)
-def test_refuses_to_start_with_a_wrong_variable(
+def test_refuses_to_start_with_an_invalid_variable(
     clerk: FakeClerk, tmp_path: Path, variable: str
 ) -> None:
-    """One message names the variable and shows no value; status 2, and no traceback."""
+    """One message names the variable without its value; the status is 2, without a traceback."""
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     ended = run(web_command(), environ(**right | {variable: WRONG[variable]}))
     assert ended.returncode == 2
@@ -285,8 +293,8 @@ def test_refuses_to_start_with_a_wrong_variable(
     assert "hidden" not in shown
 
 
-def test_lists_every_wrong_variable_at_once() -> None:
-    """One start is enough to see all that is to be corrected."""
+def test_lists_every_invalid_variable_at_once() -> None:
+    """The first start reports everything that needs to be corrected."""
     ended = run(web_command(), environ(**WRONG))
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -294,13 +302,14 @@ def test_lists_every_wrong_variable_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", ["auto", "0", "513", "-1", "", "2.5"])
-def test_never_serves_with_a_wrong_number_of_workers(
+def test_does_not_serve_with_an_invalid_worker_count(
     clerk: FakeClerk, tmp_path: Path, value: str
 ) -> None:
     """
-    Gunicorn itself reads WEB_CONCURRENCY, before any configuration of ours.
+    An invalid WEB_CONCURRENCY stops the server before it listens.
 
-    It ends with a traceback if it cannot parse the value, and our message names all the others.
+    Gunicorn reads the variable before any configuration file and exits with a traceback if it
+    cannot parse it. Other invalid values get clerkhooks' own message.
     """
     port = free_port()
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "PORT": str(port)}
@@ -315,8 +324,10 @@ def test_never_serves_with_a_wrong_number_of_workers(
 
 
 @pytest.mark.parametrize("value", ["auto", "0", "2.5"])
-def test_names_a_wrong_number_of_workers(clerk: FakeClerk, tmp_path: Path, value: str) -> None:
-    """The commands read WEB_CONCURRENCY as part of the whole configuration."""
+def test_reports_an_invalid_worker_count_in_commands(
+    clerk: FakeClerk, tmp_path: Path, value: str
+) -> None:
+    """The commands validate WEB_CONCURRENCY with the rest of the configuration."""
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     variables = environ(**right | {"WEB_CONCURRENCY": value})
     for command in (["clerkhooks", "log"], ["flask", "--app", "wsgi", "db", "upgrade"]):
@@ -327,7 +338,7 @@ def test_names_a_wrong_number_of_workers(clerk: FakeClerk, tmp_path: Path, value
 
 
 def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
-    """A missing secret stops the server before anything listens, with one message."""
+    """A missing secret stops the server before it listens, with one message."""
     port = free_port()
     variables = environ(PORT=str(port), DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
     ended = run(web_command(), variables)
@@ -341,7 +352,7 @@ def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
 def test_counts_an_empty_variable_as_unset(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """Platforms set variables to nothing; without any key, the log says so once."""
+    """Platforms may set a variable to an empty string. Without any key, the log warns once."""
     empty = dict.fromkeys(VARIABLES.keys() - {"WEB_CONCURRENCY", "PORT", "DATABASE_URL"}, "")
     variables = empty | {"CLERK_WEBHOOK_SECRET": clerk.environ["CLERK_WEBHOOK_SECRET"]}
     with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
@@ -353,8 +364,8 @@ def test_counts_an_empty_variable_as_unset(
 @pytest.mark.parametrize(
     "command", [["flask", "--app", "wsgi", "db", "upgrade"], ["clerkhooks", "users"]]
 )
-def test_ends_commands_with_status_2_when_settings_are_wrong(command: list[str]) -> None:
-    """A command lists all that is wrong at once, without a traceback and without the values."""
+def test_ends_commands_with_status_2_if_settings_are_invalid(command: list[str]) -> None:
+    """A command lists every invalid variable without its value and without a traceback."""
     ended = run([sys.executable, "-m", *command], environ(**WRONG))
     assert (ended.returncode, ended.stdout) == (2, "")
     for name in WRONG:
@@ -375,7 +386,7 @@ assert psycopg.waiting.wait is not psycopg.waiting.wait_c  # which would block e
 
 @pytest.mark.parametrize("database", ["sqlite:///{}/x.db", "postgresql://user@localhost/name"])
 def test_configures_gunicorn(clerk: FakeClerk, tmp_path: Path, database: str) -> None:
-    """Workers run on gevent on every database; what waits is patched before it is imported."""
+    """Workers use gevent with every database, and monkey-patching comes before other imports."""
     variables = {"PORT": "8123", "WEB_CONCURRENCY": "3", "DATABASE_URL": database.format(tmp_path)}
     ended = run([sys.executable, "-c", CONFIGURATION], environ(**clerk.environ | variables))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -407,8 +418,8 @@ assert use() == (inherited, pool)  # the child has not closed it
 """
 
 
-def test_gives_each_worker_connections_of_its_own(clerk: FakeClerk, database_url: str) -> None:
-    """A forked process leaves the connections of its parent alone, and opens its own."""
+def test_gives_each_worker_its_own_connections(clerk: FakeClerk, database_url: str) -> None:
+    """A forked process opens new connections and leaves its parent's open."""
     variables = environ(**clerk.environ, DATABASE_URL=database_url)
     ended = run([sys.executable, "-c", FORKS], variables)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

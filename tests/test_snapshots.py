@@ -102,7 +102,7 @@ def snapshot(**values: Any) -> Any:
 
 
 def test_has_the_columns_of_the_model() -> None:
-    """Declared columns and the application's own included, by their attributes' names."""
+    """The snapshot has declared columns and the application's own, by attribute name."""
     user = snapshot(username="ada", email="ada@example.org")
     assert (user.id, user.name, user.email, user.username, user.plan) == (
         USER_ID,
@@ -116,14 +116,14 @@ def test_has_the_columns_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", ["version_updated_at", "version_timestamp", "version_message_id"])
 def test_has_no_version_columns(name: str) -> None:
-    """They are for the ordering of events only."""
+    """The version columns are only used for ordering events."""
     assert name not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=name):
         getattr(snapshot(), name)
 
 
 def test_does_not_load_deferred_columns() -> None:
-    """A column that the model defers is not read at each call."""
+    """A deferred column is not read at each call."""
     assert "biography" not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=ADVICE):
         _ = snapshot().biography
@@ -131,7 +131,7 @@ def test_does_not_load_deferred_columns() -> None:
 
 @pytest.mark.parametrize("name", ["name", "plan", "email", "version_timestamp", "notes", "new"])
 def test_cannot_be_written(name: str) -> None:
-    """The error says how to change the row: what is written to a copy would be lost."""
+    """Writing to the copy raises an error that says how to change the row."""
     user = snapshot()
     with pytest.raises(AttributeError, match=f"read-only copy.*{name}.*{ADVICE}"):
         setattr(user, name, "x")
@@ -149,7 +149,7 @@ def test_cannot_be_written_by_the_models_own_methods() -> None:
 
 
 def test_has_the_properties_and_methods_of_the_model() -> None:
-    """They work on the copy as they do on the row."""
+    """Properties and methods work on the copy as on the row."""
     free, paying = snapshot(), snapshot(plan="pro")
     assert (free.greeting, free.initial) == ("Hello Ada", "A")
     assert [user.is_paying for user in (free, paying)] == [False, True]
@@ -161,27 +161,31 @@ def test_has_the_properties_and_methods_of_the_model() -> None:
 
 @pytest.mark.parametrize("read", [lambda user: user.notes, lambda user: user.note_count])
 def test_refuses_relationships_with_advice(read: Callable[[Any], object]) -> None:
-    """A copy has no database session, so they are read from the row itself."""
+    """A copy has no database session; the error says how to load the row."""
     with pytest.raises(AttributeError, match=f"'notes'.*relationships.*{ADVICE}"):
         read(snapshot())
 
 
 @pytest.mark.parametrize("name", ["nmae", "_private", "mro", "__html__", "__len__"])
 def test_refuses_an_unknown_attribute(name: str) -> None:
-    """``hasattr`` and libraries that look for protocols get an answer as from any object."""
+    """An unknown attribute or protocol raises AttributeError, so that ``hasattr`` works."""
     with pytest.raises(AttributeError):
         getattr(snapshot(), name)
     assert not hasattr(snapshot(), name)
 
 
 def test_shows_its_id_only() -> None:
-    """Profile data must not reach a log."""
+    """The representation has no profile data, because it may reach a log."""
     user = snapshot(email="ada@example.org", username="ada")
     assert repr(user) == str(user) == f"{user}" == f"<User {USER_ID}>"
 
 
 def test_compares_by_all_columns() -> None:
-    """Two copies of one state are equal and have one hash; a row and another user are not equal."""
+    """
+    Copies with equal columns are equal and have the same hash.
+
+    A row, or a copy of another state or user, is not equal.
+    """
     user = snapshot()
     assert user == snapshot()
     assert len({user, snapshot()}) == 1
@@ -203,7 +207,7 @@ def application(
 
 
 def test_is_current_user_behind_require_auth(application: Application) -> None:
-    """It is the module's ``current_user`` and that of ``hooks``."""
+    """Both ``clerkhooks.current_user`` and ``hooks.current_user`` give the snapshot."""
     user_id = clerk_id("user")
     seen: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""The users service: which version of a user wins, and what an authenticated call does to the row."""
+"""The users service: which event wins, and what an authenticated call changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ VERSION = ("version_updated_at", "version_timestamp", "version_message_id")
 
 
 def test_leaves_a_newer_row_alone(service: Service) -> None:
-    """An update that was overtaken is stale, whether it is older by updated_at or, that being equal, by timestamp."""
+    """
+    An event is stale if its ``updated_at`` is older.
+
+    If ``updated_at`` is equal, an older ``timestamp`` makes it stale.
+    """
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id, at=2000, first_name="New")) == "applied"
     assert service.outcome(user_event(user_id, at=1999, first_name="Old")) == "stale"
@@ -30,7 +34,11 @@ def test_leaves_a_newer_row_alone(service: Service) -> None:
 
 
 def test_breaks_ties_by_the_bytes_of_the_message_id(service: Service) -> None:
-    """Two events of one millisecond end the same in either order; capitals rank below small letters everywhere."""
+    """
+    Message ids decide between events of one millisecond, in either order.
+
+    They are compared by bytes: capitals come before small letters on every database.
+    """
     for first, second in (("msg_a", "msg_B"), ("msg_B", "msg_a")):
         user_id = clerk_id("user")
         for message_id in (first, second):
@@ -44,10 +52,14 @@ def test_breaks_ties_by_the_bytes_of_the_message_id(service: Service) -> None:
     ({}, 9, (9_000, 9_000)),
     ({}, None, (-1, 1_700_000_000_000)),
 ])  # fmt: skip
-def test_lets_one_time_stand_in_for_the_other(
+def test_replaces_a_missing_time_by_the_other(
     service: Service, data: dict[str, int], timestamp: int | None, version: tuple[int, int]
 ) -> None:
-    """A missing time is replaced by the other; an event with neither ranks below all by its attempt's time."""
+    """
+    An event with one time uses it for both.
+
+    An event with neither ranks below all others, ordered by the time of its delivery attempt.
+    """
     user_id = clerk_id("user")
     body = json.dumps(
         {"type": "user.updated", "timestamp": timestamp, "data": data | {"id": user_id}}
@@ -59,7 +71,7 @@ def test_lets_one_time_stand_in_for_the_other(
 
 
 def test_keeps_a_deleted_user_deleted(service: Service) -> None:
-    """No event, however new, revives a tombstone; a second deletion is stale."""
+    """No later event restores a deleted user, and a second deletion is stale."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id, at=1000))
     assert service.outcome(deletion(user_id, 500)) == "applied"
@@ -77,23 +89,27 @@ def test_keeps_a_deleted_user_deleted(service: Service) -> None:
     assert service.rows("SELECT count(*) FROM users WHERE deleted_at IS NOT NULL") == [(1,)]
 
 
-def test_takes_a_deletion_that_comes_first(service: Service) -> None:
-    """A deletion that overtakes the sign-up leaves a tombstone that the sign-up does not revive."""
+def test_applies_a_deletion_that_arrives_first(service: Service) -> None:
+    """The deletion leaves a tombstone, and the sign-up that follows does not restore the user."""
     user_id = clerk_id("user")
     assert service.outcome(deletion(user_id, 1000)) == "applied"
     assert service.outcome(user_event(user_id, "user.created", at=900)) == "stale"
     assert service.user(user_id) == (None, "Deleted User", None)
 
 
-def test_lets_an_address_belong_to_two_users(service: Service) -> None:
-    """Addresses move between Clerk users, and the events may cross: no constraint stands in the way."""
+def test_allows_two_users_with_one_address(service: Service) -> None:
+    """An address may move to another user, and the two events may arrive in any order."""
     for user_id in (clerk_id("user"), clerk_id("user")):
         assert service.outcome(user_event(user_id)) == "applied"
     assert service.rows("SELECT count(*) FROM users WHERE email = 'ada@example.org'") == [(2,)]
 
 
 def test_fills_a_fallback_row_from_any_event(service: Service) -> None:
-    """A call that overtakes the webhook makes a minimal user; the oldest event fills it in and keeps the presence."""
+    """
+    A call that arrives before the webhook creates a minimal user.
+
+    Any event, however old, fills it in and keeps the presence.
+    """
     user_id = clerk_id("user")
     assert service.call(user_id).get_json()["name"] == "New User"
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
@@ -128,7 +144,11 @@ EVENTS = st.lists(
 def test_ends_the_same_in_every_order(
     service: Service, events: list[tuple[str, int | None, int | None]], data: st.DataObject
 ) -> None:
-    """Two deliveries of the same events, shuffled, repeated and with calls in between, leave equal rows."""
+    """
+    The same events end in equal rows.
+
+    They are delivered twice, shuffled and repeated, with calls in between.
+    """
     ends: list[tuple[object, ...]] = []
     run = clerk_id("msg")
     for _ in range(2):
@@ -163,7 +183,11 @@ def test_ends_the_same_in_every_order(
 
 
 def test_moves_last_seen_once_a_minute(service: Service) -> None:
-    """A call within the minute leaves last_seen; after it, the call moves it and answers with the new value."""
+    """
+    A call within a minute leaves ``last_seen`` unchanged.
+
+    A later call updates it and returns the new value.
+    """
     user_id = clerk_id("user")
     first = service.call(user_id).get_json()["lastSeen"]
     assert service.call(user_id).get_json()["lastSeen"] == first
@@ -174,8 +198,8 @@ def test_moves_last_seen_once_a_minute(service: Service) -> None:
     assert datetime.fromisoformat(moved) >= datetime.fromisoformat(first)
 
 
-def test_does_not_see_a_user_who_is_impersonated(service: Service) -> None:
-    """A call in the user's name by somebody else leaves last_seen alone."""
+def test_does_not_move_last_seen_for_an_impersonator(service: Service) -> None:
+    """A call by an impersonator leaves ``last_seen`` unchanged."""
     user_id = clerk_id("user")
     service.call(user_id)
     long_ago = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(days=1))
@@ -188,7 +212,7 @@ def test_does_not_see_a_user_who_is_impersonated(service: Service) -> None:
 
 
 def test_is_online_only_while_seen(service: Service) -> None:
-    """Presence fades five minutes after the last call."""
+    """``isOnline`` is false from five minutes after the last call."""
     now, user_id = datetime.now(UTC), clerk_id("user")
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
     for ago, present in ((timedelta(minutes=4, seconds=59), True), (timedelta(minutes=5), False)):
@@ -211,7 +235,7 @@ def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
 
 
 def test_refuses_times_without_a_zone(service: Service) -> None:
-    """A naive time is refused before it reaches a database, and what comes back is aware."""
+    """A naive datetime raises an error before any SQL, and times that are read are aware."""
     user_id = clerk_id("user")
     service.call(user_id)
     with service.app.app_context():
@@ -224,7 +248,7 @@ def test_refuses_times_without_a_zone(service: Service) -> None:
 
 
 def set_last_seen(service: Service, user_id: str, moment: datetime) -> datetime:
-    """Write last_seen behind the service's back, in the milliseconds that the API shows."""
+    """Set ``last_seen`` in the database, with the milliseconds that the API shows."""
     moment = moment.replace(microsecond=0)
     with service.app.app_context():
         db.session.execute(
@@ -242,6 +266,6 @@ def envelope(
     timestamp: int | None,
     first_name: str = "Ada",
 ) -> bytes:
-    """A user event whose two times are given apart."""
+    """Return a user event with these two times."""
     data = {"id": user_id, "first_name": first_name, "updated_at": updated_at}
     return json.dumps({"type": event_type, "timestamp": timestamp, "data": data}).encode()

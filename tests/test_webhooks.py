@@ -18,7 +18,7 @@ PAYLOADS = sorted(path.name for path in DATA.glob("user.*.json"))
 
 
 def test_creates_updates_and_deletes(service: Service) -> None:
-    """A user's life in three events, each applied."""
+    """A sign-up, an update and a deletion are each applied."""
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id, "user.created", at=NOW_MS)) == "applied"
     profile = ("ada@example.org", "Ada Lovelace", f"https://img.clerk.com/{user_id}")
@@ -39,7 +39,7 @@ def test_applies_every_documented_payload(service: Service, name: str) -> None:
 
 
 def test_answers_the_documented_shape(service: Service) -> None:
-    """The answer names the outcome and the message."""
+    """The answer has the outcome and the message id."""
     response = service.deliver(user_event(clerk_id("user")), "msg_1")
     assert response.get_json() == {"outcome": "applied", "messageId": "msg_1"}
 
@@ -56,7 +56,7 @@ def test_processes_a_message_once(service: Service) -> None:
 
 
 def test_ignores_other_types(service: Service) -> None:
-    """A type that nothing handles is accepted and recorded, and changes no user."""
+    """A type without a handler is accepted and recorded, and changes no user."""
     body = event_body("session.created", {"id": "sess_1"}, NOW_MS)
     assert [service.outcome(body, "msg_1") for _ in range(2)] == ["ignored", "duplicate"]
     stored = service.rows("SELECT event_type, outcome, clerk_user_id FROM webhook_messages")
@@ -65,7 +65,7 @@ def test_ignores_other_types(service: Service) -> None:
 
 
 def test_keeps_long_message_ids_apart(service: Service) -> None:
-    """Ids that differ only beyond what is stored are two messages; each may be repeated."""
+    """Two ids that differ beyond the stored length are two messages, each with its duplicates."""
     for message_id in ("msg_" + "x" * 900 + "1", "msg_" + "x" * 900 + "2"):
         body = user_event(clerk_id("user"))
         answer = service.deliver(body, message_id).get_json()
@@ -75,7 +75,7 @@ def test_keeps_long_message_ids_apart(service: Service) -> None:
 
 
 def test_ignores_types_that_no_database_could_store(service: Service) -> None:
-    """Hostile characters and endless length, in the type or the message id, are no failure."""
+    """A type or message id that is too long or has hostile characters causes no error."""
     body = event_body("user.created\x00\ud800" + "x" * 5000, {}, NOW_MS)
     assert service.outcome(body, "msg_" + "ü" * 900) == "ignored"
     [(event_type, message_id)] = service.rows("SELECT event_type, message_id FROM webhook_messages")
@@ -84,7 +84,7 @@ def test_ignores_types_that_no_database_could_store(service: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/webhooks/clerk", "/webhooks/clerk/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """Neither path redirects: Svix counts a redirect as a failure."""
+    """Neither path redirects, because Svix counts a redirect as a failure."""
     body = user_event(clerk_id("user"))
     assert (
         service.http.post(path, data=body, headers=service.clerk.headers(body)).status_code == 200
@@ -93,7 +93,7 @@ def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_refuses_other_methods(service: Service, method: str) -> None:
-    """Anything but POST is answered 405, with Allow."""
+    """Methods other than POST are answered 405, with ``Allow``."""
     response = service.http.open("/webhooks/clerk", method=method)
     assert response.status_code == 405
     assert response.headers["Allow"] == "POST"
@@ -101,7 +101,7 @@ def test_refuses_other_methods(service: Service, method: str) -> None:
 
 
 def test_answers_a_bad_signature_with_401(service: Service) -> None:
-    """A body changed after signing is refused, says why, and leaves no trace."""
+    """A body changed after signing is refused with a reason and changes nothing."""
     body = user_event(clerk_id("user"))
     response = service.http.post(
         "/webhooks/clerk", data=body + b" ", headers=service.clerk.headers(body)
@@ -116,8 +116,8 @@ def test_answers_a_bad_signature_with_401(service: Service) -> None:
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
 
 
-def test_answers_no_headers_with_401(service: Service) -> None:
-    """A request without Svix's headers is refused before its body matters."""
+def test_answers_missing_headers_with_401(service: Service) -> None:
+    """A request without Svix's headers is refused whatever its body is."""
     response = service.http.post("/webhooks/clerk", data=b"\xff")
     assert (response.status_code, response.get_json()["reason"]) == (
         401,
@@ -146,7 +146,7 @@ BAD_EVENTS = {
 def test_answers_a_verified_message_that_is_not_an_event_with_400(
     service: Service, body: bytes
 ) -> None:
-    """Svix goes on retrying, and nothing is written."""
+    """Svix retries such a message, and nothing is written."""
     response = service.deliver(body)
     assert (response.status_code, response.get_json()["reason"]) == (400, BAD_EVENTS[body])
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
@@ -162,7 +162,7 @@ def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
 
 
 def test_reads_chunked_bodies(service: Service) -> None:
-    """A body without Content-Length has the same limit, and one that reaches it is complete."""
+    """A body without Content-Length has the same limit, and is read completely up to it."""
     body = user_event(clerk_id("user"))
     padded = body + b" " * (1024 * 1024 - len(body))
     for extra, status in ((b"", 200), (b" ", 413), (b" " * 100_000, 413)):
@@ -177,7 +177,7 @@ def test_reads_chunked_bodies(service: Service) -> None:
 
 
 def test_accepts_every_secret_while_rotating(make_service: MakeService, clerk: FakeClerk) -> None:
-    """Messages signed with the old or the new secret are accepted; a third secret's are refused."""
+    """Messages signed with any configured secret are accepted; others are refused."""
     old, new = FakeClerk(private_key=clerk.private_key), FakeClerk(private_key=clerk.private_key)
     secrets = ",".join(one.environ["CLERK_WEBHOOK_SECRET"] for one in (old, new))
     service = make_service(CLERK_WEBHOOK_SECRET=secrets)
@@ -208,7 +208,7 @@ HEADER_VALUES = st.text(
 def test_never_answers_a_stranger_with_a_5xx(
     unreachable: Service, headers: dict[str, str], body: bytes
 ) -> None:
-    """Hostile headers and bodies are answered 401, without asking the database."""
+    """Hostile headers and bodies are answered 401 without a query."""
     response = unreachable.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 401
 
@@ -234,10 +234,10 @@ FIELDS = (
 
 
 @given(data=st.dictionaries(st.sampled_from(FIELDS), JSON), timestamp=JSON)
-def test_accepts_a_user_whatever_the_optional_fields_hold(
+def test_accepts_a_user_with_any_optional_fields(
     service: Service, data: dict[str, object], timestamp: object
 ) -> None:
-    """A user event with a Clerk user id is answered 200, whatever else is in it."""
+    """A user event with a valid user id is answered 200, whatever its other fields contain."""
     envelope = {
         "type": "user.updated",
         "timestamp": timestamp,
