@@ -1,1 +1,1 @@
-"""Small applications as people write them: each behaves with clerkhooks as it does without."""
+"""Small applications in common styles; each behaves with clerkhooks as it does without."""

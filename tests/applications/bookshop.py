@@ -1,4 +1,4 @@
-"""A bookshop with models and migrations of its own, in a database that other programs share."""
+"""A bookshop with its own models and migrations, in a database shared with other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clerkhooks import ClerkHooks, ClerkUser, from_clerk, require_auth
 
 
 class Base(DeclarativeBase):
-    """The declarative base, as Flask-SQLAlchemy's documentation has it."""
+    """The declarative base, as in Flask-SQLAlchemy's documentation."""
 
 
 db = SQLAlchemy(model_class=Base)
@@ -30,7 +30,7 @@ class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
 
 
 class Order(db.Model):  # type: ignore[name-defined, misc]
-    """What a customer has bought."""
+    """A customer's order."""
 
     __tablename__ = "orders"
 
@@ -45,7 +45,7 @@ migrate = Migrate(include_name=hooks.include_name)
 
 
 def create_app() -> Flask:
-    """Create the application, configured by the environment."""
+    """Create the application, configured by environment variables."""
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
     db.init_app(app)

@@ -1,4 +1,4 @@
-"""Databases of the applications."""
+"""Databases for the applications."""
 
 from __future__ import annotations
 

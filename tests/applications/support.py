@@ -1,4 +1,4 @@
-"""What the applications share: a configuration, and the proof that their users are right."""
+"""Shared configuration, and a check that an application's users are correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clerkhooks.web.state import disconnect
 
 
 def make_db() -> SQLAlchemy:
-    """Make a database object as an application has it, with metadata of its own."""
+    """Create a database object with separate metadata, as an application has."""
 
     class Base(DeclarativeBase):
         pass
@@ -39,21 +39,21 @@ def configuration(clerk: FakeClerk, url: str, **more: Any) -> dict[str, Any]:
 
 @contextmanager
 def tables(app: Flask) -> Iterator[None]:
-    """Make the tables of *app*, drop them in the end, and close its connections."""
+    """Create the tables of *app*; drop them and close its connections afterwards."""
     db = app.extensions["sqlalchemy"]
     with app.app_context():
         db.create_all()
     try:
         yield
     finally:
-        disconnect(app)  # also from connections that a view has left unusable
+        disconnect(app)  # including connections that a view has left unusable
         with app.app_context():
             db.drop_all()
         disconnect(app)
 
 
 def prove_users_are_right(app: Flask, clerk: FakeClerk, me: str = "/api/me") -> None:
-    """Sign users up, overtake webhooks, deliver late, twice and in the wrong order, and delete."""
+    """Check users after sign-ups, deletions, and late, repeated and reordered deliveries."""
     service = ClerkService(app, clerk)
     ada = service.sign_up(first_name="Ada", last_name="Byron")
     now = int(time.time() * 1000) + 10_000
@@ -80,7 +80,7 @@ def prove_users_are_right(app: Flask, clerk: FakeClerk, me: str = "/api/me") -> 
 
 
 def name_of(service: ClerkService, user_id: str, me: str = "/api/me") -> str:
-    """Return the name that the user's own call is answered with."""
+    """Return the name in the answer to the user's own call."""
     response = service.client(user_id).get(me)
     assert response.status_code == 200, response.text
     return str(response.get_json()["name"])

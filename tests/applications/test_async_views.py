@@ -1,4 +1,4 @@
-"""An application whose views are coroutines."""
+"""An application with async views."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.applications.support import configuration, make_db, prove_users_are_r
 
 
 def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
-    """The caller is known inside the coroutine, also when a whole blueprint is guarded."""
+    """The user is available inside a coroutine, also if a whole blueprint is protected."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)
@@ -81,7 +81,7 @@ def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
 
 
 def test_raises_from_async_views(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A bug behind require_auth is the application's own, and its async handler answers it."""
+    """An exception in a protected view reaches the application's async error handler."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -102,7 +102,7 @@ def test_raises_from_async_views(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def test_refuses_async_handlers(clerk: FakeClerk) -> None:
-    """A handler runs inside a transaction; a coroutine would never run."""
+    """An async handler is refused because nothing would await it inside the transaction."""
 
     async def handler(event: Event) -> None:
         """Never awaited."""

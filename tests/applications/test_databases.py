@@ -1,4 +1,4 @@
-"""Applications whose tables, binds or engines are not the usual ones."""
+"""Applications with unusual tables, binds or engines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support import NOW_MS, rows, user_event
 
 
 def create_app(clerk: FakeClerk, url: str, db: SQLAlchemy, model: Any = None, **more: Any) -> Flask:
-    """Make an application with *db* and *model*."""
+    """Create an application with *db* and *model*."""
     app = Flask(__name__)
     app.config.update(configuration(clerk, url, **more))
     db.init_app(app)
@@ -39,7 +39,7 @@ def create_app(clerk: FakeClerk, url: str, db: SQLAlchemy, model: Any = None, **
 
 
 def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
-    """An application may have a table of users already, and reserved words for names."""
+    """A model may use any table name, and reserved words as names."""
     db = make_db()
 
     class Staff(db.Model):  # type: ignore[name-defined, misc]
@@ -68,7 +68,7 @@ def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
 
 
 def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
-    """All of clerkhooks' tables lie in the schema of the model."""
+    """All tables of clerkhooks are in the schema of the model."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -92,7 +92,7 @@ def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
 def test_keeps_users_in_another_bind(
     clerk: FakeClerk, make_database: MakeDatabase, as_dict: bool
 ) -> None:
-    """With __bind_key__ users are in that database, and the application's tables in its own."""
+    """With ``__bind_key__`` users are in that database; other tables are in the default one."""
     db, main, people = make_db(), make_database("sqlite"), make_database("postgresql")
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -124,14 +124,14 @@ def test_keeps_users_in_another_bind(
 
 
 def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql_url: str) -> None:
-    """What ``SQLAlchemy(engine_options=…)`` says of connecting holds for our connections, too."""
+    """Connection settings in ``SQLAlchemy(engine_options=…)`` apply to the private engine, too."""
     made: list[Any] = []
 
     def connect() -> Any:
         made.append(psycopg.connect(postgresql_url))
         return made[-1]
 
-    # The URL alone leads nowhere, as with a cloud provider's connector.
+    # The URL alone cannot be connected to, as with a cloud connector.
     db = SQLAlchemy(engine_options={"creator": connect})
     app = create_app(clerk, "postgresql://nowhere.invalid/none", db)
     with tables(app):
@@ -159,27 +159,29 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_bears_every_engine_option(clerk: FakeClerk, url: str, options: dict[str, Any]) -> None:
-    """Users are right whatever the application's engine does."""
+def test_works_with_every_engine_option(
+    clerk: FakeClerk, url: str, options: dict[str, Any]
+) -> None:
+    """Users are correct whatever the options of the application's engine are."""
     app = create_app(clerk, url, make_db(), SQLALCHEMY_ENGINE_OPTIONS=options)
     with tables(app):
         prove_users_are_right(app, clerk)
 
 
 def use_serializable(db: SQLAlchemy) -> None:
-    """Read in a stricter transaction."""
+    """Read with a stricter isolation level."""
     db.session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
     db.session.execute(sa.text("SELECT 1"))
 
 
 def use_autocommit(db: SQLAlchemy) -> None:
-    """Change a setting that cannot be in a transaction."""
+    """Run a statement that is not allowed in a transaction."""
     with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("VACUUM"))
 
 
 def use_session_settings(db: SQLAlchemy) -> None:
-    """Leave settings behind on the pooled connection."""
+    """Leave session settings on the pooled connection."""
     if db.engine.dialect.name == "postgresql":
         for setting in ("TIME ZONE 'Asia/Tokyo'", "default_transaction_read_only = on"):
             db.session.execute(sa.text(f"SET SESSION {setting}"))
@@ -189,7 +191,7 @@ def use_session_settings(db: SQLAlchemy) -> None:
 
 
 def leave_a_transaction_open(db: SQLAlchemy) -> None:
-    """Read, and never end the transaction but by the request's end."""
+    """Read in a transaction that only the end of the request closes."""
     db.session.execute(sa.text("SELECT count(*) FROM users"))
 
 
@@ -199,7 +201,7 @@ def leave_a_transaction_open(db: SQLAlchemy) -> None:
 def test_commits_every_delivery_whatever_views_do(
     clerk: FakeClerk, url: str, use: Callable[[SQLAlchemy], None]
 ) -> None:
-    """After any use of the application's pool, each 200 is committed, with its time in UTC."""
+    """Each delivery answered 200 is committed with UTC times, however views use the pool."""
     db = make_db()
     pool = {"pool_size": 1, "max_overflow": 0}
     app = create_app(clerk, url, db, SQLALCHEMY_ENGINE_OPTIONS=pool)
@@ -218,7 +220,7 @@ def test_commits_every_delivery_whatever_views_do(
             assert (
                 service.client(f"user_{number}").get("/api/me").get_json()["name"] == "Ada Lovelace"
             )
-        # Counted on a connection of its own, so that only what is committed is seen.
+        # A separate connection sees committed rows only.
         assert rows(url, "SELECT count(*) FROM users") == [(5,)]
         assert rows(url, "SELECT count(*) FROM webhook_messages") == [(5,)]
         service.http.get("/use")
@@ -233,7 +235,7 @@ def test_commits_every_delivery_whatever_views_do(
 
 
 def test_limits_only_its_own_statements(clerk: FakeClerk, postgresql_url: str) -> None:
-    """A report of the application's may take longer than our statements may."""
+    """A query of the application may take longer than clerkhooks' statement timeout."""
     db = make_db()
     app = create_app(clerk, postgresql_url, db)
 
@@ -253,7 +255,7 @@ def test_limits_only_its_own_statements(clerk: FakeClerk, postgresql_url: str) -
 
 
 def test_keeps_working_while_a_view_holds_every_connection(clerk: FakeClerk, url: str) -> None:
-    """Deliveries and calls go on while reports have the whole of the application's pool."""
+    """Deliveries and calls succeed while views hold all connections of the application's pool."""
     db = make_db()
     pool = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 20}
     app = create_app(clerk, url, db, SQLALCHEMY_ENGINE_OPTIONS=pool)
@@ -280,8 +282,8 @@ def test_keeps_working_while_a_view_holds_every_connection(clerk: FakeClerk, url
             assert [one.result(20).text for one in held] == [ada, ada]
 
 
-def test_follows_a_relative_path_into_the_instance_folder(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``sqlite:///shop.db`` is one file for the application's engine and for ours."""
+def test_resolves_a_relative_path_in_the_instance_folder(clerk: FakeClerk, tmp_path: Path) -> None:
+    """``sqlite:///shop.db`` is the same file for both engines."""
     db = make_db()
     app = Flask(__name__, instance_path=str(tmp_path / "instance"))
     app.config.update(configuration(clerk, "sqlite:///shop.db"))
@@ -300,7 +302,7 @@ def test_follows_a_relative_path_into_the_instance_folder(clerk: FakeClerk, tmp_
 def test_writes_with_handlers_all_or_nothing(
     clerk: FakeClerk, url: str, level: str | None, reads_before: bool
 ) -> None:
-    """A handler that fails takes the whole message with it, also on an engine in AUTOCOMMIT."""
+    """A failing handler rolls back the whole message, even with an engine in AUTOCOMMIT."""
     db = make_db()
 
     class Note(db.Model):  # type: ignore[name-defined, misc]
@@ -338,13 +340,13 @@ def test_writes_with_handlers_all_or_nothing(
         assert (
             rows(url, "SELECT id FROM note") == rows(url, "SELECT id FROM users") == [("user_1",)]
         )
-        # The application finds its engine as it was.
+        # The application's engine is unchanged.
         assert len(set(levels)) <= 1
         prove_users_are_right(app, clerk)
 
 
 def test_keeps_users_whose_model_has_subclasses(clerk: FakeClerk, url: str) -> None:
-    """Single-table inheritance, relationships, hybrids and deferred columns work as on any model."""
+    """Inheritance, relationships, hybrids and deferred columns work as with any model."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -393,7 +395,7 @@ def test_keeps_users_whose_model_has_subclasses(clerk: FakeClerk, url: str) -> N
 
 
 def test_leaves_nothing_to_migrate_under_any_comparison(clerk: FakeClerk, url: str) -> None:
-    """Alembic sees in the database what the metadata says, defaults, types and schemas included."""
+    """Alembic finds no difference to the metadata, with every comparison enabled."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

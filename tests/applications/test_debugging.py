@@ -1,4 +1,4 @@
-"""An application under development: its bugs, its error handlers and its templates."""
+"""An application under development: its exceptions, error handlers and templates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.applications.support import configuration, make_db, prove_users_are_r
 
 
 class Odd(HTTPException):
-    """An answer with a status that no standard names."""
+    """An error with a non-standard status."""
 
     code = 460
     description = "odd"
 
 
 def create_app(clerk: FakeClerk, url: str, *, problems: bool = False, **more: Any) -> Flask:
-    """Make an application with views that fail in several ways."""
+    """Create an application with views that fail in several ways."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, **more))
     db.init_app(app)
@@ -61,7 +61,7 @@ def create_app(clerk: FakeClerk, url: str, *, problems: bool = False, **more: An
 
 @pytest.mark.parametrize("setting", ["TESTING", "DEBUG", "PROPAGATE_EXCEPTIONS"])
 def test_raises_the_applications_bugs(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
-    """A bug reaches the test or the debugger, with its own traceback."""
+    """An exception in a view reaches the test or debugger with its own traceback."""
     app = create_app(clerk, sqlite_url, **{setting: True})
     with tables(app):
         prove_users_are_right(app, clerk)
@@ -72,7 +72,7 @@ def test_raises_the_applications_bugs(clerk: FakeClerk, sqlite_url: str, setting
 def test_logs_the_applications_bugs_with_their_traceback(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In production Flask logs a bug and answers 500 in its own words."""
+    """In production, Flask logs an exception and answers with its own 500 page."""
     app = create_app(clerk, sqlite_url)
     with tables(app), caplog.at_level(logging.ERROR):
         response = app.test_client().get("/bug")
@@ -81,7 +81,7 @@ def test_logs_the_applications_bugs_with_their_traceback(
 
 
 def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str) -> None:
-    """abort() keeps its text, an unknown status is sent, and our 405 looks like the others."""
+    """The application's own answers stay, and clerkhooks' 405 looks like the application's."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         client = app.test_client()
@@ -92,8 +92,8 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
         assert response.mimetype == "text/html"
 
 
-def test_answers_problems_where_they_are_asked_for(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With problems=True every error is a problem, and what abort() says stays."""
+def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
+    """With ``problems=True``, every error is a problem and keeps the text given to ``abort``."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()
@@ -107,7 +107,7 @@ def test_answers_problems_where_they_are_asked_for(clerk: FakeClerk, sqlite_url:
 def test_answers_problems_whatever_handlers_the_application_has(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """Handlers for codes, HTTPException and Exception get the application's errors alone."""
+    """Handlers for codes, HTTPException or Exception receive the application's errors only."""
     app = create_app(clerk, sqlite_url)
 
     def answer(error: Exception) -> ResponseReturnValue:
@@ -134,7 +134,7 @@ def test_answers_problems_whatever_handlers_the_application_has(
 def test_fails_a_delivery_once_and_says_where(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A handler's bug is a 500 with a line that names the message and the frames, not the text."""
+    """A handler's exception is a 500 with one log line: message id and frames, no text."""
     app = create_app(clerk, sqlite_url, TESTING=True)
     with tables(app), caplog.at_level(logging.INFO, "clerkhooks"):
         body = event_body("organization.created", {"id": "org_1"}, 1_700_000_000_000)
@@ -149,7 +149,7 @@ def test_fails_a_delivery_once_and_says_where(
 def test_finds_the_applications_templates(
     clerk: FakeClerk, tmp_path: Path, sqlite_url: str
 ) -> None:
-    """A folder templates/ beside the application's module is where it looks."""
+    """Templates are found in ``templates/`` beside the application's module."""
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates" / "page.html").write_text("Hello {{ name }}")
     app, db = Flask("wsgi", root_path=str(tmp_path)), make_db()
@@ -164,7 +164,7 @@ def test_finds_the_applications_templates(
 
 
 def register_handlers(app: Flask) -> None:
-    """Give an application a blueprint, and handlers of every kind."""
+    """Add a blueprint, and error handlers of every kind."""
     blueprint = Blueprint("shop", __name__, url_prefix="/shop")
 
     @blueprint.errorhandler(404)
@@ -191,31 +191,31 @@ def register_handlers(app: Flask) -> None:
 
 
 def own_pages(app: Flask) -> None:
-    """Answer some errors with pages of the application's."""
+    """Register pages for some errors."""
     app.register_error_handler(404, lambda error: (f"page: {error.description}", 404))
     app.register_error_handler(413, lambda error: ("page: too large", 413))
     app.register_error_handler(Odd, lambda error: ("page: odd", 460))
 
 
 def one_page(app: Flask) -> None:
-    """Answer every error of HTTP with one page."""
+    """Register one page for every HTTP error."""
     app.register_error_handler(HTTPException, lambda error: (f"page: {error.code}", error.code))
 
 
 def one_page_for_all(app: Flask) -> None:
-    """Answer every exception with one page."""
+    """Register one page for every exception."""
     app.register_error_handler(Exception, lambda error: (f"page: {type(error).__name__}", 500))
 
 
 def internal_page(app: Flask) -> None:
-    """Answer bugs with a page that knows the original exception."""
+    """Register a page for status 500 that shows the original exception."""
     app.register_error_handler(
         InternalServerError, lambda error: (f"page: {error.original_exception!r}", 500)
     )
 
 
 def nothing(app: Flask) -> None:
-    """Leave all to Flask."""
+    """Register nothing."""
 
 
 PATHS = "/shop/bug /shop/missing /shop/nowhere /teapot /response /key /zero /odd /large /nowhere"
@@ -231,7 +231,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_handles_errors_as_plain_flask_does(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None], handlers_first: bool
 ) -> None:
-    """Each error of the application's routes has the same answer, or exception, as without us."""
+    """Errors of the application's routes end in the same answer or exception as in plain Flask."""
     for config in CONFIGS:
         plain, app, db = Flask(__name__), Flask(__name__), make_db()
         app.config.update(configuration(clerk, sqlite_url), **config)
@@ -249,7 +249,7 @@ def test_handles_errors_as_plain_flask_does(
 
 
 def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
-    """Return what a request of *path* gives or raises."""
+    """Return the answer to a request of *path*, or the exception that it raises."""
     try:
         response = app.test_client().get(path)
     except Exception as error:  # noqa: BLE001  # whatever Flask lets through
@@ -260,7 +260,7 @@ def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
 def test_logs_each_line_once(
     clerk: FakeClerk, sqlite_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lines go to the application's own handler, and clerkhooks adds none."""
+    """Lines reach the application's log handler once, and clerkhooks adds no handler."""
     root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
     before = root.level

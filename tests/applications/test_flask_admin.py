@@ -1,4 +1,4 @@
-"""A back office by Flask-Admin over the table of users."""
+"""A back office for the users table, with Flask-Admin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.applications.support import configuration, make_db, prove_users_are_r
 
 
 class People(ModelView):  # type: ignore[misc]  # untyped
-    """Shows what Clerk says, and lets the office write its notes."""
+    """Shows Clerk's columns and allows editing of the application's notes."""
 
     can_create = False
     can_delete = False
@@ -24,7 +24,7 @@ class People(ModelView):  # type: ignore[misc]  # untyped
 
 
 def test_lists_and_edits_users(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The model is an ordinary one, and a webhook leaves the application's own column as it is."""
+    """The model works as any other, and a webhook keeps the application's own column."""
     app, db = Flask(__name__), make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

@@ -1,4 +1,4 @@
-"""An application that is open to every page, by flask-cors."""
+"""An application that allows every origin, with flask-cors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVIL = "https://evil.example.com"
 
 
 def create_app(clerk: FakeClerk, url: str, *, first: bool) -> Flask:
-    """Make the application; CORS is set up before clerkhooks if *first*, otherwise after it."""
+    """Create the application; set up CORS before clerkhooks if *first*, otherwise after it."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)
@@ -30,7 +30,7 @@ def create_app(clerk: FakeClerk, url: str, *, first: bool) -> Flask:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_answers_cors_once(clerk: FakeClerk, sqlite_url: str, first: bool) -> None:
-    """Our routes name the authorized party alone; the application's are open as before."""
+    """Routes of clerkhooks allow authorized parties only; the application's allow every origin."""
     app = create_app(clerk, sqlite_url, first=first)
     with tables(app):
         prove_users_are_right(app, clerk)
@@ -66,13 +66,13 @@ def test_answers_cors_once(clerk: FakeClerk, sqlite_url: str, first: bool) -> No
 
 
 def preflight_headers(service: ClerkService, path: str, preflight: dict[str, str]) -> str:
-    """Return which headers a preflight allows."""
+    """Return the headers that a preflight allows."""
     response = service.http.options(path, headers=preflight)
     return response.headers["Access-Control-Allow-Headers"]
 
 
 def test_lets_the_application_open_its_own_views(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A view behind require_auth has the application's CORS, also for refusals and preflights."""
+    """A protected view has the application's CORS headers, also on refusals and preflights."""
     app = create_app(clerk, sqlite_url, first=False)
 
     @app.get("/notes")
@@ -94,8 +94,8 @@ def test_lets_the_application_open_its_own_views(clerk: FakeClerk, sqlite_url: s
             assert len(response.headers.getlist("Access-Control-Allow-Origin")) == 1
 
 
-def test_has_no_cors_where_nobody_asks_for_it(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Without authorized parties our routes have no CORS headers of their own."""
+def test_has_no_cors_without_authorized_parties(clerk: FakeClerk, sqlite_url: str) -> None:
+    """Without authorized parties, clerkhooks' routes send no CORS headers."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url), CLERK_AUTHORIZED_PARTIES="")
     db.init_app(app)

@@ -1,4 +1,4 @@
-"""An application that limits how often each address may call, by Flask-Limiter."""
+"""An application with rate limits per address, with Flask-Limiter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import rows, user_event
 
 
 def test_limits_the_applications_routes_and_exempts_ours(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A route's limit holds behind require_auth; our blueprint may be exempted as any other."""
+    """A limit applies behind ``require_auth``, and clerkhooks' blueprint can be exempted."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -41,7 +41,7 @@ def test_limits_the_applications_routes_and_exempts_ours(clerk: FakeClerk, sqlit
 
 
 def test_limits_each_user_behind_require_auth(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A limit below require_auth may count by user: it is asked once the caller is known."""
+    """A limit below ``require_auth`` can count by user, because it runs after authentication."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -62,10 +62,8 @@ def test_limits_each_user_behind_require_auth(clerk: FakeClerk, sqlite_url: str)
         assert service.http.get("/costly").status_code == 401
 
 
-def test_limits_our_routes_as_any_other_where_they_are_not_exempted(
-    clerk: FakeClerk, sqlite_url: str
-) -> None:
-    """The application's limit, and its answer; a delivery that is refused leaves nothing behind."""
+def test_limits_routes_that_are_not_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
+    """The application's limit refuses a delivery, which then changes nothing."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

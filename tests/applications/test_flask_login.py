@@ -1,4 +1,4 @@
-"""An application with logins of its own, by Flask-Login, where every page asks for one."""
+"""An application with separate logins by Flask-Login, required on every page."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.applications.support import configuration, make_db, prove_users_are_r
 
 
 class Admin(UserMixin):  # type: ignore[misc]  # untyped
-    """Somebody who signs in to the back office."""
+    """A user of the back office."""
 
     def __init__(self, name: str) -> None:
         self.id = name
 
 
 def create_app(clerk: FakeClerk, url: str) -> Flask:
-    """Make a back office with an API for Clerk's users beside it."""
+    """Create a back office with an API for Clerk's users."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)
@@ -54,7 +54,7 @@ def create_app(clerk: FakeClerk, url: str) -> Flask:
 
 
 def test_keeps_both_kinds_of_logins_apart(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Each guards its own pages, and neither signs in to the other."""
+    """Each login protects its own pages and gives no access to the other's."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         prove_users_are_right(app, clerk)

@@ -1,4 +1,4 @@
-"""An application whose forms are protected against forgery by Flask-WTF."""
+"""An application with CSRF protection by Flask-WTF."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support import user_event
 
 
 def create_app(clerk: FakeClerk, url: str, *, is_exempt: bool) -> Flask:
-    """Make an application with a form."""
+    """Create an application with a form."""
     app, db, csrf = Flask(__name__), make_db(), CSRFProtect()
     app.config.update(configuration(clerk, url))
     db.init_app(app)
@@ -28,7 +28,7 @@ def create_app(clerk: FakeClerk, url: str, *, is_exempt: bool) -> Flask:
 
 
 def test_lets_our_routes_be_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Deliveries are signed and calls carry a token; the application's forms stay protected."""
+    """Routes of clerkhooks can be exempted; the application's forms stay protected."""
     app = create_app(clerk, sqlite_url, is_exempt=True)
     with tables(app):
         prove_users_are_right(app, clerk)
@@ -45,7 +45,7 @@ def test_lets_our_routes_be_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
 def test_writes_nothing_where_the_application_refuses(
     clerk: FakeClerk, sqlite_url: str, testing: bool
 ) -> None:
-    """Without the exemption the application refuses a delivery, in its own words."""
+    """Without the exemption, the application refuses a delivery with its own answer."""
     app = create_app(clerk, sqlite_url, is_exempt=False)
     app.testing = testing
     with tables(app):

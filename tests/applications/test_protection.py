@@ -1,4 +1,4 @@
-"""Applications that put require_auth in the wrong place, and in every right one."""
+"""Applications that use ``require_auth`` in wrong places, and in all valid ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import MakeDatabase
 
 
 def shout(view: Callable[..., str]) -> Callable[..., str]:
-    """Decorate a view of the application's own."""
+    """A decorator of the application."""
 
     @wraps(view)
     def shouted(*args: Any, **kwargs: Any) -> str:
@@ -29,7 +29,7 @@ def shout(view: Callable[..., str]) -> Callable[..., str]:
 
 
 def above_a_route(app: Flask) -> None:
-    """Protect what app.get has registered already."""
+    """Apply ``require_auth`` above ``app.get``, which has registered the view already."""
 
     @require_auth
     @app.get("/secret")
@@ -38,7 +38,7 @@ def above_a_route(app: Flask) -> None:
 
 
 def above_a_blueprints_route(app: Flask) -> None:
-    """The same on a blueprint, with a condition."""
+    """Apply it above a blueprint's route, with a condition."""
     blueprint = Blueprint("secrets", __name__)
 
     @require_auth(role="org:admin")
@@ -50,7 +50,7 @@ def above_a_blueprints_route(app: Flask) -> None:
 
 
 def above_another_decorator(app: Flask) -> None:
-    """The same with another decorator in between."""
+    """Apply it above the route, with another decorator in between."""
 
     @require_auth
     @shout
@@ -60,7 +60,7 @@ def above_another_decorator(app: Flask) -> None:
 
 
 def between_two_routes(app: Flask) -> None:
-    """Protect the route above, and not the one below."""
+    """Protect the upper route and not the lower one."""
 
     @app.get("/protected", endpoint="protected")
     @require_auth
@@ -73,10 +73,10 @@ WRONG = [above_a_route, above_a_blueprints_route, above_another_decorator, betwe
 
 
 @pytest.mark.parametrize("register", WRONG)
-def test_never_serves_what_was_meant_to_be_protected(
+def test_never_serves_a_view_protected_too_late(
     clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
 ) -> None:
-    """The first request, and each after it, fails with what to do."""
+    """Every request fails with an error that explains the remedy."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, PROPAGATE_EXCEPTIONS=False))
     db.init_app(app)
@@ -96,7 +96,7 @@ def test_never_serves_what_was_meant_to_be_protected(
 def test_refuses_to_start(
     clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
 ) -> None:
-    """An application whose routes are there already is refused by init_app."""
+    """``init_app`` raises an error if such a route is already registered."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -105,8 +105,8 @@ def test_refuses_to_start(
         ClerkHooks(db).init_app(app)
 
 
-def test_serves_every_right_use(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Below the route, on classes and their methods, before a blueprint, and twice on one view."""
+def test_serves_every_valid_use(clerk: FakeClerk, sqlite_url: str) -> None:
+    """Valid uses: below a route, on classes and methods, before a blueprint, twice on one view."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -163,12 +163,12 @@ def test_serves_every_right_use(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def page() -> str:
-    """Answer."""
+    """Return an answer."""
     return "ok"
 
 
 def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: MakeDatabase) -> None:
-    """Two applications may each protect and serve a view of their module."""
+    """Two applications can each protect and serve a view of their common module."""
     apps = []
     for _ in range(2):
         app, db = Flask(__name__), make_db()
@@ -186,7 +186,7 @@ def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: Make
 
 @pytest.mark.parametrize("setting", ["TESTING", "DEBUG"])
 def test_tells_the_developer(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
-    """In a test and in the debugger the mistake is an exception that says what to do."""
+    """In tests and in the debugger, the mistake raises an exception that explains the remedy."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, **{setting: True}))
     db.init_app(app)
@@ -212,13 +212,13 @@ def test_fails_closed_whatever_handlers_the_application_has(
 
 
 def test_refuses_a_class(clerk: FakeClerk) -> None:
-    """A MethodView is protected by its decorators; above the class there is no view to protect."""
+    """A MethodView is protected through ``decorators``; decorating the class raises an error."""
     with pytest.raises(TypeError, match="MethodView"):
         require_auth(MethodView)
 
 
-def test_forgets_a_user_when_the_request_is_handed_on(make_database: MakeDatabase) -> None:
-    """An application that passes its request to another one does not sign anybody in there."""
+def test_does_not_pass_the_user_to_another_application(make_database: MakeDatabase) -> None:
+    """A request that is passed on to another application is anonymous there."""
     ours, theirs = FakeClerk(), FakeClerk()
     apps = []
     for clerk in (ours, theirs):

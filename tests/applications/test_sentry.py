@@ -1,4 +1,4 @@
-"""An application that reports its errors and traces its statements, by Sentry's SDK."""
+"""An application with Sentry's SDK for errors and tracing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.applications.support import configuration, make_db, prove_users_are_r
 
 
 class Captured(Transport):
-    """Keeps what would be sent."""
+    """A transport that keeps everything it would send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def captured() -> Iterator[Captured]:
         dsn="https://public@sentry.example.com/1",
         transport=transport,
         traces_sample_rate=1.0,
-        default_integrations=False,  # they would patch this process for good
+        default_integrations=False,  # they would patch this process permanently
         integrations=[
             FlaskIntegration(),
             SqlalchemyIntegration(),
@@ -71,7 +71,7 @@ def captured() -> Iterator[Captured]:
 def test_reports_and_traces_as_without(
     clerk: FakeClerk, url: str, captured: Captured, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An application's error is reported once, with its traceback; our statements are spans."""
+    """An exception is reported once with its traceback, and clerkhooks' statements are spans."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)

@@ -1,4 +1,4 @@
-"""One application under each server that people use, over real HTTP."""
+"""One application under each common server, over HTTP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server]:
-    """Run the bookshop under a server of this kind until the block ends."""
+    """Run the bookshop under a server of this kind until the block exits."""
     port = free_port()
     command = [part.format(port=port, kind=kind) for part in COMMANDS[kind]]
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
@@ -63,11 +63,11 @@ def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server
             process.wait(10)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(30)
 
 
 def wait_until_it_answers(server: Server, seconds: float = 30) -> None:
-    """Ask for a page that the application does not have, until it says so."""
+    """Wait until the application answers 404 for an unknown page."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()
@@ -92,7 +92,7 @@ def shop_url(url: str, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def outcome(server: Server, body: bytes, message_id: str | None = None) -> Any:
-    """Deliver *body*, which must be taken; return what became of it."""
+    """Deliver *body*, which must be accepted; return the outcome."""
     answer = server.deliver(body, message_id)
     assert answer.status == 200, (answer.body, server.log.read_text())
     return answer.json()["outcome"]
@@ -121,7 +121,7 @@ def call(server: Server, user_id: str, path: str = "/api/me", method: str = "GET
 def test_serves_under_every_server(
     kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """Deliveries and calls, one by one and many at once, over real HTTP."""
+    """Deliveries and calls succeed, sequentially and concurrently."""
     ada, early = clerk_id("user"), clerk_id("user")
     with serving(kind, shop_url, clerk, tmp_path / "server.log") as server:
         assert outcome(server, user_event(ada), "msg_1") == "applied"
@@ -154,8 +154,8 @@ def test_serves_under_every_server(
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["waitress", "gthread"])
-def test_takes_a_body_in_chunks(kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """A proxy may send chunks without a length; the limit of 1 MiB holds all the same."""
+def test_accepts_a_chunked_body(kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
+    """A proxy may send chunks without a length. The limit of 1 MiB applies."""
     user_id = clerk_id("user")
     with serving(kind, shop_url, clerk, tmp_path / "server.log") as server:
         large = user_event(user_id, public_metadata={"text": "x" * 1024 * 1024})

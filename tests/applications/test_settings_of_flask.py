@@ -1,4 +1,4 @@
-"""Applications with settings of Flask's that change how requests are matched and answered."""
+"""Applications with Flask settings that change how requests are matched and answered."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support import rows, user_event
 
 
 class Provider(DefaultJSONProvider):
-    """Writes dates in its own way, and sorts no keys."""
+    """A JSON provider with its own date format and unsorted keys."""
 
     sort_keys = False
     compact = False
 
     @staticmethod
     def default(o: Any) -> Any:
-        """Return what stands for *o*."""
+        """Return a serializable value for *o*."""
         return f"{o:%d.%m.%Y}" if isinstance(o, date) else DefaultJSONProvider.default(o)
 
 
@@ -39,31 +39,31 @@ def sort_keys(app: Flask) -> None:
 
 
 def use_provider(app: Flask) -> None:
-    """Write JSON with a provider of the application's own."""
+    """Use a custom JSON provider."""
     app.json_provider_class = Provider
     app.json = Provider(app)
 
 
 def be_strict(app: Flask) -> None:
-    """Match paths to the letter."""
+    """Match trailing slashes strictly."""
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False
 
 
 def be_lenient(app: Flask) -> None:
-    """Match paths with and without a slash at their end."""
+    """Match paths with and without a trailing slash."""
     app.url_map.strict_slashes = False
 
 
 def redirect_never(app: Flask) -> None:
-    """Redirect to no default of a route."""
+    """Do not redirect to a route's defaults."""
     app.url_map.redirect_defaults = False
     app.config["TRAP_HTTP_EXCEPTIONS"] = True
     app.config["TRAP_BAD_REQUEST_ERRORS"] = True
 
 
 def name_a_server(app: Flask) -> None:
-    """Say under which name and path the application is reached."""
+    """Set the application's host name and root path."""
     app.config.update(SERVER_NAME="shop.example.com", PREFERRED_URL_SCHEME="https")
 
 
@@ -75,7 +75,7 @@ SETUPS: list[Callable[[Flask], None]] = [
 def create_app(
     clerk: FakeClerk, url: str, set_up: Callable[[Flask], None], *, with_us: bool
 ) -> Flask:
-    """Make an application with routes of several kinds, with clerkhooks or without."""
+    """Create an application with several kinds of routes, with clerkhooks or without."""
     app, db = Flask(__name__), make_db()
     set_up(app)
     app.config.update(configuration(clerk, url))
@@ -100,7 +100,7 @@ def create_app(
 
 
 def answers(app: Flask) -> list[tuple[int, str, str | None, list[str]]]:
-    """Return the answers to requests of the application's own routes."""
+    """Return the answers of the application's own routes."""
     client, found = app.test_client(), []
     for method, path, data in (
         ("GET", "/folder", None),
@@ -126,7 +126,7 @@ def answers(app: Flask) -> list[tuple[int, str, str | None, list[str]]]:
 def test_leaves_every_setting_as_it_is(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """The application's own routes answer the same, byte for byte, and its settings stay."""
+    """The application's settings and the bytes of its answers are unchanged."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     without = create_app(clerk, sqlite_url, set_up, with_us=False)
     with tables(app):
@@ -154,7 +154,7 @@ def test_leaves_every_setting_as_it_is(
 def test_answers_the_same_under_every_setting(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """Our routes take a slash at their end, never redirect, and keep the order of their JSON."""
+    """Routes of clerkhooks accept a trailing slash, never redirect, and keep their JSON's order."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     with tables(app):
         prove_users_are_right(app, clerk)
@@ -170,7 +170,7 @@ def test_answers_the_same_under_every_setting(
 
 
 def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
-    """All our routes move together, beside a route of the application's at the usual place."""
+    """With a prefix all routes move, and the application can use the default path itself."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, METRICS_TOKEN="t" * 16))
     db.init_app(app)
@@ -188,8 +188,8 @@ def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
             assert client.post(path).status_code == client.get(path).status_code == 404
 
 
-def test_serves_no_more_than_what_is_named(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An application may take the webhooks alone, and authenticate its own views."""
+def test_serves_the_named_routes_only(clerk: FakeClerk, sqlite_url: str) -> None:
+    """An application may serve webhooks only, and authenticate its own views."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -207,8 +207,8 @@ def test_serves_no_more_than_what_is_named(clerk: FakeClerk, sqlite_url: str) ->
         assert app.test_client().get("/api/me").status_code == 404
 
 
-def test_works_behind_middlewares(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Mounted below a path, behind a proxy, with hooks that read the body before us."""
+def test_works_behind_middleware(clerk: FakeClerk, sqlite_url: str) -> None:
+    """It works below a mount point, behind a proxy, and after hooks that read the body."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, APPLICATION_ROOT="/shop"))
     db.init_app(app)
@@ -240,7 +240,7 @@ def test_works_behind_middlewares(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def test_matches_hosts_and_subdomains(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An application with subdomains has its own, and ours are found on the main one."""
+    """In an application with subdomains, clerkhooks' routes are on the main domain."""
     app, db = Flask(__name__, subdomain_matching=True), make_db()
     app.config.update(configuration(clerk, sqlite_url, SERVER_NAME="example.com"))
     db.init_app(app)

@@ -1,4 +1,4 @@
-"""An application that looks up a tenant before each request, on a small pool."""
+"""An application that looks up a tenant before each request, with a small pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALLS = 40
 
 @pytest.mark.parametrize(("theirs", "ours"), [(2, 5), (40, 1)])
 def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, ours: int) -> None:
-    """Forty calls hold connections of the application's; authentication needs none of them."""
+    """Authentication needs no connection of the application's pool, which forty calls share."""
     app, db = Flask(__name__), make_db()
 
     class Tenant(db.Model):  # type: ignore[name-defined, misc]

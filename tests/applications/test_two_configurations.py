@@ -1,4 +1,4 @@
-"""An application factory that is called twice in one process, with two configurations."""
+"""An application factory called twice in one process, with two configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import MakeDatabase
 
 
 def make_application(clerk: FakeClerk, url: str, **more: Any) -> tuple[Flask, list[Event]]:
-    """Make an application with a handler, and give what the handler receives."""
+    """Create an application with a handler; return it with the list of the handler's events."""
     app, db = Flask(__name__), make_db()
     received: list[Event] = []
     app.config.update(configuration(clerk, url, **more))
@@ -34,7 +34,7 @@ def make_application(clerk: FakeClerk, url: str, **more: Any) -> tuple[Flask, li
 
 
 def test_shares_nothing(make_database: MakeDatabase) -> None:
-    """Secrets, keys, users, handlers and metrics are each application's own."""
+    """Each application has separate secrets, keys, users, handlers and metrics."""
     one, two = FakeClerk(), FakeClerk()
     first, first_received = make_application(
         one, make_database("sqlite"), METRICS_TOKEN="t" * 16, CLERK_AUDIENCE="one"
@@ -60,7 +60,7 @@ def test_shares_nothing(make_database: MakeDatabase) -> None:
 def test_uses_one_object_for_several_applications(
     clerk: FakeClerk, make_database: MakeDatabase
 ) -> None:
-    """The extensions are made once, as is usual, and each application has its own database."""
+    """Extension objects are created once, and each application has its own database."""
     db = make_db()
     hooks = ClerkHooks(db)
     apps = []
@@ -81,7 +81,7 @@ def test_uses_one_object_for_several_applications(
 
 
 def test_lists_everything_that_is_wrong(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The configuration of the application wins over the environment, and is refused as a whole."""
+    """All errors are reported at once, and ``app.config`` takes precedence over the environment."""
     app, db = Flask(__name__), make_db()
     wrong = {
         "CLERK_WEBHOOK_SECRET": "sk_test_1",
@@ -101,7 +101,7 @@ def test_logs_to_the_applications_handlers_alone(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The service beside it prints its own lines; an application's deliveries are a line each."""
+    """A service in the process prints its own lines; an application's deliveries log one each."""
     url = make_database("sqlite")
     service = create_app(clerk.environ | {"DATABASE_URL": url, "LOG_FORMAT": "json"})
     app, _ = make_application(clerk, make_database("sqlite"))

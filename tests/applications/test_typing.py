@@ -1,4 +1,4 @@
-"""What ``mypy --strict`` says of an application."""
+"""What ``mypy --strict`` reports for an application."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.applications.typed import Base, Organization, User, db, hooks
 def no_argument() -> None: ...
 event: Event
 """
-# Each line is wrong in itself, with mypy's code for it.
+# Each line has one error, listed with mypy's code for it.
 WRONG = {
     "hooks.current_user.nickname": "attr-defined",
     "current_user.username": "attr-defined",
@@ -42,7 +42,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[str]]]:
-    """The codes of mypy's errors, by file and line, for the right file and for one of mistakes."""
+    """The codes of mypy's errors by file and line, for a correct file and one with mistakes."""
     wrong = tmp_path_factory.mktemp("typing") / "wrong.py"
     wrong.write_text(BEFORE + "\n".join(WRONG) + "\n")
     cache = PROJECT / ".mypy_cache" / "applications"
@@ -62,23 +62,25 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[
     return found
 
 
-def test_finds_nothing_wrong_in_a_typed_application(
+def test_reports_nothing_in_a_correct_application(
     errors: dict[str, dict[int, set[str]]],
 ) -> None:
-    """Declared columns, optional views, handlers and async views check without a cast."""
+    """Declared columns, optional views, handlers and async views need no cast."""
     assert errors["typed.py"] == {}
     assert not re.search(r"\bcast\(|type: ignore|\bAny\b", TYPED.read_text())
 
 
-def test_finds_every_mistake(errors: dict[str, dict[int, set[str]]]) -> None:
-    """A column that is not there, an optional user, and a wrong argument are errors."""
+def test_reports_every_mistake(errors: dict[str, dict[int, set[str]]]) -> None:
+    """Unknown columns, optional users used without a check, and wrong arguments are errors."""
     first = BEFORE.count("\n") + 1
     expected = {first + number: {code} for number, code in enumerate(WRONG.values())}
     assert errors["wrong.py"] == expected
 
 
-def test_runs_what_it_checks(clerk: FakeClerk, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The spelling that mypy accepts is right at run time, too."""
+def test_runs_the_typed_application(
+    clerk: FakeClerk, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code that mypy accepts also works at run time."""
     for name, value in configuration(clerk, url).items():
         monkeypatch.setenv(name if name.startswith("CLERK_") else f"SHOP_{name}", value)
     app = typed.create_app()

@@ -1,4 +1,4 @@
-"""An application that takes uploads, with limits of its own."""
+"""An application that accepts uploads, with its own size limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORM = "multipart/form-data; boundary=xx"
 
 
 def create_app(clerk: FakeClerk, url: str, **more: Any) -> Flask:
-    """Make the application with two routes for uploads, one of which sets a limit itself."""
+    """Create the application with two upload routes, one of which sets its own limit."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, **more))
     db.init_app(app)
@@ -56,10 +56,10 @@ def multipart(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("limit", "answers"), [(None, (200, 200)), (10 * MIB, (200, 200)), (16, (413, 413))]
 )
-def test_limits_only_our_bodies(
+def test_limits_deliveries_only(
     clerk: FakeClerk, sqlite_url: str, limit: int | None, answers: tuple[int, int]
 ) -> None:
-    """Uploads have the application's limit, and deliveries have 1 MiB, whichever is greater."""
+    """Uploads have the application's limit and deliveries have 1 MiB, whichever is greater."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=limit)
     with tables(app):
         prove_users_are_right(app, clerk)
@@ -79,7 +79,9 @@ def test_limits_only_our_bodies(
 
 
 def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An upload that is too large gets the application's own page, and a delivery ours."""
+    """
+    A too large upload gets the application's page; a too large delivery gets clerkhooks' answer.
+    """
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=MIB)
     app.register_error_handler(413, lambda error: ("Please send less.", 413))
     with tables(app):
@@ -89,10 +91,8 @@ def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -
         assert (refused.status_code, refused.mimetype) == (413, "application/problem+json")
 
 
-def test_takes_deliveries_whatever_the_application_allows_elsewhere(
-    clerk: FakeClerk, sqlite_url: str
-) -> None:
-    """A limit that a before_request sets for every route is not that of our routes."""
+def test_ignores_a_limit_set_for_every_route(clerk: FakeClerk, sqlite_url: str) -> None:
+    """A limit that a ``before_request`` sets for every route does not apply to deliveries."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=8, MAX_FORM_MEMORY_SIZE=8)
 
     @app.before_request

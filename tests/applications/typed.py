@@ -1,4 +1,4 @@
-"""An application under ``mypy --strict``: it needs no cast and no ignored error."""
+"""An application that passes ``mypy --strict`` without a cast or an ignored error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def to_upper(value: str) -> str:
 
 
 class User(ClerkUser, Model):
-    """A user with columns of the application's own, and some that are kept from Clerk."""
+    """A user with the application's own columns, and columns from Clerk."""
 
     username: Mapped[str | None] = from_clerk("username", index=True)
     plan: Mapped[str] = mapped_column(server_default="free")
@@ -51,12 +51,12 @@ class User(ClerkUser, Model):
 
     @property
     def label(self) -> str:
-        """What pages show."""
+        """The name to show on pages."""
         return self.username or self.name
 
 
 class Organization(Versioned, Model):
-    """An organization, kept by a handler."""
+    """An organization, written by a handler."""
 
     __tablename__ = "organizations"
 
@@ -70,7 +70,7 @@ received: list[tuple[str, str, int, datetime | None, bool]] = []
 
 @hooks.on("organization.*")
 def keep_organization(event: Event) -> bool:
-    """Keep what Clerk says."""
+    """Store an organization's event."""
     name: str = event.data["name"]
     moment: datetime | None = event.occurred_at
     is_applied: bool = event.outcome is Outcome.APPLIED
@@ -132,5 +132,5 @@ def create_app() -> Flask:
 
 
 def make_plain_hooks() -> ClerkHooks[ClerkUser]:
-    """Return hooks for the plain table, which need no model."""
+    """Return hooks for the plain table, which needs no model."""
     return ClerkHooks(SQLAlchemy())

@@ -1,4 +1,4 @@
-"""A webhook's statements in sqlite3 alone, with the service's durability."""
+"""The statements of a webhook in plain sqlite3, with the service's durability."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 
 
 def connect(file: Path) -> sqlite3.Connection:
-    """Return a connection that waits for the disk at each commit."""
+    """Return a connection that syncs every commit to the disk."""
     connection = sqlite3.connect(file, isolation_level="IMMEDIATE")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")

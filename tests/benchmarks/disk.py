@@ -42,7 +42,7 @@ WHERE relname IN ('users', 'webhook_messages') ORDER BY relname
 
 
 def main() -> None:
-    """Fill a new PostgreSQL and a SQLite file in bulk, and print what each table takes."""
+    """Fill PostgreSQL and a SQLite file in bulk, and print the size of each table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--events", type=int, default=10, help="messages for each user")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
-    """Write the same rows into a SQLite file, and print what it takes."""
+    """Write the same rows to a SQLite file, and print the size of each table."""
     migrate(f"sqlite:///{path}", FakeClerk())
     file = sqlite3.connect(path)
     for name in ("users", "webhook_messages"):
@@ -79,7 +79,7 @@ def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
 
 
 def print_line(database: str, name: str, rows: int, table: int, indexes: int) -> None:
-    """One table: its rows, and bytes for each and in all."""
+    """Print a table's rows, bytes per row, and total size."""
     each = (
         f"{table / rows:6.0f} + {indexes / rows:4.0f} bytes a row"
         if indexes

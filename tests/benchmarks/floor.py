@@ -1,9 +1,9 @@
 """
-The leanest WSGI function that keeps the promises of the service.
+A minimal WSGI function that does the same work as the service.
 
-It verifies the same signatures and tokens, runs the same statements in the same batches, under the
-same gunicorn, and does no more: no Flask and no SQLAlchemy for a request, no pool, no log, no
-answer to anything invalid. What the service costs beyond it is the price of those.
+It verifies the same signatures and tokens and runs the same statements in the same batches, under
+the same gunicorn. It uses neither Flask nor SQLAlchemy for a request, has no pool and no log, and
+does not answer invalid requests. The difference to the service is the cost of those features.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOCAL = threading.local()
 
 
 def compile_statement(statement: sa.ClauseElement) -> str:
-    """Return *statement* as the driver takes it."""
+    """Return *statement* in the driver's syntax."""
     return str(statement.compile(dialect=STORE.database.dialect))
 
 
@@ -46,7 +46,7 @@ APPLY = "" if IS_SQLITE else compile_statement(STORE.statements.apply)
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-    """Answer a request that is valid."""
+    """Answer a valid request."""
     answers = {"/api/me": get_me, "/webhooks/clerk": receive}
     answer = answers.get(environ["PATH_INFO"], lambda _environ: {})(environ)
     body = json.dumps(answer).encode()
@@ -102,7 +102,7 @@ def get_me(environ: dict[str, Any]) -> dict[str, Any]:
 
 
 def execute(statement: str, parameters: dict[str, Any]) -> psycopg.Cursor[Any]:
-    """Hand a statement to the driver, on the greenlet's own connection."""
+    """Execute a statement on the greenlet's own connection."""
     if not hasattr(LOCAL, "connection"):
         LOCAL.connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True)
     connection: psycopg.Connection[Any] = LOCAL.connection

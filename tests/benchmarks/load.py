@@ -1,4 +1,4 @@
-"""Load on a running server: kept connections, each sending one prepared request after another."""
+"""Load for a running server: persistent connections that send prepared requests in sequence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ START = 1_700_000_000_000  # milliseconds
 
 @dataclass
 class Result:
-    """What came of a load. Latencies in seconds."""
+    """The result of a load. Latencies are in seconds."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -26,11 +26,11 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Answers of 200 a second."""
+        """Successful answers (200) per second."""
         return self.statuses[200] / self.seconds
 
     def quantile(self, share: float) -> float:
-        """The latency, in milliseconds, that this share of the requests stayed below."""
+        """Return the given quantile of the latencies, in milliseconds."""
         return (
             sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
             * 1000
@@ -38,12 +38,12 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """Answers that were none, or failures."""
+        """The number of missing or failed answers."""
         return sum(count for status, count in self.statuses.items() if status == 0 or status >= 500)
 
 
 def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
-    """A request as bytes."""
+    """Return a request as bytes."""
     lines = [
         f"{method} {path} HTTP/1.1",
         "Host: 127.0.0.1",
@@ -54,7 +54,7 @@ def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> b
 
 
 def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
-    """Sign-ups of new users and updates of *known* ones in turn, every message new."""
+    """Generate sign-ups of new users and updates of *known* ones alternately."""
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
@@ -69,7 +69,7 @@ def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
 
 
 def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
-    """What a stranger sends, with headers that look right."""
+    """Generate requests with well-formed headers and an invalid signature."""
     headers = {
         "svix-id": "msg_x",
         "svix-timestamp": str(int(time.time())),
@@ -79,7 +79,7 @@ def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
 
 
 def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
-    """Calls of these users, ten with each token."""
+    """Generate calls of these users, ten with each token."""
     for number in itertools.count():
         token = clerk.session_token(users[number % len(users)])
         yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
@@ -88,7 +88,7 @@ def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
 def apply_load(
     port: int, requests: Iterator[bytes], seconds: float, connections: int = 8
 ) -> Result:
-    """Send *requests*, which are prepared first, over so many connections for so long."""
+    """Send *requests*, prepared in advance, over *connections* for *seconds*."""
     prepared = list(itertools.islice(requests, int(seconds * 4000)))
     result, guard, ends = Result(), threading.Lock(), time.monotonic() + seconds
     following = iter(prepared)
@@ -113,13 +113,13 @@ def apply_load(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(seconds + 60)
     result.seconds = time.monotonic() - began
     return result
 
 
 def _ask(connection: socket.socket, request: bytes) -> int:
-    """The status of the answer; 0 where there is none."""
+    """Return the status of the answer, or 0 without a valid answer."""
     try:
         connection.sendall(request)
         answer = b""
@@ -128,12 +128,15 @@ def _ask(connection: socket.socket, request: bytes) -> int:
         head, _, body = answer.partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
         while len(body) < length:
-            body += connection.recv(65536)
+            piece = connection.recv(65536)
+            if not piece:
+                return 0
+            body += piece
         return int(head[9:12] or 0)
     except (OSError, ValueError):
         return 0
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios of rounds, which a machine that drifts leaves alone."""
+    """Return the median of the ratios per round, which cancels drift of the machine."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))

@@ -1,12 +1,12 @@
 """
-The whole service under load, as a table.
+The service under load, as a table.
 
     python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]
 
-Parts: ``floor`` (against the leanest function that does the same), ``scale`` (more users),
-``sqlite`` (against the bare statements), ``start`` (against a bare Flask with the same imports),
-``memory`` and ``overload``. The load comes from this machine, too;
-ratios are of turns in one run.
+Parts: ``floor`` (compared with a minimal function that does the same), ``scale`` (more users),
+``sqlite`` (compared with the bare statements), ``start`` (compared with a bare Flask application),
+``memory`` and ``overload``. The load is generated on the same machine; ratios compare alternating
+rounds of one run.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def healthz():
 
 
 def line(part: str, what: str, value: str) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(f"{part:9} {what:64} {value}", flush=True)
 
 
 def measure_floor(folder: Path) -> None:
-    """Webhooks and calls a second, to the leanest function that does the same."""
+    """Compare webhooks and calls per second with those of the minimal function."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
@@ -68,7 +68,7 @@ def measure_floor(folder: Path) -> None:
                 serving(database, CLERK, folder / "service.log") as server,
                 _serving_floor(database, folder / "floor.log") as floor,
             ):
-                apply_load(server.port, calls(CLERK, [ONE]), 1)  # the user exists from now on
+                apply_load(server.port, calls(CLERK, [ONE]), 1)  # create the user
                 rates: list[list[float]] = [[], []]
                 for _ in range(5):
                     for own, port in zip(rates, (server.port, floor), strict=True):
@@ -83,7 +83,7 @@ def measure_floor(folder: Path) -> None:
 @contextlib.contextmanager
 def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
     port = free_port()
-    # Not gunicorn.conf.py, whose hooks are for the service. The package has no settings in it.
+    # gunicorn.conf.py has hooks of the service; this package contains no settings.
     options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
     options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
@@ -96,11 +96,11 @@ def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait()
+        process.wait(60)
 
 
 def measure_scale(largest: int, folder: Path) -> None:
-    """The cost of a webhook and of a call with 10 thousand users and with many more."""
+    """Compare the cost of webhooks and calls at 10,000 users and at many more."""
     counts = [10_000, *(count for count in (1_000_000, 10_000_000) if count <= largest)]
     with started_postgresql() as url, contextlib.ExitStack() as stack:
         servers, known = {}, {}
@@ -142,7 +142,7 @@ def _database(url: str, name: str) -> str:
 
 
 def measure_sqlite(folder: Path) -> None:
-    """Webhooks a second on SQLite with durable commits, to the bare statements in sqlite3."""
+    """Compare webhooks per second on SQLite with the bare statements in sqlite3."""
     ours, bare = [], []
     url = f"sqlite:///{folder}/service.db"
     migrate(url, CLERK)
@@ -172,7 +172,7 @@ def _bare_sqlite(file: Path, seconds: float) -> float:
 
 
 def measure_start(folder: Path) -> None:
-    """From exec to the first 200, to that of a bare Flask app with the same imports."""
+    """Compare the time to the first 200 with a bare Flask application with the same imports."""
     url = f"sqlite:///{folder}/start.db"
     migrate(url, CLERK)
     (folder / "bare.py").write_text(BARE)
@@ -211,7 +211,9 @@ def _start(
         start_new_session=True,
     )
     server = Server(process, "", port, Path(os.devnull), CLERK)
+    deadline = began + 60
     while True:
+        assert time.monotonic() < deadline
         with contextlib.suppress(OSError):
             if server.request("GET", "/healthz").status == 200:
                 break
@@ -219,12 +221,12 @@ def _start(
         time.sleep(0.002)
     took = time.monotonic() - began
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     return took
 
 
 def measure_memory(folder: Path, requests: int) -> None:
-    """The proportional set size of the workers, and whether it grows."""
+    """Measure the proportional set size of the workers, and its growth."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "memory.log") as server:
@@ -232,10 +234,12 @@ def measure_memory(folder: Path, requests: int) -> None:
             for count in (10_000, requests):
                 done = 0
                 while done < count:
-                    done += (
+                    answered = (
                         apply_load(server.port, webhooks(CLERK), 4).statuses[200]
                         + apply_load(server.port, calls(CLERK, [ONE]), 4).statuses[200]
                     )
+                    assert answered, "the server has stopped answering"
+                    done += answered
                 sizes.append(_megabytes(server))
     line(
         "memory",
@@ -246,7 +250,7 @@ def measure_memory(folder: Path, requests: int) -> None:
 
 
 def _megabytes(server: Server) -> float:
-    """PSS of a worker, in the mean."""
+    """Return the mean proportional set size of a worker."""
     children = (
         Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     )
@@ -258,7 +262,7 @@ def _megabytes(server: Server) -> float:
 
 
 def measure_overload(folder: Path, seconds: float) -> None:
-    """Four times the usual connections: every 200 is stored, and garbage takes its share only."""
+    """Send four times the usual load: every 200 is stored, and garbage is limited to its share."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "overload.log") as server:
@@ -304,7 +308,7 @@ def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tupl
 
 
 def main() -> None:
-    """Run the parts and print their lines."""
+    """Run the chosen parts and print their lines."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,1 +1,1 @@
-"""Worked examples of applications that are built on clerkhooks, each a package to copy."""
+"""Example applications that use clerkhooks, each a package to copy."""

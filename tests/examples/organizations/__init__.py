@@ -1,1 +1,1 @@
-"""An application that keeps Clerk's organizations and memberships in tables of its own."""
+"""An application that stores Clerk's organizations and memberships in its own tables."""

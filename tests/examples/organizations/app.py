@@ -1,4 +1,4 @@
-"""Organizations and memberships, kept from Clerk's events in any order, each exactly once."""
+"""Organizations and memberships, stored from Clerk's events in any order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ else:
 
 
 class Kept(Versioned):
-    """The columns of everything that is kept; a row is a tombstone once ``deleted_at`` is set."""
+    """Common columns. A row is a tombstone if ``deleted_at`` is set."""
 
     id: Mapped[str] = mapped_column(primary_key=True)
     deleted_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=True))
@@ -44,9 +44,10 @@ class Organization(Kept, Model):
 
 class Membership(Kept, Model):
     """
-    A user's membership. Clerk gives a user who leaves and comes back a new one.
+    A user's membership. A user who leaves and returns gets a new one from Clerk.
 
-    There are no foreign keys: its event may overtake that of its organization or of its user.
+    There are no foreign keys, because a membership's event may arrive before its organization's or
+    its user's.
     """
 
     __tablename__ = "memberships"
@@ -80,9 +81,9 @@ def keep_membership(event: Event) -> None:
 
 
 def keep(model: type[Kept], event: Event, **values: Any) -> None:
-    """Write a row, unless it is newer already. A deletion is final, even if it comes first."""
+    """Write a row unless it is newer. A deletion is final, even if it arrives first."""
     if event.type.endswith(".deleted"):
-        # With a version above all others, no event revives the row, not even one under way.
+        # No event has a higher version, so none can restore the row, even in a race.
         event = replace(event, version=event.version._replace(updated_at=2**63 - 1))
         values = dict.fromkeys(values) | {"deleted_at": datetime.now(UTC)}
     upsert(model, event, id=event.data["id"], **values)

@@ -1,4 +1,4 @@
-"""Organizations end the same in every order of events, on both databases."""
+"""Organizations end in the same state for every order of events, on both databases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AT = 1_700_000_000_000
 def clerkhooks_app(
     request: pytest.FixtureRequest, clerk: FakeClerk, make_database: MakeDatabase
 ) -> Iterator[Flask]:
-    """The application on a database of each kind."""
+    """The application, on each kind of database."""
     url = make_database(request.param).replace("postgresql://", "postgresql+psycopg://", 1)
     app = create_app(clerk.environ | {"SQLALCHEMY_DATABASE_URI": url})
     yield app
@@ -52,7 +52,7 @@ def membership(event_type: str, at: int, role: str) -> bytes:
 
 
 def outcome(service: ClerkService, body: bytes, message_id: str | None = None) -> str:
-    """Deliver an event, which must be taken."""
+    """Deliver an event, which must be accepted; return the outcome."""
     response = service.deliver_body(body, message_id)
     assert response.status_code == 200, response.text
     return str(response.get_json()["outcome"])
@@ -72,7 +72,7 @@ def forget(app: Flask) -> None:
 
 
 def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
-    """Created and renamed twice: the last name stays, whatever came when."""
+    """The newest of two new names is stored, whatever the order of arrival."""
     names = ("Acne", "Acme", "Acme Inc")
     events = [organization("updated", at, name=name) for at, name in enumerate(names)]
     for order in permutations(events):
@@ -83,8 +83,8 @@ def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
         ]
 
 
-def test_keeps_what_is_deleted_deleted(clerk_service: ClerkService) -> None:
-    """A deletion is final in every order, also if a later event overtakes it."""
+def test_keeps_deleted_rows_deleted(clerk_service: ClerkService) -> None:
+    """A deletion is final in every order of events."""
     events = [
         organization("created", 1, name="Acme"),
         organization("deleted", 2),
@@ -99,7 +99,7 @@ def test_keeps_what_is_deleted_deleted(clerk_service: ClerkService) -> None:
 
 
 def test_keeps_memberships(clerk_service: ClerkService) -> None:
-    """A membership may come before its organization and its user."""
+    """A membership may arrive before its organization and its user."""
     assert outcome(clerk_service, membership("updated", 2, "org:admin")) == "applied"
     assert outcome(clerk_service, membership("created", 1, "org:member")) == "applied"
     columns = (Membership.organization_id, Membership.user_id, Membership.role)
@@ -108,7 +108,7 @@ def test_keeps_memberships(clerk_service: ClerkService) -> None:
 
 
 def test_processes_each_message_once(clerk_service: ClerkService) -> None:
-    """A repeated message does not reach the application."""
+    """A repeated message does not reach the application's handlers."""
     body = organization("created", 1, name="Acme")
     assert outcome(clerk_service, body, "msg_1") == "applied"
     forget(clerk_service.app)
@@ -117,7 +117,7 @@ def test_processes_each_message_once(clerk_service: ClerkService) -> None:
 
 
 def test_fails_as_a_whole(clerk_service: ClerkService) -> None:
-    """An event without an id is answered 500 and retried; other types go on working."""
+    """An event without an id is answered 500 and retried; other types still work."""
     body = event_body("organization.created", {}, AT)
     assert clerk_service.deliver_body(body, "msg_1").status_code == 500
     assert rows(clerk_service.app, Organization.id) == []
@@ -131,9 +131,9 @@ def test_fails_as_a_whole(clerk_service: ClerkService) -> None:
 @pytest.mark.parametrize("deletion_first", [True, False], ids=["deletion first", "update first"])
 def test_deletes_for_good_in_a_race(clerk_service: ClerkService, deletion_first: bool) -> None:
     """
-    A deletion and an update at once, of an organization that is new here.
+    A deletion and an update of a new organization run at the same time.
 
-    The second waits, and nothing is left.
+    The second waits, and the organization stays deleted.
     """
     app, clerk = clerk_service.app, clerk_service.clerk
     service = Service(app, clerk, app.config["SQLALCHEMY_DATABASE_URI"].replace("+psycopg", ""))

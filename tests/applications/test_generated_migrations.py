@@ -1,4 +1,4 @@
-"""An application that generates its own migrations, beside the tables of others."""
+"""An application that generates its own migrations, beside other programs' tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOREIGN = (
 
 @dataclass
 class Checkout:
-    """The bookshop's code in a folder of its own, and its database."""
+    """A copy of the bookshop's code in a separate folder, and its database."""
 
     folder: Path
     url: str
@@ -46,7 +46,7 @@ class Checkout:
         return self.folder / "bookshop.py"
 
     def flask(self, *command: str) -> str:
-        """Run a flask command in the folder; return what it wrote."""
+        """Run a flask command in the folder; return its output."""
         done = subprocess.run(
             [sys.executable, "-m", "flask", "--app", "bookshop", *command],
             cwd=self.folder,
@@ -64,7 +64,7 @@ class Checkout:
         return [path.read_text() for path in (self.folder / "migrations" / "versions").glob("*.py")]
 
     def add_column(self) -> None:
-        """Declare a further column from Clerk."""
+        """Declare another column from Clerk."""
         text = self.code.read_text()
         assert PLAN in text
         self.code.write_text(text.replace(PLAN, PLAN + USERNAME))
@@ -74,7 +74,7 @@ class Checkout:
 def checkout(
     url: str, clerk: FakeClerk, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Checkout]:
-    """The bookshop, on a database with a table of another program."""
+    """The bookshop, on a database that has another program's table."""
     for statement in FOREIGN:
         rows(url, statement)
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
@@ -87,7 +87,7 @@ def checkout(
 
 
 def load(checkout: Checkout) -> Any:
-    """Import the bookshop's module as it is now."""
+    """Import the current version of the bookshop's module."""
     spec = importlib.util.spec_from_file_location("bookshop", checkout.code)
     assert spec is not None
     assert spec.loader is not None
@@ -103,7 +103,11 @@ def load(checkout: Checkout) -> Any:
 def test_generates_migrations_that_run_unedited(
     checkout: Checkout, clerk: FakeClerk, backend: Backend
 ) -> None:
-    """init, migrate, upgrade; nothing is left to change; a column that is added later is filled."""
+    """
+    ``flask db init``, ``migrate`` and ``upgrade`` succeed without edits.
+
+    No difference is left, and a column declared later is migrated and filled.
+    """
     checkout.flask("db", "init")
     checkout.flask("db", "migrate", "-m", "first")
     [first] = checkout.migrations()
