@@ -79,9 +79,7 @@ def test_limits_deliveries_only(
 
 
 def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -> None:
-    """
-    A too large upload gets the application's page; a too large delivery gets clerkhooks' answer.
-    """
+    """A too large upload gets the application's page; a too large delivery gets a problem."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=MIB)
     app.register_error_handler(413, lambda error: ("Please send less.", 413))
     with tables(app):

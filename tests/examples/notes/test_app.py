@@ -1,4 +1,4 @@
-"""The notes, as signed-in users and strangers meet them."""
+"""The notes, for signed-in users and anonymous callers."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def texts(client: FlaskClient) -> list[str]:
 
 
 def test_keeps_the_notes_of_each_user(clerk_service: ClerkService) -> None:
-    """Everyone lists what they wrote, and nobody else's notes."""
+    """A user sees their own notes only."""
     ada = clerk_service.client(clerk_service.sign_up(first_name="Ada"))
     grace = clerk_service.client(clerk_service.sign_up(first_name="Grace"))
     assert ada.post("/notes/", json={"text": "Poetical science"}).status_code == 201
@@ -31,7 +31,7 @@ def test_keeps_the_notes_of_each_user(clerk_service: ClerkService) -> None:
 
 
 def test_takes_a_note_before_the_webhook(clerk_service: ClerkService) -> None:
-    """A user of whom no webhook has told yet can write all the same."""
+    """A user can write before the webhook has arrived."""
     early = clerk_service.client("user_2early")
     assert early.post("/notes/", json={"text": "First!"}).status_code == 201
     assert texts(early) == ["First!"]
@@ -39,13 +39,13 @@ def test_takes_a_note_before_the_webhook(clerk_service: ClerkService) -> None:
 
 @pytest.mark.parametrize("body", [[], {}, {"text": None}, {"text": 7}])
 def test_refuses_a_body_without_a_text(clerk_service: ClerkService, body: object) -> None:
-    """A note is a text."""
+    """A note must have a text."""
     ada = clerk_service.client(clerk_service.sign_up())
     assert ada.post("/notes/", json=body).status_code == 400
 
 
 def test_lets_only_admins_delete_a_note(clerk_service: ClerkService) -> None:
-    """Not even its author may, without the role; nor may an admin of another organization."""
+    """Its author may not without the role, and neither may an admin of another organization."""
     author = clerk_service.client(clerk_service.sign_up(), role="org:member")
     admin = clerk_service.client(clerk_service.sign_up(), role="org:admin")
     stranger = clerk_service.client(
@@ -58,13 +58,13 @@ def test_lets_only_admins_delete_a_note(clerk_service: ClerkService) -> None:
 
 
 def test_asks_to_sign_in(clerk_service: ClerkService) -> None:
-    """Without a token there are no notes."""
+    """A call without a token is refused."""
     response = clerk_service.http.get("/notes/")
     assert (response.status_code, response.get_json()["reason"]) == (401, "token_missing")
 
 
 def test_welcomes_everyone(clerk_service: ClerkService) -> None:
-    """The public page is for strangers, too, but not for a token that is invalid."""
+    """The public page greets anonymous callers and refuses an invalid token."""
     ada = clerk_service.sign_up(first_name="Ada", username="countess")
     welcome = "/notes/welcome"
     assert clerk_service.http.get(welcome).get_json() == {"greeting": "Please sign in."}
