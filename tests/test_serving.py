@@ -211,7 +211,9 @@ def test_refuses_a_large_body_before_reading_it(server: Server, framing: str) ->
             connection.sendall(piece * 17)
         answer = b""
         while not answer.endswith(b"}"):
-            answer += connection.recv(65536)
+            piece = connection.recv(65536)
+            assert piece, "the server has closed the connection"
+            answer += piece
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"body_too_large" in answer
 
