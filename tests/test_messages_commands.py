@@ -287,7 +287,7 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--to", "http://example.com/webhooks/clerk"], "only https:// is safe"),
+        (["--to", "http://example.com/webhooks/clerk"], "Use https://"),
         (["--to", "nowhere"], "not a URL"),
         (["--to", "http://127.0.0.1:1/webhooks/clerk"], "does not respond (ConnectError)"),
         (["--user", "ada"], "not a Clerk user id"),
