@@ -55,7 +55,7 @@ def test_serves_callers_in_order(threads: ThreadPoolExecutor) -> None:
     for future in queued:
         future.result(TIMEOUT)
     assert log == list(range(10))
-    assert slots._free == 1
+    assert len(slots._free) == 1
 
 
 def test_admits_as_many_as_it_has_slots(threads: ThreadPoolExecutor) -> None:
@@ -127,11 +127,11 @@ def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Slots, "_wait", die)
     with pytest.raises(Killed):
         slots.begin()
-    assert (slots._free, len(slots._waiting)) == (0, 0)
+    assert (len(slots._free), len(slots._waiting)) == (0, 0)
     monkeypatch.setattr(Slots, "_wait", die_late)
     with pytest.raises(Killed):
         slots.begin()
-    assert (slots._free, len(slots._waiting)) == (1, 0)
+    assert (len(slots._free), len(slots._waiting)) == (1, 0)
 
 
 def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPoolExecutor) -> None:
@@ -146,7 +146,7 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPoolExecutor) -
     slots.end(began_at)
     slots._leave(turn)
     queued.result(TIMEOUT)
-    assert slots._free == 1
+    assert len(slots._free) == 1
 
 
 def test_refuses_more_callers_than_its_bound() -> None:

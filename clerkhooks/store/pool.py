@@ -28,6 +28,29 @@ class Overloaded(RequestError, sa.exc.TimeoutError):
         super().__init__(reason)
 
 
+class Bound:
+    """At most *size* callers at once; further ones are refused."""
+
+    def __init__(self, size: int) -> None:
+        self._free = [None] * size  # a list's pop() and append() are atomic, and fast
+
+    def __enter__(self) -> None:
+        """
+        Take a place.
+
+        Raises:
+            Overloaded: all places are taken.
+        """
+        try:
+            self._free.pop()
+        except IndexError:
+            raise Overloaded from None
+
+    def __exit__(self, *_: object) -> None:
+        """Give the place back."""
+        self._free.append(None)
+
+
 class Slots:
     """
     At most *size* uses at once; other callers wait in order, for *timeout* seconds at most.
@@ -39,7 +62,7 @@ class Slots:
     def __init__(self, size: int, timeout: float) -> None:
         self.size, self.timeout = size, timeout
         self._guard = threading.RLock()  # garbage collection may end a use at any time
-        self._free = size
+        self._free = [None] * size
         self._waiting: deque[threading.Lock] = deque()
         self._duration = 0.0  # seconds that a use takes, on average
         self._changed_at = monotonic()  # when a use began or ended
@@ -65,31 +88,44 @@ class Slots:
         Raises:
             Overloaded: the wait would be too long.
         """
+        if self._waiting or not self._take():
+            self._queue()
+        self._changed_at = monotonic()
+        return self._changed_at
+
+    def end(self, began_at: float) -> None:
+        """End a use that began at *began_at*: the slot is the next caller's."""
+        self._changed_at = monotonic()
+        self._duration += _WEIGHT * (self._changed_at - began_at - self._duration)
+        self._free.append(None)
+        if self._waiting:
+            self._serve()
+
+    def _take(self) -> bool:
+        try:
+            self._free.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _queue(self) -> None:
+        turn = threading.Lock()
+        turn.acquire()
         with self._guard:
-            if self._free and not self._waiting:
-                self._free -= 1
-                self._changed_at = monotonic()
-                return self._changed_at
-            self._refuse_if_late(len(self._waiting))
-            turn = threading.Lock()
-            turn.acquire()
+            if not self._free:
+                self._refuse_if_late(len(self._waiting))
             self._waiting.append(turn)
+        self._serve()  # a use may have ended in the meantime
         try:
             self._wait(turn)
         except BaseException:  # also if this caller is killed
             self._leave(turn)
             raise
-        return monotonic()
 
-    def end(self, began_at: float) -> None:
-        """End a use that began at *began_at*: the slot is the next caller's."""
+    def _serve(self) -> None:
         with self._guard:
-            self._changed_at = monotonic()
-            self._duration += _WEIGHT * (self._changed_at - began_at - self._duration)
-            if self._waiting:
+            while self._waiting and self._take():
                 self._waiting.popleft().release()
-            else:
-                self._free += 1
 
     def _wait(self, turn: threading.Lock) -> None:
         deadline = monotonic() + self.timeout
@@ -102,37 +138,15 @@ class Slots:
         with self._guard:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            elif self._waiting:  # it was this caller's turn
-                self._waiting.popleft().release()
-            else:
-                self._free += 1
+                return
+        self._free.append(None)  # it was this caller's turn
+        self._serve()
 
     def _refuse_if_late(self, before: int, is_late: bool = False) -> None:
         # While no use ends, uses take at least as long as that.
         duration = max(self._duration, monotonic() - self._changed_at)
         if is_late or duration * (before + 1) / self.size > self.timeout:
             raise Overloaded
-
-
-class Bound:
-    """At most *size* callers at once; further ones are refused."""
-
-    def __init__(self, size: int) -> None:
-        self._free = threading.BoundedSemaphore(size)
-
-    def __enter__(self) -> None:
-        """
-        Take a place.
-
-        Raises:
-            Overloaded: all places are taken.
-        """
-        if not self._free.acquire(blocking=False):
-            raise Overloaded
-
-    def __exit__(self, *_: object) -> None:
-        """Give the place back."""
-        self._free.release()
 
 
 class OrderedPool(QueuePool):
