@@ -17,6 +17,7 @@ from typing import Any  # noqa: E402
 import gevent  # noqa: E402
 
 from clerkhooks.settings import ServiceSettings, exit_if_invalid, read_environ  # noqa: E402
+from clerkhooks.web.worker import raise_descriptor_limit  # noqa: E402
 
 with exit_if_invalid():  # before anything listens
     settings = ServiceSettings.from_mapping(read_environ())
@@ -24,7 +25,8 @@ with exit_if_invalid():  # before anything listens
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "clerkhooks.web.worker.Worker"
-worker_connections = 8000  # per worker, of some 20 KB each; or 0.8 of its file descriptors
+# Per worker, of some 20 KB each. The other descriptors are for the database, keys and files.
+worker_connections = min(8000, int(0.8 * raise_descriptor_limit()))
 backlog = 4096
 preload_app = True
 # Seconds. Longer than proxies usually keep a connection, so that no proxy uses a closed one.

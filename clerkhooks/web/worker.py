@@ -23,8 +23,7 @@ from gevent.socket import socket
 from gunicorn.workers.ggevent import GeventWorker
 
 REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, and for a part of a response to leave
-MAX_DESCRIPTORS = 65_536  # enough for any worker_connections, even if more are allowed
-CONNECTIONS_SHARE = 0.8  # of the descriptors; the others are for the database, keys and files
+MAX_DESCRIPTORS = 65_536  # asked for at most, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # of the connections; gunicorn accepts no further ones at 1
 REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
@@ -95,13 +94,6 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._connections: dict[Any, Connection] = {}  # by greenlet
         self._waiting: dict[Connection, None] = {}  # the longest wait first
 
-    def init_process(self) -> None:
-        """Raise the limit of descriptors, and bound the connections well below it."""
-        limit = raise_descriptor_limit()
-        allowed = int(limit * CONNECTIONS_SHARE)
-        self.worker_connections: int = min(self.cfg.worker_connections, allowed)
-        super().init_process()
-
     def run(self) -> None:
         """Serve until the worker is told to stop."""
         gevent.spawn(self._watch_deadlines)
@@ -171,10 +163,12 @@ class _Server(StreamServer):  # type: ignore[misc]
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files as far as allowed, and return it."""
+    """Raise this process's limit of open files as far as allowed, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft == resource.RLIM_INFINITY or soft >= allowed:
-        return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
+    if soft == resource.RLIM_INFINITY:
+        return MAX_DESCRIPTORS
+    if soft < allowed:
+        with suppress(OSError, ValueError):  # macOS has a limit below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

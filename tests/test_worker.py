@@ -1,0 +1,190 @@
+"""The worker class by itself: connections, deadlines and limits, without a server around it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from clerkhooks.settings import PROJECT
+
+# In a process of its own: gevent has one event loop in a thread, and limits concern a process.
+SETUP = """
+import resource, socket, time
+import gevent
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+from clerkhooks.web import worker
+from clerkhooks.web.worker import Worker, raise_descriptor_limit
+
+worker.REQUEST_TIMEOUT = 0.6
+worker.INTERVAL = 0.05
+
+def application(environ, start_response):
+    body = environ["wsgi.input"].read()
+    if environ["PATH_INFO"] == "/large":
+        body = b"x" * 50_000_000
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+class App:
+    @staticmethod
+    def wsgi():
+        return application
+
+config = Config()
+for name, value in {"keepalive": 2, "worker_connections": 10, "workers": 2, **OPTIONS}.items():
+    config.set(name, value)
+listener = socket.create_server(("127.0.0.1", 0))
+served = gevent.socket.socket(fileno=listener.detach())
+address = served.getsockname()
+
+class Listener:
+    FAMILY, sock = served.family, served
+
+own = Worker(0, __import__("os").getppid(), [served], App, 30, config, Logger(config))
+own.wsgi = application
+running = gevent.spawn(own.run)
+
+def connect(sent=b""):
+    connection = gevent.socket.create_connection(address)
+    connection.sendall(sent)
+    connection.settimeout(8)
+    return connection
+
+def seconds_until_end(connection):
+    began, received = time.monotonic(), b""
+    while piece := connection.recv(65536):
+        received += piece
+    return time.monotonic() - began, received
+
+def stop():
+    own.alive = False
+    running.join(8)
+    assert running.successful()
+
+HEAD = b"POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: "
+"""
+
+
+def run(script: str, **options: object) -> None:
+    """Run *script* after SETUP; it asserts by itself."""
+    code = SETUP.replace("OPTIONS", repr(options)) + script
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_keeps_a_connection_as_long_as_it_is_used() -> None:
+    """Requests follow each other, also pipelined ones; after the last one, keepalive ends it."""
+    run("""
+connection = connect(HEAD + b"1\\r\\n\\r\\na" + HEAD + b"2\\r\\n\\r\\nbc")
+gevent.sleep(1)
+connection.sendall(HEAD + b"1\\r\\n\\r\\nd")
+took, received = seconds_until_end(connection)
+assert [part[-1:] for part in received.split(b"HTTP/1.1 200 OK")] == [b"", b"a", b"c", b"d"]
+assert 1.9 <= took < 4, took
+assert not own._connections and not own._waiting
+stop()
+""")
+
+
+@pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
+def test_gives_a_request_a_deadline(sent: str) -> None:
+    """From its first byte on, whether the head or the body is slow."""
+    run(f"""
+connection = connect({sent})
+took, _ = seconds_until_end(connection)
+assert 0.5 <= took < 1.5, took
+stop()
+""")
+
+
+def test_gives_up_on_a_client_that_does_not_read() -> None:
+    """The response does not leave: the connection is broken, and a place is free again."""
+    run("""
+connection = connect(b"GET /large HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+gevent.sleep(1.5)
+assert not own._connections
+stop()
+""")
+
+
+def test_closes_idle_connections_near_its_bound() -> None:
+    """Of ten connections nine are kept: for further ones, the longest idle are closed."""
+    run("""
+connections = [connect() for _ in range(9)]
+gevent.sleep(0.3)
+assert len(own._connections) == 9
+connections += [connect() for _ in range(3)]
+for old in connections[:3]:
+    assert seconds_until_end(old)[0] < 1
+assert list(own._connections.values()) == list(own._waiting)
+assert len(own._connections) == 9
+stop()
+""")
+
+
+def test_accepts_more_at_once_while_it_is_busy() -> None:
+    """An idle worker accepts one connection at a time, and one with 16 requests three."""
+    run("""
+server = own.server_class(served, spawn=None)
+assert server.max_accept == 1
+own._connections = dict.fromkeys(range(16))
+assert server.max_accept == 3
+own._connections = {}
+stop()
+""")
+
+
+def test_ends_idle_connections_when_it_stops() -> None:
+    """At once, while a request that has begun to arrive is finished."""
+    run("""
+idle, begun = connect(), connect(HEAD + b"1\\r\\n\\r\\n")
+gevent.sleep(0.1)
+own.alive = False
+assert seconds_until_end(idle)[0] < 0.5
+begun.sendall(b"a")
+assert seconds_until_end(begun)[1].endswith(b"a")
+stop()
+""")
+
+
+def test_serves_tls_as_the_worker_that_it_derives_from() -> None:
+    """A TLS connection is not one of ours, and its wait has a timer."""
+    run("""
+import ssl
+from gunicorn.workers.ggevent import GeventWorker
+seen = []
+GeventWorker.handle = lambda *arguments: seen.append(arguments[2])
+client = ssl.create_default_context().wrap_socket(socket.socket(), do_handshake_on_connect=False, server_hostname="x")
+own.handle(None, client, None)
+assert seen == [client] and not own._connections
+assert isinstance(own.timeout_ctx(), gevent.Timeout)
+stop()
+""")
+
+
+def test_raises_the_limit_of_descriptors_as_far_as_allowed() -> None:
+    """To the hard limit, at most to 65,536, and never down."""
+    run("""
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+hard = limits[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+assert raise_descriptor_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 65536)
+infinite = resource.RLIM_INFINITY
+asked = []
+resource.getrlimit = lambda _: ((asked or [(500, infinite)])[-1])
+resource.setrlimit = lambda _, limits: asked.append(limits)
+assert raise_descriptor_limit() == 65536 and asked == [(65536, infinite)]
+asked.append((infinite, infinite))
+assert raise_descriptor_limit() == 65536 and len(asked) == 2
+stop()
+""")
