@@ -19,7 +19,7 @@ from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.store import batching
 from clerkhooks.store.batching import Batcher
 from tests.racing import TIMEOUT, before, call, delivery, eventually, held, on_statement
-from tests.support import NOW_MS, Service, deletion, user_event
+from tests.support import NOW_MS, Service, deletion, rows, user_event
 
 
 class Work:
@@ -348,3 +348,47 @@ def test_does_not_let_a_locked_row_delay_others(
     assert outcomes == {"applied"}
     assert len(written) == 5, "one alone, the batch, who is locked, the others, the locked one"
     assert took < 1.5, "far from the two seconds that a row is waited for"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> None:
+    """Nobody sees the row that another transaction inserts; each delivery is then tried alone."""
+    inserted_id = clerk_id("user")
+    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
+    bodies = [user_event(clerk_id("user")) for _ in range(4)]
+    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(5) as pool:
+        other.execute(
+            "INSERT INTO users (id, name, is_online, last_seen, created_at, updated_at)"
+            " VALUES (%s, 'Ada', false, now(), now(), now())",
+            [inserted_id],
+        )
+        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+            waiting = pool.submit(delivery(service, user_event(inserted_id)))
+            wait_for_callers(2)
+            answers = [first, *(pool.submit(delivery(service, body)) for body in bodies[1:])]
+            wait_for_callers(5)
+            hold.released.set()
+            outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
+        assert not waiting.done(), "the row is still locked"
+        other.rollback()
+        assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
+    assert outcomes == {"applied"}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_waits_once_for_a_locked_table(service: Service) -> None:
+    """A table that somebody locks is nobody's fault in the batch: each delivery fails with it."""
+    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
+    bodies = [user_event(clerk_id("user")) for _ in range(4)]
+    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(5) as pool:
+        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+            answers = [pool.submit(delivery(service, body)) for body in bodies[1:]]
+            wait_for_callers(4)
+            other.execute("LOCK TABLE users IN SHARE MODE")
+            hold.released.set()
+            began_at = time.monotonic()
+            statuses = [answer.result(TIMEOUT).status_code for answer in (first, *answers)]
+        assert statuses == [500] * 4
+        assert time.monotonic() - began_at < 8
+        logged = "SELECT DISTINCT outcome, error FROM webhook_messages"
+        assert rows(service.database_url, logged) == [("failed", "OperationalError 55P03")]
