@@ -286,9 +286,7 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
 )
 def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> None:
     """One value rejected by the database would fail every later event of its user."""
-    with pytest.raises(
-        ValueError, match=r"User\.value has an unsupported type"
-    ):
+    with pytest.raises(ValueError, match=r"User\.value has an unsupported type"):
         declare({"value": type_})
 
 
