@@ -63,8 +63,6 @@ def test_serves_beside_5000_connections_that_send_little(
             assert count_open() == count
     assert sent.statuses == {200: 500}
     assert health.statuses.keys() == {200}
-    assert sent.quantile(0.99) < 1
-    assert health.quantile(0.99) < 1
 
 
 @pytest.mark.slow
@@ -81,7 +79,6 @@ def test_serves_a_sender_that_opens_more_connections_than_it_needs(
     assert sent.statuses == {200: 10_000}
     assert sent.connections == connections
     assert health.statuses.keys() == {200}
-    assert health.quantile(0.99) < 1
 
 
 @only_sqlite
