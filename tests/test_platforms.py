@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from clerkhooks import create_app
 from clerkhooks.clerk.fake import FakeClerk
@@ -27,6 +28,7 @@ from clerkhooks.cli.main import main
 from clerkhooks.settings import PROJECT, VARIABLES
 from clerkhooks.web.state import disconnect
 from tests.server import environ, free_port
+from tests.support import rows
 
 PROCFILE = dict(
     line.split(": ", 1) for line in (PROJECT / "Procfile").read_text().splitlines() if line
@@ -213,3 +215,37 @@ def test_shell_words_of_the_healthcheck_survive() -> None:
     named = dict(instructions())
     command = json.loads(named["HEALTHCHECK"].partition("CMD ")[2])
     assert shlex.join(command).count("PORT") == 1
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands by which this process would have been replaced."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _path, command: commands.append(command[1:]))
+    return commands
+
+
+def test_serve_migrates_and_becomes_gunicorn(
+    clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
+) -> None:
+    """Further arguments are gunicorn's."""
+    monkeypatch.chdir(PROJECT)
+    url = f"sqlite:///{tmp_path}/served.db"
+    for name, value in (clerk.environ | {"DATABASE_URL": url}).items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["serve", "--migrate", "--workers", "1"])
+    assert (result.exit_code, executed) == (
+        0,
+        [["-m", "gunicorn", "wsgi:app", "--workers", "1"]],
+    )
+    assert rows(url, "SELECT count(*) FROM webhook_messages") == [(0,)]
+
+
+def test_serve_needs_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
+) -> None:
+    """An installed package has no wsgi.py to serve."""
+    monkeypatch.setattr("clerkhooks.cli.serve.PROJECT", tmp_path)
+    result = CliRunner().invoke(main, ["serve"])
+    assert (result.exit_code, executed) == (1, [])
+    assert "There is no wsgi.py" in result.output
