@@ -96,15 +96,19 @@ stop()
 """)
 
 
+@pytest.mark.parametrize("keepalive", [0, 2])
 @pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
-def test_gives_a_request_a_deadline(sent: str) -> None:
+def test_gives_a_request_a_deadline(sent: str, keepalive: int) -> None:
     """From its first byte on, whether the head or the body is slow."""
-    run(f"""
+    run(
+        f"""
 connection = connect({sent})
 took, _ = seconds_until_end(connection)
 assert 0.5 <= took < 1.5, took
 stop()
-""")
+""",
+        keepalive=keepalive,
+    )
 
 
 def test_gives_up_on_a_client_that_does_not_read() -> None:

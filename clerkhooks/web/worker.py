@@ -117,6 +117,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
             next(iter(self._waiting)).end_wait()
         greenlet = gevent.getcurrent()
         connection = self._connections[greenlet] = Connection(client, self._waiting)
+        if not self.cfg.keepalive:  # then gunicorn sets no timeout
+            connection.begin_wait(REQUEST_TIMEOUT)
         try:
             super().handle(listener, connection, addr)
         finally:
