@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 
 import click
 
@@ -22,6 +23,10 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
     if not (PROJECT / "wsgi.py").exists():
         raise click.ClickException("serve needs a checkout of the service. There is no wsgi.py.")
+    if not (find_spec("gunicorn") and find_spec("gevent")):
+        raise click.ClickException(
+            "serve needs gunicorn and gevent. Install them: pip install --editable '.[service]'"
+        )
     os.chdir(PROJECT)
     if migrate:
         _migrate()
