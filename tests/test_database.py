@@ -370,7 +370,7 @@ def test_syncs_every_commit_to_the_disk(application: Application) -> None:
     """
     with application.database.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
-    with sa.create_engine(f"{application.database_url}").connect() as stock:
+    with sa.create_engine(application.database_url, poolclass=sa.NullPool).connect() as stock:
         expected = stock.exec_driver_sql("PRAGMA foreign_keys").scalar()
     with application.app.app_context():
         own = application.db.session.connection().exec_driver_sql("PRAGMA foreign_keys").scalar()
@@ -403,7 +403,7 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
     if handled:
         application.hooks.on("*")(lambda _: None)
     body = user_event(clerk_id("user"))
-    with sa.create_engine(application.database_url).connect() as other:
+    with sa.create_engine(application.database_url, poolclass=sa.NullPool).connect() as other:
         other.exec_driver_sql("BEGIN IMMEDIATE")
         started = time.monotonic()
         assert application.deliver(body, "msg_1").status_code == 500
