@@ -8,6 +8,7 @@ None carries what a stranger sent, a secret or profile data, so that all of them
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class BackendApiError(ClerkhooksError):
     Clerk's Backend API failed. The text says what happened and what to do, and quotes nothing.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
-    ``api_unreachable`` or ``answer_unusable``.
+    ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.
     """
 
     def __init__(self, reason: str, what: str) -> None:
@@ -82,6 +83,10 @@ class BackendApiError(ClerkhooksError):
         return f"Clerk's Backend API {self.what}.\n{_BACKEND_API_REMEDIES[self.reason]}"
 
 
+PROXY_REMEDY = (
+    "Use a URL such as http://proxy.example.com:3128 or socks5://proxy.example.com:1080. In "
+    "NO_PROXY, separate the hosts by commas."
+)
 _BACKEND_API_REMEDIES = {
     "secret_key_refused": "CLERK_SECRET_KEY is not of this instance, or was revoked: "
     "Clerk Dashboard, API keys, Secret keys. Look at CLERK_API_URL as well, if it is set.",
@@ -92,7 +97,23 @@ _BACKEND_API_REMEDIES = {
     "api_unreachable": "Look at https://status.clerk.com, at the network from here and, if it is set, at CLERK_API_URL; then try again.",
     "answer_unusable": "That is not how Clerk answers. Leave CLERK_API_URL unset for https://api.clerk.com, "
     "and look for a proxy that answers in its stead.",
+    "proxy_invalid": PROXY_REMEDY,
 }
+
+
+class ProxyUrlError(ClerkhooksError):
+    """
+    A proxy variable of the environment is invalid: ``proxy_invalid``.
+
+    The text names the variables in question. It does not quote them, as they may hold passwords.
+    """
+
+    def __init__(self, variables: Sequence[str]) -> None:
+        super().__init__("proxy_invalid")
+        self.what = f"{' or '.join(variables)} is invalid"
+
+    def __str__(self) -> str:
+        return f"{self.what}.\n{PROXY_REMEDY}"
 
 
 @dataclass(frozen=True)

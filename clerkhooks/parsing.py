@@ -213,11 +213,12 @@ def _split_url(text: str) -> SplitResult:
 
 
 def _refuse_plain_http(url: SplitResult) -> None:
-    if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
         raise ValueError("is an http:// URL to another machine. Use https://.")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether *host*, a name or an address without brackets, is this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

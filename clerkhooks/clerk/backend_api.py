@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 import stamina
 
 from clerkhooks.clerk import strict_json
-from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer
-from clerkhooks.errors import BackendApiError
+from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer, load_certificates
+from clerkhooks.errors import BackendApiError, ProxyUrlError
 
 PAGE = 500  # users on a page; Clerk silently answers a higher limit with ten
 IDS = 100  # the most ids that Clerk accepts in one request
@@ -93,15 +93,14 @@ class BackendApi:
         pace: float = 1.0,
         timeout: float = TIMEOUT,
     ) -> None:
-        # Loading the certificates takes 20 ms, so all connections share them.
-        is_plain = urlsplit(api_url).scheme == "http"
-        verify = False if is_plain else httpx.create_ssl_context()
+        certificates = load_certificates(api_url)  # once, for all connections
         self._connect: Callable[[], Connection] = lambda: Connection(
+            api_url,
             {"Authorization": f"Bearer {secret_key}"},
             timeout=timeout,
             max_size=MAX_ANSWER,
             compressed=True,
-            verify=verify,
+            certificates=certificates,
         )
         self._idle: list[Connection] = []
         self._rate_limit = RateLimit(
@@ -191,6 +190,8 @@ class BackendApi:
         try:
             with self._borrow_connection() as connection:
                 return connection.get(f"{self._url}{path}", parameters)
+        except ProxyUrlError as error:
+            raise BackendApiError("proxy_invalid", f"was not asked: {error.what}") from None
         except TooLong as error:
             raise BackendApiError("answer_unusable", str(error)) from None
         except UnusableAnswer as error:

@@ -1,7 +1,9 @@
-"""GET requests with limits on the time of the whole exchange and the size of the answer."""
+"""Requests with limits on the time of the whole exchange and the size of the answer."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import ssl
 import threading
@@ -11,7 +13,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
+from socksio import SOCKSError
 
+from clerkhooks.errors import ProxyUrlError
+from clerkhooks.parsing import is_loopback
+
+_PROXY = re.compile("(?:https?|all|no)_proxy", re.IGNORECASE)
 _CONNECT_TIMEOUT = 5.0  # seconds
 
 
@@ -33,31 +40,37 @@ class Answer(NamedTuple):
 
 class Connection:
     """
-    A connection that is kept between requests. Only one thread at a time may use it.
+    A connection to the host of *url*, kept between requests. Only one thread at a time may use it.
 
-    *timeout* is in seconds and covers a whole exchange; *max_size* is in bytes of the body. Without
+    It goes through the proxy that the environment names, unless the host is this machine. *timeout*
+    is in seconds and covers a whole exchange; *max_size* is in bytes of the body. Without
     *compressed* a body is never decompressed, as a small one could then use any amount of memory.
+
+    Raises:
+        ProxyUrlError: the environment does not name a usable proxy.
     """
 
     def __init__(
         self,
+        url: str,
         headers: Mapping[str, str],
         *,
         timeout: float,
         max_size: int,
         compressed: bool = False,
-        verify: ssl.SSLContext | bool = True,
+        certificates: ssl.SSLContext | None = None,
     ) -> None:
         encoding = {} if compressed else {"Accept-Encoding": "identity"}
         self._timeout, self._max_size, self._compressed = timeout, max_size, compressed
         self._socket: socket.socket | None = None
         self._is_expired = False
-        self._client = httpx.Client(
+        self._client = _open_client(
+            url,
             headers={**headers, **encoding},
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
             limits=httpx.Limits(max_connections=1),
             follow_redirects=False,
-            verify=verify,
+            verify=certificates or load_certificates(url) or False,
         )
 
     def get(self, url: str, parameters: Mapping[str, Any] | None = None) -> Answer:
@@ -69,15 +82,19 @@ class Connection:
             httpx.HTTPError: there was no answer.
             UnusableAnswer: the body was cut short, garbled or too long.
         """
+        return self._send(self._client.build_request("GET", url, params=parameters))
+
+    def post(self, url: str, body: bytes) -> Answer:
+        """Return the answer to one request; raises the same errors as ``get``."""
+        return self._send(self._client.build_request("POST", url, content=body))
+
+    def _send(self, request: httpx.Request) -> Answer:
         self._is_expired = False
         timer = threading.Timer(self._timeout, self._cut)
         timer.daemon = True
         timer.start()
         try:
-            with self._client.stream(
-                "GET", url, params=parameters, extensions={"trace": self._trace}
-            ) as response:
-                answer = Answer(response.status_code, response.headers, self._read(response))
+            answer = self._exchange(request)
         except (httpx.HTTPError, UnusableAnswer):
             if not self._is_expired:
                 raise
@@ -88,6 +105,25 @@ class Connection:
         if self._is_expired:
             raise TimeoutError("did not answer in time")
         return answer
+
+    def _exchange(self, request: httpx.Request) -> Answer:
+        request.extensions["trace"] = self._trace
+        try:
+            with closing(self._client.send(request, stream=True)) as response:
+                return Answer(response.status_code, response.headers, self._read(response))
+        except httpx.TransportError:
+            self._close_socket()
+            raise
+        except (SOCKSError, OverflowError) as error:  # of a long password, in the latter case
+            self._close_socket()
+            raise httpx.ProxyError("the SOCKS proxy did not connect") from error
+        except UnicodeError as error:
+            raise httpx.ConnectError("the host name is invalid") from error
+
+    def _close_socket(self) -> None:
+        # httpx leaves it open if a SOCKS proxy refuses, answers nonsense or hangs up.
+        if self._socket is not None:
+            self._socket.close()
 
     def close(self) -> None:
         """Close the connection."""
@@ -118,11 +154,24 @@ class Connection:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
+def _open_client(url: str, **options: Any) -> httpx.Client:
+    is_proxied = not is_loopback(urlsplit(url).hostname or "")
+    try:
+        return httpx.Client(trust_env=is_proxied, **options)
+    except (ValueError, httpx.InvalidURL):
+        raise ProxyUrlError([name for name in os.environ if _PROXY.fullmatch(name)]) from None
+
+
+def load_certificates(url: str) -> ssl.SSLContext | None:
+    """
+    Return the certificate authorities for *url*, or None if it is plain HTTP.
+
+    Loading them takes 20 ms.
+    """
+    return httpx.create_ssl_context() if urlsplit(url).scheme == "https" else None
+
+
 def download(url: str, headers: Mapping[str, str], *, timeout: float, max_size: int) -> Answer:
     """Return the answer to a single request; see ``Connection``."""
-    # Loading the certificates takes 20 ms, which plain HTTP to this machine does not need.
-    verify = urlsplit(url).scheme != "http"
-    with closing(
-        Connection(headers, timeout=timeout, max_size=max_size, verify=verify)
-    ) as connection:
+    with closing(Connection(url, headers, timeout=timeout, max_size=max_size)) as connection:
         return connection.get(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import httpx
 from flask import current_app, url_for
 from flask.cli import with_appcontext
 
+from clerkhooks.clerk.download import Connection, UnusableAnswer
 from clerkhooks.clerk.events import is_user_id
 from clerkhooks.clerk.fake import clerk_id, event_body, event_data, svix_headers
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.options import Age, CannotDo, json_option, printable
+from clerkhooks.errors import ProxyUrlError
 from clerkhooks.parsing import parse_url
 from clerkhooks.web.state import current_state
 
 Answer = dict[str, Any]
+MAX_ANSWER = 1024 * 1024  # bytes
 
 
 @click.command()
@@ -165,13 +169,18 @@ def _set(event: dict[str, Any], change: str) -> None:
 
 def _post(url: str, headers: dict[str, str], body: bytes) -> Answer:
     try:
-        response = httpx.post(url, headers=headers, content=body, timeout=20)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with closing(
+            Connection(url, headers, timeout=20, max_size=MAX_ANSWER, compressed=True)
+        ) as connection:
+            answer = connection.post(url, body)
+    except ProxyUrlError as error:
+        raise CannotDo(str(error)) from None
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnusableAnswer) as error:
         raise CannotDo(
             f"{url} does not respond ({type(error).__name__}). Start the server first. "
             "For the service: gunicorn wsgi:app"
         ) from None
-    return {"status": response.status_code, "body": response.text}
+    return {"status": answer.status, "body": answer.body.decode(errors="replace")}
 
 
 def _show(url: str, headers: dict[str, str], event: dict[str, Any], answers: list[Answer]) -> None:

@@ -27,6 +27,7 @@ OUTSIDE_CHECKS: tuple[Check, ...] = (
     configuration.check_webhook_secrets,
     configuration.check_instance,
     configuration.check_authorized_parties,
+    instance.check_proxies,
     instance.check_keys,
     instance.check_clock,
     instance.check_secret_key,

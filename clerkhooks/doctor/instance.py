@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.download import Connection
 from clerkhooks.clerk.signing_keys import FetchedKeys, fetch_key_set
 from clerkhooks.doctor import findings
 from clerkhooks.doctor.findings import Case, Finding, Level, run_with_timeout
-from clerkhooks.errors import BackendApiError, describe
+from clerkhooks.errors import PROXY_REMEDY, BackendApiError, ProxyUrlError, describe
 from clerkhooks.web.auth import find_keys
 
 MAX_TOKEN_SKEW = 5.0  # seconds: the leeway of session tokens
@@ -23,6 +24,15 @@ KEY_VARIABLES = (
     "CLERK_SECRET_KEY",
     "CLERK_API_URL",
 )
+
+
+def check_proxies(case: Case) -> Iterator[Finding]:
+    """Check that the proxy variables of the environment can be used."""
+    try:
+        Connection(case.settings.api_url, {}, timeout=findings.TIMEOUT, max_size=0).close()
+    except ProxyUrlError as error:
+        what = f"{error.what}: Clerk cannot be reached."
+        yield Finding("proxy_invalid", Level.ERROR, "proxy", what, PROXY_REMEDY)
 
 
 def check_keys(case: Case) -> Iterator[Finding]:
