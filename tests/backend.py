@@ -109,7 +109,7 @@ class Backend:
     The next requests are answered by *behaviours*, as long as there are any, all further ones by *always*, if it is set.
     *before* is called before a request is answered: it may sign users up, delete them, deliver webhooks, or set behaviours.
     *inclusive*: whether ``created_at_after`` means its own millisecond, too: Clerk does not say. *shuffles_ties*: whether users
-    of one millisecond come in another order each time. *most_requests*: how many are answered in ten seconds.
+    of one millisecond come in another order each time. *max_requests*: how many are answered in ten seconds.
     """
 
     def __init__(
@@ -117,17 +117,17 @@ class Backend:
         *,
         inclusive: bool = False,
         shuffles_ties: bool = False,
-        most_requests: int | None = None,
+        max_requests: int | None = None,
         secret_key: str = SECRET_KEY,
     ) -> None:
         self.users: dict[str, Any] = {}
         self.behaviours: list[Behaviour] = []
         self.always: Behaviour | None = None
         self.before: Callable[[str, Query], object] = lambda _path, _query: None
-        self.inclusive, self.shuffles_ties, self.most_requests = (
+        self.inclusive, self.shuffles_ties, self.max_requests = (
             inclusive,
             shuffles_ties,
-            most_requests,
+            max_requests,
         )
         self.requests: list[tuple[str, Query]] = []
         self.arrivals: list[float] = []
@@ -209,8 +209,8 @@ class Backend:
     def _answer_to(self, request: BaseHTTPRequestHandler, path: str, query: Query) -> Behaviour:
         if request.headers.get("Authorization") != f"Bearer {self.secret_key}":
             return refusing(401, "clerk_key_invalid")
-        if self.most_requests is not None and len(self.arrivals) > self.most_requests:
-            wait = self.arrivals[-self.most_requests - 1] + WINDOW - time.monotonic()
+        if self.max_requests is not None and len(self.arrivals) > self.max_requests:
+            wait = self.arrivals[-self.max_requests - 1] + WINDOW - time.monotonic()
             if wait > 0:
                 return limiting(math.ceil(wait))
         if path == "/v1/users/count":

@@ -103,7 +103,7 @@ MigratedUrl = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
-def migrated(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
+def migrated_url(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
     """The URL of a migrated database of a kind: one for the session on PostgreSQL, a copy of one on SQLite."""
     ready: dict[str, str] = {}
 
@@ -141,9 +141,9 @@ def server(
 
 
 @pytest.fixture(params=KINDS)
-def database_url(request: pytest.FixtureRequest, migrated: MigratedUrl, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, migrated_url: MigratedUrl, tmp_path: Path) -> str:
     """A migrated database without rows, of each kind in turn."""
-    url = migrated(request.param)
+    url = migrated_url(request.param)
     if request.param == "sqlite":
         copy = tmp_path / "clerkhooks.db"
         shutil.copy(url.removeprefix("sqlite:///"), copy)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
 from tests.conftest import migrate
-from tests.mortal import Killer, MortalServer
-from tests.own_postgresql import OwnPostgreSQL, own_postgresql
+from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
+from tests.fault_injection import FaultInjector, RestartableServer
+from tests.histories import Message, expected_row, history
 from tests.support import rows
-from tests.told import Message, expected_row, history
 
 SENDERS = 8
 WAITING = 60  # messages that are on their way at once, so that the histories of many users mix
@@ -58,7 +58,7 @@ class Report:
 class Svix:
     """Sends the histories of more and more users, in random order, until each message was answered 200."""
 
-    def __init__(self, server: MortalServer, seed: int) -> None:
+    def __init__(self, server: RestartableServer, seed: int) -> None:
         self.server, self.chance, self.report = server, random.Random(seed), Report()
         self.told: dict[str, Message] = {}
         self.acknowledged: dict[str, list[str]] = defaultdict(list)  # the outcomes, by message id
@@ -190,18 +190,23 @@ SELECT users.id FROM users WHERE NOT EXISTS (
 """
 
 
-def run(kind: str, seconds: float, seed: int, postgresql: OwnPostgreSQL | None = None) -> Report:
+def run(
+    kind: str, seconds: float, seed: int, postgresql: DedicatedPostgreSQL | None = None
+) -> Report:
     """Deliver and kill for *seconds* on a database of *kind*; raises AssertionError for anything lost or wrong."""
     clerk, started = FakeClerk(), time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if kind == "postgresql":
-            postgresql = postgresql or stack.enter_context(own_postgresql())
+            postgresql = postgresql or stack.enter_context(dedicated_postgresql())
         name = f"crashes_{secrets.token_hex(4)}"
         url = postgresql.make_database(name) if postgresql else f"sqlite:///{folder}/{name}.db"
         migrate(url, clerk)
-        server = stack.enter_context(MortalServer(url, clerk, folder / "server.log"))
-        svix, killer = Svix(server, seed), Killer(server, postgresql, random.Random(seed + 1))
+        server = stack.enter_context(RestartableServer(url, clerk, folder / "server.log"))
+        svix, killer = (
+            Svix(server, seed),
+            FaultInjector(server, postgresql, random.Random(seed + 1)),
+        )
         auditor = Auditor(url, svix)
         pool = stack.enter_context(ThreadPoolExecutor(SENDERS))
         senders = [pool.submit(svix.send) for _ in range(SENDERS)]

@@ -180,7 +180,7 @@ class Clock:
         return self.now
 
 
-def settle() -> None:
+def wait_for_fetches() -> None:
     """Wait until no fetch is under way."""
     for thread in threading.enumerate():
         if thread.name == "signing-keys":
@@ -191,11 +191,13 @@ def settle() -> None:
 def fetched(keys: FetchedKeys) -> FetchedKeys:
     """Return *keys* after a fetch."""
     keys.fetch_soon()
-    settle()
+    wait_for_fetches()
     return keys
 
 
-def reason_of(keys: FetchedKeys | SessionVerifier, clerk: FakeClerk, kid: str = KID) -> str | None:
+def refusal_reason(
+    keys: FetchedKeys | SessionVerifier, clerk: FakeClerk, kid: str = KID
+) -> str | None:
     """Return why a new token of *clerk* is refused, or None if it is valid."""
     verifier = keys if isinstance(keys, SessionVerifier) else SessionVerifier(keys, TokenRules())
     try:

@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 from clerkhooks.events import Handler
 from tests.support import Service
 
-Act = Callable[[], TestResponse]
+Request = Callable[[], TestResponse]
 TIMEOUT = 20  # seconds, after which a broken test fails instead of hanging
 
 
@@ -34,7 +34,7 @@ def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> Non
         time.sleep(0.001)
 
 
-class Hold:
+class PausePoint:
     """Where the first thread that arrives stays until it is released; later ones pass."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Hold:
             assert self.released.wait(TIMEOUT)
 
 
-class Failing:
+class FailingHandler:
     """
     A handler on which the first message fails, or *always* each, after *meanwhile*.
 
@@ -56,7 +56,11 @@ class Failing:
     """
 
     def __init__(
-        self, meanwhile: Hold | None = None, later: Hold | None = None, *, always: bool = False
+        self,
+        meanwhile: PausePoint | None = None,
+        later: PausePoint | None = None,
+        *,
+        always: bool = False,
     ) -> None:
         self.meanwhile, self.later, self.always = meanwhile, later, always
         self.failed = threading.Event()
@@ -73,7 +77,7 @@ class Failing:
 
 
 @contextmanager
-def handling(
+def registered_handler(
     app: Flask, handler: Handler, pattern: str = "*", *, after_commit: bool = False
 ) -> Iterator[None]:
     """Have *handler* registered until the block ends."""
@@ -87,7 +91,7 @@ def handling(
             handlers._registered.remove(entry)
 
 
-def delivery(service: Service, body: bytes, message_id: str | None = None) -> Act:
+def delivery(service: Service, body: bytes, message_id: str | None = None) -> Request:
     """Return a delivery, by a client of its own."""
     return lambda: _own(service).deliver(body, message_id)
 
@@ -98,34 +102,34 @@ def call(
     method: str = "GET",
     path: str = "/api/me",
     body: object = None,
-) -> Act:
+) -> Request:
     """Return a call of a signed-in user, by a client of its own."""
     return lambda: _own(service).call(user_id, method, path, body=body)
 
 
 @contextmanager
-def before(
+def paused_before(
     service: Service, beginning: str | tuple[str, ...], *, on_sqlite: str = "BEGIN"
-) -> Iterator[Hold]:
+) -> Iterator[PausePoint]:
     """Hold the first statement that begins so, before it reaches the database."""
     if service.database_url.startswith("sqlite"):
         beginning = on_sqlite  # after BEGIN nobody else could write
-    hold = Hold()
+    hold = PausePoint()
     with on_statement(service, beginning, hold):
         yield hold
 
 
 @contextmanager
-def before_failure_record(service: Service, failing: Failing) -> Iterator[Hold]:
+def before_failure_record(service: Service, failing: FailingHandler) -> Iterator[PausePoint]:
     """Let deliveries reach *failing*; hold the first failed one before that is recorded."""
-    hold = Hold()
+    hold = PausePoint()
 
     def arrive() -> None:
         if failing.failed.is_set():
             hold()
 
     beginning = ("INSERT INTO webhook_messages", "BEGIN")
-    with handling(service.app, failing), on_statement(service, beginning, arrive):
+    with registered_handler(service.app, failing), on_statement(service, beginning, arrive):
         yield hold
 
 
@@ -140,13 +144,13 @@ def on_statement(
             then()
 
     with ExitStack() as stack:
-        for engine in engines(service):
+        for engine in engines_of(service):
             sa.event.listen(engine, "before_cursor_execute", listen)
             stack.callback(sa.event.remove, engine, "before_cursor_execute", listen)
         yield
 
 
-def engines(service: Service) -> tuple[sa.Engine, sa.Engine]:
+def engines_of(service: Service) -> tuple[sa.Engine, sa.Engine]:
     """Return the private engine, and the one that handlers write through."""
     extensions = service.app.extensions
     with service.app.app_context():
@@ -154,7 +158,7 @@ def engines(service: Service) -> tuple[sa.Engine, sa.Engine]:
 
 
 @contextmanager
-def held(hold: Hold, act: Act) -> Iterator[Future[TestResponse]]:
+def paused(hold: PausePoint, act: Request) -> Iterator[Future[TestResponse]]:
     """Run *act* in a thread, and go on once it has reached *hold*, which is released in the end."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(act)
@@ -166,7 +170,7 @@ def held(hold: Hold, act: Act) -> Iterator[Future[TestResponse]]:
 
 
 @contextmanager
-def blocked(service: Service, act: Act) -> Iterator[Future[TestResponse]]:
+def blocked(service: Service, act: Request) -> Iterator[Future[TestResponse]]:
     """Run *act* in a thread, and go on once it waits for a writer that has not ended."""
     writing = threading.Event()
     writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
@@ -174,11 +178,11 @@ def blocked(service: Service, act: Act) -> Iterator[Future[TestResponse]]:
         answer = pool.submit(act)
         # SQLite does not tell who waits; but a writer gets no further than this.
         assert writing.wait(TIMEOUT)
-        wait_for_a_waiter(service, answer)
+        wait_until_blocked(service, answer)
         yield answer
 
 
-def wait_for_a_waiter(service: Service, answer: Future[TestResponse]) -> None:
+def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
     """Return once the request of *answer* waits for a lock, where the database says so."""
     if not service.database_url.startswith("sqlite"):
         query = (
@@ -190,8 +194,8 @@ def wait_for_a_waiter(service: Service, answer: Future[TestResponse]) -> None:
     assert not answer.done()
 
 
-def meet(
-    service: Service, first: Act, second: Act, *, fails: bool = False, plain: bool = False
+def run_contending(
+    service: Service, first: Request, second: Request, *, fails: bool = False, plain: bool = False
 ) -> list[TestResponse]:
     """
     Hold the delivery *first*, written but not committed, until *second* waits for it.
@@ -199,11 +203,11 @@ def meet(
     Then it ends, or *fails*. With *plain*, *second* finds no handler, as in an application without
     any. Returns both answers.
     """
-    hold = Hold()
-    handler = Failing(meanwhile=hold) if fails else hold
+    hold = PausePoint()
+    handler = FailingHandler(meanwhile=hold) if fails else hold
     with ExitStack() as registered:
-        registered.enter_context(handling(service.app, handler))
-        with held(hold, first) as one:
+        registered.enter_context(registered_handler(service.app, handler))
+        with paused(hold, first) as one:
             if plain:
                 registered.close()
             with blocked(service, second) as two:
@@ -211,9 +215,9 @@ def meet(
                 return [one.result(TIMEOUT), two.result(TIMEOUT)]
 
 
-def overtake(hold: Hold, first: Act, second: Act) -> list[TestResponse]:
+def overtake(hold: PausePoint, first: Request, second: Request) -> list[TestResponse]:
     """Let *first* reach *hold* and stay there while all of *second* runs; return both answers."""
-    with held(hold, first) as one:
+    with paused(hold, first) as one:
         two = second()
         hold.released.set()
         return [one.result(TIMEOUT), two]
@@ -226,7 +230,7 @@ def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[
     now = datetime.now(UTC)
     moments = dict.fromkeys(("last_seen", "created_at", "updated_at"), now)
     row = {"id": user_id, "name": "New User", "is_online": False} | moments
-    _, engine = engines(service)
+    _, engine = engines_of(service)
     with engine.connect() as connection:
         connection.execute(sa.insert(store.users).values(row))
         yield connection.commit

@@ -25,7 +25,7 @@ from tests.support import rows
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """An HTTP answer, read whole."""
 
     status: int
@@ -53,18 +53,18 @@ class Server:
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-    ) -> Answer:
+    ) -> Response:
         """One request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             received = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, received, response.read())
+            return Response(response.status, received, response.read())
         finally:
             connection.close()
 
-    def deliver(self, body: bytes, message_id: str | None = None) -> Answer:
+    def deliver(self, body: bytes, message_id: str | None = None) -> Response:
         """Post *body* as Svix does."""
         return self.request("POST", "/webhooks/clerk", body, self.clerk.headers(body, message_id))
 

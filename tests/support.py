@@ -44,7 +44,7 @@ def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
-def left_to_migrate(*own: str) -> list[Any]:
+def pending_schema_changes(*own: str) -> list[Any]:
     """What ``flask db migrate`` would change in the current application's database: in its own tables, and in those named."""
 
     def is_known(_: object, name: str, kind: str, *__: object) -> bool:
@@ -59,7 +59,7 @@ def left_to_migrate(*own: str) -> list[Any]:
 
 
 @contextmanager
-def lines(formatter: logging.Formatter) -> Iterator[list[str]]:
+def captured_lines(formatter: logging.Formatter) -> Iterator[list[str]]:
     """What is logged until the block ends."""
     written: list[str] = []
 

@@ -52,6 +52,6 @@ def sync(
     return summary, findings, reconciliation
 
 
-def age(service: Service) -> None:
+def make_old(service: Service) -> None:
     """Make every row old enough to be found gone."""
     service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")

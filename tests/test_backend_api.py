@@ -569,7 +569,7 @@ class TestTheFake:
     def test_limits_requests(self) -> None:
         """Over the limit it answers 429 with Retry-After, which the client honours."""
         with (
-            Backend(most_requests=2).open() as backend,
+            Backend(max_requests=2).open() as backend,
             BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
         ):
             assert [self.get(backend, "/users") for _ in range(3)] == [[], [], 429]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.store import batching
 from clerkhooks.store.batching import Batcher
-from tests.racing import TIMEOUT, before, call, delivery, eventually, held, on_statement
+from tests.racing import TIMEOUT, call, delivery, eventually, on_statement, paused, paused_before
 from tests.support import NOW_MS, Service, deletion, rows, user_event
 
 
@@ -303,9 +303,9 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
     counted: list[str] = []
     with (
         ThreadPoolExecutor(12) as pool,
-        before(service, "SELECT", on_sqlite="SELECT") as hold,
+        paused_before(service, "SELECT", on_sqlite="SELECT") as hold,
         on_statement(service, "SELECT", lambda: counted.append("")),
-        held(hold, call(service, other_id)) as first,
+        paused(hold, call(service, other_id)) as first,
     ):
         called = [other_id, *[user_id] * 10]
         calls = [pool.submit(call(service, who)) for who in called]
@@ -331,8 +331,8 @@ def test_does_not_let_a_locked_row_delay_others(
         other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [locked_id])
         with (
             on_statement(service, "WITH", lambda: written.append("")),
-            before(service, "WITH") as hold,
-            held(hold, delivery(service, bodies[0])) as first,
+            paused_before(service, "WITH") as hold,
+            paused(hold, delivery(service, bodies[0])) as first,
         ):
             waiting = pool.submit(delivery(service, body_of(locked_id, at=NOW_MS + 1)))
             wait_for_callers(2)
@@ -362,7 +362,10 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
             " VALUES (%s, 'Ada', false, now(), now(), now())",
             [inserted_id],
         )
-        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+        with (
+            paused_before(service, "WITH") as hold,
+            paused(hold, delivery(service, bodies[0])) as first,
+        ):
             waiting = pool.submit(delivery(service, user_event(inserted_id)))
             wait_for_callers(2)
             answers = [first, *(pool.submit(delivery(service, body)) for body in bodies[1:])]
@@ -381,7 +384,10 @@ def test_waits_once_for_a_locked_table(service: Service) -> None:
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
     with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(5) as pool:
-        with before(service, "WITH") as hold, held(hold, delivery(service, bodies[0])) as first:
+        with (
+            paused_before(service, "WITH") as hold,
+            paused(hold, delivery(service, bodies[0])) as first,
+        ):
             answers = [pool.submit(delivery(service, body)) for body in bodies[1:]]
             wait_for_callers(4)
             other.execute("LOCK TABLE users IN SHARE MODE")

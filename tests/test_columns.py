@@ -27,7 +27,7 @@ from tests.application import Application, MakeApplication
 from tests.backend import Backend
 from tests.conftest import KINDS, MakeDatabase
 from tests.support import NOW_MS, deletion, user_event
-from tests.syncing import age, sync
+from tests.syncing import make_old, sync
 
 pytest_plugins = ["tests.application"]
 HUGE = "1e999"  # valid JSON, which Python reads as infinity
@@ -342,7 +342,7 @@ def test_erases_columns_of_a_deleted_user(wide: Application, backend: Backend) -
         assert wide.outcome(user_event(user_id, at=1000, **whole)) == "applied"
         assert read(wide, user_id).plan == "pro"
     assert wide.outcome(deletion(deleted_id)) == "applied"
-    age(wide)
+    make_old(wide)
     summary, _, _ = sync(wide, backend, lambda run: run.sync_some([gone_id]))
     assert summary == {"tombstoned": 1}
     for user_id in (deleted_id, gone_id):

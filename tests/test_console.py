@@ -32,8 +32,8 @@ from clerkhooks.web.logs import JsonFormatter, TextFormatter
 from clerkhooks.web.state import State, disconnect
 from tests.backend import Backend
 from tests.conftest import MakeDatabase, MakeService, migrate
-from tests.issuer import Issuer, jwk, settle
-from tests.support import NOW_MS, Service, broken_users, deletion, lines, user_event
+from tests.issuer import Issuer, jwk, wait_for_fetches
+from tests.support import NOW_MS, Service, broken_users, captured_lines, deletion, user_event
 
 PASSWORD = "correct-horse-battery-staple"
 FINE = (Finding("settings_valid", Level.OK, "settings", "Every variable is valid."),)
@@ -290,7 +290,7 @@ def test_answers_unexpected_errors_as_problems(
         raise RuntimeError("hidden")
 
     monkeypatch.setattr(queries, "read_user_page", fail)
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         answer = console.get("/console/users")
     assert (answer.status_code, answer.get_json()["reason"]) == (500, "internal_error")
     assert_strict(answer)
@@ -450,7 +450,7 @@ def test_reports_that_the_figures_cannot_be_read(
 
     monkeypatch.setattr(activity, "find_lag", find_lag)
     console.service.deliver(user_event(clerk_id("user")))
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         words = console.read("/console")
     assert "The figures cannot be read now" in words
     assert "A query failed or took too long. The log has the error." in words
@@ -469,7 +469,7 @@ def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> Non
         assert "Session keys not fetched yet" in Console(fetched).read("/console")
         fetched.call(clerk_id("user"))
         assert "Session keys fetched just now" in Console(fetched).read("/console")
-        settle()
+        wait_for_fetches()
 
 
 def test_filters_messages(console: Console) -> None:
@@ -833,7 +833,7 @@ def test_logs_neither_searches_nor_the_password(
     console: Console, formatter: logging.Formatter
 ) -> None:
     """A request's log line has its path without the query, and nothing of the body."""
-    with lines(formatter) as written:
+    with captured_lines(formatter) as written:
         assert console.search("lovelace").request.query_string == b""
         assert console.search("ada@example.org").request.query_string == b""
         Console(console.service, "a wrong password").get("/console")

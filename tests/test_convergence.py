@@ -41,7 +41,7 @@ from tests.model import (
     histories,
     stored_row,
 )
-from tests.racing import handling
+from tests.racing import registered_handler
 from tests.server import Server
 from tests.support import Service
 
@@ -82,7 +82,7 @@ class Run:
     def fail(self, event: Sent) -> None:
         """Deliver while the processing fails, which only the log may remember, and only if the message was not done."""
         outcome, attempts = self.log.get(event.message_id, ("failed", 0))
-        with handling(self.service.app, raise_always):
+        with registered_handler(self.service.app, raise_always):
             status = self.service.deliver(event.body, event.message_id).status_code
         assert status == (500 if outcome == "failed" else 200)
         if outcome == "failed":
@@ -141,7 +141,7 @@ def test_ends_as_the_set_of_events_says(
     """Any order, with repetitions, calls and forgotten messages in between, with and without handlers: rows, answers and log are those of the model."""
     run = Run(service)
     events = [draft.sent(run.ids, number) for number, draft in enumerate(history.events)]
-    with handling(service.app, do_nothing, pattern) if pattern else nullcontext():
+    with registered_handler(service.app, do_nothing, pattern) if pattern else nullcontext():
         for step, what in history.steps:
             if step == "deliver":
                 run.deliver(events[what[0]], what[1])

@@ -14,7 +14,7 @@ import pytest
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from tests.conftest import migrate
-from tests.own_postgresql import OwnPostgreSQL, own_postgresql
+from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
 from tests.server import Server, serving
 from tests.support import NOW_MS, user_event
 
@@ -24,15 +24,15 @@ Delivery = tuple[int, float]
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[OwnPostgreSQL]:
+def own() -> Iterator[DedicatedPostgreSQL]:
     """A PostgreSQL that no other test uses."""
-    with own_postgresql() as postgresql:
+    with dedicated_postgresql() as postgresql:
         yield postgresql
 
 
 @pytest.fixture(scope="module")
 def away(
-    own: OwnPostgreSQL, clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory
+    own: DedicatedPostgreSQL, clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """The real server on it, with two workers."""
     url = own.make_database("away")
@@ -51,7 +51,7 @@ def on_sqlite(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield server
 
 
-def test_answers_500_while_postgresql_is_away(own: OwnPostgreSQL, away: Server) -> None:
+def test_answers_500_while_postgresql_is_away(own: DedicatedPostgreSQL, away: Server) -> None:
     """Each delivery ends soon in 500 and in a line that names the message and tells nothing of the user."""
     warm_both_pools(away)
     message_ids = [clerk_id("msg") for _ in range(TOGETHER)]
@@ -74,7 +74,7 @@ def test_answers_500_while_postgresql_is_away(own: OwnPostgreSQL, away: Server) 
 
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["after a failure", "unnoticed"])
-def test_recovers_without_a_restart(own: OwnPostgreSQL, away: Server, noticed: bool) -> None:
+def test_recovers_without_a_restart(own: DedicatedPostgreSQL, away: Server, noticed: bool) -> None:
     """PostgreSQL restarts under full pools: no stale connection costs a delivery, whether or not one failed meanwhile."""
     warm_both_pools(away)
     with own.away():
@@ -100,7 +100,7 @@ def test_gives_up_on_a_row_that_is_locked_for_ever(away: Server) -> None:
     assert away.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Augusta Lovelace",)]
 
 
-def test_gives_up_on_a_frozen_postgresql(own: OwnPostgreSQL, away: Server) -> None:
+def test_gives_up_on_a_frozen_postgresql(own: DedicatedPostgreSQL, away: Server) -> None:
     """Its sockets are open and it says nothing, so its own timeouts do not help: each delivery ends in 500 all the same."""
     warm_both_pools(away)
     with own.frozen():

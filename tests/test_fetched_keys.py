@@ -17,7 +17,7 @@ from clerkhooks.settings import Settings
 from clerkhooks.web.auth import fetch_keys_soon, find_keys
 from clerkhooks.web.state import disconnect
 from tests.conftest import migrate
-from tests.issuer import Issuer, answering, jwk, reason_of, settle
+from tests.issuer import Issuer, answering, jwk, refusal_reason, wait_for_fetches
 from tests.server import serving
 
 CLERK, OTHER = FakeClerk(), FakeClerk()
@@ -37,7 +37,7 @@ def issuer() -> Iterator[Issuer]:
     """A JWKS endpoint that publishes the key of CLERK."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
-    settle()
+    wait_for_fetches()
 
 
 def test_fetches_before_the_first_call(issuer: Issuer, clerkhooks_config: Config) -> None:
@@ -45,7 +45,7 @@ def test_fetches_before_the_first_call(issuer: Issuer, clerkhooks_config: Config
     app = make_app(clerkhooks_config, CLERK_JWKS_URL=issuer.url)
     fetch_keys_soon(app)
     issuer.wait_for(1)
-    settle()
+    wait_for_fetches()
     token = CLERK.session_token(clerk_id("user"))
     response = app.test_client().get("/api/me", headers={"Authorization": f"Bearer {token}"})
     assert response.status_code == 200
@@ -80,7 +80,7 @@ def test_fetches_from_the_backend_api_with_the_secret_key(
     unset = {"CLERK_JWT_KEY": "", "CLERK_PUBLISHABLE_KEY": ""}
     keys = find_keys(Settings.from_mapping(clerkhooks_config | variables | unset))
     assert isinstance(keys, FetchedKeys)
-    assert reason_of(keys, CLERK) is None
+    assert refusal_reason(keys, CLERK) is None
     ((headers, _),) = issuer.requests
     assert (headers[":path"], headers["authorization"]) == ("/v1/jwks", "Bearer sk_test_abc")
     assert "sk_test_abc" not in repr(keys)

@@ -24,7 +24,7 @@ from clerkhooks.events import Version
 from clerkhooks.web.state import disconnect
 from tests.application import Application, MakeApplication
 from tests.conftest import MakeDatabase
-from tests.racing import Hold, call, delivery, overtake
+from tests.racing import PausePoint, call, delivery, overtake
 from tests.support import NOW_MS, Service, deletion, user_event
 
 pytest_plugins = ["tests.application"]
@@ -558,7 +558,7 @@ def test_may_commit_after_the_commit(application: Application) -> None:
 
 def test_does_not_hold_the_users_row_after_the_commit(application: Application) -> None:
     """A handler that runs after the commit does not block the user's deliveries and calls."""
-    user_id, hold = clerk_id("user"), Hold()
+    user_id, hold = clerk_id("user"), PausePoint()
     application.hooks.on("user.*", after_commit=True)(hold)
     first = delivery(application, user_event(user_id))
     answers = overtake(hold, first, delivery(application, user_event(user_id, at=NOW_MS + 1)))

@@ -106,11 +106,11 @@ def test_is_not_ready_while_postgresql_refuses_writes(service: Service) -> None:
 
 
 def test_is_not_ready_while_a_file_refuses_writes(
-    migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
+    migrated_url: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
     """A SQLite file on a read-only disk can be read, so only a write shows the problem."""
     file = tmp_path / "file.db"
-    shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
+    shutil.copy(migrated_url("sqlite").removeprefix("sqlite:///"), file)
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
     service = make_service(DATABASE_URL=f"sqlite:///file:{file}?mode=ro&uri=true")
@@ -119,11 +119,11 @@ def test_is_not_ready_while_a_file_refuses_writes(
 
 
 def test_is_ready_while_another_process_writes(
-    migrated: MigratedUrl, make_service: MakeService, tmp_path: Path
+    migrated_url: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
     """If another process holds SQLite's write lock, the database accepts writes."""
     file = tmp_path / "file.db"
-    shutil.copy(migrated("sqlite").removeprefix("sqlite:///"), file)
+    shutil.copy(migrated_url("sqlite").removeprefix("sqlite:///"), file)
     service = make_service(DATABASE_URL=f"sqlite:///{file}")
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -22,7 +22,7 @@ from clerkhooks.settings import PROJECT
 from clerkhooks.web.logs import JsonFormatter, TextFormatter, logger
 from tests.application import Application
 from tests.server import environ
-from tests.support import Service, broken_users, lines, user_event
+from tests.support import Service, broken_users, captured_lines, user_event
 
 pytest_plugins = ["tests.application"]
 
@@ -33,7 +33,7 @@ REQUEST_ID = "[0-9a-f]{32}"
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
 def test_gives_each_request_an_id(service: Service, method: str, path: str) -> None:
     """Each response has a unique id, and its log line has the same id."""
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         answers = [service.http.open(path, method=method) for _ in range(2)]
     ids = [answer.headers["X-Request-ID"] for answer in answers]
     assert [json.loads(line)["request_id"] for line in written] == ids
@@ -47,7 +47,7 @@ def test_gives_an_aborted_request_an_id(service: Service) -> None:
     tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
     tenants.add_url_rule("/tenants", view_func=str)
     service.app.register_blueprint(tenants)
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         response = service.http.get("/tenants")
     [line] = map(json.loads, written)
     assert (response.status_code, line["status"]) == (404, 404)
@@ -59,7 +59,7 @@ def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
     """The lines of a failure have the request's id as well."""
     body = user_event(clerk_id("user"))
     headers = service.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
-    with lines(JsonFormatter()) as written, broken_users(service):
+    with captured_lines(JsonFormatter()) as written, broken_users(service):
         service.http.post("/webhooks/clerk", data=body, headers=headers)
     said = [json.loads(line) for line in written]
     assert [line["event"] for line in said] == ["request_failed", "request"]
@@ -76,7 +76,7 @@ def test_adds_the_id_to_the_line_of_a_failed_handler(application: Application) -
 
     body = user_event(clerk_id("user"))
     headers = application.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         response = application.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 200
     said = [json.loads(line) for line in written]
@@ -103,7 +103,7 @@ def test_replaces_a_malformed_id(service: Service, sent: str) -> None:
 
 def test_is_readable_on_a_terminal(service: Service) -> None:
     """A line shows the request and then its fields, with control characters escaped."""
-    with lines(TextFormatter()) as written:
+    with captured_lines(TextFormatter()) as written:
         service.http.get("/api/me")
         service.http.get("/%1b[31m%0a%e2%80%ae")
         logger.warning("keys_not_configured", extra={"remedy": "Set CLERK_JWT_KEY"})
@@ -128,7 +128,7 @@ def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logs_one_line_per_delivery_in_an_application(application: Application) -> None:
     """In an application only deliveries are logged, and responses get no request id."""
     user_id = clerk_id("user")
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         assert application.outcome(user_event(user_id), "msg_1") == "applied"
         calls = [application.call(user_id), application.http.get("/api/me")]
         application.http.post("/webhooks/clerk", data=b"{}")
@@ -282,7 +282,7 @@ def test_describes_an_exception_that_flask_logs(service: Service) -> None:
         raise RuntimeError("Failing row contains (ada@example.org)")
 
     service.app.add_url_rule("/fails", view_func=fail)
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         assert service.http.get("/fails").status_code == 500
     first, second = map(json.loads, written)
     assert (first["error"], second["status"]) == ("RuntimeError", 500)

@@ -25,7 +25,7 @@ from clerkhooks.web import metrics
 from clerkhooks.web.metrics import FAMILIES
 from clerkhooks.web.state import disconnect
 from tests.conftest import MakeDatabase, MakeService, migrate
-from tests.issuer import Issuer, answering, jwk, settle
+from tests.issuer import Issuer, answering, jwk, wait_for_fetches
 from tests.server import Server, environ, serving
 from tests.support import NOW_MS, Service, broken_users, deletion, user_event
 
@@ -181,7 +181,7 @@ def test_watches_the_signing_keys(make_service: MakeService, clerk: FakeClerk) -
         for behaviour in (issuer.behaviour, answering(b"", 500)):
             issuer.behaviour = behaviour
             keys.fetch_soon()
-            settle()
+            wait_for_fetches()
         found = scrape(service)
     assert (
         found[("signing_keys_fetches_total", "ok")],

@@ -16,13 +16,13 @@ from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.service import db
 from clerkhooks.settings import PROJECT
 from tests.conftest import KINDS, MakeDatabase, MakeService
-from tests.support import Service, left_to_migrate
+from tests.support import Service, pending_schema_changes
 
 
 def test_agree_with_the_models(service: Service) -> None:
     """Autogenerate finds no difference in columns, types, indexes or nullability."""
     with service.app.app_context():
-        assert left_to_migrate() == []
+        assert pending_schema_changes() == []
 
 
 def test_name_every_constraint_and_index(service: Service) -> None:

@@ -16,7 +16,7 @@ from clerkhooks.clerk.fake import FakeClerk, event_body
 from clerkhooks.web.state import disconnect
 from tests.application import Application
 from tests.conftest import MakeDatabase
-from tests.racing import delivery, meet, outcomes
+from tests.racing import delivery, outcomes, run_contending
 from tests.support import NOW_MS, Service, user_event
 
 pytest_plugins = ["tests.application"]
@@ -144,7 +144,7 @@ def test_lets_the_newer_of_two_writes_win(application: Application, newer_first:
     """Of two concurrent events that create a row, the second waits and the newer one wins."""
     acts = [delivery(application, team(1, "Older")), delivery(application, team(2, "Newer"))]
     first, second = reversed(acts) if newer_first else acts
-    assert outcomes(meet(application, first, second)) == ["applied", "applied"]
+    assert outcomes(run_contending(application, first, second)) == ["applied", "applied"]
     assert application.rows(TEAMS) == [("t", "org_1", "Newer", None, NOW_MS + 2)]
     assert written == [True, not newer_first]
 

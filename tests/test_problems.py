@@ -20,7 +20,7 @@ from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.service import db
 from clerkhooks.web.logs import JsonFormatter
 from tests.application import Application
-from tests.support import Service, broken_users, lines, user_event
+from tests.support import Service, broken_users, captured_lines, user_event
 
 pytest_plugins = ["tests.application"]
 
@@ -31,7 +31,7 @@ PROBLEM = "application/problem+json"
 @pytest.fixture
 def written() -> Iterator[list[str]]:
     """The lines logged, as JSON."""
-    with lines(JsonFormatter()) as written:
+    with captured_lines(JsonFormatter()) as written:
         yield written
 
 

@@ -11,20 +11,20 @@ import pytest
 from clerkhooks.clerk.fake import clerk_id
 from tests.racing import (
     TIMEOUT,
-    Failing,
-    Hold,
-    before,
+    FailingHandler,
+    PausePoint,
     before_failure_record,
     blocked,
     call,
     delivery,
-    handling,
-    held,
-    meet,
     outcomes,
     overtake,
+    paused,
+    paused_before,
+    registered_handler,
+    run_contending,
     uncommitted_first_call,
-    wait_for_a_waiter,
+    wait_until_blocked,
 )
 from tests.support import Service, deletion, user_event
 
@@ -61,7 +61,7 @@ def test_lets_the_newer_of_two_versions_win(
         delivery(service, user_event(user_id, at=1002, first_name="Grace")),
     ]
     first, second = reversed(acts) if newer_first else acts
-    answers = meet(service, first, second, plain=plain)
+    answers = run_contending(service, first, second, plain=plain)
     assert outcomes(answers) == ["applied", "stale" if newer_first else "applied"]
     assert service.user(user_id, PROFILE) == GRACE
 
@@ -78,7 +78,7 @@ def test_deletes_for_good(
     user_id = new_user(service, known)
     bodies = {"deletion": deletion(user_id, 1001), "update": user_event(user_id, at=1002)}
     acts = [delivery(service, bodies[name]) for name in (first, second)]
-    answers = meet(service, *acts, plain=plain)
+    answers = run_contending(service, *acts, plain=plain)
     assert outcomes(answers) == ["applied", outcome]
     assert service.user(user_id, PROFILE) == DELETED
 
@@ -90,9 +90,9 @@ def test_processes_a_message_once(service: Service, plain: bool, failed: bool) -
     user_id = clerk_id("user")
     again = delivery(service, user_event(user_id), "msg_1")
     if failed:
-        with handling(service.app, Failing()):
+        with registered_handler(service.app, FailingHandler()):
             assert again().status_code == 500
-    assert outcomes(meet(service, again, again, plain=plain)) == ["applied", "duplicate"]
+    assert outcomes(run_contending(service, again, again, plain=plain)) == ["applied", "duplicate"]
     assert service.user(user_id, PROFILE) == ADA
     assert service.rows(LOG) == [("applied", 1 + failed, None)]
 
@@ -105,10 +105,10 @@ def test_answers_a_duplicate_without_waiting_for_the_user(service: Service, plai
     user_id = clerk_id("user")
     again = delivery(service, user_event(user_id, at=1001), "msg_1")
     assert again().get_json()["outcome"] == "applied"
-    newer, hold = delivery(service, user_event(user_id, at=1002, first_name="Grace")), Hold()
+    newer, hold = delivery(service, user_event(user_id, at=1002, first_name="Grace")), PausePoint()
     with ExitStack() as registered:
-        registered.enter_context(handling(service.app, hold))
-        with held(hold, newer) as first:
+        registered.enter_context(registered_handler(service.app, hold))
+        with paused(hold, newer) as first:
             if plain:
                 registered.close()
             assert again().get_json()["outcome"] == "duplicate"
@@ -127,12 +127,12 @@ def test_answers_a_call_with_what_the_webhook_wrote(
     user_id = called_before(service, seen)
     delivers, calls = delivery(service, body_of(user_id)), call(service, user_id)
     if call_first:
-        with before(service, "UPDATE users" if seen else "INSERT INTO users") as hold:
+        with paused_before(service, "UPDATE users" if seen else "INSERT INTO users") as hold:
             called, delivered = overtake(hold, calls, delivers)
     elif seen and not service.database_url.startswith("sqlite"):
         pytest.skip("it does not wait there: see the next test")
     else:
-        delivered, called = meet(service, delivers, calls)
+        delivered, called = run_contending(service, delivers, calls)
     assert outcomes([delivered]) == ["applied"]
     name = row[1] if status == 200 else None
     assert (called.status_code, called.get_json().get("name")) == (status, name)
@@ -146,8 +146,8 @@ def test_does_not_wait_to_move_last_seen(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
     """A call that finds the row locked by a webhook returns what is committed; the next one moves it."""
-    user_id, hold = called_before(service, LONG_AGO), Hold()
-    with handling(service.app, hold):
+    user_id, hold = called_before(service, LONG_AGO), PausePoint()
+    with registered_handler(service.app, hold):
         delivered, called = overtake(
             hold, delivery(service, body_of(user_id)), call(service, user_id)
         )
@@ -177,7 +177,7 @@ def test_fills_the_row_of_a_call_that_is_not_committed(
 def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
     """Of two first calls one creates the row, and both return it."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
-    with before(service, "INSERT INTO users") as hold:
+    with paused_before(service, "INSERT INTO users") as hold:
         answers = overtake(hold, call(service, user_id), call(service, user_id))
     with (
         uncommitted_first_call(service, other_id) as commit,
@@ -191,7 +191,7 @@ def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
 def test_moves_last_seen_once_for_two_calls(service: Service) -> None:
     """Of two calls that find last_seen old, one moves it, and the other returns what that one wrote."""
     user_id = called_before(service, LONG_AGO)
-    with before(service, "UPDATE users") as hold:
+    with paused_before(service, "UPDATE users") as hold:
         answers = overtake(hold, call(service, user_id), call(service, user_id))
     assert answers[0].get_json() == answers[1].get_json()
     assert count_unseen(service) == 0
@@ -204,7 +204,7 @@ def test_keeps_presence_and_profile_apart(
     """Presence set while a webhook is being written survives an update and is refused by a deletion."""
     user_id = new_user(service, known=True)
     comes_online = call(service, user_id, "PUT", "/api/me/presence", {"isOnline": True})
-    delivered, put = meet(service, delivery(service, body_of(user_id)), comes_online)
+    delivered, put = run_contending(service, delivery(service, body_of(user_id)), comes_online)
     assert (outcomes([delivered]), put.status_code) == (["applied"], status)
     assert service.user(user_id, (*PROFILE, "is_online")) == (*row, status == 200)
 
@@ -212,16 +212,16 @@ def test_keeps_presence_and_profile_apart(
 @pytest.mark.parametrize("committed", [False, True], ids=["while it is written", "after it"])
 def test_never_records_a_failure_over_a_success(service: Service, committed: bool) -> None:
     """A failure recorded late, while its retry is written or after it, leaves the retry's success alone."""
-    user_id, retry_commit = clerk_id("user"), Hold()
+    user_id, retry_commit = clerk_id("user"), PausePoint()
     attempt = delivery(service, user_event(user_id), "msg_1")
-    failing = Failing(later=None if committed else retry_commit)
-    with before_failure_record(service, failing) as record, held(record, attempt) as first:
+    failing = FailingHandler(later=None if committed else retry_commit)
+    with before_failure_record(service, failing) as record, paused(record, attempt) as first:
         if committed:
             retry = attempt()
         else:
-            with held(retry_commit, attempt) as second:
+            with paused(retry_commit, attempt) as second:
                 record.released.set()
-                wait_for_a_waiter(service, first)
+                wait_until_blocked(service, first)
                 retry_commit.released.set()
                 retry = second.result()
         record.released.set()
@@ -235,7 +235,7 @@ def test_retries_when_the_first_attempt_fails_at_last(service: Service, plain: b
     """A retry that waits for an attempt that then fails is applied, whichever is recorded first."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
-    answers = meet(service, attempt, attempt, fails=True, plain=plain)
+    answers = run_contending(service, attempt, attempt, fails=True, plain=plain)
     assert outcomes(answers) == ["500", "applied"]
     assert service.user(user_id, PROFILE) == ADA
     assert [row[::2] for row in service.rows(LOG)] == [("applied", None)]
@@ -245,7 +245,7 @@ def test_counts_two_failures(service: Service) -> None:
     """Two attempts that fail at once count as two, and nothing of the user is stored."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
-    with before_failure_record(service, Failing(always=True)) as record:
+    with before_failure_record(service, FailingHandler(always=True)) as record:
         assert outcomes(overtake(record, attempt, attempt)) == ["500", "500"]
     assert service.rows(
         "SELECT outcome, attempts FROM webhook_messages WHERE message_id = 'msg_1'"

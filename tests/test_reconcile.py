@@ -22,7 +22,7 @@ from tests.backend import Backend, Query, answering_json
 from tests.conftest import MakeService
 from tests.racing import on_statement
 from tests.support import NOW_MS, Service, deletion
-from tests.syncing import age, store_of, sync
+from tests.syncing import make_old, store_of, sync
 
 LONG_AGO = NOW_MS - 3_600_000
 Step = tuple[str, int, int]
@@ -90,7 +90,7 @@ class World:
                 sync(self.service, self.backend, force=True)
             return
         self.running = True
-        age(self.service)
+        make_old(self.service)
         during, self.later = self.later[:number], self.later[number:]
         one_at_a_time, failures = Lock(), list[Exception]()
 
@@ -240,7 +240,7 @@ def test_counts_what_became_of_each(syncing: Service, backend: Backend) -> None:
         backend.users[users["fresher"]] | {"first_name": "Grace", "updated_at": LONG_AGO + 100},
     )
     syncing.deliver(deletion(users["deleted"]))
-    age(syncing)
+    make_old(syncing)
     syncing.call(users["gone and young"])
     backend.delete(users["gone"])
     backend.delete(users["gone and young"])
@@ -260,7 +260,7 @@ def test_tells_a_tombstone_of_its_own_from_one_that_is_final(
     user_id = backend.sign_up(at=LONG_AGO)
     data = backend.users[user_id]
     assert sync(syncing, backend)[0] == {"created": 1}
-    age(syncing)
+    make_old(syncing)
     backend.delete(user_id)
     assert sync(syncing, backend, force=True)[0] == {"tombstoned": 1}
     assert syncing.call(user_id).get_json()["reason"] == "user_deleted"
@@ -289,7 +289,7 @@ def test_stops_before_it_deletes_too_many(
     """More than twenty and more than a tenth, or all of an empty Clerk: none is deleted, unless that is forced."""
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
     sync(syncing, backend)
-    age(syncing)
+    make_old(syncing)
     for user_id in users[:gone]:
         backend.delete(user_id)
     summary, _, run = sync(syncing, backend)
@@ -307,7 +307,7 @@ def test_believes_no_404_but_clerks(syncing: Service, backend: Backend) -> None:
     """Absence from a list proves nothing: whoever is then found by the id of their own stays."""
     user_id = backend.sign_up(at=LONG_AGO)
     sync(syncing, backend)
-    age(syncing)
+    make_old(syncing)
 
     def forget_in_lists(_path: str, query: Query) -> None:
         if "user_id" in query:
@@ -359,7 +359,7 @@ def test_finds_what_a_run_would_change(syncing: Service, backend: Backend) -> No
     for name in ("differs", "gone", "moved"):
         syncing.clerk_service.deliver("user.created", backend.users[users[name]])
     syncing.call(users["unfilled"])
-    age(syncing)
+    make_old(syncing)
     backend.update(users["differs"], first_name="Grace", image_url=None, updated_at=LONG_AGO + 100)
     backend.update(users["moved"], updated_at=LONG_AGO + 100)  # nothing that is kept of a user
     backend.delete(users["gone"])
@@ -514,7 +514,7 @@ def test_deletes_nobody_with_the_key_of_another_instance(
     """If Clerk knows none of the users here, the key is a wrong one, however few they are."""
     here = [backend.sign_up(at=LONG_AGO) for _ in range(count)]
     assert sync(syncing, backend)[0] == {"created": count}
-    age(syncing)
+    make_old(syncing)
     for user_id in here:
         backend.delete(user_id)
     for _ in range(strangers):

@@ -22,10 +22,10 @@ from tests.issuer import (
     answering,
     fetched,
     jwk,
-    reason_of,
-    settle,
+    refusal_reason,
     stalling,
     stalling_then_publishing,
+    wait_for_fetches,
 )
 
 CLERK, OTHER = FakeClerk(), FakeClerk()
@@ -44,7 +44,7 @@ def issuer() -> Iterator[Issuer]:
     """A JWKS endpoint that publishes the key of CLERK."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
-    settle()
+    wait_for_fetches()
 
 
 def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
@@ -55,7 +55,7 @@ def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
     def call(_: int) -> str | None:
         keys.fetch_soon()
         everybody.wait(10)
-        return reason_of(keys, CLERK)
+        return refusal_reason(keys, CLERK)
 
     with ThreadPoolExecutor(16) as threads:
         calls = [threads.submit(call, number) for number in range(16)]
@@ -69,9 +69,9 @@ def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Cloc
     """Not even the call that starts the refresh waits for it."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.behaviour, clock.now = stalling, clock.now + 300
-    assert reason_of(keys, CLERK) is None
+    assert refusal_reason(keys, CLERK) is None
     issuer.wait_for(2)
-    assert reason_of(keys, CLERK) is None
+    assert refusal_reason(keys, CLERK) is None
     fetch = keys.fetch_soon()
     assert fetch is not None
     assert fetch.is_alive()
@@ -84,8 +84,8 @@ def test_refreshes_in_the_background_after_five_minutes(
     """Any call starts the refresh, and not earlier."""
     keys = fetched(FetchedKeys(issuer.url))
     clock.now += age
-    assert reason_of(keys, CLERK) is None
-    settle()
+    assert refusal_reason(keys, CLERK) is None
+    wait_for_fetches()
     assert len(issuer.requests) == requests
     assert keys.age == pytest.approx(0 if requests == 2 else age)
 
@@ -97,10 +97,10 @@ def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) 
     issuer.behaviour, start = answering(b"", 500), clock.now
     verifier.verify(token, time.time())
     clock.now = start + 12 * 3600 - 1
-    assert reason_of(verifier, CLERK) is None
-    settle()
+    assert refusal_reason(verifier, CLERK) is None
+    wait_for_fetches()
     clock.now += 1
-    assert reason_of(verifier, CLERK) == "keys_unavailable"
+    assert refusal_reason(verifier, CLERK) == "keys_unavailable"
     with pytest.raises(KeysUnavailable, match="keys_unavailable") as raised:
         verifier.verify(token, time.time())
     assert raised.value.retry_after == 29
@@ -112,9 +112,9 @@ def test_accepts_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> 
     issuer.publish(jwk(CLERK), jwk(OTHER, "ins_new"))
     for _ in range(11):
         clock.now += 30
-        assert reason_of(keys, CLERK) is None
-        settle()
-    assert reason_of(keys, OTHER, "ins_new") is None
+        assert refusal_reason(keys, CLERK) is None
+        wait_for_fetches()
+    assert refusal_reason(keys, OTHER, "ins_new") is None
     assert len(issuer.requests) == 2
 
 
@@ -124,16 +124,16 @@ def test_waits_out_the_cooldown_after_a_fetch(issuer: Issuer, clock: Clock, fail
     keys = fetched(FetchedKeys(issuer.url))
     if failing:
         issuer.behaviour, clock.now = answering(b"", 500), clock.now + 300
-        assert reason_of(keys, CLERK) is None
-        settle()
+        assert refusal_reason(keys, CLERK) is None
+        wait_for_fetches()
     before = len(issuer.requests)
     issuer.publish(jwk(OTHER, "ins_new"))
     clock.now += 29.9
-    assert reason_of(keys, OTHER, "ins_new") == "unknown_key"
-    settle()
+    assert refusal_reason(keys, OTHER, "ins_new") == "unknown_key"
+    wait_for_fetches()
     assert len(issuer.requests) == before
     clock.now += 0.1
-    assert reason_of(keys, OTHER, "ins_new") is None
+    assert refusal_reason(keys, OTHER, "ins_new") is None
 
 
 @pytest.mark.parametrize("behaviour", MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
@@ -148,13 +148,13 @@ def test_keeps_good_keys_after_any_bad_answer(
     keys = fetched(FetchedKeys(issuer.url))
     monkeypatch.setattr(signing_keys, "TIMEOUT", 0.6)
     issuer.behaviour, clock.now = behaviour, clock.now + 300
-    assert reason_of(keys, CLERK) is None
-    settle()
+    assert refusal_reason(keys, CLERK) is None
+    wait_for_fetches()
     assert len(issuer.requests) == 2
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "signing_keys_not_fetched"
     ]
-    assert reason_of(keys, CLERK) is None
+    assert refusal_reason(keys, CLERK) is None
 
 
 def test_skips_unusable_keys(issuer: Issuer) -> None:
@@ -166,8 +166,10 @@ def test_skips_unusable_keys(issuer: Issuer) -> None:
         jwk(OTHER, "short", n="u" * 171),
     )
     keys = fetched(FetchedKeys(issuer.url))
-    assert reason_of(keys, CLERK) is None
-    assert [reason_of(keys, OTHER, kid) for kid in ("ec", "enc", "short")] == ["unknown_key"] * 3
+    assert refusal_reason(keys, CLERK) is None
+    assert [refusal_reason(keys, OTHER, kid) for kid in ("ec", "enc", "short")] == [
+        "unknown_key"
+    ] * 3
 
 
 def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock) -> None:
@@ -176,21 +178,23 @@ def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock)
     clock.now += 30
     issuer.behaviour = stalling_then_publishing(jwk(CLERK), jwk(OTHER, "ins_new"))
     with ThreadPoolExecutor(20) as threads:
-        forged = [threads.submit(reason_of, keys, OTHER, f"ins_{number}") for number in range(19)]
-        genuine = threads.submit(reason_of, keys, OTHER, "ins_new")
+        forged = [
+            threads.submit(refusal_reason, keys, OTHER, f"ins_{number}") for number in range(19)
+        ]
+        genuine = threads.submit(refusal_reason, keys, OTHER, "ins_new")
         issuer.wait_for(2)
         issuer.released.set()
         assert ({call.result() for call in forged}, genuine.result()) == ({"unknown_key"}, None)
     clock.now += 29.9
-    assert {reason_of(keys, OTHER, f"ins_{number}") for number in range(50)} == {"unknown_key"}
+    assert {refusal_reason(keys, OTHER, f"ins_{number}") for number in range(50)} == {"unknown_key"}
     assert len(issuer.requests) == 2
 
 
 def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> None:
     """The key of a known ``kid`` is not fetched again, whatever the signature."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
-    assert {reason_of(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
-    settle()
+    assert {refusal_reason(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
+    wait_for_fetches()
     assert len(issuer.requests) == 1
 
 
@@ -223,5 +227,8 @@ def test_abandons_a_fetch_that_never_ends(
     assert second is not lost
     second.join(10)
     issuer.released.set()
-    settle()
-    assert (reason_of(keys, CLERK), reason_of(keys, OTHER)) == (None, "token_signature_mismatch")
+    wait_for_fetches()
+    assert (refusal_reason(keys, CLERK), refusal_reason(keys, OTHER)) == (
+        None,
+        "token_signature_mismatch",
+    )

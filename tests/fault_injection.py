@@ -17,11 +17,11 @@ import psutil  # type: ignore[import-untyped]
 
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT
-from tests.own_postgresql import OwnPostgreSQL
-from tests.server import Answer, Server, environ, free_port, wait_until_healthy, web_command
+from tests.dedicated_postgresql import DedicatedPostgreSQL
+from tests.server import Response, Server, environ, free_port, wait_until_healthy, web_command
 
 
-class MortalServer:
+class RestartableServer:
     """The real server, on one port and one database through all of its lives."""
 
     def __init__(self, database_url: str, clerk: FakeClerk, log: Path) -> None:
@@ -69,7 +69,7 @@ class MortalServer:
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-    ) -> Answer:
+    ) -> Response:
         """One request to whichever life it is in."""
         return self.server.request(method, path, body, headers)
 
@@ -85,11 +85,14 @@ class MortalServer:
         self.kill()
 
 
-class Killer:
+class FaultInjector:
     """Kills at random moments; each time, what was killed comes back."""
 
     def __init__(
-        self, server: MortalServer, postgresql: OwnPostgreSQL | None, chance: random.Random
+        self,
+        server: RestartableServer,
+        postgresql: DedicatedPostgreSQL | None,
+        chance: random.Random,
     ) -> None:
         self.server, self.postgresql, self.chance = server, postgresql, chance
         self.ways: dict[str, Callable[[], None]] = {
