@@ -42,15 +42,12 @@ PERIODS = {
 }
 SHOWN = ("all", "unfilled", "deleted")
 _SEVERITIES = (Level.ERROR, Level.WARNING, Level.OK, Level.SKIPPED)
-_HERE = Path(__file__).parent
-_CONTENT_TYPES = {".css": "text/css; charset=utf-8", ".svg": "image/svg+xml; charset=utf-8"}
 
 
 def _make_environment() -> Environment:
     """Make a template environment that an application's templates and filters cannot change."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined
-    )
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
     environment.globals.update(
         url_for=url_for,
         ago=texts.ago,
@@ -67,14 +64,14 @@ _ENVIRONMENT: Final = _make_environment()
 
 def show_overview() -> Response:
     """Show whether webhooks and the database work, and figures if the database answers."""
-    state, now = current_state(), datetime.now(UTC)
+    state, figures = current_state(), None
     findings = judge_database(state.store, _find_program())
-    is_ready, figures = findings[0].level is not Level.ERROR, None
+    is_ready = findings[0].level is not Level.ERROR
     if is_ready:
-        figures = _read_figures(state.store, now)
+        figures = _read_figures(state.store, datetime.now(UTC))
     else:
         annotate(error=findings[0].code)
-    keys = texts.key_set(state.authenticator)
+    keys = texts.key_set(state.authenticator.verifier.keys)
     findings = _sort(findings)
     return _render("overview", findings=findings, figures=figures, is_ready=is_ready, keys=keys)
 
@@ -107,7 +104,7 @@ def list_messages() -> Response:
 
 def show_message(message_id: str) -> Response:
     """Show a message and its outcome."""
-    message = queries.find_message(current_state().store, _check_text(message_id))
+    message = queries.find_message(current_state().store, message_id)
     return _render("message", message=message, message_id=message_id)
 
 
@@ -136,7 +133,7 @@ def _search_users() -> Response:
     forged form of another site is harmless: it changes nothing, and that site cannot read the page.
     """
     form = parse_qs(read_body().decode("utf-8", "replace"))
-    search, after = (_check_text(form.get(name, [""])[0]).strip() for name in ("search", "after"))
+    search, after = (form.get(name, [""])[0].strip() for name in ("search", "after"))
     search = search[:MAX_SEARCH]
     if not search:
         return _redirect(".list_users")
@@ -168,21 +165,6 @@ def show_user(user_id: str) -> Response:
     )
 
 
-def send_static(name: str) -> Response:
-    """Send a style sheet or an icon."""
-    file = _HERE / "static" / name
-    content_type = _CONTENT_TYPES.get(file.suffix)
-    if content_type is None or not file.is_file():
-        abort(404)
-    return Response(file.read_bytes(), content_type=content_type)
-
-
-def refuse_unknown(path: str) -> Response:
-    """Answer 404 for any other path, so that it also needs the password."""
-    del path
-    abort(404)
-
-
 def _find_program() -> Program:
     return SERVICE if current_state().logs_requests else APPLICATION
 
@@ -209,29 +191,25 @@ def _redirect(endpoint: str, **values: Any) -> Response:
 
 def _read_figures(store: Store, now: datetime) -> dict[str, Any] | None:
     """Return the overview's figures, or None if the database cannot answer now."""
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     try:
-        return _count(store, now)
+        return {
+            "outcomes": activity.count_outcomes(store, now - DAY),
+            "lag": activity.find_lag(store, now - DAY),
+            "last": activity.find_last_received(store),
+            "failures": activity.count_failures(store),
+            "users": activity.count_users(store),
+            "tombstones": activity.count_tombstones(store),
+            "unfilled": activity.count_unfilled(store, timedelta(hours=1)),
+            "new": activity.count_new_users(store, midnight),
+        }
     except SQLAlchemyError as error:
         annotate(error=describe(error))
         return None
 
 
-def _count(store: Store, now: datetime) -> dict[str, Any]:
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    return {
-        "outcomes": activity.count_outcomes(store, now - DAY),
-        "lag": activity.find_lag(store, now - DAY),
-        "last": activity.find_last_received(store),
-        "failures": activity.count_failures(store),
-        "users": activity.count_users(store),
-        "tombstones": activity.count_tombstones(store),
-        "unfilled": activity.count_unfilled(store, timedelta(hours=1)),
-        "new": activity.count_new_users(store, midnight),
-    }
-
-
 def _read_argument(name: str) -> str | None:
-    return _check_text(request.args.get(name, "")).strip() or None
+    return request.args.get(name, "").strip() or None
 
 
 def _parse_cursor(text: str | None) -> queries.Cursor | None:
@@ -239,15 +217,3 @@ def _parse_cursor(text: str | None) -> queries.Cursor | None:
         return queries.Cursor.parse(text) if text else None
     except ValueError:
         raise BadRequest("cursor_malformed") from None
-
-
-def _check_text(text: str) -> str:
-    """
-    Return *text* unchanged.
-
-    Raises:
-        BadRequest: *text* has a NUL character, which PostgreSQL refuses.
-    """
-    if "\0" in text:
-        raise BadRequest("filter_malformed")
-    return text

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from clerkhooks.clerk.signing_keys import ConfiguredKeys, FetchedKeys
+from clerkhooks.clerk.signing_keys import FetchedKeys, SigningKeys
 from clerkhooks.store.activity import MAX_COUNT
-from clerkhooks.web.state import Authenticator
 
 _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
@@ -40,17 +39,13 @@ def moment(then: datetime) -> str:
     return f"{then.astimezone(UTC):%d %b %Y, %H:%M:%S}"
 
 
-def key_set(authenticator: Authenticator) -> tuple[str, str]:
+def key_set(keys: SigningKeys) -> tuple[str, str]:
     """Return the state of the session keys as a level and a text."""
-    keys = authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         if keys.age is None:
             return "warning", "not fetched yet"
-        return (
-            "ok",
-            f"fetched {duration(int(keys.age))} ago" if keys.age >= 1 else "fetched just now",
-        )
-    count = len(keys.keys) if isinstance(keys, ConfiguredKeys) else 0
-    if not count:
+        now = datetime.now(UTC)
+        return "ok", f"fetched {ago(now - timedelta(seconds=keys.age), now)}"
+    if not keys.keys:
         return "warning", "none: protected routes answer 503"
-    return "ok", f"{count} key{'' if count == 1 else 's'} configured"
+    return "ok", f"{len(keys.keys)} key{'' if len(keys.keys) == 1 else 's'} configured"
