@@ -24,15 +24,17 @@ import pytest
 from click.testing import CliRunner
 
 from clerkhooks.clerk.fake import FakeClerk
-from clerkhooks.cli import dev
+from clerkhooks.cli import demonstration, dev
 from clerkhooks.cli.demonstration import Demonstration
 from clerkhooks.cli.dev import run
 from clerkhooks.cli.main import main
 from clerkhooks.cli.options import CannotDo, mark
 from clerkhooks.settings import PROJECT, VARIABLES
 from clerkhooks.web import logs
+from clerkhooks.web.state import disconnect
 
-SERVING = "README.md"  # in the last line before it waits
+SERVING = "README.md"  # in the last line before it serves
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
     "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
     "HTTP_PROXY": "http://127.0.0.1:1",
@@ -43,6 +45,16 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the application's logger from holding on to the output of one test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Restore the signal handlers, which a run in this process replaces."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    logging.disable(logging.NOTSET)  # as at the end of a demonstration
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +127,7 @@ def test_passes_every_check_and_ends_with_0(
     temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every step is ticked, the output fits on one screen, and no file is left."""
-    assert run(0, once=True) == 0
+    assert run(0, once=True)
     printed = capsys.readouterr().out
     assert printed.count("✓") == 15
     assert "✗" not in printed
@@ -130,29 +142,27 @@ def test_passes_every_check_and_ends_with_0(
     assert list(temporary.iterdir()) == []
 
 
-def test_ends_with_1_if_the_table_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A script can rely on the status."""
-    monkeypatch.setattr(Demonstration, "expected_rows", lambda _: [])
-    assert run(0, once=True) == 1
-    assert "✗ 1 of 13 checks failed." in capsys.readouterr().out
+    monkeypatch.setattr(demonstration, "_QUERY", "SELECT 1 WHERE false")
+    result = CliRunner().invoke(main, ["dev", "--once", "--port", "0"])
+    assert result.exit_code == 1
+    assert "✗ 1 of 13 checks failed." in result.stdout
 
 
 def test_shows_the_expected_answer_of_a_failed_check(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A failed step shows a cross, the answer, and what was expected."""
-    monkeypatch.setattr("clerkhooks.cli.demonstration.read_rows", lambda _: [])
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        assert not Demonstration(FakeClerk(), url).run(Path("unused"))
+    app = dev._create_app(FakeClerk(), tmp_path / "clerkhooks.db", "a-password-of-the-test")
+    stranger = FakeClerk()
+    assert not Demonstration(app, stranger).run(tmp_path / "clerkhooks.db")
+    disconnect(app)
     printed = capsys.readouterr().out
     assert re.search(
-        r"✗ webhook user.created +no answer \(ConnectError\) *expected: 200 applied", printed
+        r"✗ webhook user.created +401 signature_mismatch +expected: 200 applied", printed
     )
-    assert "✗ 13 of 13 checks failed." in printed
+    assert "✗ 12 of 13 checks failed." in printed, "only the forged webhook is refused as expected"
 
 
 def test_ignores_the_users_own_configuration(
@@ -190,14 +200,16 @@ def test_keeps_serving_with_a_token_and_a_console_that_work(
         assert console is not None
         page = httpx.get(console[1], auth=("", console[2]), trust_env=False, follow_redirects=True)
         answers.append(page.status_code)
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    stage = Stage(SERVING, call_and_stop)
-    handler, level = signal.getsignal(signal.SIGTERM), logs.logger.level
+    caller = threading.Thread(target=call_and_stop, daemon=True)
+    watchdog = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
+    stage = Stage(SERVING, caller.start)
+    watchdog.start()
     with redirect_stdout(stage):
-        assert run(0, once=False) == 0
+        assert run(0, once=False)
+    watchdog.cancel()
     assert answers == ["Ada Lovelace", 200]
-    assert (signal.getsignal(signal.SIGTERM), logs.logger.level) == (handler, level)
     assert list(temporary.iterdir()) == []
 
 
@@ -222,7 +234,7 @@ def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", dev.STOP_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
     """Each signal ends it at once, with status 0, without a traceback, server or file."""
     with serving() as (process, printed):
@@ -237,7 +249,7 @@ def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
 
 
 def test_stops_the_server_when_it_is_killed() -> None:
-    """The server is a thread of the same process, so that SIGKILL ends it, too."""
+    """The server is part of the process, so SIGKILL ends it, too."""
     with serving() as (process, printed):
         process.kill()
         process.wait(10)
@@ -249,7 +261,7 @@ def test_stops_the_server_when_it_is_killed() -> None:
 def test_can_run_twice_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
     """Each run has a database of its own."""
     with serving() as (_, printed):
-        assert run(0, once=True) == 0
+        assert run(0, once=True)
         url, headers = printed_call(printed)
         assert httpx.get(url, headers=headers, trust_env=False).status_code == 200
 
@@ -276,13 +288,10 @@ def test_says_why_a_port_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_survives_a_closed_terminal_under_nohup() -> None:
     """SIGHUP stays ignored if it was ignored before."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with dev._signals_interrupt():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    dev._interrupt_on_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
 
 
 @pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "✓✗"), ("ascii", "+x")])
@@ -301,9 +310,9 @@ def test_prints_no_colour_if_asked_to(
 ) -> None:
     """NO_COLOR has an effect when it is not empty."""
 
-    def say(*_: object, once: bool) -> int:
+    def say(*_: object, once: bool) -> bool:
         click.secho("text", fg="red")
-        return 0
+        return True
 
     monkeypatch.setattr(dev, "run", say)
     result = CliRunner().invoke(main, ["dev"], env=variables, color=True)

@@ -6,22 +6,23 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
-import httpx
+from flask import Flask
+from werkzeug.test import TestResponse
 
-from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, event_data
 from clerkhooks.cli.options import mark, print_table
 
+Message = tuple[dict[str, str], bytes]  # Svix's headers, and the body that they sign
 _QUERY = "SELECT id, name, email, date(deleted_at) FROM users ORDER BY created_at"
 
 
 class Demonstration:
-    """Webhooks and API calls of three users, for the service at *url*, which trusts *clerk*."""
+    """Webhooks and API calls of three users, sent to *app*, which trusts *clerk*."""
 
-    def __init__(self, clerk: FakeClerk, url: str) -> None:
-        self.clerk, self.url = clerk, url
+    def __init__(self, app: Flask, clerk: FakeClerk) -> None:
+        self._client, self._clerk = app.test_client(), clerk
         self.ada, self.grace, self.alan = (clerk_id("user") for _ in range(3))
         self._start = int(time.time() * 1000) - 100
         self._results: list[bool] = []
@@ -37,109 +38,78 @@ class Demonstration:
         click.secho(f"\n{mark(not failed)} {text}", fg="red" if failed else "green")
         return not failed
 
-    def expected_rows(self) -> list[tuple[str, str, str | None, bool]]:
-        """Return id, name, email and whether the user is deleted, for every row at the end."""
-        return [
-            (self.ada, "Ada Lovelace", "ada@example.org", False),
-            (self.grace, "Grace Hopper", "grace@example.org", False),
-            (self.alan, "Deleted User", None, True),
-        ]
-
     def _show_ordering(self) -> None:
         _print_title("Ada signs up. Webhooks are repeated, late or forged; her row stays correct.")
-        created = self._user_event("user.created", self.ada, "Ada Byron")
-        renamed = self._user_event("user.updated", self.ada, "Ada Lovelace", 50)
-        older = self._user_event("user.updated", self.ada, "Ada King", 30)
-        headers = self.clerk.headers(renamed)
-        forged = FakeClerk(private_key=self.clerk.private_key).headers(renamed)
-        webhook = self._send_webhook
-        webhook("user.created", created, "200 applied", "the row is inserted")
-        webhook("user.updated", renamed, "200 applied", "the name changes", headers)
-        webhook("user.updated, repeated", renamed, "200 duplicate", "nothing changes", headers)
-        webhook("user.updated, older", older, "200 stale", "the newer name stays")
-        webhook(
-            "user.updated, forged", renamed, "401 signature_mismatch", "nothing changes", forged
-        )
+        created = self._sign("user.created", self.ada, "Ada Byron")
+        renamed = self._sign("user.updated", self.ada, "Ada Lovelace", 50)
+        older = self._sign("user.updated", self.ada, "Ada King", 30)
+        forged = (renamed[0], renamed[1].replace(b"Lovelace", b"Hacker"))
+        send = self._send_webhook
+        send("user.created", created, "200 applied", "the row is inserted")
+        send("user.updated", renamed, "200 applied", "the name changes")
+        send("user.updated, repeated", renamed, "200 duplicate", "nothing changes")
+        send("user.updated, older", older, "200 stale", "the newer name stays")
+        send("user.updated, forged", forged, "401 signature_mismatch", "nothing changes")
 
     def _show_first_call(self) -> None:
         _print_title("Grace calls the API before her webhook arrives.")
-        created = self._user_event("user.created", self.grace, "Grace Hopper")
+        created = self._sign("user.created", self.grace, "Grace Hopper")
         self._call_api(self.grace, "200 New User", "the call inserts the row")
         self._send_webhook("user.created", created, "200 applied", "the webhook fills it in")
         self._call_api(self.grace, "200 Grace Hopper", "the API returns her name")
 
     def _show_deletion(self) -> None:
         _print_title("Alan deletes his account. The deletion is final.")
-        created = self._user_event("user.created", self.alan, "Alan Turing")
-        updated = self._user_event("user.updated", self.alan, "Al Turing", 20)
-        data = {"deleted": True, "id": self.alan, "object": "user"}
-        deleted = event_body("user.deleted", data, self._start)
-        webhook = self._send_webhook
-        webhook("user.created", created, "200 applied", "the row is inserted")
-        webhook("user.deleted", deleted, "200 applied", "name, email and image are erased")
-        webhook("user.updated, late", updated, "200 stale", "the user stays deleted")
+        created = self._sign("user.created", self.alan, "Alan Turing")
+        deleted = self._sign("user.deleted", self.alan, "Alan Turing")
+        updated = self._sign("user.updated", self.alan, "Al Turing", 20)
+        send = self._send_webhook
+        send("user.created", created, "200 applied", "the row is inserted")
+        send("user.deleted", deleted, "200 applied", "name, email and image are erased")
+        send("user.updated, late", updated, "200 stale", "the user stays deleted")
         self._call_api(self.alan, "401 user_deleted", "his session token is refused")
 
     def _show_table(self, database: Path) -> None:
-        rows = read_rows(database)
-        actual = [(*row[:3], row[3] is not None) for row in rows]
-        self._results.append(actual == self.expected_rows())
+        with closing(sqlite3.connect(database)) as connection:
+            rows = connection.execute(_QUERY).fetchall()
+        expected = [
+            (self.ada, "Ada Lovelace", "ada@example.org", False),
+            (self.grace, "Grace Hopper", "grace@example.org", False),
+            (self.alan, "Deleted User", None, True),
+        ]
+        self._results.append([(*row[:3], row[3] is not None) for row in rows] == expected)
         _print_title("The users table:")
         print_table(("id", "name", "email", "deleted_at"), rows)
 
-    def _user_event(self, event_type: str, user_id: str, name: str, after: int = 0) -> bytes:
-        """Return an event of a user; *after* is in milliseconds since the sign-up."""
+    def _sign(self, event_type: str, user_id: str, name: str, after: int = 0) -> Message:
+        """Return a signed event of a user; *after* is in milliseconds since the sign-up."""
         first_name, last_name = name.split()
-        data = user_data(
-            user_id,
-            email=f"{first_name.lower()}@example.org",
-            first_name=first_name,
-            last_name=last_name,
-            updated_at=self._start + after,
-        )
-        return event_body(event_type, data, self._start + after)
+        profile = {"first_name": first_name, "last_name": last_name}
+        email, at = f"{first_name.lower()}@example.org", self._start + after
+        data = event_data(event_type, user_id, updated_at=at, email=email, **profile)
+        body = event_body(event_type, data, at)
+        return self._clerk.headers(body), body
 
-    def _send_webhook(
-        self,
-        label: str,
-        body: bytes,
-        expected: str,
-        meaning: str,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        headers = headers or self.clerk.headers(body)
-        answer = self._request("POST", "/webhooks/clerk", headers, body)
-        self._report(f"webhook {label}", answer, expected, meaning)
+    def _send_webhook(self, label: str, message: Message, expected: str, meaning: str) -> None:
+        headers, body = message
+        response = self._client.post("/webhooks/clerk", headers=headers, data=body)
+        self._report(f"webhook {label}", response, expected, meaning)
 
     def _call_api(self, user_id: str, expected: str, meaning: str) -> None:
-        headers = {"Authorization": f"Bearer {self.clerk.session_token(user_id)}"}
-        self._report("GET /api/me", self._request("GET", "/api/me", headers), expected, meaning)
+        headers = {"Authorization": f"Bearer {self._clerk.session_token(user_id)}"}
+        response = self._client.get("/api/me", headers=headers)
+        self._report("GET /api/me", response, expected, meaning)
 
-    def _request(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> str:
-        """Return the status, and the outcome, reason or name; or why there is no answer."""
-        url = f"{self.url}{path}"
-        try:
-            response = httpx.request(
-                method, url, headers=headers, content=body, timeout=10, trust_env=False
-            )
-            answer: dict[str, Any] = response.json()
-        except (httpx.HTTPError, ValueError) as error:
-            return f"no answer ({type(error).__name__})"
-        told = [answer[key] for key in ("outcome", "reason", "name") if key in answer]
-        return " ".join([str(response.status_code), *told[:1]])
-
-    def _report(self, label: str, answer: str, expected: str, meaning: str) -> None:
+    def _report(self, label: str, response: TestResponse, expected: str, meaning: str) -> None:
+        """Compare the status and the outcome, reason or name of *response* with *expected*."""
+        body = response.get_json()
+        told = body.get("outcome") or body.get("reason") or body.get("name")
+        answer = f"{response.status_code} {told}"
         ok = answer == expected
         self._results.append(ok)
         colour = "green" if ok else "red"
         sign, shown = click.style(mark(ok), fg=colour), click.style(f"{answer:<26}", fg=colour)
         click.echo(f"  {sign} {label:<32}{shown}{meaning if ok else f'expected: {expected}'}")
-
-
-def read_rows(database: Path) -> list[tuple[str, str, str | None, str | None]]:
-    """Return the users in *database*, oldest row first, read without the service."""
-    with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(_QUERY).fetchall()
 
 
 def _print_title(text: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,12 +19,10 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.cli.demonstration import Demonstration
 from clerkhooks.cli.options import CannotDo, mark
-from clerkhooks.web.logs import logger
 from clerkhooks.web.state import disconnect
 
 HOST = "127.0.0.1"
 TOKEN_LIFETIME = 3600  # seconds
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command()
@@ -46,89 +43,72 @@ def dev(context: click.Context, once: bool, port: int) -> None:
     """
     Try the service on this machine: no Clerk account, settings or database server needed.
 
-    Starts the service with a temporary SQLite database and newly generated keys, sends it signed
-    webhooks and API calls, and shows the results. Then it keeps serving until you press Ctrl-C,
-    and deletes the database.
+    Creates the service with a temporary SQLite database and newly generated keys, sends it signed
+    webhooks and API calls, and shows the results. Then it serves until you press Ctrl-C, and
+    deletes the database.
 
     Your environment variables, .env file and database are not used.
 
     Exit status: 0 on success, 1 if a check failed, 2 if the port cannot be used.
     """
-    context.exit(run(port, once=once))
+    context.exit(0 if run(port, once=once) else 1)
 
 
-def run(port: int, *, once: bool) -> int:
+def run(port: int, *, once: bool) -> bool:
     """
-    Start the service, show the demonstration and, unless *once*, serve until a signal.
-
-    Returns the exit status.
+    Show the demonstration and, unless *once*, serve until a signal. Return whether it passed.
 
     Raises:
         CannotDo: *port* cannot be used.
     """
+    _interrupt_on_signals()
     clerk, password = FakeClerk(), secrets.token_hex(8)
-    with (
-        _signals_interrupt(),
-        _listen(port) as listener,
-        TemporaryDirectory(prefix="clerkhooks-dev-") as folder,
-    ):
-        database = Path(folder, "clerkhooks.db")
+    with _listen(port) as listener, TemporaryDirectory(prefix="clerkhooks-dev-") as folder:
+        database, url = Path(folder, "clerkhooks.db"), f"http://{HOST}:{listener.getsockname()[1]}"
+        app = _create_app(clerk, database, password)
         click.secho(
             "clerkhooks dev: the service, with new keys and a temporary database", bold=True
         )
-        with _running_app(clerk, database, password) as app, _serving(app, listener) as url:
-            _report("database", str(database))
-            _report("server", url)
-            demonstration = Demonstration(clerk, url)
-            ok = _demonstrate(demonstration, database)
-            if not once:
-                _wait(demonstration, url, password)
-    return 0 if ok else 1
+        _report("database", str(database))
+        _report("server", url)
+        demonstration = Demonstration(app, clerk)
+        logging.disable(logging.WARNING)  # the demonstration prints its requests itself
+        ok = demonstration.run(database)
+        logging.disable(logging.NOTSET)
+        if not once:
+            token = clerk.session_token(demonstration.ada, lifetime=TOKEN_LIFETIME)
+            _serve(app, listener, url, token, password)
+        disconnect(app)
+    return ok
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def _interrupt_on_signals() -> None:
     """Raise KeyboardInterrupt for every signal that asks the process to end."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # nohup ignores SIGHUP on purpose. A shell ignores SIGINT for all background jobs.
-        if number != signal.SIGHUP or handler != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+
+
+def _listen(port: int) -> socket.socket:
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        raise CannotDo(
+            f"Cannot listen on port {port}: {os.strerror(error.errno or 0)}.\n"
+            f"Choose another port: clerkhooks dev --port {port % 65535 + 1}"
+        ) from None
 
 
-@contextmanager
-def _listen(port: int) -> Iterator[socket.socket]:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-            listener.listen()
-        except OSError as error:
-            raise CannotDo(
-                f"Cannot listen on port {port}: {error.strerror}.\n"
-                f"Choose another port: clerkhooks dev --port {port % 65535 + 1}"
-            ) from None
-        yield listener
-
-
-@contextmanager
-def _running_app(clerk: FakeClerk, database: Path, password: str) -> Iterator[Flask]:
-    """Create the service with its tables; it reads neither the environment nor ``.env``."""
+def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
+    """Create the service and its tables. It reads neither the environment nor ``.env``."""
     from clerkhooks import create_app
 
     own = {"DATABASE_URL": f"sqlite:///{database}", "CONSOLE_PASSWORD": password}
     app = create_app(clerk.environ | own)
     with app.app_context():
         app.extensions["sqlalchemy"].create_all()
-    try:
-        yield app
-    finally:
-        disconnect(app)
+    return app
 
 
 class _RequestHandler(WSGIRequestHandler):
@@ -136,35 +116,12 @@ class _RequestHandler(WSGIRequestHandler):
         """Log nothing: the service logs each request itself."""
 
 
-@contextmanager
-def _serving(app: Flask, listener: socket.socket) -> Iterator[str]:
-    """Serve *app* in a thread until the block ends; yield the base URL."""
+def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: str) -> None:
+    """Print how to continue, and serve until a signal."""
     port, fd = listener.getsockname()[1], listener.fileno()
     server = make_server(HOST, port, app, threaded=True, request_handler=_RequestHandler, fd=fd)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://{HOST}:{port}"
-    finally:
-        server.shutdown()
-        thread.join()
-
-
-def _demonstrate(demonstration: Demonstration, database: Path) -> bool:
-    """Run *demonstration* with the service's log limited to errors; return whether it passed."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return demonstration.run(database)
-    finally:
-        logger.setLevel(level)
-
-
-def _wait(demonstration: Demonstration, url: str, password: str) -> None:
-    """Print how to continue, and wait for a signal."""
-    token = demonstration.clerk.session_token(demonstration.ada, lifetime=TOKEN_LIFETIME)
     until = time.strftime("%H:%M", time.localtime(time.time() + TOKEN_LIFETIME))
-    try:
+    with suppress(KeyboardInterrupt):
         click.secho(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)
         click.echo(f"Call the API as Ada (her token expires at {until}):\n")
         click.echo(f"  curl -H 'Authorization: Bearer {token}' {url}/api/me\n")
@@ -172,9 +129,8 @@ def _wait(demonstration: Demonstration, url: str, password: str) -> None:
         click.echo(
             'To connect your own Clerk application, follow "Set up the service" in README.md.\n'
         )
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        click.echo("\nStopping.")
+        server.serve_forever()
+    click.echo("\nStopping.")
 
 
 def _report(subject: str, text: str) -> None:
