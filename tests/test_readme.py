@@ -1,16 +1,19 @@
-"""The README agrees with the code."""
+"""The README and ``.env.example`` agree with the code."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from dotenv import dotenv_values
 
 import clerkhooks
+from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.cli.main import main
-from clerkhooks.settings import PROJECT, VARIABLES
+from clerkhooks.settings import PROJECT, VARIABLES, ServiceSettings
 
 README = (PROJECT / "README.md").read_text()
+ENV_EXAMPLE = PROJECT / ".env.example"
 EXAMPLE = PROJECT / "tests/examples/notes"
 
 
@@ -30,10 +33,48 @@ def test_shows_the_complete_example(name: str, file: str) -> None:
     assert shown("Use the extension")[name] == code
 
 
-@pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"DYNO"}))
+@pytest.mark.parametrize("variable", sorted(VARIABLES))
 def test_explains_every_variable(variable: str) -> None:
     """Every configuration variable is described."""
     assert f"`{variable}`" in README
+
+
+def test_env_example_lists_exactly_the_variables_that_are_read() -> None:
+    """``.env.example`` has each variable once, empty, after a comment of one line."""
+    lines = ENV_EXAMPLE.read_text().splitlines()
+    names = [line.removesuffix("=") for line in lines if line and not line.startswith("#")]
+    assert sorted(names) == sorted(VARIABLES)
+    for name in names:
+        at = lines.index(f"{name}=")
+        assert lines[at - 1].startswith("# ")
+        assert lines[at - 2] == ""
+
+
+def test_env_example_needs_only_a_signing_secret(clerk: FakeClerk) -> None:
+    """A copy of ``.env.example`` with a signing secret sets nothing else."""
+    secret = {"CLERK_WEBHOOK_SECRET": clerk.environ["CLERK_WEBHOOK_SECRET"]}
+    copied = dotenv_values(ENV_EXAMPLE) | secret
+    assert ServiceSettings.from_mapping(copied) == ServiceSettings.from_mapping(secret)
+
+
+@pytest.mark.parametrize(
+    ("variable", "field"),
+    [
+        ("CLERK_API_URL", "api_url"),
+        ("CLERK_JWKS_KEEP_HOURS", "jwks_keep_hours"),
+        ("DATABASE_POOL_SIZE", "pool_size"),
+        ("DATABASE_URL", "database_url"),
+        ("PORT", "port"),
+        ("WEB_CONCURRENCY", "web_concurrency"),
+    ],
+)
+def test_env_example_names_the_defaults(variable: str, field: str) -> None:
+    """The comment on a variable states the default of the settings."""
+    lines = ENV_EXAMPLE.read_text().splitlines()
+    default = ServiceSettings.__dataclass_fields__[field].default
+    assert re.search(
+        rf"Default: {re.escape(str(default))}\b", lines[lines.index(f"{variable}=") - 1]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(clerkhooks.__all__) - {"Outcome", "create_app"}))
