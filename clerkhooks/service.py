@@ -19,13 +19,13 @@ from clerkhooks.settings import (
     DEFAULT_DATABASE_URL,
     PROJECT,
     VARIABLES,
+    VERSION_TABLE,
     ServiceSettings,
     exit_if_invalid,
     read_environ,
 )
 
 ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
-VERSION_TABLE: Final = "clerkhooks_version"  # other programs may have an alembic_version
 
 
 class Base(DeclarativeBase):

@@ -20,6 +20,7 @@ from clerkhooks.errors import Fault, SettingsError
 PROJECT = Path(__file__).resolve().parent.parent
 SECRET_VARIABLES = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
 DEFAULT_DATABASE_URL = "sqlite:///clerkhooks.db"  # in the instance folder
+VERSION_TABLE = "clerkhooks_version"  # other programs may have an alembic_version
 _ENDPOINT = "Clerk Dashboard, Webhooks, your endpoint, Signing Secret: whsec_…"
 _GENERATE = "Any secret of at least 16 characters, such as the output of: openssl rand -hex 16"
 VARIABLES = {

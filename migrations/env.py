@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import context
+from alembic.util import CommandError
 from flask import current_app
+
+from clerkhooks.settings import VERSION_TABLE
+from clerkhooks.store.foreign import find_table
 
 LOCK = 7_233_190_212  # any number, the same in every release
 
@@ -15,12 +19,23 @@ def begin_alone(connection: sa.Connection) -> None:
     """Let a second release wait until the first one has migrated, however long that takes."""
     if connection.dialect.name == "sqlite":
         # A property of the file: with a write-ahead log, readers never wait for the writer.
-        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        if not is_of_others(connection):
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return
+    if connection.exec_driver_sql("SELECT current_schema()").scalar() is None:
+        remedy = "Create one first, such as: CREATE SCHEMA clerkhooks"
+        raise CommandError(f"The search_path names no schema that exists.\n{remedy}")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
     # From here on a migration that has to wait gives up soon: behind its lock every request queues.
     connection.exec_driver_sql("SET LOCAL lock_timeout = '4s'")
+
+
+def is_of_others(connection: sa.Connection) -> bool:
+    """Return whether there are tables that no migration has recorded."""
+    # In this order: another process may be migrating.
+    is_found = find_table(connection) is not None
+    return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)
 
 
 def run_migrations() -> None:

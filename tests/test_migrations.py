@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask_migrate import downgrade, upgrade
+from sqlalchemy.engine import make_url
 
-from clerkhooks.clerk.fake import FakeClerk
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.doctor import diagnose
+from clerkhooks.doctor.database import check_database
 from clerkhooks.service import db
 from clerkhooks.settings import PROJECT
 from tests.conftest import KINDS, MakeDatabase, MakeService
-from tests.support import Service, pending_schema_changes
+from tests.server import environ
+from tests.support import Service, pending_schema_changes, rows, user_event
 
 
 def test_agree_with_the_models(service: Service) -> None:
@@ -119,3 +124,118 @@ def test_leave_the_tables_of_others_alone(
         assert names == {"alembic_version", "orders", "clerkhooks_version"}
         version = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
     assert version == "theirs"
+
+
+UPGRADE = ["-m", "flask", "--app", "wsgi", "db", "upgrade"]
+MIGRATE = ["-m", "clerkhooks", "serve", "--migrate"]
+LATER_COLUMNS = ", ".join(f"later_{number} TEXT" for number in range(12))
+THEIRS = [
+    ("users", "TABLE users (id INTEGER PRIMARY KEY, nickname TEXT)", "columns id, nickname."),
+    ("users", f"TABLE users (id TEXT, {LATER_COLUMNS})", "later_9, later_10, …."),
+    ("users", "VIEW users AS SELECT 1 AS id", "columns id."),
+    ("webhook_messages", "TABLE webhook_messages (body TEXT)", "columns body."),
+]
+
+
+def run(clerk: FakeClerk, url: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of the service on the database at *url*."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=PROJECT,
+        env=environ(**clerk.environ, DATABASE_URL=url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "definition", "columns"), THEIRS)
+def test_refuse_a_table_of_others(
+    make_database: MakeDatabase,
+    clerk: FakeClerk,
+    kind: str,
+    name: str,
+    definition: str,
+    columns: str,
+) -> None:
+    """One message describes the table and says what to do. Nothing in the database changes."""
+    url = make_database(kind)
+    rows(url, f"CREATE {definition}")
+    before = _content(url)
+    place = " in the schema public" if kind == "postgresql" else ""
+    what = f"has a table {name}{place} that clerkhooks did not create, with the "
+    for command in (UPGRADE, MIGRATE) if definition == THEIRS[0][1] else (UPGRADE,):
+        result = run(clerk, url, command)
+        assert (result.returncode, result.stdout) == (1, "")
+        first, remedy = result.stderr.splitlines()
+        assert first.startswith(f"Error: The database {what}")
+        assert first.endswith(f"{columns} Nothing was changed.")
+        assert "sqlite:////path" in remedy if kind == "sqlite" else "CREATE SCHEMA" in remedy
+    assert _content(url) == before
+    values = clerk.environ | {"DATABASE_URL": url}
+    [finding] = diagnose(values, checks=[check_database])
+    assert (finding.code, finding.remedy) == ("database_of_others", remedy)
+    assert what in finding.what
+
+
+def _content(url: str) -> object:
+    """Return all that a migration could change."""
+    if url.startswith("sqlite"):
+        return Path(url.removeprefix("sqlite:///")).read_bytes()
+    query = "SELECT table_schema, table_name, column_name FROM information_schema.columns"
+    return sorted(rows(url, query))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_record_tables_that_were_copied(
+    make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, kind: str
+) -> None:
+    """A copy of our tables without the record of migrations is recognized, and can be recorded."""
+    service = make_service(DATABASE_URL=make_database(kind))
+    with service.app.app_context():
+        upgrade()
+        url = service.app.config["DATABASE_URL"]
+        rows(url, "DROP TABLE clerkhooks_version")
+        refused = run(clerk, url, UPGRADE)
+        assert "If it is a copy of clerkhooks' table: flask --app wsgi db stamp" in refused.stderr
+        assert run(clerk, url, [*UPGRADE[:-1], "stamp", "head"]).returncode == 0
+        assert run(clerk, url, UPGRADE).returncode == 0
+
+
+@pytest.mark.parametrize("path", ["clerkhooks", "clerkhooks,public"])
+def test_use_a_schema_of_their_own(
+    make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, path: str
+) -> None:
+    """With ``options`` in the URL, all tables are in that schema, beside other programs'."""
+    url = make_database("postgresql")
+    rows(url, "CREATE TABLE users (id INTEGER PRIMARY KEY, nickname TEXT)")
+    own = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})
+    own_url = own.render_as_string(hide_password=False)
+    rows(url, "CREATE SCHEMA clerkhooks")
+    assert run(clerk, own_url, UPGRADE).returncode == 0
+    service = make_service(DATABASE_URL=own_url)
+    assert service.http.get("/readyz").status_code == 200
+    assert service.outcome(user_event(clerk_id("user"))) == "applied"
+    query = "SELECT table_schema, table_name FROM information_schema.tables WHERE table_name IN "
+    found = set(rows(url, f"{query} ('users', 'webhook_messages', 'clerkhooks_version')"))
+    assert found == {
+        ("public", "users"),
+        *(("clerkhooks", name) for name in ("users", "webhook_messages", "clerkhooks_version")),
+    }
+    assert rows(url, "SELECT count(*) FROM clerkhooks.users") == [(1,)]
+
+
+def test_explain_a_schema_that_does_not_exist(
+    make_database: MakeDatabase, clerk: FakeClerk
+) -> None:
+    """One message says which statement is missing."""
+    url = make_url(make_database("postgresql"))
+    url = url.update_query_dict({"options": "-csearch_path=nowhere"})
+    result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines() == [
+        "Error: The search_path names no schema that exists.",
+        "Create one first, such as: CREATE SCHEMA clerkhooks",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
+from sqlalchemy.engine import make_url
 
 from clerkhooks import create_app
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
@@ -191,3 +193,31 @@ def test_syncs_alone_through_a_transaction_pooler(
         assert sync(service, backend)[0] == {"created": 1}
         assert service.user(user_id) is not None
         assert service.rows("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+
+
+def test_keeps_its_tables_in_the_schema_of_its_role(clerk: FakeClerk, empty_url: str) -> None:
+    """In transaction mode a role's search_path holds; the tables of others are not touched."""
+    role = f"clerkhooks_{secrets.token_hex(4)}"
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        for statement in (
+            "CREATE TABLE users (id INTEGER PRIMARY KEY, nickname TEXT)",
+            f"CREATE ROLE {role} LOGIN",
+            f"CREATE SCHEMA clerkhooks AUTHORIZATION {role}",
+            f"ALTER ROLE {role} SET search_path = clerkhooks",
+        ):
+            connection.execute(statement.encode())
+    own_url = make_url(empty_url).set(username=role).render_as_string(hide_password=False)
+    try:
+        with (
+            pgbouncer(own_url, "transaction") as url,
+            serving(clerk, url, own_url, "transaction") as service,
+        ):
+            assert use(service, rounds=1) == {200}
+            assert service.rows("SELECT count(*) > 0 FROM clerkhooks.users") == [(True,)]
+    finally:
+        with psycopg.connect(empty_url, autocommit=True) as connection:
+            connection.execute(f"DROP OWNED BY {role} CASCADE".encode())
+            connection.execute(f"DROP ROLE {role}".encode())
+    columns = "SELECT count(*) FROM information_schema.columns WHERE table_name = 'users'"
+    with psycopg.connect(empty_url) as connection:
+        assert connection.execute(columns).fetchone() == (2,)

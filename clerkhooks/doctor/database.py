@@ -22,9 +22,10 @@ from clerkhooks.doctor.findings import (
     run_with_timeout,
 )
 from clerkhooks.errors import describe
-from clerkhooks.settings import EPHEMERAL_PLATFORMS, VARIABLES, ServiceSettings
+from clerkhooks.settings import EPHEMERAL_PLATFORMS, VARIABLES, VERSION_TABLE, ServiceSettings
 from clerkhooks.store import Store, activity
 from clerkhooks.store.database import Database
+from clerkhooks.store.foreign import find_table
 from clerkhooks.store.models import (
     VERSION_COLUMNS,
     ClerkUser,
@@ -197,17 +198,14 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
         inspector = sa.inspect(connection)
         tables = (store.users, store.messages)
         present = [table for table in tables if inspector.has_table(table.name, table.schema)]
-        names: set[str] = set()
-        if store.users in present:
-            columns = inspector.get_columns(store.users.name, store.users.schema)
-            names = {column["name"] for column in columns}
+        found = find_table(connection) if program is SERVICE else None
+        is_recorded = inspector.has_table(VERSION_TABLE)
     subject, remedy = "database", f"Migrate: {program.upgrade}"
+    if found and not (is_recorded and found.missing.isdisjoint(VERSION_COLUMNS)):
+        what, remedy = f"{where} {found.describe()}", found.remedy(connection.engine.url)
+        return Finding("database_of_others", Level.ERROR, subject, what, remedy)
     if not present:
         what = f"{where} answers, but is not migrated."
-    elif program is SERVICE and names and names.isdisjoint(VERSION_COLUMNS):
-        what = f"{where} has a table {store.users.name} that clerkhooks did not create."
-        remedy = "Use a database, or a schema, of clerkhooks' own."
-        return Finding("database_of_others", Level.ERROR, subject, what, remedy)
     else:
         what = f"{where} answers, but lacks tables or columns of this release."
     return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+from alembic.util import CommandError
+
+from clerkhooks.store.foreign import find_table
 
 revision = "0001"
 down_revision = None
@@ -16,6 +19,7 @@ moment = sa.DateTime(timezone=True)
 
 def upgrade() -> None:
     """Create both tables."""
+    refuse_tables_of_others()
     op.create_table(
         "users",
         sa.Column("id", sa.Text(), nullable=False),
@@ -58,6 +62,22 @@ def upgrade() -> None:
         ["clerk_user_id", "received_at"],
     )
     create_partial_index("webhook_messages", "failed", ["received_at"], "outcome = 'failed'")
+
+
+def refuse_tables_of_others() -> None:
+    """
+    Check that no table has the name of one of ours.
+
+    Raises:
+        CommandError: one has, which is left unchanged.
+    """
+    if op.get_context().as_sql:
+        return
+    connection = op.get_bind()
+    found = find_table(connection)
+    if found is not None:
+        remedy = found.remedy(connection.engine.url)
+        raise CommandError(f"The database {found.describe()} Nothing was changed.\n{remedy}")
 
 
 def create_partial_index(table: str, suffix: str, columns: list[str], condition: str) -> None:

@@ -1,0 +1,63 @@
+"""Tables of other programs, under names that clerkhooks needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from clerkhooks.store.models import MESSAGES, OWN_COLUMNS, make_messages_table
+
+MAX_COLUMNS = 12  # that are listed
+_OTHER_FILE = "Use another file, such as sqlite:////path/to/clerkhooks.db, in DATABASE_URL."
+_OTHER_SCHEMA = (
+    "Use another database, or a schema of its own: CREATE SCHEMA clerkhooks, and append "
+    "{separator}options=-csearch_path%3Dclerkhooks to DATABASE_URL. Poolers may refuse that: then "
+    "use a role of its own, with ALTER ROLE name SET search_path = clerkhooks."
+)
+
+
+@dataclass(frozen=True)
+class FoundTable:
+    """A table under one of clerkhooks' names; *missing* are the columns that clerkhooks needs."""
+
+    name: str
+    schema: str | None
+    columns: tuple[str, ...]
+    missing: frozenset[str]
+
+    def describe(self) -> str:
+        """Return a sentence without its subject, the database."""
+        place = f" in the schema {self.schema}" if self.schema else ""
+        listed = ", ".join(self.columns[:MAX_COLUMNS])
+        rest = ", …" if len(self.columns) > MAX_COLUMNS else ""
+        return (
+            f"has a table {self.name}{place} that clerkhooks did not create, with the columns "
+            f"{listed}{rest}."
+        )
+
+    def remedy(self, url: sa.URL) -> str:
+        """Return what to do about it, in the database at *url*."""
+        is_sqlite = url.get_backend_name() == "sqlite"
+        separator = "&" if url.query else "?"
+        elsewhere = _OTHER_FILE if is_sqlite else _OTHER_SCHEMA.format(separator=separator)
+        if self.missing:
+            return elsewhere
+        return f"If it is a copy of clerkhooks' table: flask --app wsgi db stamp head. {elsewhere}"
+
+
+def find_table(connection: sa.Connection) -> FoundTable | None:
+    """Return the first table under one of our names where migrations would create ours."""
+    inspector = sa.inspect(connection)
+    schema = None
+    if connection.dialect.name == "postgresql":  # tables of further schemas are in nobody's way
+        schema = connection.scalar(sa.select(sa.func.current_schema()))
+    needed = {
+        "users": OWN_COLUMNS,
+        MESSAGES: frozenset(make_messages_table(sa.MetaData(), None).columns.keys()),
+    }
+    for name, own in needed.items():
+        if inspector.has_table(name, schema):
+            columns = tuple(column["name"] for column in inspector.get_columns(name, schema))
+            return FoundTable(name, schema, columns, own.difference(columns))
+    return None
