@@ -12,11 +12,11 @@ import click
 from flask.cli import with_appcontext
 
 from clerkhooks.cli.options import (
-    Age,
-    Since,
     as_object,
     database_failures,
     json_option,
+    parse_age,
+    parse_time,
     print_table,
     printable,
 )
@@ -49,7 +49,8 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
 )
 @click.option(
     "--since",
-    type=Since(),
+    type=parse_time,
+    metavar="TIME",
     help="Only messages received since then: 10m, 12h, 30d or 2026-01-31T08:00.",
 )
 @click.option(
@@ -128,7 +129,8 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
 @click.command()
 @click.option(
     "--older-than",
-    type=Age(),
+    type=parse_age,
+    metavar="AGE",
     default="30d",
     show_default=True,
     help="Delete messages that were received and processed before then: 12h, 30d, 8w.",

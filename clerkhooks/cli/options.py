@@ -15,6 +15,7 @@ import click
 from flask import current_app
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
+from clerkhooks.clerk.events import is_user_id
 from clerkhooks.errors import describe
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -55,35 +56,38 @@ def command(name: str) -> str:
     return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
 
 
-class Age(click.ParamType[timedelta]):
-    """An age such as 90s, 10m, 12h, 30d or 8w."""
+def parse_age(text: str) -> timedelta:
+    """
+    Return an age such as 90s, 10m, 12h, 30d or 8w.
 
-    name = "age"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> timedelta:
-        """Return *value* as a timedelta."""
-        found = re.fullmatch(r"([0-9]{1,4})([smhdw])", value)
-        if found is None:
-            self.fail(
-                f"{value!r} is not an age. Use a form such as 10m, 12h, 30d or 8w.", param, ctx
-            )
-        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    Raises:
+        BadParameter: *text* is not an age.
+    """
+    found = re.fullmatch(r"([0-9]{1,4})([smhdw])", text)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not an age. Use a form such as 10m, 12h, 30d or 8w.")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
-class Since(Age):
-    """A time: an age, or ISO 8601, in UTC unless it names an offset."""
+def parse_time(text: str) -> datetime:
+    """Return a time in ISO 8601, in UTC unless it names an offset; an age is before now."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.now(UTC) - parse_age(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
-    name = "time"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return *value* as an aware datetime."""
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            return datetime.now(UTC) - super().convert(value, param, ctx)
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def parse_user_id(text: str) -> str:
+    """
+    Return *text*.
+
+    Raises:
+        BadParameter: *text* is not a user id.
+    """
+    if not is_user_id(text):
+        raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
+    return text
 
 
 def printable(value: object) -> str:

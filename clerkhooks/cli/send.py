@@ -15,10 +15,9 @@ from flask import current_app, url_for
 from flask.cli import with_appcontext
 
 from clerkhooks.clerk.download import Connection, UnusableAnswer
-from clerkhooks.clerk.events import is_user_id
 from clerkhooks.clerk.fake import clerk_id, event_body, event_data, svix_headers
 from clerkhooks.clerk.signatures import SigningSecret
-from clerkhooks.cli.options import Age, CannotDo, json_option, printable
+from clerkhooks.cli.options import CannotDo, json_option, parse_age, parse_user_id, printable
 from clerkhooks.errors import ProxyUrlError
 from clerkhooks.parsing import parse_url
 from clerkhooks.web.state import current_state
@@ -29,7 +28,13 @@ MAX_ANSWER = 1024 * 1024  # bytes
 
 @click.command()
 @click.argument("event_type", metavar="EVENT")
-@click.option("--user", "user_id", metavar="ID", help="The user's id.  [default: a new id]")
+@click.option(
+    "--user",
+    "user_id",
+    type=parse_user_id,
+    metavar="ID",
+    help="The user's id.  [default: a new id]",
+)
 @click.option(
     "--email", default="ada@example.org", show_default=True, help="The user's primary address."
 )
@@ -59,7 +64,8 @@ MAX_ANSWER = 1024 * 1024  # bytes
 @click.option("--tamper", is_flag=True, help="Change the body after signing, to see it refused.")
 @click.option(
     "--age",
-    type=Age(),
+    type=parse_age,
+    metavar="AGE",
     default="0s",
     help="Sign with a timestamp this old, such as 10m, to see it refused.",
 )
@@ -110,8 +116,6 @@ def _make_event(
     file: Path | None,
     **profile: str,
 ) -> dict[str, Any]:
-    if user_id is not None and not is_user_id(user_id):
-        raise click.UsageError(f"{user_id!r} is not a Clerk user id, such as user_2abcDEF….")
     now = int(time.time() * 1000)
     given = {name: value or None for name, value in profile.items()}
     data = event_data(event_type, user_id or clerk_id("user"), updated_at=now, **given)
