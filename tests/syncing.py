@@ -14,20 +14,15 @@ from tests.support import Service
 PACE = 0.001  # of a pause
 
 
-class Quiet:
-    """Progress that nobody looks at."""
-
-    def begin(self, what: str, total: int | None) -> None:
-        """Begin a part."""
-
-    def advance(self, count: int) -> None:
-        """Go on."""
-
-
 def store_of(service: Service) -> Store:
     """Return the application's tables."""
     store: Store = service.app.extensions["clerkhooks"].store
     return store
+
+
+def begin_quietly(_label: str, _total: int | None) -> Callable[[int], None]:
+    """Begin a part of a run without showing its progress."""
+    return lambda _count: None
 
 
 def sync(
@@ -45,7 +40,7 @@ def sync(
         BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
     ):
         reconciliation = reconcile.Reconciliation(
-            api, store, connection, Quiet(), findings.append, check=check, force=force
+            api, store, connection, begin_quietly, findings.append, check=check, force=force
         )
         run(reconciliation)
     summary = {name: count for name, count in reconciliation.summary().items() if count}

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
 
 import click
 from flask.cli import with_appcontext
 
-from clerkhooks.clerk.events import is_user_id
-from clerkhooks.cli.options import CannotDo, database_failures
+from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.cli.options import CannotDo, database_failures, parse_user_id
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES
+from clerkhooks.sync.comparison import Finding, Result
+from clerkhooks.sync.connections import AlreadyRunning, reader, sole_writer
+from clerkhooks.sync.reconcile import Reconciliation
 from clerkhooks.web.state import current_state
-
-if TYPE_CHECKING:
-    from clerkhooks.sync.comparison import Finding
-    from clerkhooks.sync.reconcile import Reconciliation
 
 _CONTINUE = "Changes made so far are kept. To continue, run the command again."
 _FINDINGS = {
@@ -35,7 +34,7 @@ _FINDINGS = {
 
 
 @click.command()
-@click.argument("user_ids", nargs=-1, metavar="[USER_ID]...")
+@click.argument("user_ids", nargs=-1, type=parse_user_id, metavar="[USER_ID]...")
 @click.option(
     "--check", is_flag=True, help="Report differences and change nothing: status 1 if any exist."
 )
@@ -79,9 +78,9 @@ def sync(
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")
-    if wrong := [user_id for user_id in user_ids if not is_user_id(user_id)]:
-        raise click.UsageError(f"{wrong[0]!r} is not a Clerk user id, such as user_2abcDEF….")
-    with _failures(), _reconciliation(Output(as_json), check=check, force=force) as run:
+    tell = _print_json if as_json else _print_finding
+    summarize = _print_json_summary if as_json else _print_summary
+    with _failures(), _reconciliation(tell, summarize, check=check, force=force) as run:
         if user_ids:
             run.sync_some(user_ids)
         elif missing:
@@ -90,101 +89,80 @@ def sync(
             run.sync_failed()
         else:
             run.sync_all()
-    context.exit(0 if run.well and not (user_ids and run.unknown) else 1)
+    is_unknown = user_ids and run.counts[Result.UNKNOWN]
+    context.exit(0 if run.well and not is_unknown else 1)
 
 
-class Output:
-    """Print findings as they arrive, then a summary: text, or one JSON object per line."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._began = time.monotonic()
-
-    def tell(self, finding: Finding) -> None:
-        """Print a finding. Text leaves out the values of fields, which are profile data."""
-        if self._as_json:
-            fields = {
-                name: {"here": here, "clerk": clerk}
-                for name, (here, clerk) in finding.fields.items()
-            }
-            ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
-            click.echo(json.dumps(ids | {"fields": fields}))
-            return
-        details = finding.reason or ", ".join(finding.fields)
-        subject = finding.user_id or "A user without an id"
-        text = f"{subject} {_FINDINGS[finding.kind]}"
-        click.echo(f"{text}: {details}" if details else text)
-
-    def summarize(self, run: Reconciliation, *, finished: bool) -> None:
-        """Print how many users had which result."""
-        if self._as_json:
-            drift = {"drift": run.drifted} if run.check else {}
-            state = {"withheld": run.withheld, "well": run.well and finished}
-            click.echo(json.dumps({"summary": run.summary() | drift | state}))
-        else:
-            self._print_summary(run, finished)
-
-    def _print_summary(self, run: Reconciliation, finished: bool) -> None:
-        counts, took = run.summary(), time.monotonic() - self._began
-        verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
-        would = " A sync would give:" if run.check else ""
-        click.echo(f"{verb} {sum(counts.values()):,} users in {took:,.1f} s.{would}")
-        for name, count in counts.items():
-            click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
-        if run.check:
-            click.echo(f"Users that differ from Clerk: {run.drifted:,}")
-        if run.withheld:
-            click.echo(
-                f"Nothing was deleted: at least {run.withheld:,} users no longer exist at Clerk, "
-                "which usually means a wrong CLERK_SECRET_KEY. To delete them: --force",
-                err=True,
-            )
+def _print_finding(finding: Finding) -> None:
+    """Print a finding without the values of fields, which are profile data."""
+    subject = finding.user_id or "A user without an id"
+    text = f"{subject} {_FINDINGS[finding.kind]}"
+    details = finding.reason or ", ".join(finding.fields)
+    click.echo(f"{text}: {details}" if details else text)
 
 
-class Progress(ExitStack):
-    """
-    Show progress on stderr: a bar on a terminal, elsewhere one line for each part.
+def _print_json(finding: Finding) -> None:
+    fields = {
+        name: {"here": here, "clerk": clerk} for name, (here, clerk) in finding.fields.items()
+    }
+    ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
+    click.echo(json.dumps(ids | {"fields": fields}))
 
-    Leaving the context, or ``close()``, ends the current bar.
-    """
 
-    _bar: Any
-
-    def begin(self, label: str, total: int | None) -> None:
-        """Begin the next part, of *total* users if the number is known."""
-        self.close()
-        bar = click.progressbar(
-            repeat(None), length=total, label=label, file=sys.stderr, show_pos=True
+def _print_summary(run: Reconciliation, seconds: float, finished: bool) -> None:
+    counts = run.summary()
+    verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
+    would = " A sync would give:" if run.check else ""
+    click.echo(f"{verb} {sum(counts.values()):,} users in {seconds:,.1f} s.{would}")
+    for name, count in counts.items():
+        click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
+    if run.check:
+        click.echo(f"Users that differ from Clerk: {run.drifted:,}")
+    if run.withheld:
+        click.echo(
+            f"Nothing was deleted: at least {run.withheld:,} users no longer exist at Clerk, "
+            "which usually means a wrong CLERK_SECRET_KEY. To delete them: --force",
+            err=True,
         )
-        self._bar = self.enter_context(bar)
 
-    def advance(self, count: int) -> None:
-        """Add *count* users to the current part."""
-        self._bar.update(count)
+
+def _print_json_summary(run: Reconciliation, _seconds: float, finished: bool) -> None:
+    drift = {"drift": run.drifted} if run.check else {}
+    state = {"withheld": run.withheld, "well": run.well and finished}
+    click.echo(json.dumps({"summary": run.summary() | drift | state}))
 
 
 @contextmanager
-def _reconciliation(output: Output, *, check: bool, force: bool) -> Iterator[Reconciliation]:
+def _reconciliation(
+    tell: Callable[[Finding], None],
+    summarize: Callable[[Reconciliation, float, bool], None],
+    *,
+    check: bool,
+    force: bool,
+) -> Iterator[Reconciliation]:
     """Yield a reconciliation, and print its summary at the end, even after an error."""
-    from clerkhooks.clerk.backend_api import BackendApi  # here, because they are slow to import
-    from clerkhooks.sync.connections import reader, sole_writer
-    from clerkhooks.sync.reconcile import Reconciliation
-
-    state = current_state()
-    settings, store = state.settings, state.store
+    settings, store = current_state().settings, current_state().store
     if settings.secret_key is None:
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
+    began, finished = time.monotonic(), False
     api = BackendApi(settings.api_url, settings.secret_key)
     connecting = reader(store) if check else sole_writer(store)
-    finished = False
-    with api, Progress() as progress, connecting as connection:
-        run = Reconciliation(api, store, connection, progress, output.tell, check, force)
+    with api, ExitStack() as bars, connecting as connection:
+        begin = partial(_begin, bars)
+        run = Reconciliation(api, store, connection, begin, tell, check=check, force=force)
         try:
             yield run
             finished = True
         finally:
-            progress.close()
-            output.summarize(run, finished=finished)
+            bars.close()
+            summarize(run, time.monotonic() - began, finished)
+
+
+def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
+    """Show a new progress bar on stderr, or one line if that is not a terminal; end the last."""
+    bars.close()
+    bar = click.progressbar(repeat(None), total, label, file=sys.stderr, show_pos=True)
+    return bars.enter_context(bar).update
 
 
 @contextmanager
@@ -195,8 +173,6 @@ def _failures() -> Iterator[None]:
     Raises:
         CannotDo: The sync did not run to its end.
     """
-    from clerkhooks.sync.connections import AlreadyRunning
-
     try:
         with database_failures():
             yield

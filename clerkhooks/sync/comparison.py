@@ -1,4 +1,4 @@
-"""Comparison of a stored row with a user of the Backend API."""
+"""Comparison of a user of the Backend API with the stored row."""
 
 from __future__ import annotations
 
@@ -40,51 +40,58 @@ class Finding:
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
 
-def judge(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> tuple[Result, bool]:
-    """
-    Return the result of *snapshot* for the stored *row* or None, and whether it must be written.
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison:
+    """A user at Clerk, the *values* of its columns, and the stored *row* or None."""
 
-    *values* are those of the snapshot's columns.
-    """
-    if row is None:
-        return Result.CREATED, True
-    if row.deleted_at is not None:
-        is_final = row.version_updated_at is None
-        return (Result.FRESHER_HERE, False) if is_final else (Result.UPDATED, True)
-    if row.version_updated_at is None:
-        return Result.UPDATED, True
-    is_same = not find_differences(row, values)
-    if tuple(getattr(row, name) for name in VERSION_COLUMNS) >= snapshot.version:
-        return Result.UNCHANGED if is_same else Result.FRESHER_HERE, False
-    # The version is written even if nothing else changes: a late event between the two versions
-    # must not win afterwards.
-    return Result.UNCHANGED if is_same else Result.UPDATED, True
+    snapshot: Snapshot
+    values: Mapping[str, Any]
+    row: Any
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the row is missing, or older than the snapshot. Final tombstones never are."""
+        if self.row is None:
+            return True
+        if self.row.version_updated_at is None:
+            return self.row.deleted_at is None
+        version = tuple(getattr(self.row, name) for name in VERSION_COLUMNS)
+        return self.row.deleted_at is not None or version < self.snapshot.version
 
-def lacks_declared(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> bool:
-    """Return whether *row* is as new as *snapshot*, but older than a declared column."""
-    if row.deleted_at is not None or row.version_updated_at != snapshot.updated_at:
-        return False
-    return any(
-        value is not None and getattr(row, name) is None
-        for name, value in values.items()
-        if name not in PROFILE
-    )
+    @property
+    def lacks_declared(self) -> bool:
+        """Whether the row is as new as the snapshot, but older than a declared column."""
+        row = self.row
+        if self.is_behind or row.version_updated_at != self.snapshot.updated_at:
+            return False
+        return any(here is None for name, (here, _) in self.fields.items() if name not in PROFILE)
 
+    @property
+    def fields(self) -> dict[str, tuple[Any, Any]]:
+        """The stored value and the value at Clerk of each column that differs."""
+        if self.row is None:
+            return {}
+        pairs = {name: (getattr(self.row, name), value) for name, value in self.values.items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-def find_drift(row: Any, snapshot: Snapshot, values: Mapping[str, Any]) -> Finding:
-    """Return how *row* differs from *snapshot*, whose columns have *values*."""
-    if row is None:
-        return Finding("missing_here", snapshot.user_id)
-    kind = "differs"
-    if row.deleted_at is not None:
-        kind = "deleted_here"
-    elif row.version_updated_at is None:
-        kind = "unfilled_here"
-    return Finding(kind, snapshot.user_id, fields=find_differences(row, values))
+    @property
+    def result(self) -> Result:
+        """What writing the snapshot results in, unless a webhook brings something newer."""
+        if self.row is None:
+            return Result.CREATED
+        is_filled = self.row.deleted_at is None and self.row.version_updated_at is not None
+        if is_filled and not self.fields:
+            return Result.UNCHANGED
+        is_written = self.is_behind or self.lacks_declared
+        return Result.UPDATED if is_written else Result.FRESHER_HERE
 
-
-def find_differences(row: Any, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the stored and the new value of each column that differs."""
-    pairs = {name: (getattr(row, name), value) for name, value in values.items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    @property
+    def finding(self) -> Finding:
+        """How the row differs."""
+        if self.row is None:
+            kind = "missing_here"
+        elif self.row.deleted_at is not None:
+            kind = "deleted_here"
+        else:
+            kind = "differs" if self.row.version_updated_at is not None else "unfilled_here"
+        return Finding(kind, self.snapshot.user_id, fields=self.fields)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import sqlalchemy as sa
 import stamina
@@ -16,15 +15,10 @@ from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.store import Store
 from clerkhooks.store.postgresql import allow_longer_statements
 
-T = TypeVar("T")
 # A lock timeout, a deadlock, a serialization failure, or SQLite's write lock.
 _BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
 _LOCK = 7_233_190_213  # any number, the same in every release, and not that of migrations
 _STATEMENT_TIMEOUT = 30.0  # seconds
-
-
-class DatabaseBusy(SQLAlchemyError):
-    """Other writers held locks for too long. Its text, which stamina logs, quotes no row."""
 
 
 class AlreadyRunning(ClerkhooksError):
@@ -39,11 +33,8 @@ def sole_writer(store: Store) -> Iterator[sa.Connection]:
     Raises:
         AlreadyRunning: another run is under way.
     """
-    if store.database.dialect_name == "sqlite":
-        with reader(store) as connection, _file_lock(connection):
-            yield connection
-        return
-    with _advisory_lock(store) as lock, reader(store) as connection:
+    hold_lock = _file_lock if store.database.dialect_name == "sqlite" else _advisory_lock
+    with hold_lock(store) as lock, reader(store) as connection:
         connection.info["lock"] = lock
         yield connection
 
@@ -55,7 +46,7 @@ def check_lock(connection: sa.Connection) -> None:
     Raises:
         SQLAlchemyError: the session that holds it has ended, for instance in a failover.
     """
-    lock = connection.info.get("lock")
+    lock = connection.info["lock"]
     if lock is not None:
         lock.exec_driver_sql("SELECT 1")
 
@@ -72,19 +63,13 @@ def reader(store: Store) -> Iterator[sa.Connection]:
             connection.invalidate()  # a request must not get the longer timeouts
 
 
-def retry(write: Callable[[], T]) -> T:
-    """Run *write*, a whole transaction, retrying on lock timeouts and deadlocks."""
-    for attempt in stamina.retry_context(
-        on=DatabaseBusy, attempts=6, wait_initial=0.05, wait_max=2.0
-    ):
-        with attempt:
-            try:
-                return write()
-            except OperationalError as error:
-                if describe(error).endswith(_BUSY):
-                    raise DatabaseBusy(describe(error)) from error
-                raise
-    raise AssertionError("stamina raises the error of the last attempt")
+def _is_busy(error: Exception) -> bool:
+    return isinstance(error, OperationalError) and describe(error).endswith(_BUSY)
+
+
+# stamina logs the errors that it retries. The texts of these quote no row.
+retry = stamina.RetryingCaller(attempts=6, wait_initial=0.05, wait_max=2.0).on(_is_busy)
+"""Run a whole transaction, and repeat it after lock timeouts and deadlocks."""
 
 
 @contextmanager
@@ -109,8 +94,9 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
 
 
 @contextmanager
-def _file_lock(connection: sa.Connection) -> Iterator[None]:
-    file = connection.exec_driver_sql("PRAGMA database_list").all()[0][2]
+def _file_lock(store: Store) -> Iterator[None]:
+    """Hold a lock on a file beside the database, which the kernel releases with the process."""
+    file = store.database.execute(sa.text("PRAGMA database_list"))[0].file
     with Path(f"{file}-sync").open("a") as locked:
         try:
             fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import compress, islice
 from multiprocessing.pool import ThreadPool
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -23,7 +22,7 @@ from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.store.statements import profile_columns
-from clerkhooks.sync.comparison import Finding, Result, find_drift, judge, lacks_declared
+from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
 from clerkhooks.sync.listing import id_of, prefetch, read_all
 
@@ -35,29 +34,21 @@ MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
 
 
-class Progress(Protocol):
-    """Receives progress updates."""
-
-    def begin(self, label: str, total: int | None) -> object:
-        """Begin a part of the run, of *total* users if that is known."""
-
-    def advance(self, count: int) -> object:
-        """Add *count* users that are done."""
-
-
 @dataclass
 class Reconciliation:
     """
     One run. With *check* it changes nothing; with *force* it deletes any number of users.
 
     *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
-    finding: the differences that a check finds, and what failed.
+    finding: the differences that a check finds, and what failed. *begin* receives the name of each
+    part of the run and its number of users, if known, and returns a function that receives the
+    number of users that are done since the last call.
     """
 
     api: BackendApi
     store: Store
     connection: sa.Connection
-    progress: Progress
+    begin: Callable[[str, int | None], Callable[[int], object]]
     tell: Callable[[Finding], object]
     check: bool = False
     force: bool = False
@@ -70,11 +61,6 @@ class Reconciliation:
         return {result.value: self.counts[result] for result in Result}
 
     @property
-    def unknown(self) -> int:
-        """The number of requested users that are neither here nor at Clerk."""
-        return self.counts[Result.UNKNOWN]
-
-    @property
     def well(self) -> bool:
         """Whether the table agrees with Clerk now, or did already in a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
@@ -82,96 +68,109 @@ class Reconciliation:
     def sync_all(self) -> None:
         """Sync all users of Clerk, then all users that exist only here."""
         is_trusted = self._knows_instance()
-        self.progress.begin("users at Clerk", self.api.count_users())
+        advance = self.begin("users at Clerk", self.api.count_users())
         for page in prefetch(read_all(self.api)):
             self._apply(page)
-            self.progress.advance(len(page))
-        self.progress.begin("rows here", self._count_live())
+            advance(len(page))
         users = self.store.users
-        ids = sa.select(users.c.id).where(
-            is_live(users), users.c.created_at < datetime.now(UTC) - MIN_AGE
-        )
-        chunks = _chunks(self.connection, ids, users.c.id, IDS)
-        self._tombstone(self._find_deleted(chunks), is_trusted=is_trusted)
+        is_old = users.c.created_at < datetime.now(UTC) - MIN_AGE
+        chunks = self._chunks(users.c.id, is_live(users), is_old)
+        advance = self.begin("rows here", self._count_live())
+        self._tombstone(self._find_deleted(chunks, advance), is_trusted=is_trusted)
 
     def sync_some(self, user_ids: Sequence[str]) -> None:
         """Sync these users."""
-        chunks = _batched(dict.fromkeys(user_ids), IDS)
-        self._sync_chunks(chunks, is_trusted=True, total=len(user_ids))
+        self._sync_chunks(_batched(dict.fromkeys(user_ids), IDS), len(user_ids), is_trusted=True)
 
     def sync_missing(self) -> None:
         """Sync the users that have no profile yet."""
         users = self.store.users
-        ids = sa.select(users.c.id).where(is_unfilled(users))
-        chunks = _chunks(self.connection, ids, users.c.id, IDS)
-        self._sync_chunks(chunks, is_trusted=self._knows_instance())
+        chunks = self._chunks(users.c.id, is_unfilled(users))
+        self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
 
     def sync_failed(self) -> None:
         """Sync the users of messages that failed and have not succeeded since."""
         messages = self.store.messages
-        ids = sa.select(messages.c.clerk_user_id).distinct().where(is_failed(messages))
-        chunks = _chunks(self.connection, ids, messages.c.clerk_user_id, IDS)
-        self._sync_chunks(chunks, is_trusted=self._knows_instance())
+        chunks = self._chunks(messages.c.clerk_user_id, is_failed(messages))
+        self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
 
     def _sync_chunks(
-        self, chunks: Iterable[Sequence[str]], *, is_trusted: bool, total: int | None = None
+        self, chunks: Iterable[list[str]], total: int | None, *, is_trusted: bool
     ) -> None:
-        self.progress.begin("users", total)
-        self._tombstone(self._find_deleted(chunks, apply=True), is_trusted=is_trusted)
+        gone = self._find_deleted(chunks, self.begin("users", total), apply=True)
+        self._tombstone(gone, is_trusted=is_trusted)
+
+    def _chunks(
+        self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]
+    ) -> Iterator[list[str]]:
+        """Yield the ids in *key* of the rows that meet *conditions*, one request's at a time."""
+        query = sa.select(key).distinct().where(*conditions).order_by(key).limit(IDS)
+        after = ""
+        while ids := list(self.connection.scalars(query.where(key > after))):
+            yield ids
+            after = ids[-1]
 
     def _knows_instance(self) -> bool:
         """Return whether Clerk knows any of the newest users here: else the key is a wrong one."""
         users = self.store.users
         newest = sa.select(users.c.id).where(is_live(users), sa.not_(is_unfilled(users)))
-        ids = self.connection.execute(newest.order_by(users.c.created_at.desc()).limit(IDS))
-        return bool(self.api.find_users(list(ids.scalars())))
+        ids = self.connection.scalars(newest.order_by(users.c.created_at.desc()).limit(IDS))
+        return bool(self.api.find_users(ids.all()))
 
     def _count_live(self) -> int:
         users = self.store.users
         count = sa.select(sa.func.count()).select_from(users).where(is_live(users))
         return self.connection.scalar(count) or 0
 
-    def _apply(self, users: Sequence[Any]) -> None:
+    def _apply(self, users: Iterable[Any]) -> None:
         """Compare the users of a page with their rows, and update the rows that are older."""
         snapshots = self._parse(users)
-        if snapshots:
-            results = retry(lambda: self._write(snapshots))
-            self.counts.update(results.values())
+        if self.check:
+            for comparison in self._compare(snapshots):
+                self._tell_drift(comparison)
+        elif snapshots:
+            self.counts.update(retry(self._write, snapshots))
 
     def _parse(self, users: Iterable[Any]) -> dict[str, Snapshot]:
-        """Return the users by id, in order. Report those that are malformed."""
+        """Return the users by id. Report those that are malformed."""
         found = {}
         for data in users:
             try:
                 snapshot = parse_snapshot(data)
                 found[snapshot.user_id] = snapshot
             except EventError as error:
-                self._fail(id_of(data), error.reason)
-        return dict(sorted(found.items()))
+                self.counts[Result.FAILED] += 1
+                self.tell(Finding("failed", id_of(data), error.reason))
+        return found
 
-    def _fail(self, user_id: str | None, reason: str) -> None:
-        self.counts[Result.FAILED] += 1
-        self.tell(Finding("failed", user_id, reason))
+    def _compare(self, snapshots: Mapping[str, Snapshot]) -> list[Comparison]:
+        rows = self._read_states(list(snapshots))
+        return [
+            Comparison(snapshot, self._values(snapshot), rows.get(user_id))
+            for user_id, snapshot in snapshots.items()
+        ]
 
-    def _write(self, snapshots: Mapping[str, Snapshot]) -> dict[str, Result]:
-        with nullcontext() if self.check else sqlite_transaction(self.connection):
-            rows = self._read_states(list(snapshots))
-            results, behind, unfilled = {}, [], []
-            for user_id, snapshot in snapshots.items():
-                row, values = rows.get(user_id), self._values(snapshot)
-                results[user_id], is_behind = judge(row, snapshot, values)
-                if is_behind:
-                    behind.append(snapshot)
-                elif row is not None and lacks_declared(row, snapshot, values):
-                    results[user_id] = Result.UPDATED
-                    unfilled.append(snapshot)
-            if self.check:
-                self._tell_drift(rows, snapshots, results)
-                return results
-            # Between reading and writing, a webhook may have brought something newer.
-            changed = self._upsert(behind) | self._fill(unfilled)
-            missed = {item.user_id for item in (*behind, *unfilled)} - changed
-            return results | dict.fromkeys(missed, Result.FRESHER_HERE)
+    def _tell_drift(self, comparison: Comparison) -> None:
+        self.counts[comparison.result] += 1
+        if comparison.result in (Result.CREATED, Result.UPDATED):
+            self.drifted += 1
+            self.tell(comparison.finding)
+
+    def _write(self, snapshots: Mapping[str, Snapshot]) -> list[Result]:
+        """Update the rows that are older than *snapshots*, in one transaction."""
+        statements = self.store.statements
+        with sqlite_transaction(self.connection):
+            compared = self._compare(snapshots)
+            behind = [each for each in compared if each.is_behind]
+            unfilled = [each for each in compared if each.lacks_declared]
+            changed = self._execute(statements.merge_snapshots, behind)
+            changed |= self._execute(statements.fill_declared, unfilled)
+        # Between reading and writing, a webhook may have brought something newer.
+        missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
+        return [
+            Result.FRESHER_HERE if each.snapshot.user_id in missed else each.result
+            for each in compared
+        ]
 
     def _read_states(self, user_ids: Sequence[str]) -> dict[str, Any]:
         users, names = self.store.users, ("id", *self.store.statements.kept, "deleted_at")
@@ -184,41 +183,28 @@ class Reconciliation:
         declared = read_fields(self.store.fields, snapshot.data, self.store.database.dialect)
         return profile_columns(snapshot.profile) | declared
 
-    def _upsert(self, snapshots: Sequence[Snapshot]) -> set[str]:
-        return self._execute(self.store.statements.merge_snapshots, snapshots)
-
-    def _fill(self, snapshots: Sequence[Snapshot]) -> set[str]:
-        statement = self.store.statements.fill_declared
-        return set() if statement is None else self._execute(statement, snapshots)
-
-    def _execute(self, statement: sa.TextClause, snapshots: Sequence[Snapshot]) -> set[str]:
-        if not snapshots:
+    def _execute(
+        self, statement: sa.TextClause | None, comparisons: Sequence[Comparison]
+    ) -> set[str]:
+        """Write the users of *comparisons*; return the ids of those that were changed."""
+        if statement is None or not comparisons:
             return set()
         check_lock(self.connection)
-        encode = self.store.statements.encode
         rows = [
-            {"id": item.user_id}
-            | encode(self._values(item))
-            | dict(zip(VERSION_COLUMNS, item.version, strict=True))
-            for item in snapshots
+            {"id": each.snapshot.user_id}
+            | self.store.statements.encode(each.values)
+            | dict(zip(VERSION_COLUMNS, each.snapshot.version, strict=True))
+            for each in comparisons
         ]
         parameters = {"rows": to_json(rows), "now": datetime.now(UTC)}
         return set(self.connection.execute(statement, parameters).scalars())
 
-    def _tell_drift(
-        self,
-        rows: Mapping[str, Any],
-        snapshots: Mapping[str, Snapshot],
-        results: Mapping[str, Result],
-    ) -> None:
-        for user_id, result in results.items():
-            if result in (Result.CREATED, Result.UPDATED):
-                self.drifted += 1
-                row, snapshot = rows.get(user_id), snapshots[user_id]
-                self.tell(find_drift(row, snapshot, self._values(snapshot)))
-
     def _find_deleted(
-        self, chunks: Iterable[Sequence[str]], *, apply: bool = False
+        self,
+        chunks: Iterable[list[str]],
+        advance: Callable[[int], object],
+        *,
+        apply: bool = False,
     ) -> Iterator[str]:
         """
         Yield the ids that Clerk answers with 404. With *apply*, update the other users.
@@ -228,33 +214,25 @@ class Reconciliation:
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
-                asked = list(group)
-                found = pool.map(self.api.find_users, asked)
+                found = [user for users in pool.map(self.api.find_users, group) for user in users]
                 if apply:
-                    for users in found:
-                        self._apply(users)
-                known = {id_of(data) for users in found for data in users}
-                absent = [user_id for ids in asked for user_id in ids if user_id not in known]
+                    self._apply(found)
+                known = set(map(id_of, found))
+                absent = (user_id for ids in group for user_id in ids if user_id not in known)
                 for ids in _batched(absent, THREADS):  # a few at a time: too many end the run
-                    gone = pool.map(self.api.is_gone, ids)
-                    yield from (
-                        user_id for user_id, is_gone in zip(ids, gone, strict=True) if is_gone
-                    )
-                self.progress.advance(sum(map(len, asked)))
+                    yield from compress(ids, pool.map(self.api.is_gone, ids))
+                advance(sum(map(len, group)))
 
-    def _tombstone(self, gone: Iterable[str], *, is_trusted: bool) -> None:
+    def _tombstone(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone users that are deleted at Clerk, unless there are too many of them."""
-        most = max(MAX_DELETED, self._count_live() // MAX_DELETED_SHARE) if is_trusted else 0
-        found: list[str] = []
-        for user_id in gone:
-            found.append(user_id)
-            if (self.force or self.check) and len(found) == IDS:
-                self._tombstone_some(found)
-                found.clear()
-            elif len(found) > most and not (self.force or self.check):
+        if not (self.force or self.check):
+            most = max(MAX_DELETED, self._count_live() // MAX_DELETED_SHARE) if is_trusted else 0
+            found = list(islice(gone, most + 1))
+            if len(found) > most:
                 self.withheld = len(found)
                 return
-        for ids in _batched(found, IDS):
+            gone = iter(found)
+        for ids in _batched(gone, IDS):
             self._tombstone_some(ids)
 
     def _tombstone_some(self, ids: Sequence[str]) -> None:
@@ -266,7 +244,7 @@ class Reconciliation:
             for user_id in live:
                 self.tell(Finding("gone_at_clerk", user_id))
         elif live:
-            self.counts[Result.TOMBSTONED] += retry(lambda: self._write_tombstones(live))
+            self.counts[Result.TOMBSTONED] += retry(self._write_tombstones, live)
 
     def _write_tombstones(self, ids: Sequence[str]) -> int:
         now = datetime.now(UTC)
@@ -285,15 +263,3 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _chunks(
-    connection: sa.Connection, query: sa.Select[Any], key: sa.ColumnElement[str], size: int
-) -> Iterator[Sequence[str]]:
-    """Yield the ids of *query*, in the order of *key*, *size* at a time."""
-    after = ""
-    while ids := list(
-        connection.execute(query.where(key > after).order_by(key).limit(size)).scalars()
-    ):
-        yield ids
-        after = ids[-1]
