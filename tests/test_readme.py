@@ -96,3 +96,12 @@ def test_mentions_every_public_name(name: str) -> None:
 def test_explains_every_command(command: str) -> None:
     """Every command is described."""
     assert re.search(rf"`(clerkhooks )?{command}\b", README)
+
+
+def test_links_to_files_and_sections_that_exist() -> None:
+    """Every relative link leads to a file of the repository or to a heading."""
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {f"#{heading.lower().replace(' ', '-')}" for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("https://"):
+            assert target in anchors or (PROJECT / target).exists()
