@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import sys
 from collections.abc import Mapping
 from time import monotonic
 from typing import Any, Literal
@@ -155,11 +156,17 @@ def _note_checkin(_connection: object, record: Any) -> None:
     record.info[_CHECKED_IN] = monotonic()
 
 
+def _make_poll() -> select.poll:
+    """Return the system's poll: gevent's would switch greenlets even if it must not wait."""
+    monkey = sys.modules.get("gevent.monkey")
+    return (monkey.get_original("select", "poll") if monkey else select.poll)()
+
+
 def _replace_stale(connection: TimeoutConnection, record: Any, _proxy: object) -> None:
     """Have the pool replace a connection that the server closed or a network may have forgotten."""
     is_old = monotonic() - record.info.get(_CHECKED_IN, monotonic()) > MAX_IDLE
     # An idle connection with readable data has been closed by the server. No round trip needed.
-    poll = select.poll()  # select() cannot watch descriptors above 1,024
+    poll = _make_poll()  # select() cannot watch descriptors above 1,024
     poll.register(connection.pgconn.socket, select.POLLIN)
     if is_old or poll.poll(0):
         raise sa.exc.DisconnectionError
