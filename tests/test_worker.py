@@ -121,6 +121,56 @@ stop()
 """)
 
 
+SENDER = """
+import socket, sys
+connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+head, piece = (bytes.fromhex(text) for text in sys.argv[2:])
+connection.sendall(head)
+while True:
+    connection.sendall(piece * 100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("framing", "piece"),
+    [
+        (b"Content-Length: 99999999999", b"a" * 1000),
+        (b"Transfer-Encoding: chunked", b"400\r\n" + b"a" * 0x400 + b"\r\n"),
+    ],
+)
+def test_serves_others_beside_a_client_that_never_pauses(framing: bytes, piece: bytes) -> None:
+    """A body that nobody reads is dropped for a while, and then its connection is closed."""
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n"
+    arguments = [sys.executable, "-c", SENDER, head.hex(), piece.hex()]
+    run(
+        f"ARGUMENTS = {arguments!r}"
+        + """
+import subprocess
+own.wsgi = lambda environ, start: start("200 OK", [("Content-Length", "0")]) and ()
+worker.REQUEST_TIMEOUT = 2
+ARGUMENTS.insert(3, str(address[1]))
+sender = subprocess.Popen(ARGUMENTS, stderr=subprocess.DEVNULL)
+try:
+    began, served = time.monotonic(), 0
+    while not own._connections:
+        assert time.monotonic() - began < 20
+        gevent.sleep(0.01)
+    began = time.monotonic()
+    while own._connections:
+        assert time.monotonic() - began < 10
+        last = connect(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+        took, received = seconds_until_end(last)
+        assert received.startswith(b"HTTP/1.1 200") and took < 1, (received, took)
+        served += 1
+    assert served > 5, served
+finally:
+    sender.kill()
+    sender.wait()
+stop()
+"""
+    )
+
+
 def test_closes_idle_connections_near_its_bound() -> None:
     """Of ten connections nine are kept: for further ones, the longest idle are closed."""
     run("""

@@ -27,6 +27,7 @@ MAX_DESCRIPTORS = 65_536  # asked for at most, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # of the connections; gunicorn accepts no further ones at 1
 REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
+MAX_PIECE = 65_536  # bytes received at once; gunicorn copies the rest of a piece for each KiB of it
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
 
 
@@ -50,11 +51,16 @@ class Connection(socket):  # type: ignore[misc]
         """Expect the next request within *seconds*."""
         self.is_idle, self.deadline = True, time.monotonic() + seconds
 
-    def recv(self, *arguments: Any) -> bytes:
+    def recv(self, size: int, *flags: int) -> bytes:
         """Receive; from the first byte on, the rest of the request has REQUEST_TIMEOUT."""
+        size = min(size, MAX_PIECE)
+        if time.monotonic() >= self.deadline:
+            return b""  # a client that never pauses is never waited for
         self._waiting[self] = None
         try:
-            received: bytes = super().recv(*arguments)
+            received: bytes = super().recv(size, *flags)
+            if len(received) == size:  # more is there already: other connections have their turn
+                gevent.sleep(0.00001)
         finally:
             self._waiting.pop(self, None)
         if self.is_idle:
