@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os.path
 import re
-from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError
 
 _POSTGRESQL = re.compile(r"^postgres(ql(\+psycopg)?)?://")
 _SEVERAL_HOSTS = re.compile(
-    r"(postgres[^:]*://)([^/?#]*@)?([^/?#@]*,[^/?#@]*)([^?#]*)(?:\?(.*))?", re.DOTALL
+    r"(postgres[^:]*://)([^/?#]*@)?([^/?#@]*,[^/?#@]*)(/[^?#@]*)?(?:\?(.*))?", re.DOTALL
 )
 
 
@@ -35,8 +36,10 @@ def parse_database_url(text: str) -> str:
             "keeps SQLite in memory, where each worker would have a separate database. Name a file."
         )
     path = url.database.removeprefix("file:")
-    if path.startswith("/") and not Path(path).parent.is_dir():
+    # Not Path.is_dir(), which raises if the folder may not be looked into.
+    if path.startswith("/") and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
         raise ValueError("names a SQLite file in a folder that does not exist.")
+    _check_with_sqlalchemy(text)
     return text
 
 
@@ -47,7 +50,7 @@ def _name_hosts_apart(text: str) -> str:
         return text
     scheme, user, hosts, path, query = found.groups()
     named = [f"host={host}" for host in hosts.split(",")]
-    return f"{scheme}{user or ''}{path}?{'&'.join([*named, *([query] if query else [])])}"
+    return f"{scheme}{user or ''}{path or ''}?{'&'.join([*named, *([query] if query else [])])}"
 
 
 def _parse_postgresql(url: URL) -> str:
@@ -55,8 +58,13 @@ def _parse_postgresql(url: URL) -> str:
     if isinstance(query.get("options"), tuple):  # given several times, as SQLAlchemy documents
         query["options"] = " ".join(query["options"])
     query |= _translate_tls(query.pop("ssl", None), query.get("sslmode"))
-    text = url.set(query=query).render_as_string(hide_password=False)
-    _check_with_libpq(text.replace("+psycopg", "", 1))
+    if url.host and "%" in url.host:  # the folder of a socket, in libpq's spelling
+        query["host"], url = unquote(url.host), url.set(host="")
+    url = url.set(query=query)
+    text = url.render_as_string(hide_password=False)
+    _check_with_sqlalchemy(text)
+    quoted = url.set(drivername="postgresql", database=quote(url.database or ""))
+    _check_with_libpq(quoted.render_as_string(hide_password=False))
     return text
 
 
@@ -70,6 +78,13 @@ def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
     if ssl not in modes:
         raise ValueError("has an unknown value of ssl. Use sslmode, such as sslmode=require.")
     return {"sslmode": modes[str(ssl)]}
+
+
+def _check_with_sqlalchemy(url: str) -> None:
+    try:
+        create_engine(url)  # connects to nothing
+    except (ArgumentError, ValueError, TypeError):  # their texts quote parts of a password
+        raise ValueError("is not a database URL that SQLAlchemy accepts.") from None
 
 
 def _check_with_libpq(url: str) -> None:

@@ -218,6 +218,9 @@ class _Reader:
             return default
         try:
             return parse(text)
+        except UnicodeError:
+            self._add(variable, "is not UTF-8 text.")
+            return default
         except ValueError as error:
             self._add(variable, str(error))
             return default

@@ -229,7 +229,17 @@ BAD = {
         "in a folder that does not exist": [
             "sqlite:////nonexistent/x.db",
             "sqlite:///file:/nonexistent/x.db?uri=true",
+            f"sqlite:////{'x' * 300}/x.db",
         ],
+        "is not a database URL that SQLAlchemy accepts": [
+            "sqlite://folder/x.db",
+            "sqlite:///x.db?timeout=long",
+            "sqlite:///x.db?timeout=1&timeout=2",
+            "sqlite:///x.db?plugin=x",
+            "postgresql://u:p@a:1,b:port/n",
+            "postgresql://[::1]:1,[::2]:2/n",
+        ],
+        "is not UTF-8 text": ["postgresql://u:p\udcff@h/n"],
         "does not know: nonsense": ["postgresql://h/n?nonsense=1"],
         "set DATABASE_POOLER=transaction": ["postgresql://h/n?pgbouncer=true"],
         "unknown value of ssl": ["postgresql://h/n?ssl=yes"],
@@ -331,6 +341,16 @@ def test_refuses_a_value_that_cannot_work(variable: str, problem: str, value: st
     assert problem in found[variable]
 
 
+def test_refuses_a_folder_that_it_may_not_look_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported as any other fault."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert list(faults(DATABASE_URL="sqlite:////root/secret/x.db")) == ["DATABASE_URL"]
+
+
 PLATFORMS = ("DYNO", "RENDER", "RAILWAY_PROJECT_ID", "FLY_APP_NAME", "K_SERVICE")
 
 
@@ -358,6 +378,11 @@ SPELLINGS = {
     "postgresql://a,b/n?target_session_attrs=read-write": (
         "postgresql+psycopg:///n?host=a&host=b&target_session_attrs=read-write"
     ),
+    "postgresql://u:p,q@h/n": "postgresql+psycopg://u:p%2Cq@h/n",
+    "postgresql://u:p,q/r@h/n": "postgresql+psycopg://u:p%2Cq%2Fr@h/n",
+    "postgresql://u:p,q@a,b/n": "postgresql+psycopg://u:p%2Cq@/n?host=a&host=b",
+    "postgres://u@%2Frun%2Fpg:1/n": "postgresql+psycopg://u@:1/n?host=%2Frun%2Fpg",
+    "postgres://u@h/my%20n": "postgresql+psycopg://u@h/my n",
     "postgresql+psycopg://u@/n?host=a:1&host=b:2": (
         "postgresql+psycopg://u@/n?host=a%3A1&host=b%3A2"
     ),
