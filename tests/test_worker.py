@@ -171,6 +171,32 @@ stop()
     )
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /?token=Zq7 x HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nAuthorization Bearer Zq7\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZq7\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: Zq7\r\n\r\n",
+    ],
+)
+def test_quotes_nothing_of_a_malformed_request(sent: bytes) -> None:
+    """It is answered 400, not 501, and what it holds is neither logged nor sent back."""
+    run(
+        f"SENT = {sent!r}"
+        + """
+import io, sys
+own.wsgi = lambda environ, start: start("200 OK", [("Content-Length", "0")]) and ()
+sys.stderr.flush()
+own.log.error_log.handlers[0].setStream(logged := io.StringIO())
+received = seconds_until_end(connect(SENT))[1]
+assert b" 400 Bad Request" in received and b"Zq7" not in received, received
+assert "malformed" in logged.getvalue() and "Zq7" not in logged.getvalue(), logged.getvalue()
+stop()
+"""
+    )
+
+
 def test_closes_idle_connections_near_its_bound() -> None:
     """Of ten connections nine are kept: for further ones, the longest idle are closed."""
     run("""

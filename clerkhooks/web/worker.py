@@ -20,6 +20,7 @@ from typing import Any
 import gevent
 from gevent.server import StreamServer
 from gevent.socket import socket
+from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, and for a part of a response to leave
@@ -29,6 +30,24 @@ REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes received at once; gunicorn copies the rest of a piece for each KiB of it
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
+_QUOTING = (
+    errors.InvalidRequestLine,
+    errors.InvalidRequestMethod,
+    errors.InvalidHTTPVersion,
+    errors.InvalidHeader,
+    errors.InvalidHeaderName,
+    errors.InvalidChunkSize,
+    errors.ChunkMissingTerminator,
+    errors.UnsupportedTransferCoding,
+)
+"""Errors of a client whose text, which gunicorn logs, may be a token or a part of a body."""
+
+
+class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
+    """An error in place of one that quotes the request."""
+
+    def __str__(self) -> str:
+        return f"The request is malformed: {self.hdr}"
 
 
 class Connection(socket):  # type: ignore[misc]
@@ -129,6 +148,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
             super().handle(listener, connection, addr)
         finally:
             del self._connections[greenlet]
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Any) -> None:
+        """Answer 400 to a malformed request, and log no part of it."""
+        if type(exc) in _QUOTING:
+            exc = _Malformed(type(exc).__name__)
+        super().handle_error(req, client, addr, exc)
 
     def timeout_ctx(self) -> Any:
         """Begin the wait for a request. gunicorn's own worker would start a timer for each."""
