@@ -206,10 +206,15 @@ def _split_url(text: str) -> SplitResult:
         not url.scheme
         or not url.hostname
         or url.username is not None
-        or re.search(r"[\s*\\<>\"']", text)
+        or re.search(r"[^!-~]|[*\\<>\"']", text)  # browsers and DNS spell other hosts as xn--
+        or not _is_host(url.hostname)
     ):
         raise ValueError("is not a URL such as https://host, without wildcards or passwords.")
     return url
+
+
+def _is_host(host: str) -> bool:
+    return ":" in host or re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", host) is not None
 
 
 def _refuse_plain_http(url: SplitResult) -> None:

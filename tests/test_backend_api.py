@@ -302,6 +302,13 @@ def test_reports_a_refused_connection() -> None:
     assert (error.reason, error.what) == ("api_unreachable", "did not answer (ConnectError)")
 
 
+@pytest.mark.parametrize("url", ["https://xn--.com", "https://[v1.x]", f"https://{'a' * 64}.com"])
+def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
+    """The error is not a traceback of the HTTP library."""
+    with BackendApi(url, SECRET_KEY, pace=PACE) as api:
+        assert failure_of(api.count_users).reason == "api_unreachable"
+
+
 def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
     """Pages are large and compress well."""
     backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]

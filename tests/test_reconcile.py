@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import parse_profile
 from clerkhooks.clerk.fake import clerk_id, event_body
+from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import connections, listing, reconcile
 from tests.backend import Backend, Query, answering_json
 from tests.conftest import MakeService
@@ -504,6 +505,22 @@ def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) ->
         requests.clear()
         sync(syncing, backend, check=check)
     assert all(syncing.user(user_id) for user_id in early)
+
+
+def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
+    """A proxy drops the query or has cached a page: the run fails."""
+    for number in range(3):
+        backend.sign_up(at=LONG_AGO + number)
+    whole = answering_json(200, list(backend.users.values()))
+
+    def repeat(path: str, query: Query) -> None:
+        assert len(backend.requests) < 50, "the run does not end"
+        if path == "/v1/users" and "offset" in query:
+            backend.behaviours.append(whole)
+
+    backend.before = repeat
+    with pytest.raises(BackendApiError, match="same page"):
+        sync(syncing, backend)
 
 
 @pytest.mark.parametrize("count", [1, 15])

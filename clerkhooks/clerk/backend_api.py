@@ -198,6 +198,8 @@ class BackendApi:
             raise _Temporary("answer_unusable", str(error)) from None
         except TimeoutError as error:
             raise _Temporary("api_unreachable", str(error)) from None
+        except (httpx.InvalidURL, UnicodeError):
+            raise BackendApiError("api_unreachable", "has a URL that cannot be used") from None
         # The library's own text is left out: it may quote the request or the answer.
         except httpx.HTTPError as error:
             what = f"did not answer ({type(error).__name__})"

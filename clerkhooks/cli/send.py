@@ -179,7 +179,7 @@ def _post(url: str, headers: dict[str, str], body: bytes) -> Answer:
             answer = connection.post(url, body)
     except ProxyUrlError as error:
         raise CannotDo(str(error)) from None
-    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnusableAnswer) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TimeoutError, UnusableAnswer) as error:
         raise CannotDo(
             f"{url} does not respond ({type(error).__name__}). Start the server first. "
             "For the service: gunicorn wsgi:app"

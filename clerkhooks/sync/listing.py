@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import is_user_id, milliseconds
+from clerkhooks.errors import BackendApiError
 
 T = TypeVar("T")
 
@@ -24,19 +25,26 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
 
     Users who sign up during the run are not read, so that the run ends. A short page is not taken
     for the end, because Clerk answers with fewer users if it does not accept the limit.
+
+    Raises:
+        BackendApiError: pages repeat, for instance because a proxy drops the query.
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
     after, offset = -1, 0
     seen: dict[str, int] = {}
+    last: list[str] = []
     while page := api.list_users(after - 1 if after > 0 else None, offset):
         times = {_key(data): _created_at(data) for data in page}
         new = [data for data in page if _key(data) not in seen and _created_at(data) <= bound]
         newest = max(times.values())
         if newest > after:
-            after, offset = newest, 0
+            after, offset, last = newest, 0, []
             seen = {key: time for key, time in (seen | times).items() if time >= newest - 1}
+        elif list(times) == last:
+            raise BackendApiError("answer_unusable", "answered with the same page again")
         else:
+            last = list(times)
             offset += max(1, len(page) // 2 if new else len(page))
             seen |= times
         if new:
