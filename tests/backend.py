@@ -1,4 +1,4 @@
-"""A Backend API over HTTP that knows users, answers as Clerk does, and misbehaves at will."""
+"""A fake of Clerk's Backend API over HTTP that can also misbehave."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from clerkhooks.clerk.fake import clerk_id, user_data
+from tests.support import join
 
 WINDOW = 10.0  # seconds in which requests are counted
-# A production instance's: with another the client allows itself no more than 90 requests in ten seconds.
+TIMEOUT = 20  # seconds
+# A production key: with any other the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"
 Query = dict[str, list[str]]
 Behaviour = Callable[["Backend", BaseHTTPRequestHandler], None]
 
 
 def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
-    """Answer with these bytes."""
+    """Return a behaviour that answers with these bytes."""
 
     def behave(_backend: Backend | None, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -35,20 +37,19 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
-        request.close_connection |= (
-            "Content_Length" in headers
-        )  # a body of another length ends with the connection
+        # A body of another length than announced ends with the connection.
+        request.close_connection |= "Content_Length" in headers
 
     return behave
 
 
 def answering_json(status: int, value: object, **headers: str) -> Behaviour:
-    """Answer with *value* as JSON."""
+    """Return a behaviour that answers with *value* as JSON."""
     return answering(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
 
 def refusing(status: int, code: str, **headers: str) -> Behaviour:
-    """Answer with an error in Clerk's shape."""
+    """Return a behaviour that answers with an error in Clerk's format."""
     return answering_json(
         status,
         {
@@ -60,39 +61,40 @@ def refusing(status: int, code: str, **headers: str) -> Behaviour:
 
 
 def limiting(retry_after: float | str) -> Behaviour:
-    """Answer 429."""
+    """Return a behaviour that answers 429."""
     return refusing(429, "too_many_requests", Retry_After=str(retry_after))
 
 
 def hanging_up(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Take the request and close the connection."""
+    """Read the request and close the connection."""
     request.close_connection = True
 
 
 def resetting(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Take the request and reset the connection."""
+    """Read the request and reset the connection."""
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(request.connection.detach())
     request.close_connection = True
 
 
 def stalling(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Take the request and say nothing."""
-    backend.released.wait(20)
+    """Read the request and do not answer until the backend is released."""
+    backend.released.wait(TIMEOUT)
     request.close_connection = True
 
 
 def stalling_then_answering(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Answer as Clerk does, but not before the backend is released."""
-    backend.released.wait(20)
+    """Answer as Clerk does once the backend is released."""
+    backend.released.wait(TIMEOUT)
     backend.answer(request)
 
 
 def dripping(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Begin an answer and go on with one byte at a time, without an end."""
+    """Send an answer one byte at a time until the backend is released."""
     request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n[")
     request.close_connection = True
-    while not backend.released.wait(0.01):
+    ends = time.monotonic() + TIMEOUT
+    while not backend.released.wait(0.01) and time.monotonic() < ends:
         request.wfile.write(b" ")
         request.wfile.flush()
 
@@ -104,12 +106,16 @@ CUT_SHORT = answering(200, b"[]", Content_Length="9999")
 
 class Backend:
     """
-    The users of an instance; *requests* holds each path with its query so far, *arrivals* when (monotonic seconds) each came.
+    The users of an instance.
 
-    The next requests are answered by *behaviours*, as long as there are any, all further ones by *always*, if it is set.
-    *before* is called before a request is answered: it may sign users up, delete them, deliver webhooks, or set behaviours.
-    *inclusive*: whether ``created_at_after`` means its own millisecond, too: Clerk does not say. *shuffles_ties*: whether users
-    of one millisecond come in another order each time. *max_requests*: how many are answered in ten seconds.
+    *requests* holds the path and query of each request, *arrivals* the monotonic time of each in
+    seconds. Each request takes the next of *behaviours*; once these are used up, *always* applies
+    if it is set. *before* is called before a request is answered: it may sign users up, delete
+    them, deliver webhooks, or set behaviours.
+
+    With *inclusive*, ``created_at_after`` includes its own millisecond; Clerk does not document
+    this. With *shuffles_ties*, users of one millisecond are listed in a different order each time.
+    Of *max_requests* in ten seconds, further ones are answered 429.
     """
 
     def __init__(
@@ -132,8 +138,8 @@ class Backend:
         self.requests: list[tuple[str, Query]] = []
         self.arrivals: list[float] = []
         self.released = threading.Event()
-        self._arrival = threading.Condition(threading.RLock())
-        self._born: dict[str, int] = {}
+        self._arrived = threading.Condition(threading.RLock())
+        self._created_ms: dict[str, int] = {}
         self._latest = 0
         self._server = _Server(("127.0.0.1", 0), self._request_handler())
         self.api_url = f"http://127.0.0.1:{self._server.server_port}"
@@ -141,8 +147,12 @@ class Backend:
         self.environ = {"CLERK_SECRET_KEY": self.secret_key, "CLERK_API_URL": self.api_url}
 
     def sign_up(self, user_id: str | None = None, *, at: int | None = None, **data: Any) -> str:
-        """A new user of that time (milliseconds), by default of now; *data* replaces fields, also by what Clerk would never say."""
-        with self._arrival:
+        """
+        Create a user at that time (milliseconds), by default now; return the id.
+
+        *data* replaces fields, also with values that Clerk never sends.
+        """
+        with self._arrived:
             user_id = user_id or clerk_id("user")
             at = self._now() if at is None else at
             named = {
@@ -151,24 +161,25 @@ class Backend:
                 "last_name": "Lovelace",
             }
             named |= {name: data.pop(name) for name in named if name in data}
-            self._born[user_id] = at
+            self._created_ms[user_id] = at
             self.users[user_id] = user_data(user_id, updated_at=at, **named) | data
         return user_id
 
     def update(self, user_id: str, **data: Any) -> None:
-        """Replace fields of a user; it is updated now, unless *data* says when."""
-        with self._arrival:
+        """Replace fields of a user. ``updated_at`` is now unless *data* has it."""
+        with self._arrived:
             self.users[user_id] = self.users[user_id] | {"updated_at": self._now()} | data
 
     def delete(self, user_id: str) -> None:
-        """The user is gone."""
-        with self._arrival:
+        """Delete the user."""
+        with self._arrived:
             del self.users[user_id]
 
     def wait_for(self, count: int) -> None:
-        """Return once *count* requests have come."""
-        with self._arrival:
-            assert self._arrival.wait_for(lambda: len(self.requests) >= count, timeout=15)
+        """Wait until *count* requests have arrived."""
+        with self._arrived:
+            arrived = self._arrived.wait_for(lambda: len(self.requests) >= count, timeout=15)
+        assert arrived, f"{len(self.requests)} of {count} requests arrived"
 
     @contextmanager
     def open(self) -> Iterator[Backend]:
@@ -180,26 +191,26 @@ class Backend:
         finally:
             self.released.set()
             self._server.shutdown()
-            thread.join()
+            join(thread)
             self._server.hang_up()
             self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Answer as Clerk does."""
         url = urlsplit(request.path)
-        with self._arrival:
+        with self._arrived:
             behave = self._answer_to(request, unquote(url.path), parse_qs(url.query))
         behave(self, request)
 
     def _respond(self, request: BaseHTTPRequestHandler) -> None:
         url = urlsplit(request.path)
         query = parse_qs(url.query)
-        with self._arrival:
+        with self._arrived:
             self.requests.append((url.path, query))
             self.arrivals.append(time.monotonic())
-            self._arrival.notify_all()
+            self._arrived.notify_all()
         self.before(url.path, query)
-        with self._arrival:
+        with self._arrived:
             behave = self.behaviours.pop(0) if self.behaviours else self.always
         if behave is None:
             self.answer(request)
@@ -226,7 +237,7 @@ class Backend:
 
     def _list(self, query: Query) -> Behaviour:
         limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
-        # The plus of +created_at is a space where nobody encoded it.
+        # The plus of +created_at arrives as a space if the client does not encode it.
         order = query.get("order_by", ["-created_at"])[0].replace(" ", "+")
         if order.lstrip("+-") != "created_at" or limit < 1 or offset < 0:
             return refusing(422, "form_param_value_invalid")
@@ -250,13 +261,13 @@ class Backend:
         )
 
     def _created_at(self, user_id: str) -> int:
-        """When the user signed up, also where the object says nothing or nonsense."""
+        """Return when the user signed up, even if the object has no valid time."""
         data = self.users[user_id]
         created_at = data.get("created_at") if isinstance(data, dict) else None
-        return created_at if type(created_at) is int else self._born.get(user_id, 0)
+        return created_at if type(created_at) is int else self._created_ms.get(user_id, 0)
 
     def _now(self) -> int:
-        """Milliseconds, later than any before."""
+        """Return the time in milliseconds, later than any returned before."""
         self._latest = max(self._latest + 1, int(time.time() * 1000))
         return self._latest
 
@@ -265,20 +276,22 @@ class Backend:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = -1  # headers and body in one piece: else the client's delayed acknowledgement costs 40 ms
+            # Headers and body in one packet; otherwise the client's delayed ACK costs 40 ms.
+            wbufsize = -1
+            timeout = 60  # seconds for which a client may be silent
 
             def do_GET(self) -> None:
                 with suppress(ConnectionError):
                     backend._respond(self)
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         return Handler
 
 
 class _Server(ThreadingHTTPServer):
-    """One that can end, also with connections that are kept alive."""
+    """A server that can stop although clients keep connections alive."""
 
     daemon_threads = False
 
@@ -295,10 +308,10 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: Any, _client_address: Any) -> None:
-        """A client that went away, or that was hung up on."""
+        """Ignore a client that has closed its connection, or whose connection was closed."""
 
     def hang_up(self) -> None:
-        """End the connections that are open still."""
+        """Shut down the connections that are still open."""
         for connection in list(self._open):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

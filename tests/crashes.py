@@ -59,7 +59,7 @@ class Svix:
     """Sends the histories of more and more users, in random order, until each message was answered 200."""
 
     def __init__(self, server: RestartableServer, seed: int) -> None:
-        self.server, self.chance, self.report = server, random.Random(seed), Report()
+        self.server, self.rng, self.report = server, random.Random(seed), Report()
         self.told: dict[str, Message] = {}
         self.acknowledged: dict[str, list[str]] = defaultdict(list)  # the outcomes, by message id
         self.over = threading.Event()
@@ -84,12 +84,12 @@ class Svix:
     def _take(self) -> Message | None:
         with self._lock:
             while len(self._open) < WAITING and not self.over.is_set():
-                messages = history(self.chance)
+                messages = history(self.rng)
                 self.told |= {message.message_id: message for message in messages}
                 self._open += messages
             if not self._open:
                 return None
-            return self._open.pop(self.chance.randrange(len(self._open)))
+            return self._open.pop(self.rng.randrange(len(self._open)))
 
     def _put_back(self, message: Message) -> None:
         with self._lock:
@@ -98,7 +98,7 @@ class Svix:
     def _call_or_deliver(self, message: Message) -> bool:
         """One attempt; sometimes with the user's own call just before it, sometimes repeated after a success."""
         with self._lock:
-            calls, repeats = self.chance.random() < 0.2, self.chance.random() < 0.1
+            calls, repeats = self.rng.random() < 0.2, self.rng.random() < 0.1
         if calls:
             headers = {
                 "Authorization": f"Bearer {self.server.clerk.session_token(message.user_id)}"

@@ -92,9 +92,9 @@ class FaultInjector:
         self,
         server: RestartableServer,
         postgresql: DedicatedPostgreSQL | None,
-        chance: random.Random,
+        rng: random.Random,
     ) -> None:
-        self.server, self.postgresql, self.chance = server, postgresql, chance
+        self.server, self.postgresql, self.rng = server, postgresql, rng
         self.ways: dict[str, Callable[[], None]] = {
             "worker": self._kill_worker,
             "server": self._kill_server,
@@ -108,10 +108,10 @@ class FaultInjector:
         """Kill one after the other *until* (monotonic seconds); gives the way after each."""
         while time.monotonic() < until:
             # Each way once before any comes twice: a short run has seen them all.
-            for way in self.chance.sample(list(self.ways), len(self.ways)):
+            for way in self.rng.sample(list(self.ways), len(self.ways)):
                 if time.monotonic() >= until:
                     return
-                time.sleep(self.chance.uniform(0.1, 0.8))
+                time.sleep(self.rng.uniform(0.1, 0.8))
                 self.ways[way]()
                 yield way
 
@@ -119,7 +119,7 @@ class FaultInjector:
         workers = self.server.workers()
         with suppress(psutil.NoSuchProcess):  # an old one, after a reload, may be gone already
             if workers:
-                self.chance.choice(workers).kill()
+                self.rng.choice(workers).kill()
 
     def _kill_server(self) -> None:
         self.server.kill()

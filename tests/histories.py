@@ -1,4 +1,4 @@
-"""Random histories of a user, as Clerk would tell them, and what they must amount to."""
+"""Random histories of a user's events, and the row that each must produce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = tuple[str | None, str, str | None, int | None, int | None, str | None, boo
 
 @dataclass(frozen=True)
 class Message:
-    """An event of a user; without a version, the deletion."""
+    """A user event. A deletion has no version."""
 
     message_id: str
     user_id: str
@@ -22,19 +22,27 @@ class Message:
     body: bytes = field(repr=False)
 
 
-def history(chance: random.Random) -> list[Message]:
-    """A user's creation, some updates, of which several may share their times, and perhaps the end."""
-    user_id = _id(chance, "user")
+def history(rng: random.Random) -> list[Message]:
+    """
+    Return a user's creation, up to five updates, and in three of ten cases the deletion.
+
+    Updates may share their times.
+    """
+    user_id = _id(rng, "user")
     types = (
         ["user.created"]
-        + ["user.updated"] * chance.randrange(6)
-        + ["user.deleted"] * (chance.random() < 0.3)
+        + ["user.updated"] * rng.randrange(6)
+        + ["user.deleted"] * (rng.random() < 0.3)
     )
-    return [_message(chance, user_id, event_type) for event_type in types]
+    return [_message(rng, user_id, event_type) for event_type in types]
 
 
 def expected_row(messages: list[Message]) -> Row:
-    """What the row of a user must hold after *messages*, whatever their order: deleted wins, else the highest version."""
+    """
+    Return the row that a user must have after *messages* in any order.
+
+    A deletion wins, otherwise the highest version.
+    """
     if any(message.version is None for message in messages):
         return (None, "Deleted User", None, None, None, None, True)
     version, newest = max((message.version or (0, 0, ""), message) for message in messages)
@@ -47,9 +55,9 @@ def expected_row(messages: list[Message]) -> Row:
     )
 
 
-def _message(chance: random.Random, user_id: str, event_type: str) -> Message:
-    message_id = _id(chance, "msg")
-    updated_at, timestamp = NOW_MS + chance.randrange(3), NOW_MS + chance.randrange(3)
+def _message(rng: random.Random, user_id: str, event_type: str) -> Message:
+    message_id = _id(rng, "msg")
+    updated_at, timestamp = NOW_MS + rng.randrange(3), NOW_MS + rng.randrange(3)
     email = f"{message_id.removeprefix('msg_').lower()}@example.org"
     if event_type == "user.deleted":
         body = event_body(event_type, {"deleted": True, "id": user_id, "object": "user"}, timestamp)
@@ -66,5 +74,5 @@ def _message(chance: random.Random, user_id: str, event_type: str) -> Message:
     )
 
 
-def _id(chance: random.Random, prefix: str) -> str:
-    return f"{prefix}_" + "".join(chance.choices(BASE62, k=27))
+def _id(rng: random.Random, prefix: str) -> str:
+    return f"{prefix}_" + "".join(rng.choices(BASE62, k=27))

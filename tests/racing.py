@@ -1,7 +1,7 @@
 """
-Hold one request at a chosen point while another runs into it.
+Deterministic races: one request is paused at a chosen point while another one runs.
 
-Races without sleeps, the same each time.
+No test sleeps and hopes for an interleaving.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,7 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from clerkhooks.events import Handler
-from tests.support import Service
+from tests.support import Service, ThreadPool
 
 Request = Callable[[], TestResponse]
 TIMEOUT = 20  # seconds, after which a broken test fails instead of hanging
@@ -30,29 +30,29 @@ def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> Non
     """Return once *condition* is true; fail if that takes longer than *seconds*."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        assert time.monotonic() < deadline, f"the condition was still false after {seconds} s"
         time.sleep(0.001)
 
 
 class PausePoint:
-    """Where the first thread that arrives stays until it is released; later ones pass."""
+    """A point where the first thread waits until it is released; later ones pass."""
 
     def __init__(self) -> None:
         self.reached, self.released = threading.Event(), threading.Event()
         self.taken = threading.Lock()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Stay, or pass: as a handler, or before a statement."""
+        """Wait or pass. The point can be a handler, or come before a statement."""
         if self.taken.acquire(blocking=False):
             self.reached.set()
-            assert self.released.wait(TIMEOUT)
+            assert self.released.wait(TIMEOUT), "the paused request was not released"
 
 
 class FailingHandler:
     """
-    A handler on which the first message fails, or *always* each, after *meanwhile*.
+    A handler that raises for the first message, or for each one with *always*.
 
-    Later ones call *later*.
+    Before it raises it waits at *meanwhile*; messages for which it does not raise wait at *later*.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class FailingHandler:
         self.failed = threading.Event()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Handle an event, and raise if it is time to."""
+        """Wait, then raise for a message that must fail."""
         fails = self.always or not self.failed.is_set()
-        hold = self.meanwhile if fails else self.later
-        if hold:
-            hold()
+        pause = self.meanwhile if fails else self.later
+        if pause:
+            pause()
         if fails:
             self.failed.set()
             raise RuntimeError("this attempt fails")
@@ -80,7 +80,7 @@ class FailingHandler:
 def registered_handler(
     app: Flask, handler: Handler, pattern: str = "*", *, after_commit: bool = False
 ) -> Iterator[None]:
-    """Have *handler* registered until the block ends."""
+    """Register *handler* until the block ends."""
     handlers = app.extensions["clerkhooks"].hooks._handlers
     entry = (pattern, after_commit, handler)
     handlers.add(pattern, handler, after_commit=after_commit)
@@ -92,8 +92,8 @@ def registered_handler(
 
 
 def delivery(service: Service, body: bytes, message_id: str | None = None) -> Request:
-    """Return a delivery, by a client of its own."""
-    return lambda: _own(service).deliver(body, message_id)
+    """Return a function that delivers *body* with a new client."""
+    return lambda: _with_new_client(service).deliver(body, message_id)
 
 
 def call(
@@ -103,41 +103,41 @@ def call(
     path: str = "/api/me",
     body: object = None,
 ) -> Request:
-    """Return a call of a signed-in user, by a client of its own."""
-    return lambda: _own(service).call(user_id, method, path, body=body)
+    """Return a function that calls as a signed-in user with a new client."""
+    return lambda: _with_new_client(service).call(user_id, method, path, body=body)
 
 
 @contextmanager
 def paused_before(
     service: Service, beginning: str | tuple[str, ...], *, on_sqlite: str = "BEGIN"
 ) -> Iterator[PausePoint]:
-    """Hold the first statement that begins so, before it reaches the database."""
+    """Yield a pause point before the first statement that starts with *beginning*."""
     if service.database_url.startswith("sqlite"):
-        beginning = on_sqlite  # after BEGIN nobody else could write
-    hold = PausePoint()
-    with on_statement(service, beginning, hold):
-        yield hold
+        beginning = on_sqlite  # after BEGIN no other connection could write
+    point = PausePoint()
+    with on_statement(service, beginning, point):
+        yield point
 
 
 @contextmanager
 def before_failure_record(service: Service, failing: FailingHandler) -> Iterator[PausePoint]:
-    """Let deliveries reach *failing*; hold the first failed one before that is recorded."""
-    hold = PausePoint()
+    """Yield a pause point after *failing* has raised and before the failure is recorded."""
+    point = PausePoint()
 
     def arrive() -> None:
         if failing.failed.is_set():
-            hold()
+            point()
 
     beginning = ("INSERT INTO webhook_messages", "BEGIN")
     with registered_handler(service.app, failing), on_statement(service, beginning, arrive):
-        yield hold
+        yield point
 
 
 @contextmanager
 def on_statement(
     service: Service, beginning: str | tuple[str, ...], then: Callable[[], object]
 ) -> Iterator[None]:
-    """Call *then* before every statement that begins so, in the thread that executes it."""
+    """Call *then* before each statement with *beginning*, in the thread that executes it."""
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         if statement.lstrip().startswith(beginning):
@@ -151,39 +151,39 @@ def on_statement(
 
 
 def engines_of(service: Service) -> tuple[sa.Engine, sa.Engine]:
-    """Return the private engine, and the one that handlers write through."""
+    """Return the private engine and the application's engine, which handlers use."""
     extensions = service.app.extensions
     with service.app.app_context():
         return extensions["clerkhooks"].store.database.engine, extensions["sqlalchemy"].engine
 
 
 @contextmanager
-def paused(hold: PausePoint, act: Request) -> Iterator[Future[TestResponse]]:
-    """Run *act* in a thread, and go on once it has reached *hold*, which is released in the end."""
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(act)
+def paused(point: PausePoint, request: Request) -> Iterator[Future[TestResponse]]:
+    """Run *request* in a thread until it reaches *point*; release it when the block ends."""
+    with ThreadPool(1) as pool:
+        answer = pool.submit(request)
         try:
-            assert hold.reached.wait(TIMEOUT)
+            assert point.reached.wait(TIMEOUT), "the request did not reach the pause point"
             yield answer
         finally:
-            hold.released.set()
+            point.released.set()
 
 
 @contextmanager
-def blocked(service: Service, act: Request) -> Iterator[Future[TestResponse]]:
-    """Run *act* in a thread, and go on once it waits for a writer that has not ended."""
+def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]]:
+    """Run *request* in a thread until it waits for another transaction's lock."""
     writing = threading.Event()
     writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
-    with ThreadPoolExecutor(1) as pool, on_statement(service, writes, writing.set):
-        answer = pool.submit(act)
-        # SQLite does not tell who waits; but a writer gets no further than this.
-        assert writing.wait(TIMEOUT)
+    with ThreadPool(1) as pool, on_statement(service, writes, writing.set):
+        answer = pool.submit(request)
+        # SQLite does not show its lock queue, but a writer gets no further than this.
+        assert writing.wait(TIMEOUT), "the request wrote nothing"
         wait_until_blocked(service, answer)
         yield answer
 
 
 def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
-    """Return once the request of *answer* waits for a lock, where the database says so."""
+    """Wait until PostgreSQL shows that the request of *answer* waits for a lock."""
     if not service.database_url.startswith("sqlite"):
         query = (
             "SELECT count(*) FROM pg_stat_activity"
@@ -191,41 +191,41 @@ def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
         )
         with psycopg.connect(service.database_url, autocommit=True) as connection:
             eventually(lambda: answer.done() or connection.execute(query).fetchone() != (0,))
-    assert not answer.done()
+    assert not answer.done(), "the request did not wait"
 
 
 def run_contending(
     service: Service, first: Request, second: Request, *, fails: bool = False, plain: bool = False
 ) -> list[TestResponse]:
     """
-    Hold the delivery *first*, written but not committed, until *second* waits for it.
+    Pause the delivery *first* before its commit until *second* waits for its lock.
 
-    Then it ends, or *fails*. With *plain*, *second* finds no handler, as in an application without
-    any. Returns both answers.
+    Then *first* commits, or rolls back if it *fails*. With *plain*, *second* runs without a
+    handler, which takes the batched path. Return both answers.
     """
-    hold = PausePoint()
-    handler = FailingHandler(meanwhile=hold) if fails else hold
+    point = PausePoint()
+    handler = FailingHandler(meanwhile=point) if fails else point
     with ExitStack() as registered:
         registered.enter_context(registered_handler(service.app, handler))
-        with paused(hold, first) as one:
+        with paused(point, first) as one:
             if plain:
                 registered.close()
             with blocked(service, second) as two:
-                hold.released.set()
+                point.released.set()
                 return [one.result(TIMEOUT), two.result(TIMEOUT)]
 
 
-def overtake(hold: PausePoint, first: Request, second: Request) -> list[TestResponse]:
-    """Let *first* reach *hold* and stay there while all of *second* runs; return both answers."""
-    with paused(hold, first) as one:
+def overtake(point: PausePoint, first: Request, second: Request) -> list[TestResponse]:
+    """Run *second* from start to end while *first* is paused at *point*; return both answers."""
+    with paused(point, first) as one:
         two = second()
-        hold.released.set()
+        point.released.set()
         return [one.result(TIMEOUT), two]
 
 
 @contextmanager
 def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[[], None]]:
-    """Write the row of a first call in a transaction of its own; yield what commits it."""
+    """Insert the row of a first call in an open transaction; yield the function to commit it."""
     store = service.app.extensions["clerkhooks"].store
     now = datetime.now(UTC)
     moments = dict.fromkeys(("last_seen", "created_at", "updated_at"), now)
@@ -237,12 +237,12 @@ def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[
 
 
 def outcomes(answers: list[TestResponse]) -> list[str]:
-    """Return the outcome of each delivery; its status if it was refused."""
+    """Return the outcome of each delivery, or its status if it is not 200."""
     return [
         answer.get_json()["outcome"] if answer.status_code == 200 else str(answer.status_code)
         for answer in answers
     ]
 
 
-def _own(service: Service) -> Service:
+def _with_new_client(service: Service) -> Service:
     return Service(service.app, service.clerk, service.database_url)

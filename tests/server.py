@@ -1,4 +1,4 @@
-"""The real server, started as its platform does: by the Procfile's web line."""
+"""The real server, started by the Procfile's web line as a platform does."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.support import rows
 
 @dataclass(frozen=True)
 class Response:
-    """An HTTP answer, read whole."""
+    """An HTTP response whose body has been read."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
     def json(self) -> Any:
-        """The body, parsed."""
+        """Return the parsed body."""
         return json.loads(self.body)
 
 
@@ -54,7 +54,7 @@ class Server:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Response:
-        """One request on a connection of its own."""
+        """Send one request on a new connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             connection.request(method, path, body, headers or {})
@@ -69,30 +69,30 @@ class Server:
         return self.request("POST", "/webhooks/clerk", body, self.clerk.headers(body, message_id))
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Read or change the database behind the server's back."""
+        """Execute *query* on a separate connection and return its rows, if it has any."""
         return rows(self.database_url, query)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What the server logged as JSON so far."""
+        """Return the lines that the server has logged as JSON so far."""
         written = self.log.read_text().splitlines()
         return [json.loads(line) for line in written if line.startswith("{")]
 
 
 def environ(**variables: str) -> dict[str, str]:
-    """Return the environment of this process, with *variables* and no other variable of ours."""
+    """Return this process's environment with *variables* as clerkhooks' only variables."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return others | {"PATH": path} | variables
 
 
 def web_command() -> list[str]:
-    """The Procfile's web line, as a platform runs it."""
+    """Return the command of the Procfile's web line, as a platform runs it."""
     lines = dict(line.split(": ", 1) for line in (PROJECT / "Procfile").read_text().splitlines())
     return ["sh", "-c", f"exec {lines['web']}"]
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -119,16 +119,16 @@ def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) ->
         yield server
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGQUIT)  # at once: a graceful stop has a test of its own
+            process.send_signal(signal.SIGQUIT)  # quick; another test covers the graceful stop
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(10)
 
 
 def wait_until_healthy(server: Server, seconds: float = 20) -> None:
-    """Ask /healthz until it answers."""
+    """Poll ``/healthz`` until it is 200; fail after *seconds* or if the server exits."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()
@@ -141,7 +141,7 @@ def wait_until_healthy(server: Server, seconds: float = 20) -> None:
 
 @contextmanager
 def write_lock(database_url: str) -> Iterator[None]:
-    """Hold a lock, until the block ends, behind which every write of users waits."""
+    """Hold a lock that blocks every write of users until the block ends."""
     if database_url.startswith("sqlite"):
         path = database_url.removeprefix("sqlite:///")
         with closing(sqlite3.connect(path, isolation_level=None)) as writer:

@@ -1,4 +1,4 @@
-"""What the tests share: a client that signs for real, and a look into the tables behind the service's back."""
+"""Shared by the tests: signed deliveries, database access, log capture and bounded waits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import psycopg
@@ -24,15 +26,33 @@ from clerkhooks.web.logs import logger
 
 DATA = Path(__file__).parent / "data"
 NOW_MS = int(time.time() * 1000)
+JOIN_TIMEOUT = 60  # seconds
 
 
 def load(name: str) -> Any:
-    """A file of tests/data."""
+    """Return the parsed content of a JSON file in tests/data."""
     return json.loads((DATA / name).read_text())
 
 
+def join(*threads: Thread, seconds: float = JOIN_TIMEOUT) -> None:
+    """Wait until *threads* have ended; fail if that takes longer than *seconds*."""
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    running = [thread.name for thread in threads if thread.is_alive()]
+    assert not running, f"still running after {seconds} s: {running}"
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """A thread pool that fails if its work has not ended a minute after the block."""
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(wait=False)
+        join(*self._threads)
+
+
 def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
-    """Read or change the database behind the service's back."""
+    """Execute *query* on a separate connection and return its rows, if it has any."""
     if database_url.startswith("sqlite:///"):
         with (
             closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), timeout=30)) as file,
@@ -45,10 +65,14 @@ def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
 
 
 def pending_schema_changes(*own: str) -> list[Any]:
-    """What ``flask db migrate`` would change in the current application's database: in its own tables, and in those named."""
+    """
+    Return what ``flask db migrate`` would change in the current application's database.
+
+    Only clerkhooks' tables and those named in *own* are compared: a run of the whole suite imports
+    examples, which add their tables to the same metadata.
+    """
 
     def is_known(_: object, name: str, kind: str, *__: object) -> bool:
-        # Whole test runs import examples, whose tables are in the metadata too.
         return kind != "table" or name in ("users", "webhook_messages", *own)
 
     options = current_app.extensions["migrate"].configure_args | {"include_object": is_known}
@@ -60,11 +84,11 @@ def pending_schema_changes(*own: str) -> list[Any]:
 
 @contextmanager
 def captured_lines(formatter: logging.Formatter) -> Iterator[list[str]]:
-    """What is logged until the block ends."""
+    """Yield a list that receives the formatted log lines until the block ends."""
     written: list[str] = []
 
     class Handler(logging.Handler):
-        """Formats at once, as one that writes does."""
+        """Formats each record when it is logged, as a handler that writes does."""
 
         def emit(self, record: logging.LogRecord) -> None:
             written.append(formatter.format(record))
@@ -80,7 +104,7 @@ def captured_lines(formatter: logging.Formatter) -> Iterator[list[str]]:
 def user_event(
     user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any
 ) -> bytes:
-    """A user event as of *at* (milliseconds); *data* replaces fields."""
+    """Return a user event with the time *at* (milliseconds); *data* replaces fields."""
     whole = user_data(
         user_id, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=at
     )
@@ -88,7 +112,7 @@ def user_event(
 
 
 def deletion(user_id: str, at: int = NOW_MS) -> bytes:
-    """The event of a user's end."""
+    """Return the event of a user's deletion."""
     return event_body("user.deleted", {"deleted": True, "id": user_id, "object": "user"}, at)
 
 
@@ -109,7 +133,7 @@ class Service:
     def outcome(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> str:
-        """Deliver *body*, which must be taken, and say what became of it."""
+        """Deliver *body*, which must be answered 200, and return the outcome."""
         response = self.deliver(body, message_id, timestamp)
         assert response.status_code == 200, response.text
         return str(response.get_json()["outcome"])
@@ -127,37 +151,40 @@ class Service:
         return self.clerk_service.client(user_id, **claims).open(path, method=method, json=body)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Read or change the tables behind the service's back."""
+        """Execute *query* on a separate connection and return its rows, if it has any."""
         return rows(self.database_url, query)
 
     def user(
         self, user_id: str, columns: Sequence[str] = ("email", "name", "image_url")
     ) -> tuple[Any, ...] | None:
-        """Some columns of a user's row."""
+        """Return columns of a user's row, or None if there is no row."""
         found = self.rows(f"SELECT {', '.join(columns)} FROM users WHERE id = '{user_id}'")
         return found[0] if found else None
 
 
 class HasTables(Protocol):
-    """Whatever knows a database: the service in this process, or the real server."""
+    """A service with a database: in this process, or the real server."""
 
     @property
     def database_url(self) -> str:
-        """Where it is."""
+        """The URL of the database."""
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Read or change the tables behind the service's back."""
+        """Execute *query* on a separate connection and return its rows, if it has any."""
 
 
 @contextmanager
 def broken_users(service: HasTables) -> Iterator[None]:
-    """Make every write of a user fail for its content, with an error that quotes the row."""
+    """Make every write of a user violate a constraint; the error quotes the row."""
     if service.database_url.startswith("sqlite"):
-        broken = "CREATE TRIGGER broken BEFORE INSERT ON users BEGIN SELECT RAISE(ABORT, 'Failing row contains (ada@example.org)'); END"
-        mended = "DROP TRIGGER broken"
+        break_ = (
+            "CREATE TRIGGER broken BEFORE INSERT ON users"
+            " BEGIN SELECT RAISE(ABORT, 'Failing row contains (ada@example.org)'); END"
+        )
+        repair = "DROP TRIGGER broken"
     else:
-        broken = "ALTER TABLE users ADD CONSTRAINT broken CHECK (email IS NULL) NOT VALID"
-        mended = "ALTER TABLE users DROP CONSTRAINT broken"
-    service.rows(broken)
+        break_ = "ALTER TABLE users ADD CONSTRAINT broken CHECK (email IS NULL) NOT VALID"
+        repair = "ALTER TABLE users DROP CONSTRAINT broken"
+    service.rows(break_)
     yield
-    service.rows(mended)
+    service.rows(repair)

@@ -1,4 +1,4 @@
-"""One run of a sync in this process, with what it found."""
+"""Run a sync in this process and return its findings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clerkhooks.sync.comparison import Finding
 from tests.backend import SECRET_KEY, Backend
 from tests.support import Service
 
-PACE = 0.001  # of a pause
+PACE = 0.001  # factor by which pauses are shortened
 
 
 def store_of(service: Service) -> Store:
@@ -32,7 +32,7 @@ def sync(
     check: bool = False,
     force: bool = False,
 ) -> tuple[dict[str, int], list[Finding], reconcile.Reconciliation]:
-    """Run once; return what is not 0 of the summary, the findings and the run itself."""
+    """Run once; return the summary's counts above 0, the findings and the run itself."""
     findings: list[Finding] = []
     store = store_of(service)
     with (
@@ -48,5 +48,5 @@ def sync(
 
 
 def make_old(service: Service) -> None:
-    """Make every row old enough to be found gone."""
+    """Make every row old enough for a sync to check whether Clerk has deleted the user."""
     service.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
