@@ -1,9 +1,10 @@
 """
-``clerkhooks sync`` with a Backend API that answers at once: users a second, and memory.
+Measure users per second and memory of ``clerkhooks sync`` with a fast Backend API.
 
     python -m tests.benchmarks.sync [--users 1000000]
 
-The API is a process of its own that makes up each page; the database is a PostgreSQL with fsync on.
+The API runs in a separate process and generates each page; the database is PostgreSQL with fsync
+on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import socketserver
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing import Process
@@ -24,7 +26,8 @@ from clerkhooks.settings import PROJECT
 from tests.conftest import migrate, started_postgresql
 from tests.server import environ, free_port
 
-START = 1_700_000_000_000  # when the first user signed up; each other one a millisecond later
+TIMEOUT = 3600  # seconds for one sync
+START = 1_700_000_000_000  # milliseconds; each user signed up one millisecond after the last
 ID = "user_" + "0" * 27
 TEMPLATE = json.dumps(
     user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START)
@@ -32,13 +35,13 @@ TEMPLATE = json.dumps(
 
 
 class Api(BaseHTTPRequestHandler):
-    """Users by their number: the id ends in it, and it is the time of creation."""
+    """Generates users by number. The number is in the id and in the time of creation."""
 
     protocol_version = "HTTP/1.1"
     count = 0
 
     def do_GET(self) -> None:
-        """A page, the users of some ids, or their count."""
+        """Answer with a page of users, the users with given ids, or the count."""
         url = urlsplit(self.path)
         query = parse_qs(url.query)
         if url.path == "/v1/users/count":
@@ -47,14 +50,16 @@ class Api(BaseHTTPRequestHandler):
         if "user_id" in query:
             numbers = [int(user_id[5:]) for user_id in query["user_id"]]
         else:
-            first = (
-                int(query.get("created_at_after", [START - 1])[0])
-                - START
-                + 1
-                + int(query["offset"][0])
-            )
-            numbers = list(range(first, min(first + int(query["limit"][0]), self.count)))
+            numbers = self._page(query)
         self._answer(f"[{','.join(map(_user, numbers))}]")
+
+    def _page(self, query: dict[str, list[str]]) -> list[int]:
+        limit = int(query["limit"][0])
+        if query["order_by"] == ["-created_at"]:
+            return list(reversed(range(max(0, self.count - limit), self.count)))
+        after = int(query.get("created_at_after", [START - 1])[0])
+        first = after - START + 1 + int(query["offset"][0])
+        return list(range(first, min(first + limit, self.count)))
 
     def _answer(self, text: str) -> None:
         body = text.encode()
@@ -64,11 +69,11 @@ class Api(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class Server(socketserver.ThreadingMixIn, HTTPServer):
-    """One thread a connection."""
+    """A server with one thread per connection."""
 
     daemon_threads = True
 
@@ -78,13 +83,13 @@ def _user(number: int) -> str:
 
 
 def serve(port: int, count: int) -> None:
-    """Be the Backend API."""
+    """Serve the Backend API until the process is terminated."""
     Api.count = count
     Server(("127.0.0.1", port), Api).serve_forever()
 
 
 def main() -> None:
-    """Sync twice, into an empty table and into a full one, and print what it took."""
+    """Sync into an empty table, then into a full one, and print the figures of both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     count = parser.parse_args().users
@@ -104,7 +109,7 @@ def main() -> None:
 
 
 def run(state: str, variables: dict[str, str], count: int) -> None:
-    """One sync, in a process of its own."""
+    """Run one sync in a separate process."""
     began = time.monotonic()
     command = [sys.executable, "-m", "clerkhooks", "sync", "--json"]
     process = subprocess.Popen(
@@ -117,17 +122,21 @@ def run(state: str, variables: dict[str, str], count: int) -> None:
     )
     assert process.stderr
     assert process.stdout
-    read_by = {}
-    for line in process.stderr:  # each part of the run ends with a line that says its rate
-        read_by[line.split(":")[0]] = line.strip()
+    watchdog = threading.Timer(TIMEOUT, process.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    parts = {}
+    for line in process.stderr:  # the last line of each part of the run replaces earlier ones
+        parts[line.split(":")[0]] = line.strip()
     summary = process.stdout.read().splitlines()[-1]
     _, status, usage = os.wait4(process.pid, 0)
+    watchdog.cancel()
     took = time.monotonic() - began
     print(
-        f"{state}: {count / took:,.0f} users a second over all, "
+        f"{state}: {count / took:,.0f} users per second overall, "
         f"at most {usage.ru_maxrss / 1024:.0f} MB, status {status}"
     )
-    for line in read_by.values():
+    for line in parts.values():
         print(f"  {line}")
     print(f"  {summary}", flush=True)
 
