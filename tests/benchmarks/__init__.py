@@ -1,1 +1,1 @@
-"""Benchmarks: run by hand, each prints a table; no test asserts a time."""
+"""Benchmarks to run by hand. Each prints a table; no test asserts a duration."""

@@ -1,4 +1,4 @@
-"""The statements of a webhook in plain sqlite3, with the service's durability."""
+"""A webhook's statements in plain sqlite3, with the same durability as the service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 
 
 def connect(file: Path) -> sqlite3.Connection:
-    """Return a connection that syncs every commit to the disk."""
+    """Open a connection that syncs every commit to disk."""
     connection = sqlite3.connect(file, isolation_level="IMMEDIATE")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")

@@ -1,5 +1,5 @@
 """
-Measure the console's pages on a large PostgreSQL.
+Measure the console's pages on a large PostgreSQL database.
 
     python -m tests.benchmarks.console [--users 1000000] [--explain]
 """
@@ -49,8 +49,8 @@ SHOWN = ("", "show=unfilled", "show=deleted")
 SEARCHES = ("somebody", "number 7", "number 77", "nobody", "deleted", "new", "user")
 
 
-class Clock:
-    """The statements of an engine, each with its parameters and seconds."""
+class StatementTimer:
+    """Records each statement of an engine with its parameters and duration in seconds."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.statements: list[tuple[str, Any, float]] = []
@@ -68,7 +68,7 @@ class Clock:
 
 
 def main() -> None:
-    """Fill a new PostgreSQL in bulk, and print a line for each page."""
+    """Fill a new PostgreSQL database in bulk and print a line for each page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--events", type=int, default=10, help="messages for each user")
@@ -81,11 +81,7 @@ def main() -> None:
     with started_postgresql() as url:
         clerk = FakeClerk()
         migrate(url, clerk)
-        with psycopg.connect(url, autocommit=True) as connection:
-            for statement in (USERS, MESSAGES):
-                connection.execute(statement, vars(arguments))
-            for statement in VARIETY:
-                connection.execute(statement.encode())
+        fill(url, vars(arguments))
         variables = {"DATABASE_URL": url, "CONSOLE_PASSWORD": PASSWORD}
         app = create_app(clerk.environ | variables)
         logger.setLevel(logging.WARNING)
@@ -93,15 +89,24 @@ def main() -> None:
             f"{arguments.users:,} users, {arguments.users * arguments.events:,} messages; "
             f"milliseconds, medians of {TURNS}"
         )
-        print(f"{'page':62}  statements  database  in all")
+        print(f"{'page':62}  statements  database   total")
         state: State = app.extensions["clerkhooks"]
-        clock = Clock(state.store.database.engine)
+        timer = StatementTimer(state.store.database.engine)
         for page in pages(state, arguments.users):
-            measure(app, clock, page, explain=arguments.explain)
+            measure(app, timer, page, explain=arguments.explain)
+
+
+def fill(url: str, counts: dict[str, int]) -> None:
+    """Insert users and messages in bulk, and give some of them other states."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in (USERS, MESSAGES):
+            connection.execute(statement, counts)
+        for statement in VARIETY:
+            connection.execute(statement.encode())
 
 
 def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
-    """Yield a name, a path and the search of each page, including those that look far back."""
+    """Yield the name, path and search of each page, including pages with old rows."""
     with state.store.database.connect() as connection:
         user_id, email = connection.execute(sa.text(A_USER)).one()
         message_id = connection.execute(sa.text(A_MESSAGE)).scalar_one()
@@ -124,12 +129,14 @@ def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
     yield "a user", f"{listed}/{user_id}", None
 
 
-def measure(app: Flask, clock: Clock, page: tuple[str, str, str | None], *, explain: bool) -> None:
-    """Print how many statements a page makes, and how long they and the page take."""
+def measure(
+    app: Flask, timer: StatementTimer, page: tuple[str, str, str | None], *, explain: bool
+) -> None:
+    """Print how many statements a page executes, and how long they and the page take."""
     name, path, search = page
     client, turns, auth = app.test_client(), [], ("operator", PASSWORD)
     for _ in range(TURNS + 1):
-        clock.statements.clear()
+        timer.statements.clear()
         began = time.perf_counter()
         if search is None:
             answer = client.get(path, auth=auth)
@@ -137,15 +144,15 @@ def measure(app: Flask, clock: Clock, page: tuple[str, str, str | None], *, expl
             answer = client.post(path, data={"search": search}, auth=auth)
         assert answer.status_code in (200, 303), (path, answer.status_code)
         turns.append(
-            (sum(seconds for *_, seconds in clock.statements), time.perf_counter() - began)
+            (sum(seconds for *_, seconds in timer.statements), time.perf_counter() - began)
         )
     database, whole = sorted(turns[1:])[TURNS // 2]
     print(
-        f"{name:62.62}  {len(clock.statements):10}  {database * 1000:8.1f}  {whole * 1000:6.1f}",
+        f"{name:62.62}  {len(timer.statements):10}  {database * 1000:8.1f}  {whole * 1000:6.1f}",
         flush=True,
     )
     if explain:
-        statement, parameters, _ = max(clock.statements, key=lambda each: each[2])
+        statement, parameters, _ = max(timer.statements, key=lambda each: each[2])
         state: State = app.extensions["clerkhooks"]
         with state.store.database.connect() as connection:
             explained = f"EXPLAIN (ANALYZE, BUFFERS) {statement}"

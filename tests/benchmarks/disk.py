@@ -1,5 +1,5 @@
 """
-What users and messages cost on disk.
+Measure how much disk space users and messages take.
 
     python -m tests.benchmarks.disk [--users 1000000] [--events 10]
 """
@@ -42,7 +42,7 @@ WHERE relname IN ('users', 'webhook_messages') ORDER BY relname
 
 
 def main() -> None:
-    """Fill PostgreSQL and a SQLite file in bulk, and print the size of each table."""
+    """Fill PostgreSQL and a SQLite file in bulk and print the size of each table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--events", type=int, default=10, help="messages for each user")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
-    """Write the same rows to a SQLite file, and print the size of each table."""
+    """Copy the rows to a SQLite file and print the size of each table."""
     migrate(f"sqlite:///{path}", FakeClerk())
     file = sqlite3.connect(path)
     for name in ("users", "webhook_messages"):
@@ -81,9 +81,9 @@ def copy_to_sqlite(connection: psycopg.Connection, path: Path) -> None:
 def print_line(database: str, name: str, rows: int, table: int, indexes: int) -> None:
     """Print a table's rows, bytes per row, and total size."""
     each = (
-        f"{table / rows:6.0f} + {indexes / rows:4.0f} bytes a row"
+        f"{table / rows:6.0f} + {indexes / rows:4.0f} bytes per row"
         if indexes
-        else f"{table / rows:6.0f} bytes a row with indexes"
+        else f"{table / rows:6.0f} bytes per row with indexes"
     )
     print(f"{database:10}  {name:16}  {rows:>10,} rows  {each}  {(table + indexes) / 1e9:6.2f} GB")
 

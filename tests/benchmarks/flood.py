@@ -1,11 +1,11 @@
 """
-The service under a flood: thousands of connections, beside a sender like Svix and new clients.
+Measure the service with thousands of connections, a sender like Svix, and new clients.
 
     python -m tests.benchmarks.flood [--messages 50000] [--held 5000]
 
-First it delivers as Svix does, 500 messages at once over up to 2,400 kept connections. Then it
-delivers beside connections that are only held, and without them, in turns. The load comes from this
-machine, too.
+First it delivers as Svix does: 500 messages at a time over up to 2,400 persistent connections. Then
+it alternates between deliveries with and without additional held connections. The load is generated
+on the same machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 from clerkhooks.clerk.fake import FakeClerk
 from tests.benchmarks.load import webhooks
 from tests.conftest import migrate, started_postgresql
-from tests.flooding import KINDS, Kind, Sender, Sent, allow_descriptors, held, median, new_clients
+from tests.flooding import KINDS, Kind, Sender, Sent, allow_descriptors, held, new_clients
 from tests.server import serving
 
 CLERK = FakeClerk()
@@ -32,7 +33,8 @@ def line(what: str, sent: Sent, health: Sent, held: int = 0) -> None:
     others = {status: count for status, count in sent.statuses.items() if status != 200}
     failed = health.statuses.total() - health.statuses[200]
     print(
-        f"{what:22} {held:6} held {sent.connections:5} kept {sent.statuses[200] / sent.seconds:6.0f}/s "
+        f"{what:22} {held:6} held {sent.connections:5} kept "
+        f"{sent.statuses[200] / sent.seconds:6.0f}/s "
         f"p50 {sent.quantile(0.5) * 1000:5.0f} p99 {sent.quantile(0.99) * 1000:5.0f} ms, "
         f"others {others}; /healthz p99 {health.quantile(0.99) * 1000:5.0f} ms, "
         f"failed {failed} of {health.statuses.total()}",
@@ -41,7 +43,7 @@ def line(what: str, sent: Sent, health: Sent, held: int = 0) -> None:
 
 
 def send(port: int, count: int, at_once: int, connections: int) -> tuple[Sent, Sent]:
-    """Deliver *count* messages beside new clients; return what became of both."""
+    """Deliver *count* messages while new clients connect; return both results."""
     requests = list(itertools.islice(webhooks(CLERK), count))
     sender = Sender(port, at_once=at_once, connections=connections)
     with new_clients(port) as health:
@@ -52,12 +54,12 @@ def send(port: int, count: int, at_once: int, connections: int) -> tuple[Sent, S
 
 @contextmanager
 def held_elsewhere(port: int, count: int, kind: Kind) -> Iterator[None]:
-    """Hold connections in another process, which does not slow the sender down."""
+    """Hold connections in another process, so that they do not slow down the sender."""
     ready, ended = multiprocessing.Event(), multiprocessing.Event()
     process = multiprocessing.Process(target=_hold, args=(port, count, kind, ready, ended))
     process.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(60), "the connections were not opened within a minute"
         yield
     finally:
         ended.set()
@@ -101,7 +103,9 @@ def main() -> None:
                         beside = send(server.port, 5000, 16, 16)
                         line(kind, *beside, options.held)
                     rates.append(alone[0].seconds / beside[0].seconds)
-                print(f"{kind}: {median(rates):.3f} of the deliveries alone")
+                print(
+                    f"{kind}: throughput {statistics.median(rates):.3f} times that without held connections"
+                )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """
-A minimal WSGI function that does the same work as the service.
+A minimal WSGI application that does the same work as the service.
 
-It verifies the same signatures and tokens and runs the same statements in the same batches, under
-the same gunicorn. It uses neither Flask nor SQLAlchemy for a request, has no pool and no log, and
-does not answer invalid requests. The difference to the service is the cost of those features.
+It verifies the same signatures and tokens and executes the same statements in the same batches,
+under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no pool and no
+log, and does not answer invalid requests. The difference from the service is the cost of these
+features.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load for a running server: persistent connections that send prepared requests in sequence."""
+"""Generate load: persistent connections that send prepared requests in sequence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
+from tests.support import join
 
 START = 1_700_000_000_000  # milliseconds
 
 
 @dataclass
 class Result:
-    """The result of a load. Latencies are in seconds."""
+    """The result of a load test. Durations are in seconds."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -54,7 +55,7 @@ def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> b
 
 
 def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
-    """Generate sign-ups of new users and updates of *known* ones alternately."""
+    """Generate sign-ups of new users, alternating with updates of *known* ones."""
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
@@ -79,7 +80,7 @@ def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
 
 
 def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
-    """Generate calls of these users, ten with each token."""
+    """Generate API calls of these users, ten with each token."""
     for number in itertools.count():
         token = clerk.session_token(users[number % len(users)])
         yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
@@ -112,8 +113,7 @@ def apply_load(
     threads = [threading.Thread(target=work) for _ in range(connections)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(seconds + 60)
+    join(*threads, seconds=seconds + 60)
     result.seconds = time.monotonic() - began
     return result
 
@@ -138,5 +138,5 @@ def _ask(connection: socket.socket, request: bytes) -> int:
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median of the ratios per round, which cancels drift of the machine."""
+    """Return the median of the ratios per round, which cancels out the machine's drift."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))

@@ -1,12 +1,12 @@
 """
-The service under load, as a table.
+Measure the service under load and print a table.
 
     python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]
 
-Parts: ``floor`` (compared with a minimal function that does the same), ``scale`` (more users),
-``sqlite`` (compared with the bare statements), ``start`` (compared with a bare Flask application),
-``memory`` and ``overload``. The load is generated on the same machine; ratios compare alternating
-rounds of one run.
+The parts are ``floor`` (compared with a minimal application that does the same work), ``scale``
+(more users), ``sqlite`` (compared with the bare statements), ``start`` (compared with a bare Flask
+application), ``memory`` and ``overload``. The load is generated on the same machine; ratios compare
+alternating rounds of one run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tests.benchmarks.disk import USERS
 from tests.benchmarks.load import Result, apply_load, calls, median_ratio, unsigned, webhooks
 from tests.conftest import migrate, started_postgresql
 from tests.server import Server, environ, free_port, serving, wait_until_healthy, web_command
+from tests.support import join
 
 CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
@@ -54,7 +55,7 @@ def line(part: str, what: str, value: str) -> None:
 
 
 def measure_floor(folder: Path) -> None:
-    """Compare webhooks and calls per second with those of the minimal function."""
+    """Compare webhooks and calls per second with those of the minimal application."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
@@ -75,15 +76,14 @@ def measure_floor(folder: Path) -> None:
                         result = apply_load(port, requests(), 3)
                         assert not result.errors, result.statuses
                         own.append(result.rate)
-            line(
-                "floor", f"{name}, to the leanest that does the same", f"{median_ratio(*rates):.2f}"
-            )
+            ratio = f"{median_ratio(*rates):.2f}"
+            line("floor", f"{name}, relative to the minimal application", ratio)
 
 
 @contextlib.contextmanager
 def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
     port = free_port()
-    # gunicorn.conf.py has hooks of the service; this package contains no settings.
+    # gunicorn.conf.py has the service's hooks; this package contains no settings.
     options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
     options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
@@ -100,7 +100,7 @@ def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
 
 
 def measure_scale(largest: int, folder: Path) -> None:
-    """Compare the cost of webhooks and calls at 10,000 users and at many more."""
+    """Compare the cost of webhooks and calls with 10,000 users and with many more."""
     counts = [10_000, *(count for count in (1_000_000, 10_000_000) if count <= largest)]
     with started_postgresql() as url, contextlib.ExitStack() as stack:
         servers, known = {}, {}
@@ -130,7 +130,7 @@ def measure_scale(largest: int, folder: Path) -> None:
                 cost = median_ratio(rates[counts[0], name], rates[count, name])
                 line(
                     "scale",
-                    f"cost of {name} with {count:,} users, to that with 10,000",
+                    f"cost of {name} with {count:,} users, relative to 10,000",
                     f"{cost:.2f}",
                 )
 
@@ -155,7 +155,7 @@ def measure_sqlite(folder: Path) -> None:
             bare.append(_bare_sqlite(folder / "bare.db", 3))
     line(
         "sqlite",
-        "webhooks a second, to the bare statements in sqlite3",
+        "webhooks per second, relative to the bare statements in sqlite3",
         f"{median_ratio(ours, bare):.2f}",
     )
 
@@ -172,7 +172,7 @@ def _bare_sqlite(file: Path, seconds: float) -> float:
 
 
 def measure_start(folder: Path) -> None:
-    """Compare the time to the first 200 with a bare Flask application with the same imports."""
+    """Compare the time to the first 200 with that of a bare Flask application."""
     url = f"sqlite:///{folder}/start.db"
     migrate(url, CLERK)
     (folder / "bare.py").write_text(BARE)
@@ -192,7 +192,7 @@ def measure_start(folder: Path) -> None:
         )
     line(
         "start",
-        "exec to the first 200, to a bare Flask with the same imports",
+        "start to the first 200, relative to bare Flask with the same imports",
         f"{median_ratio(ours, bare):.2f}",
     )
 
@@ -213,11 +213,11 @@ def _start(
     server = Server(process, "", port, Path(os.devnull), CLERK)
     deadline = began + 60
     while True:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "the server did not start within a minute"
         with contextlib.suppress(OSError):
             if server.request("GET", "/healthz").status == 200:
                 break
-        assert process.poll() is None
+        assert process.poll() is None, "the server has exited"
         time.sleep(0.002)
     took = time.monotonic() - began
     os.killpg(process.pid, signal.SIGKILL)
@@ -226,7 +226,7 @@ def _start(
 
 
 def measure_memory(folder: Path, requests: int) -> None:
-    """Measure the proportional set size of the workers, and its growth."""
+    """Measure the proportional set size of the workers and its growth."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "memory.log") as server:
@@ -243,7 +243,7 @@ def measure_memory(folder: Path, requests: int) -> None:
                 sizes.append(_megabytes(server))
     line(
         "memory",
-        "a worker after its start / 10,000 requests",
+        "a worker after its start / after 10,000 requests",
         f"{sizes[0]:.0f} MB / {sizes[1]:.0f} MB",
     )
     line("memory", f"a worker after {requests:,} more", f"{sizes[2]:.0f} MB")
@@ -262,7 +262,7 @@ def _megabytes(server: Server) -> float:
 
 
 def measure_overload(folder: Path, seconds: float) -> None:
-    """Send four times the usual load: every 200 is stored, and garbage is limited to its share."""
+    """Send four times the usual load, and unsigned requests beside the usual load."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "overload.log") as server:
@@ -276,20 +276,19 @@ def measure_overload(folder: Path, seconds: float) -> None:
     taken = usual.statuses[200] + heavy.statuses[200]
     line(
         "overload",
-        f"64 connections for {seconds:.0f} s: errors, answers of 200, messages stored",
+        f"64 connections for {seconds:.0f} s: errors, 200s, stored messages",
         f"{heavy.errors}, {taken}, {stored}",
     )
     line(
         "overload",
-        "p50 and p99, and throughput to that of 16 connections",
+        "p50 and p99, and throughput relative to 16 connections",
         f"{heavy.quantile(0.5):.0f} ms, {heavy.quantile(0.99):.0f} ms, "
         f"{heavy.rate / usual.rate:.2f}",
     )
-    share = beside.rate / usual.rate
+    share, unsigned_rate = beside.rate / usual.rate, garbage.statuses[401] / garbage.seconds
     line(
         "overload",
-        f"deliveries beside {garbage.statuses[401] / garbage.seconds:,.0f} unsigned ones a second, "
-        "to those alone",
+        f"deliveries beside {unsigned_rate:,.0f} unsigned ones per second, relative to those alone",
         f"{share:.2f}, errors {beside.errors}",
     )
 
@@ -302,13 +301,12 @@ def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tupl
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(*threads, seconds=120)
     return results[0], results[1]
 
 
 def main() -> None:
-    """Run the chosen parts and print their lines."""
+    """Run the selected parts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,19 +1,22 @@
 """
 Compare the verification of a session token: ``python -m tests.benchmarks.session_tokens``.
 
-Clerk's own SDK is compared if it is installed: ``pip install clerk-backend-api``. No extra has it.
-All rounds are interleaved, so that a busy machine slows each row alike; the median round counts.
+Clerk's own SDK is included if it is installed: ``pip install clerk-backend-api``. It is not in any
+extra. The rounds of all rows are interleaved, so a busy machine slows them equally. The figures are
+medians of the rounds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from itertools import cycle
 from statistics import median
 from timeit import Timer
 from typing import Any
 
+import httpx
 import jwt
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
@@ -35,7 +38,7 @@ RULES = TokenRules(frozenset([ISSUER]), frozenset([CLERK.authorized_party]))
 
 
 def subjects() -> dict[str, Callable[[], object]]:
-    """Return what is measured, by name; each call verifies one token of a user."""
+    """Return the functions to measure by name. Each call verifies one user's token."""
     tokens = [CLERK.session_token(clerk_id("user"), lifetime=3600) for _ in range(CALLS)]
     token, keys, now = tokens[0], ConfiguredKeys((KEY,)), time.time()
     verifier, form = SessionVerifier(keys, RULES), parse_form(token)
@@ -55,7 +58,7 @@ def subjects() -> dict[str, Callable[[], object]]:
         "PyJWT decode": lambda: jwt.decode(next_token(), prepared, **required),
         "session token": lambda: verifier.verify(next_token(), now),
     }
-    return found | clerks_own(token)
+    return found | clerks_sdk(token)
 
 
 def jwk() -> dict[str, Any]:
@@ -67,26 +70,25 @@ def jwk() -> dict[str, Any]:
     } | jwt.algorithms.RSAAlgorithm.to_jwk(KEY, as_dict=True)
 
 
-def clerks_own(token: str) -> dict[str, Callable[[], object]]:
-    """Return a call of Clerk's SDK without a network, if it is installed."""
+def clerks_sdk(token: str) -> dict[str, Callable[[], object]]:
+    """Return a call of Clerk's SDK without network access, if the SDK is installed."""
     try:
-        import httpx
-        from clerk_backend_api.security import authenticate_request  # type: ignore[import-not-found,unused-ignore]
-        from clerk_backend_api.security.types import AuthenticateRequestOptions  # type: ignore[import-not-found,unused-ignore]
+        security = import_module("clerk_backend_api.security")
+        types = import_module("clerk_backend_api.security.types")
     except ImportError:
         return {}
-    options = AuthenticateRequestOptions(
+    options = types.AuthenticateRequestOptions(
         jwt_key=CLERK.public_key_pem, authorized_parties=[CLERK.authorized_party]
     )
     request = httpx.Request(
         "GET", "https://app.example.com", headers={"Authorization": f"Bearer {token}"}
     )
-    assert authenticate_request(request, options).is_signed_in
-    return {"Clerk's authenticate_request": lambda: authenticate_request(request, options)}
+    assert security.authenticate_request(request, options).is_signed_in
+    return {"Clerk's authenticate_request": lambda: security.authenticate_request(request, options)}
 
 
 def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the microseconds of a call, by name."""
+    """Return the duration of a call in microseconds, by name."""
     rounds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(ROUNDS):
         for name, call in found.items():
@@ -95,7 +97,7 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table with a row for each subject and a column for each that it is compared with."""
+    """Print a table with a row for each function and its ratio to every other one."""
     times = measure(subjects())
     print(f"{'':30}{'µs':>9}" + "".join(f"{'/ ' + name:>32}" for name in times))
     for name, own in times.items():
