@@ -24,7 +24,7 @@ from tests.support import Service
 
 
 class Application(Service):
-    """A Flask application, its database, and a fake Clerk for both."""
+    """A Flask application with its database and a fake Clerk."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Application(Service):
         columns: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        """Create the application; *columns* are added to its model of users."""
+        """Create the application. *columns* are added to its user model."""
 
         class Base(DeclarativeBase):
             """The application's own base."""
@@ -45,7 +45,7 @@ class Application(Service):
         super().__init__(self.create_app(clerk, database_url, **config), clerk, database_url)
 
     def create_app(self, clerk: FakeClerk, database_url: str, **config: Any) -> Flask:
-        """Create a Flask application on *database_url*; may be called several times."""
+        """Create a Flask application on *database_url*. Can be called several times."""
         app = Flask("application")
         uri = database_url.replace("postgresql://", "postgresql+psycopg://", 1)
         app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=uri)
@@ -56,17 +56,17 @@ class Application(Service):
 
     @property
     def state(self) -> State:
-        """The state of clerkhooks in the application."""
+        """The application's clerkhooks state."""
         state: State = self.app.extensions["clerkhooks"]
         return state
 
     @property
     def database(self) -> Database:
-        """The private engine."""
+        """The database of the private engine."""
         return self.state.store.database
 
     def create_all(self) -> None:
-        """Create the tables that are missing."""
+        """Create missing tables."""
         with self.app.app_context():
             self.db.create_all()
 
@@ -76,13 +76,13 @@ MakeApplication = Callable[..., Application]
 
 @pytest.fixture(params=KINDS)
 def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
-    """The URL of a database without tables, of each kind in turn."""
+    """Return the URL of a database without tables, of each kind in turn."""
     return make_database(request.param)
 
 
 @pytest.fixture
 def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
-    """Create applications with their tables; disconnect them after the test."""
+    """Create applications and their tables; close the connections after the test."""
     made: list[Application] = []
 
     def make(url: str, columns: Mapping[str, Any] | None = None, **config: Any) -> Application:
@@ -98,5 +98,5 @@ def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
 
 @pytest.fixture
 def application(make_application: MakeApplication, empty_database: str) -> Application:
-    """An application with the plain columns only."""
+    """Create an application without additional columns."""
     return make_application(empty_database)

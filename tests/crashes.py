@@ -1,7 +1,8 @@
 """
-Deliver as Svix does, retrying until 200, while workers, the whole server and PostgreSQL are killed.
+Deliver as Svix does while workers, the whole server and PostgreSQL are killed.
 
-For those who doubt: ``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
+Each message is retried until it is answered 200. A long run:
+``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +25,17 @@ from tests.conftest import migrate
 from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
 from tests.fault_injection import FaultInjector, RestartableServer
 from tests.histories import Message, expected_row, history
-from tests.support import rows
+from tests.support import ThreadPool, rows
 
 SENDERS = 8
-WAITING = 60  # messages that are on their way at once, so that the histories of many users mix
-PAUSE = 0.05  # seconds between two attempts; Svix takes 5
-DRAIN = (
-    60  # seconds within which all that is still open must be taken, once nobody is killed any more
-)
+MAX_OPEN = 60  # unacknowledged messages, which interleaves the histories of many users
+RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5
+DRAIN_TIMEOUT = 60  # seconds after the last fault within which the rest must be acknowledged
 
 
 @dataclass
 class Report:
-    """What was delivered, and what it took."""
+    """Counts of a run: messages, attempts by answer, calls by answer, and faults by kind."""
 
     messages: int = 0
     attempts: Counter[str] = field(default_factory=Counter)
@@ -50,42 +48,43 @@ class Report:
         crashes = ", ".join(f"{kind} {count}" for kind, count in sorted(self.crashes.items()))
         answers = ", ".join(f"{answer} {count}" for answer, count in sorted(self.attempts.items()))
         return (
-            f"{self.messages} messages in {self.attempts.total()} attempts ({answers}), {self.calls.total()} calls, "
+            f"{self.messages} messages in {self.attempts.total()} attempts ({answers}), "
+            f"{self.calls.total()} calls, "
             f"{self.crashes.total()} crashes ({crashes}), lost {self.lost}, {self.seconds:.0f} s"
         )
 
 
 class Svix:
-    """Sends the histories of more and more users, in random order, until each message was answered 200."""
+    """Sends users' histories in random order, and retries each message until a 200."""
 
     def __init__(self, server: RestartableServer, seed: int) -> None:
         self.server, self.rng, self.report = server, random.Random(seed), Report()
-        self.told: dict[str, Message] = {}
-        self.acknowledged: dict[str, list[str]] = defaultdict(list)  # the outcomes, by message id
-        self.over = threading.Event()
+        self.created: dict[str, Message] = {}
+        self.acknowledged: dict[str, list[str]] = defaultdict(list)  # outcomes by message id
+        self.stopped = threading.Event()
         self.deadline = float("inf")
         self._open: list[Message] = []
         self._lock = threading.Lock()
 
     def send(self) -> None:
-        """Deliver until it is over and nothing is left. Several threads do so at once."""
+        """Deliver until ``stop`` is called and no message is left. Runs in several threads."""
         while message := self._take():
             if self._call_or_deliver(message):
                 continue
-            assert time.monotonic() < self.deadline, f"never taken: {message}"
+            assert time.monotonic() < self.deadline, f"never acknowledged: {message}"
             self._put_back(message)
-            time.sleep(PAUSE)
+            time.sleep(RETRY_PAUSE)
 
     def stop(self) -> None:
-        """Begin no further history."""
-        self.deadline = time.monotonic() + DRAIN
-        self.over.set()
+        """Start no further history."""
+        self.deadline = time.monotonic() + DRAIN_TIMEOUT
+        self.stopped.set()
 
     def _take(self) -> Message | None:
         with self._lock:
-            while len(self._open) < WAITING and not self.over.is_set():
+            while len(self._open) < MAX_OPEN and not self.stopped.is_set():
                 messages = history(self.rng)
-                self.told |= {message.message_id: message for message in messages}
+                self.created |= {message.message_id: message for message in messages}
                 self._open += messages
             if not self._open:
                 return None
@@ -96,7 +95,11 @@ class Svix:
             self._open.append(message)
 
     def _call_or_deliver(self, message: Message) -> bool:
-        """One attempt; sometimes with the user's own call just before it, sometimes repeated after a success."""
+        """
+        Deliver once and return whether it was acknowledged.
+
+        One in five attempts follows a call of the user; one in ten successes is repeated.
+        """
         with self._lock:
             calls, repeats = self.rng.random() < 0.2, self.rng.random() < 0.1
         if calls:
@@ -118,7 +121,7 @@ class Svix:
     def _request(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[str, str]:
-        """The status, or what became of the connection; and the outcome of a delivery that was taken."""
+        """Return the status, or the name of the connection's error, and the outcome if any."""
         try:
             answer = self.server.request(method, path, body, headers)
             return str(answer.status), answer.json().get("outcome", "")
@@ -131,31 +134,34 @@ class Svix:
 
 
 class Auditor:
-    """Looks into the tables behind the service's back."""
+    """Compares the tables with what was acknowledged."""
 
     def __init__(self, database_url: str, svix: Svix) -> None:
         self.database_url, self.svix = database_url, svix
         self._seen = 0
 
-    def after_a_crash(self) -> None:
-        """The tables agree with each other, and all that was acknowledged since the last look is in the log."""
-        fresh = list(self.svix.acknowledged)[self._seen :]
-        self._seen += len(fresh)
-        ids = ", ".join(f"'{message_id}'" for message_id in fresh) or "''"
-        done = f"SELECT message_id FROM webhook_messages WHERE message_id IN ({ids}) AND outcome IN ('applied', 'stale')"
-        lost = set(fresh) - {message_id for (message_id,) in rows(self.database_url, done)}
-        assert not lost, f"answered 200, and not in the log: {lost}"
-        self._find_orphans()
+    def check_after_fault(self) -> None:
+        """Check that each message acknowledged since the last check is in the log."""
+        new = list(self.svix.acknowledged)[self._seen :]
+        self._seen += len(new)
+        ids = ", ".join(f"'{message_id}'" for message_id in new) or "''"
+        done = (
+            f"SELECT message_id FROM webhook_messages WHERE message_id IN ({ids})"
+            " AND outcome IN ('applied', 'stale')"
+        )
+        lost = set(new) - {message_id for (message_id,) in rows(self.database_url, done)}
+        assert not lost, f"answered 200, but not in the log: {lost}"
+        self._check_for_orphans()
 
-    def in_the_end(self) -> None:
-        """Every message is in the log, each was done once, and every user is what all of the events say."""
-        told, acknowledged = self.svix.told, self.svix.acknowledged
+    def check_at_end(self) -> None:
+        """Check that each message was processed once and each user has the newest version."""
+        created, acknowledged = self.svix.created, self.svix.acknowledged
         log = dict(rows(self.database_url, "SELECT message_id, outcome FROM webhook_messages"))
         self.svix.report.messages, self.svix.report.lost = (
             len(acknowledged),
             len(acknowledged.keys() - log.keys()),
         )
-        assert told.keys() == acknowledged.keys() == log.keys(), (
+        assert created.keys() == acknowledged.keys() == log.keys(), (
             f"lost: {acknowledged.keys() - log.keys()}"
         )
         assert set(log.values()) <= {"applied", "stale"}
@@ -163,28 +169,35 @@ class Auditor:
             done = [outcome for outcome in outcomes if outcome != "duplicate"]
             assert done in ([], [log[message_id]]), (message_id, outcomes, log[message_id])
         users: dict[str, list[Message]] = defaultdict(list)
-        for message in told.values():
+        for message in created.values():
             users[message.user_id].append(message)
-        columns = "id, email, name, image_url, version_updated_at, version_timestamp, version_message_id, deleted_at IS NOT NULL"
+        columns = (
+            "id, email, name, image_url, version_updated_at, version_timestamp,"
+            " version_message_id, deleted_at IS NOT NULL"
+        )
         found = {
             row[0]: (*row[1:-1], bool(row[-1]))
             for row in rows(self.database_url, f"SELECT {columns} FROM users")
         }
         expected = {user_id: expected_row(messages) for user_id, messages in users.items()}
-        assert found == expected, f"not what the events say: {found.items() ^ expected.items()}"
-        self._find_orphans()
+        assert found == expected, f"differs from the events: {found.items() ^ expected.items()}"
+        self._check_for_orphans()
 
-    def _find_orphans(self) -> None:
+    def _check_for_orphans(self) -> None:
         orphans = rows(self.database_url, ORPHANS)
         assert not orphans, f"users whose message is not in the log: {orphans}"
 
 
-# Users whose message is not in the log as applied: for a tombstone, the one deletion; else the one that names the version.
+# Users whose message is not in the log as applied. The message of a tombstone is the user's
+# deletion; the message of any other row is the one in its version.
 ORPHANS = """
 SELECT users.id FROM users WHERE NOT EXISTS (
     SELECT 1 FROM webhook_messages WHERE outcome = 'applied' AND (
         message_id = users.version_message_id
-        OR (users.deleted_at IS NOT NULL AND clerk_user_id = users.id AND event_type = 'user.deleted')
+        OR (
+            users.deleted_at IS NOT NULL AND clerk_user_id = users.id
+            AND event_type = 'user.deleted'
+        )
     )
 ) AND (users.version_message_id IS NOT NULL OR users.deleted_at IS NOT NULL)
 """
@@ -193,7 +206,12 @@ SELECT users.id FROM users WHERE NOT EXISTS (
 def run(
     kind: str, seconds: float, seed: int, postgresql: DedicatedPostgreSQL | None = None
 ) -> Report:
-    """Deliver and kill for *seconds* on a database of *kind*; raises AssertionError for anything lost or wrong."""
+    """
+    Deliver and inject faults for *seconds* on a database of *kind*.
+
+    Raises:
+        AssertionError: if a message was lost or processed twice, or a row is wrong.
+    """
     clerk, started = FakeClerk(), time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -203,36 +221,33 @@ def run(
         url = postgresql.make_database(name) if postgresql else f"sqlite:///{folder}/{name}.db"
         migrate(url, clerk)
         server = stack.enter_context(RestartableServer(url, clerk, folder / "server.log"))
-        svix, killer = (
-            Svix(server, seed),
-            FaultInjector(server, postgresql, random.Random(seed + 1)),
-        )
+        svix = Svix(server, seed)
+        faults = FaultInjector(server, postgresql, random.Random(seed + 1))
         auditor = Auditor(url, svix)
-        pool = stack.enter_context(ThreadPoolExecutor(SENDERS))
+        pool = stack.enter_context(ThreadPool(SENDERS))
         senders = [pool.submit(svix.send) for _ in range(SENDERS)]
         try:
-            for kind_of_crash in killer.kill(until=time.monotonic() + seconds):
-                svix.report.crashes[kind_of_crash] += 1
-                auditor.after_a_crash()
+            for fault in faults.inject(until=time.monotonic() + seconds):
+                svix.report.crashes[fault] += 1
+                auditor.check_after_fault()
         finally:
             svix.stop()
         for sender in senders:
-            sender.result()
-        auditor.in_the_end()
+            sender.result(2 * DRAIN_TIMEOUT)
+        auditor.check_at_end()
         svix.report.seconds = time.monotonic() - started
         return svix.report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Run with the options of the command line and print the report."""
     parser = argparse.ArgumentParser(prog="python -m tests.crashes", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="postgresql")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     given = parser.parse_args(arguments)
-    sys.stdout.write(
-        f"{given.database}, seed {given.seed}: {run(given.database, given.minutes * 60, given.seed)}\n"
-    )
+    report = run(given.database, given.minutes * 60, given.seed)
+    sys.stdout.write(f"{given.database}, seed {given.seed}: {report}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A server that is killed and started again, and the one who does it."""
+"""A server that can be killed and restarted, and the faults that a crash test injects."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.server import Response, Server, environ, free_port, wait_until_health
 
 
 class RestartableServer:
-    """The real server, on one port and one database through all of its lives."""
+    """The real server, on the same port and database after each restart."""
 
     def __init__(self, database_url: str, clerk: FakeClerk, log: Path) -> None:
         self.database_url, self.clerk, self.log, self.port = database_url, clerk, log, free_port()
         self.start()
 
     def start(self) -> None:
-        """Start it; returns once it is healthy."""
+        """Start the server and wait until it is healthy."""
         variables = self.clerk.environ | {
             "DATABASE_URL": self.database_url,
             "PORT": str(self.port),
@@ -48,18 +48,18 @@ class RestartableServer:
         wait_until_healthy(self.server)
 
     def kill(self) -> None:
-        """SIGKILL to the master and its workers at once."""
+        """Send SIGKILL to the master and its workers at once."""
         with suppress(ProcessLookupError):
             os.killpg(self.server.process.pid, signal.SIGKILL)
         self.server.process.wait(10)
 
     def stop(self) -> None:
-        """SIGTERM, as a platform stops it: what is under way is finished."""
+        """Send SIGTERM as a platform does, and check that the server exits with status 0."""
         self.server.process.send_signal(signal.SIGTERM)
         assert self.server.process.wait(30) == 0, self.log.read_text()[-5000:]
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that serve."""
+        """Return the worker processes."""
         found: list[psutil.Process] = psutil.Process(self.server.process.pid).children()
         return found
 
@@ -70,7 +70,7 @@ class RestartableServer:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Response:
-        """One request to whichever life it is in."""
+        """Send one request to the current process."""
         return self.server.request(method, path, body, headers)
 
     def __enter__(self) -> Self:
@@ -86,7 +86,7 @@ class RestartableServer:
 
 
 class FaultInjector:
-    """Kills at random moments; each time, what was killed comes back."""
+    """Kills, stops or reloads at random moments, and restarts what it killed."""
 
     def __init__(
         self,
@@ -95,29 +95,29 @@ class FaultInjector:
         rng: random.Random,
     ) -> None:
         self.server, self.postgresql, self.rng = server, postgresql, rng
-        self.ways: dict[str, Callable[[], None]] = {
+        self.faults: dict[str, Callable[[], None]] = {
             "worker": self._kill_worker,
             "server": self._kill_server,
             "stop": self._stop_server,
             "reload": self._reload_server,
         }
         if postgresql:
-            self.ways["database"] = self._crash_database
+            self.faults["database"] = self._crash_database
 
-    def kill(self, until: float) -> Iterator[str]:
-        """Kill one after the other *until* (monotonic seconds); gives the way after each."""
+    def inject(self, until: float) -> Iterator[str]:
+        """Inject faults *until* (monotonic seconds); yield the name of each afterwards."""
         while time.monotonic() < until:
-            # Each way once before any comes twice: a short run has seen them all.
-            for way in self.rng.sample(list(self.ways), len(self.ways)):
+            # Each fault occurs once before any is repeated, so that a short run covers them all.
+            for fault in self.rng.sample(list(self.faults), len(self.faults)):
                 if time.monotonic() >= until:
                     return
                 time.sleep(self.rng.uniform(0.1, 0.8))
-                self.ways[way]()
-                yield way
+                self.faults[fault]()
+                yield fault
 
     def _kill_worker(self) -> None:
         workers = self.server.workers()
-        with suppress(psutil.NoSuchProcess):  # an old one, after a reload, may be gone already
+        with suppress(psutil.NoSuchProcess):  # an old worker may have ended after a reload
             if workers:
                 self.rng.choice(workers).kill()
 

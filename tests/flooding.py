@@ -1,4 +1,4 @@
-"""Many clients at once: connections that are only held, a sender like Svix, and new clients."""
+"""Many clients at once: held connections, a sender like Svix, and new clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 import resource
 import selectors
 import socket
-import statistics
 import threading
 import time
 from collections import Counter, deque
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
+
+from tests.support import join
 
 Kind = Literal["silent", "idle", "slow head", "slow body"]
 KINDS: tuple[Kind, ...] = ("silent", "idle", "slow head", "slow body")
@@ -38,9 +39,10 @@ def allow_descriptors() -> int:
 @contextmanager
 def held(port: int, count: int, kind: Kind) -> Iterator[Callable[[], int]]:
     """
-    Hold *count* connections of a *kind* until the block ends; gives how many are open.
+    Hold *count* connections of a *kind* until the block ends.
 
-    The slow kinds send a byte a second. A connection that the server closes is opened again.
+    Yield a function that counts the open ones. The slow kinds send one byte per second. A
+    connection that the server closes is opened again.
     """
     ended = threading.Event()
     with ExitStack() as stack:
@@ -50,7 +52,7 @@ def held(port: int, count: int, kind: Kind) -> Iterator[Callable[[], int]]:
         def hold() -> None:
             while not ended.wait(1):
                 for number, connection in enumerate(connections):
-                    is_open[number] = _go_on(connection, kind)
+                    is_open[number] = _continue(connection, kind)
                     if not is_open[number] and not ended.is_set():
                         connection.close()
                         with suppress(OSError):
@@ -62,7 +64,7 @@ def held(port: int, count: int, kind: Kind) -> Iterator[Callable[[], int]]:
             yield lambda: sum(is_open)
         finally:
             ended.set()
-            thread.join()
+            join(thread)
 
 
 def _begin(port: int, kind: Kind) -> socket.socket:
@@ -74,7 +76,7 @@ def _begin(port: int, kind: Kind) -> socket.socket:
     return connection
 
 
-def _go_on(connection: socket.socket, kind: Kind) -> bool:
+def _continue(connection: socket.socket, kind: Kind) -> bool:
     """Send the next byte of a slow request; return whether the connection is still open."""
     try:
         if kind.startswith("slow"):
@@ -88,7 +90,11 @@ def _go_on(connection: socket.socket, kind: Kind) -> bool:
 
 @dataclass
 class Sent:
-    """What became of requests. A status of 0 is a broken connection, and -1 a timeout."""
+    """
+    The results of requests, with latencies in seconds.
+
+    The status 0 stands for a broken connection and -1 for a timeout.
+    """
 
     seconds: float = 0.0
     connections: int = 0
@@ -96,21 +102,21 @@ class Sent:
     latencies: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, status: int, seconds: float) -> None:
-        """Add an answer."""
+        """Add the result of one request."""
         self.statuses[status] += 1
         self.latencies.setdefault(status, []).append(seconds)
 
     def quantile(self, share: float, status: int = 200) -> float:
-        """Seconds that this share of the answers took at most."""
+        """Return the quantile *share* of the latencies of answers with *status*, in seconds."""
         found = sorted(self.latencies[status])
         return found[min(len(found) - 1, int(share * len(found)))]
 
 
 class Sender:
     """
-    Sends as Svix does: *at_once* requests, over connections that it keeps.
+    Sends *at_once* requests at a time over persistent connections, as Svix does.
 
-    It opens a new connection now and then although another one is idle, up to *connections*.
+    It sometimes opens a new connection although another one is idle, up to *connections*.
     """
 
     def __init__(self, port: int, *, at_once: int, connections: int) -> None:
@@ -122,7 +128,11 @@ class Sender:
         self._sent = Sent()
 
     def send(self, requests: Iterable[bytes]) -> Sent:
-        """Send *requests* and wait until all of them are answered or have timed out."""
+        """
+        Send *requests* and wait until each is answered or has timed out.
+
+        The run ends: *requests* is finite and each request takes ``SVIX_TIMEOUT`` at most.
+        """
         self._sent, following, began = Sent(), iter(requests), time.monotonic()
         more = True
         while more or self._begun:
@@ -133,8 +143,8 @@ class Sender:
                 else:
                     self._start(request)
             for key, events in self._selector.select(0.05):
-                self._go_on(key.fileobj, events)  # type: ignore[arg-type]
-            self._give_up()
+                self._continue(key.fileobj, events)  # type: ignore[arg-type]
+            self._abandon_overdue()
         self._sent.seconds = time.monotonic() - began
         self._sent.connections = len(self._idle)
         return self._sent
@@ -158,8 +168,8 @@ class Sender:
             self._selector.modify(connection, selectors.EVENT_WRITE)
         self._begun[connection] = (time.monotonic(), request)
 
-    def _go_on(self, connection: socket.socket, events: int) -> None:
-        if connection not in self._begun:  # the server closes an idle connection
+    def _continue(self, connection: socket.socket, events: int) -> None:
+        if connection not in self._begun:  # the server has closed an idle connection
             with suppress(ValueError):
                 self._idle.remove(connection)
             self._drop(connection)
@@ -185,7 +195,7 @@ class Sender:
         else:
             self._drop(connection)
 
-    def _give_up(self) -> None:
+    def _abandon_overdue(self) -> None:
         overdue = time.monotonic() - SVIX_TIMEOUT
         for connection, (began, _) in list(itertools.islice(self._begun.items(), 50)):
             if began < overdue:
@@ -201,7 +211,7 @@ class Sender:
 
 @contextmanager
 def new_clients(port: int, pause: float = 0.05) -> Iterator[Sent]:
-    """Ask /healthz over a new connection each time, one after another, until the block ends."""
+    """Request ``/healthz`` on one new connection after another until the block ends."""
     ended, sent = threading.Event(), Sent()
 
     def ask() -> None:
@@ -224,7 +234,7 @@ def new_clients(port: int, pause: float = 0.05) -> Iterator[Sent]:
         yield sent
     finally:
         ended.set()
-        thread.join()
+        join(thread)
 
 
 def is_whole(answer: bytes) -> bool:
@@ -232,8 +242,3 @@ def is_whole(answer: bytes) -> bool:
     head, _, body = answer.partition(b"\r\n\r\n")
     length = head.lower().partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
     return bool(length) and len(body) >= int(length)
-
-
-def median(values: Iterable[float]) -> float:
-    """Return the median."""
-    return statistics.median(values)

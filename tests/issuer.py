@@ -17,7 +17,9 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.errors import KeysUnavailable, Unauthenticated
+from tests.support import join
 
+TIMEOUT = 20  # seconds
 KID = "ins_fake"
 Behaviour = Callable[["Issuer", BaseHTTPRequestHandler], None]
 
@@ -35,7 +37,7 @@ def key_set(*jwks: Mapping[str, Any]) -> bytes:
 
 
 def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
-    """Answer with these bytes."""
+    """Return a behaviour that answers with these bytes."""
 
     def behave(_issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -48,12 +50,12 @@ def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
 
 
 def stalling(issuer: Issuer, _request: BaseHTTPRequestHandler) -> None:
-    """Accept the request and do not answer."""
-    issuer.released.wait(20)
+    """Read the request and do not answer until the issuer is released."""
+    issuer.released.wait(TIMEOUT)
 
 
 def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
-    """Answer with these keys once the issuer is released."""
+    """Return a behaviour that answers with these keys once the issuer is released."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         stalling(issuer, request)
@@ -63,11 +65,12 @@ def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
 
 
 def dripping(start: bytes) -> Behaviour:
-    """Send *start* and then one byte at a time, without an end."""
+    """Return a behaviour that sends *start* and then single bytes until the release."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(start)
-        while not issuer.released.wait(0.02):
+        ends = time.monotonic() + TIMEOUT
+        while not issuer.released.wait(0.02) and time.monotonic() < ends:
             request.wfile.write(b" ")
 
     return behave
@@ -113,7 +116,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
     "dripping body": dripping(HTTP + b"Content-Length: 100000\r\n\r\n" + GOOD),
     "dripping headers": dripping(HTTP + b"X: "),
 }
-"""Answers that are not a usable key set."""
+"""Answers without a usable key set, by name."""
 
 
 class Issuer:
@@ -133,9 +136,10 @@ class Issuer:
         self.behaviour = answering(key_set(*jwks))
 
     def wait_for(self, count: int) -> None:
-        """Return once *count* requests have arrived."""
+        """Wait until *count* requests have arrived."""
         with self._arrival:
-            assert self._arrival.wait_for(lambda: len(self.requests) >= count, timeout=15)
+            arrived = self._arrival.wait_for(lambda: len(self.requests) >= count, timeout=15)
+        assert arrived, f"{len(self.requests)} of {count} requests arrived"
 
     @contextmanager
     def open(self) -> Iterator[Issuer]:
@@ -147,13 +151,15 @@ class Issuer:
         finally:
             self.released.set()
             self._server.shutdown()
-            thread.join()
+            join(thread)
             self._server.server_close()
 
     def _request_handler(self) -> type[BaseHTTPRequestHandler]:
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = 60  # seconds for which a client may be silent
+
             def do_GET(self) -> None:
                 with issuer._arrival:
                     headers = {name.lower(): value for name, value in self.headers.items()}
@@ -181,11 +187,9 @@ class Clock:
 
 
 def wait_for_fetches() -> None:
-    """Wait until no fetch is under way."""
-    for thread in threading.enumerate():
-        if thread.name == "signing-keys":
-            thread.join(10)
-            assert not thread.is_alive()
+    """Wait until no fetch of signing keys is in progress."""
+    fetches = [thread for thread in threading.enumerate() if thread.name == "signing-keys"]
+    join(*fetches, seconds=10)
 
 
 def fetched(keys: FetchedKeys) -> FetchedKeys:

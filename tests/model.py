@@ -1,7 +1,7 @@
 """
-Histories of a user's events, and the row that the contract expects for them.
+A model of the service: generated histories of events, and the row that each must produce.
 
-Shares no code with the service.
+It shares no code with the service.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Sent:
     """
-    A message that Clerk sent about a user.
+    A message about a user.
 
-    Both times are in milliseconds. Either or both may be missing.
+    Both times are in milliseconds, and each may be missing.
     """
 
     message_id: str
@@ -40,9 +40,9 @@ class Sent:
     @property
     def body(self) -> bytes:
         """
-        The event as JSON, without the fields that are None.
+        The event as JSON, without fields that are None.
 
-        Clerk omits the version of a deleted user in the same way.
+        Clerk omits ``updated_at`` of a deleted user in the same way.
         """
         data: dict[str, Any] = {"id": self.user_id, "object": "user", "updated_at": self.updated_at}
         if self.type == "user.deleted":
@@ -65,10 +65,10 @@ class Sent:
     @property
     def version(self) -> tuple[int, int, bytes]:
         """
-        The rank of the event.
+        The event's version: two times in milliseconds and the message id.
 
-        With neither time, events are ordered by delivery attempt, which is not part of the event;
-        the times are then -1 and 0.
+        Without any time, events are ordered by their delivery attempts, which are not part of the
+        event; the times are then -1 and 0.
         """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
@@ -82,9 +82,9 @@ class Sent:
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
     """
-    Return the row after *events*, which may arrive in any order and number.
+    Return the row after *events*, whatever their order and repetition.
 
-    *called* says whether a call came before any deletion.
+    *called* is true if the user called before any deletion.
     """
     found = list(events)
     if any(event.type == "user.deleted" for event in found):
@@ -96,7 +96,7 @@ def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
 
 
 def stored_row(values: Iterable[Any]) -> Row:
-    """Return a row read with ``COLUMNS`` in the form of ``expected_row``."""
+    """Convert a row that was read with ``COLUMNS`` to the form of ``expected_row``."""
     email, name, image_url, updated_at, timestamp, message_id, deleted = values
     version = (
         None
@@ -125,7 +125,7 @@ def _row(
 
 @dataclass(frozen=True)
 class Draft:
-    """An event of a history, before it gets its ids."""
+    """An event of a history before it is given ids."""
 
     user: int
     type: str
@@ -135,7 +135,7 @@ class Draft:
     email: str | None
 
     def sent(self, ids: list[str], number: int) -> Sent:
-        """Return the event as number *number* of a run with the users *ids*."""
+        """Return the message for event *number* of a run with the users *ids*."""
         message_id = f"msg_{self.letter}{number}_{ids[0][5:]}"
         image_url = f"https://img.example.org/{number}" if number % 3 else None
         return Sent(
@@ -151,18 +151,14 @@ class Draft:
 
 
 USERS = range(3)
-ATTEMPTS = st.integers(-200, 200)  # seconds from now: each attempt has its own time
-_times = st.sampled_from(
-    [None, 0, 1, 2, 10**8, 10**11, 10**11 + 1]
-)  # 10**8 s and 10**11 ms are equal
-_rest = (
-    _times,
-    _times,
-    st.sampled_from("aAbB09"),  # a linguistic collation orders these differently from their bytes
-    st.sampled_from(
-        [None, "ada@example.org", "bob@example.org"]
-    ),  # few, so that addresses move between users
-)
+ATTEMPTS = st.integers(-200, 200)  # seconds from now
+# 10**8 s and 10**11 ms are the same time.
+_times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])
+# A linguistic collation orders these letters differently from their bytes.
+_letters = st.sampled_from("aAbB09")
+# Two addresses only, so that they move between users.
+_emails = st.sampled_from([None, "ada@example.org", "bob@example.org"])
+_rest = (_times, _times, _letters, _emails)
 _users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, to get ties
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
 DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
@@ -170,9 +166,9 @@ DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
 
 def determined(drafts: Iterable[Draft]) -> list[Draft]:
     """
-    Return *drafts* with at most one event without any time per user.
+    Return *drafts* with at most one event per user that has no time at all.
 
-    The order of several such events depends on their attempts, which is best effort.
+    The order of several such events depends on their delivery attempts and is best effort.
     """
     found: list[Draft] = []
     for draft in drafts:
@@ -190,7 +186,8 @@ class History:
     """
     Events and the steps of a run.
 
-    A step is a delivery (event number, time of the attempt), a call (user) or a prune (events).
+    A step is ``("deliver", (event number, seconds from now))``, ``("call", user number)`` or
+    ``("prune", event numbers)``.
     """
 
     events: list[Draft]
@@ -199,7 +196,7 @@ class History:
 
 @st.composite
 def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
-    """Draw a history: each event once or more, in any order, with calls and prunes in between."""
+    """Draw a history with each event once or more, in any order, and calls and prunes."""
     updates, deletions = (
         draw(st.lists(UPDATES, min_size=fewest, max_size=most)),
         draw(st.lists(DELETIONS, max_size=2)),

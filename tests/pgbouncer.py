@@ -23,12 +23,8 @@ TIMEOUT = 20  # seconds
 
 @contextmanager
 def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
-    """Run a PgBouncer with its default configuration in *mode*; yield the database's URL there."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        if os.environ.get("REQUIRE_PGBOUNCER"):
-            pytest.fail("pgbouncer is not installed")
-        pytest.skip("pgbouncer is not installed")
+    """Run PgBouncer with its default configuration in *mode*; yield the database's URL."""
+    program = _find_program()
     with psycopg.connect(database_url) as connection:
         parameters = connection.info.get_parameters()
         host, port = connection.info.host, connection.info.port
@@ -52,7 +48,7 @@ def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
     ]
     (home / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
     command = [program, "-q", str(home / "pgbouncer.ini")]
-    if os.getuid() == 0:  # PgBouncer refuses to run as root, and must reach the server's socket
+    if os.getuid() == 0:  # PgBouncer refuses to run as root, and needs the server's socket
         owner = Path(host).stat().st_uid if host.startswith("/") else pwd.getpwnam("nobody").pw_uid
         os.chown(home, owner, -1)
         command[1:1] = ["-u", pwd.getpwuid(owner).pw_name]
@@ -67,13 +63,22 @@ def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+def _find_program() -> str:
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        if os.environ.get("REQUIRE_PGBOUNCER"):
+            pytest.fail("pgbouncer is not installed")
+        pytest.skip("pgbouncer is not installed")
+    return program
+
+
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
-            psycopg.connect(url).close()
+            psycopg.connect(url, connect_timeout=TIMEOUT).close()
             return
         except psycopg.OperationalError:
             assert process.poll() is None, "PgBouncer did not start"
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "PgBouncer refuses connections"
             time.sleep(0.05)

@@ -26,7 +26,7 @@ import psycopg
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from tests.conftest import migrate
 from tests.server import Server, serving
-from tests.support import user_event
+from tests.support import join, user_event
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,7 +43,7 @@ class Node:
         self.home, self._bin, self._user = home, bin_path, user
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run a program of PostgreSQL as the server's user."""
+        """Run one of PostgreSQL's programs as the server's user."""
         command = [str(self._bin / program), *arguments]
         subprocess.run(
             command, user=self._user, check=True, capture_output=True, timeout=TIMEOUT, cwd="/"
@@ -52,7 +52,7 @@ class Node:
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
         options = ("-w", "-o", f"-h '' -k {self.home}", "-l", str(self.home / "server.log"))
-        # pg_ctl's child keeps the pipes open, so no output is captured.
+        # The server inherits pg_ctl's pipes and keeps them open, so no output is captured.
         subprocess.run(
             [str(self._bin / "pg_ctl"), "-D", str(self.home), *options, "start"],
             user=self._user,
@@ -79,7 +79,7 @@ class Node:
         node = Node(home, self._bin, self._user)
         source = ("-h", str(self.home), "-U", _SUPERUSER, "-c", "fast")
         self.run("pg_basebackup", *source, "-D", str(home), "-R")
-        (home / ".s.PGSQL.5432.lock").unlink()  # copied, and of the other server's socket
+        (home / ".s.PGSQL.5432.lock").unlink()  # the copy of the primary's socket lock
         with (home / "postgresql.auto.conf").open("a") as file:
             name = "standby"
             conninfo = f"host={self.home} user={_SUPERUSER} application_name={name}"
@@ -87,6 +87,10 @@ class Node:
         node.start()
         self.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
         self.execute("SELECT pg_reload_conf()")
+        self._wait_for_synchronous_standby()
+        return node
+
+    def _wait_for_synchronous_standby(self) -> None:
         deadline = time.monotonic() + TIMEOUT
         query = b"SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
         url = f"postgresql://{_SUPERUSER}@/postgres?host={self.home}"
@@ -94,11 +98,10 @@ class Node:
             while connection.execute(query).fetchone() != (1,):
                 assert time.monotonic() < deadline, "the standby did not become synchronous"
                 time.sleep(0.05)
-        return node
 
 
 class Address:
-    """One TCP address that leads to the node that is chosen; a provider's DNS name or proxy."""
+    """A TCP proxy to the current primary, like a provider's DNS name or proxy."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -112,7 +115,7 @@ class Address:
         self._listener.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # until close()
             while True:
                 client, _ = self._listener.accept()
                 target = str(self.node.home / ".s.PGSQL.5432")
@@ -120,7 +123,7 @@ class Address:
 
 
 def _relay(client: socket.socket, path: str) -> None:
-    """Copy bytes in both directions until either side ends."""
+    """Copy bytes in both directions until either side closes. Runs in a daemon thread."""
     with client, socket.socket(socket.AF_UNIX) as server, suppress(OSError):
         server.connect(path)
         others = {client: server, server: client}
@@ -143,15 +146,15 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """The database's URL at the address."""
+        """The URL of the database at the address."""
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.address.port}/{self.name}"
 
     def fail_over(self, *, crash: bool) -> float:
         """
-        Promote the standby and lead the address to it; return the moment of promotion.
+        Promote the standby and point the address at it; return the monotonic time of promotion.
 
-        With *crash* the old primary dies. Otherwise its sessions stay open and become read-only, as
-        at a provider that demotes it.
+        With *crash* the old primary is killed. Otherwise its sessions stay open and become
+        read-only, as when a provider demotes a primary.
         """
         old = self.primary
         if crash:
@@ -160,21 +163,21 @@ class Cluster:
             old.execute(
                 "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"
             )
-            time.sleep(0.5)  # transactions under way end
+            time.sleep(0.5)  # transactions in progress end
         self.standby.execute("SELECT pg_promote(true, 20)")
         self.address.node = self.primary = self.standby
         self._old = old
         return time.monotonic()
 
     def rebuild(self, *, crash: bool) -> None:
-        """Remove the old primary and add a standby to the new one."""
+        """Delete the old primary and add a standby to the new one."""
         if not crash:
             self._old.stop("fast")
         shutil.rmtree(self._old.home, ignore_errors=True)
         self._add_standby()
 
     def stop(self) -> None:
-        """Stop everything."""
+        """Close the address and stop both servers."""
         self.address.close()
         for node in (self.standby, self.primary):
             with suppress(subprocess.CalledProcessError):
@@ -208,7 +211,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Sender:
-    """Delivers events one after another, and retries each until it is answered 200, as Svix does."""
+    """Delivers events in four threads, and retries each until a 200, as Svix does."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.failed = server, 0
@@ -219,11 +222,9 @@ class Sender:
             thread.start()
 
     def stop(self) -> None:
-        """Stop after the deliveries under way."""
+        """Stop after the deliveries in progress."""
         self._stopped.set()
-        for thread in self._threads:
-            thread.join(TIMEOUT)
-            assert not thread.is_alive()
+        join(*self._threads)
 
     def _send(self) -> None:
         while not self._stopped.is_set():
@@ -238,7 +239,7 @@ class Sender:
 
 
 def fail_over(cluster: Cluster, server: Server, *, crash: bool) -> tuple[float, bool]:
-    """Fail over once; return the seconds until ``/readyz`` is 200 again, and whether it was 503."""
+    """Fail over once; return the seconds until ``/readyz`` is 200, and whether it was 503."""
     was_unready = threading.Event()
     watched = threading.Event()
 
@@ -260,13 +261,13 @@ def fail_over(cluster: Cluster, server: Server, *, crash: bool) -> tuple[float, 
         seconds = time.monotonic() - promoted_at
     finally:
         watched.set()
-        watcher.join(TIMEOUT)
+        join(watcher)
     cluster.rebuild(crash=crash)
     return seconds, was_unready.is_set()
 
 
 def lost(server: Server, acknowledged: dict[str, str]) -> list[str]:
-    """Return the acknowledged messages whose user or log entry is missing."""
+    """Return the ids of acknowledged messages whose user or log entry is missing."""
     messages = {row[0] for row in server.rows("SELECT message_id FROM webhook_messages")}
     users = {row[0] for row in server.rows("SELECT id FROM users WHERE name = 'Ada Lovelace'")}
     return [
@@ -277,7 +278,7 @@ def lost(server: Server, acknowledged: dict[str, str]) -> list[str]:
 
 
 def main(rounds: int) -> int:
-    """Run failovers, every second one a crash, and print what happened."""
+    """Run failovers, every second one a crash, and print one line for each."""
     clerk = FakeClerk()
     with cluster() as nodes, tempfile.TemporaryDirectory() as folder:
         migrate(nodes.url, clerk)
