@@ -30,6 +30,7 @@ from tests.support import ThreadPool, rows
 SENDERS = 8
 MAX_OPEN = 60  # unacknowledged messages, which interleaves the histories of many users
 RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5
+MIN_FAULTS = 3
 DRAIN_TIMEOUT = 60  # seconds after the last fault within which the rest must be acknowledged
 
 
@@ -227,7 +228,7 @@ def run(
         pool = stack.enter_context(ThreadPool(SENDERS))
         senders = [pool.submit(svix.send) for _ in range(SENDERS)]
         try:
-            for fault in faults.inject(until=time.monotonic() + seconds):
+            for fault in faults.inject(time.monotonic() + seconds, at_least=MIN_FAULTS):
                 svix.report.crashes[fault] += 1
                 auditor.check_after_fault()
         finally:

@@ -104,16 +104,23 @@ class FaultInjector:
         if postgresql:
             self.faults["database"] = self._crash_database
 
-    def inject(self, until: float) -> Iterator[str]:
-        """Inject faults *until* (monotonic seconds); yield the name of each afterwards."""
-        while time.monotonic() < until:
-            # Each fault occurs once before any is repeated, so that a short run covers them all.
-            for fault in self.rng.sample(list(self.faults), len(self.faults)):
-                if time.monotonic() >= until:
-                    return
-                time.sleep(self.rng.uniform(0.1, 0.8))
-                self.faults[fault]()
-                yield fault
+    def inject(self, until: float, at_least: int) -> Iterator[str]:
+        """
+        Inject faults *until* (monotonic seconds) and yield the name of each afterwards.
+
+        On a slow machine this takes longer, until there are *at_least* as many.
+        """
+        for count, fault in enumerate(self._sequence()):
+            if time.monotonic() >= until and count >= at_least:
+                return
+            time.sleep(self.rng.uniform(0.1, 0.8))
+            self.faults[fault]()
+            yield fault
+
+    def _sequence(self) -> Iterator[str]:
+        """Yield faults without end: each once in random order, then each once again."""
+        while True:
+            yield from self.rng.sample(list(self.faults), len(self.faults))
 
     def _kill_worker(self) -> None:
         workers = self.server.workers()

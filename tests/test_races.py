@@ -1,4 +1,4 @@
-"""Races: one test for each pair of statements that can interleave, with the first held at that point."""
+"""Races: one test for each pair of statements that can interleave."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ events = pytest.mark.parametrize(
 def test_lets_the_newer_of_two_versions_win(
     service: Service, known: bool, plain: bool, newer_first: bool
 ) -> None:
-    """Of two versions delivered at once, in either order, the second waits and the newer one stays."""
-    user_id = new_user(service, known)
-    acts = [
+    """Two versions are delivered at once in either order: the newer one is stored."""
+    user_id = make_user(service, known)
+    requests = [
         delivery(service, user_event(user_id, at=1001)),
         delivery(service, user_event(user_id, at=1002, first_name="Grace")),
     ]
-    first, second = reversed(acts) if newer_first else acts
+    first, second = reversed(requests) if newer_first else requests
     answers = run_contending(service, first, second, plain=plain)
     assert outcomes(answers) == ["applied", "stale" if newer_first else "applied"]
     assert service.user(user_id, PROFILE) == GRACE
@@ -68,17 +68,22 @@ def test_lets_the_newer_of_two_versions_win(
 
 @known
 @plain
-@pytest.mark.parametrize(("first", "second", "outcome"), [
-    ("deletion", "update", "stale"), ("update", "deletion", "applied"), ("deletion", "deletion", "stale"),
-])  # fmt: skip
-def test_deletes_for_good(
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        ("deletion", "update", "stale"),
+        ("update", "deletion", "applied"),
+        ("deletion", "deletion", "stale"),
+    ],
+)
+def test_keeps_a_deleted_user_deleted(
     service: Service, known: bool, plain: bool, first: str, second: str, outcome: str
 ) -> None:
-    """After a deletion and a newer update, or two deletions, at once, the user is deleted."""
-    user_id = new_user(service, known)
+    """The user stays deleted after a deletion and a newer update, or two deletions, at once."""
+    user_id = make_user(service, known)
     bodies = {"deletion": deletion(user_id, 1001), "update": user_event(user_id, at=1002)}
-    acts = [delivery(service, bodies[name]) for name in (first, second)]
-    answers = run_contending(service, *acts, plain=plain)
+    requests = [delivery(service, bodies[name]) for name in (first, second)]
+    answers = run_contending(service, *requests, plain=plain)
     assert outcomes(answers) == ["applied", outcome]
     assert service.user(user_id, PROFILE) == DELETED
 
@@ -86,7 +91,7 @@ def test_deletes_for_good(
 @plain
 @pytest.mark.parametrize("failed", [False, True], ids=["a new message", "one that failed"])
 def test_processes_a_message_once(service: Service, plain: bool, failed: bool) -> None:
-    """Of two deliveries of a message at once, one is processed; the other waits and is a duplicate."""
+    """Of two simultaneous deliveries of a message, the second waits and is a duplicate."""
     user_id = clerk_id("user")
     again = delivery(service, user_event(user_id), "msg_1")
     if failed:
@@ -99,20 +104,20 @@ def test_processes_a_message_once(service: Service, plain: bool, failed: bool) -
 
 @pytest.mark.parametrize("plain", [False, True], ids=["with handlers", "without"])
 def test_answers_a_duplicate_without_waiting_for_the_user(service: Service, plain: bool) -> None:
-    """A processed message is a duplicate at once, even while another of its user is being written."""
+    """A duplicate is answered while another message of its user is being written."""
     if service.database_url.startswith("sqlite"):
         pytest.skip("SQLite has one writer at a time")
     user_id = clerk_id("user")
     again = delivery(service, user_event(user_id, at=1001), "msg_1")
     assert again().get_json()["outcome"] == "applied"
-    newer, hold = delivery(service, user_event(user_id, at=1002, first_name="Grace")), PausePoint()
+    newer, point = delivery(service, user_event(user_id, at=1002, first_name="Grace")), PausePoint()
     with ExitStack() as registered:
-        registered.enter_context(registered_handler(service.app, hold))
-        with paused(hold, newer) as first:
+        registered.enter_context(registered_handler(service.app, point))
+        with paused(point, newer) as first:
             if plain:
                 registered.close()
             assert again().get_json()["outcome"] == "duplicate"
-            hold.released.set()
+            point.released.set()
             assert outcomes([first.result(TIMEOUT)]) == ["applied"]
     assert service.user(user_id, PROFILE) == GRACE
 
@@ -123,14 +128,14 @@ def test_answers_a_duplicate_without_waiting_for_the_user(service: Service, plai
 def test_answers_a_call_with_what_the_webhook_wrote(
     service: Service, body_of: BodyOf, status: int, row: Row, seen: str | None, call_first: bool
 ) -> None:
-    """A call that meets a webhook while it creates the user, or moves last_seen, returns its row."""
-    user_id = called_before(service, seen)
+    """A call that races with a webhook returns the row that the webhook wrote."""
+    user_id = make_caller(service, seen)
     delivers, calls = delivery(service, body_of(user_id)), call(service, user_id)
     if call_first:
-        with paused_before(service, "UPDATE users" if seen else "INSERT INTO users") as hold:
-            called, delivered = overtake(hold, calls, delivers)
+        with paused_before(service, "UPDATE users" if seen else "INSERT INTO users") as point:
+            called, delivered = overtake(point, calls, delivers)
     elif seen and not service.database_url.startswith("sqlite"):
-        pytest.skip("it does not wait there: see the next test")
+        pytest.skip("the call does not wait on PostgreSQL: see the next test")
     else:
         delivered, called = run_contending(service, delivers, calls)
     assert outcomes([delivered]) == ["applied"]
@@ -142,14 +147,14 @@ def test_answers_a_call_with_what_the_webhook_wrote(
 
 @events
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_does_not_wait_to_move_last_seen(
+def test_does_not_wait_to_update_last_seen(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """A call that finds the row locked by a webhook returns what is committed; the next one moves it."""
-    user_id, hold = called_before(service, LONG_AGO), PausePoint()
-    with registered_handler(service.app, hold):
+    """While a webhook locks the row, a call returns the committed row without updating it."""
+    user_id, point = make_caller(service, LONG_AGO), PausePoint()
+    with registered_handler(service.app, point):
         delivered, called = overtake(
-            hold, delivery(service, body_of(user_id)), call(service, user_id)
+            point, delivery(service, body_of(user_id)), call(service, user_id)
         )
     assert (outcomes([delivered]), called.get_json()["name"]) == (["applied"], "New User")
     assert called.get_json()["lastSeen"].startswith("2020-01-01")
@@ -159,10 +164,10 @@ def test_does_not_wait_to_move_last_seen(
 
 
 @events
-def test_fills_the_row_of_a_call_that_is_not_committed(
+def test_waits_for_the_row_of_an_uncommitted_first_call(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """A webhook that meets an uncommitted first call waits for it, then fills or deletes its row."""
+    """A webhook waits for a first call that is not committed, then updates or deletes its row."""
     user_id = clerk_id("user")
     with (
         uncommitted_first_call(service, user_id) as commit,
@@ -175,10 +180,10 @@ def test_fills_the_row_of_a_call_that_is_not_committed(
 
 
 def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
-    """Of two first calls one creates the row, and both return it."""
+    """Of two first calls, one creates the row, and both return it."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
-    with paused_before(service, "INSERT INTO users") as hold:
-        answers = overtake(hold, call(service, user_id), call(service, user_id))
+    with paused_before(service, "INSERT INTO users") as point:
+        answers = overtake(point, call(service, user_id), call(service, user_id))
     with (
         uncommitted_first_call(service, other_id) as commit,
         blocked(service, call(service, other_id)) as called,
@@ -188,11 +193,11 @@ def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
     assert answers[0].get_json() == answers[1].get_json()
 
 
-def test_moves_last_seen_once_for_two_calls(service: Service) -> None:
-    """Of two calls that find last_seen old, one moves it, and the other returns what that one wrote."""
-    user_id = called_before(service, LONG_AGO)
-    with paused_before(service, "UPDATE users") as hold:
-        answers = overtake(hold, call(service, user_id), call(service, user_id))
+def test_updates_last_seen_once_for_two_calls(service: Service) -> None:
+    """Of two calls with an old ``last_seen``, one updates it and the other returns that value."""
+    user_id = make_caller(service, LONG_AGO)
+    with paused_before(service, "UPDATE users") as point:
+        answers = overtake(point, call(service, user_id), call(service, user_id))
     assert answers[0].get_json() == answers[1].get_json()
     assert count_unseen(service) == 0
 
@@ -201,17 +206,17 @@ def test_moves_last_seen_once_for_two_calls(service: Service) -> None:
 def test_keeps_presence_and_profile_apart(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """Presence set while a webhook is being written survives an update and is refused by a deletion."""
-    user_id = new_user(service, known=True)
-    comes_online = call(service, user_id, "PUT", "/api/me/presence", {"isOnline": True})
-    delivered, put = run_contending(service, delivery(service, body_of(user_id)), comes_online)
+    """Presence set during a webhook survives an update, and is refused after a deletion."""
+    user_id = make_user(service, known=True)
+    set_online = call(service, user_id, "PUT", "/api/me/presence", {"isOnline": True})
+    delivered, put = run_contending(service, delivery(service, body_of(user_id)), set_online)
     assert (outcomes([delivered]), put.status_code) == (["applied"], status)
     assert service.user(user_id, (*PROFILE, "is_online")) == (*row, status == 200)
 
 
 @pytest.mark.parametrize("committed", [False, True], ids=["while it is written", "after it"])
 def test_never_records_a_failure_over_a_success(service: Service, committed: bool) -> None:
-    """A failure recorded late, while its retry is written or after it, leaves the retry's success alone."""
+    """A failure that is recorded during or after a successful retry does not replace it."""
     user_id, retry_commit = clerk_id("user"), PausePoint()
     attempt = delivery(service, user_event(user_id), "msg_1")
     failing = FailingHandler(later=None if committed else retry_commit)
@@ -223,16 +228,16 @@ def test_never_records_a_failure_over_a_success(service: Service, committed: boo
                 record.released.set()
                 wait_until_blocked(service, first)
                 retry_commit.released.set()
-                retry = second.result()
+                retry = second.result(TIMEOUT)
         record.released.set()
-        assert outcomes([first.result(), retry]) == ["500", "applied"]
+        assert outcomes([first.result(TIMEOUT), retry]) == ["500", "applied"]
     assert service.user(user_id, PROFILE) == ADA
     assert service.rows(LOG) == [("applied", 1, None)]
 
 
 @plain
-def test_retries_when_the_first_attempt_fails_at_last(service: Service, plain: bool) -> None:
-    """A retry that waits for an attempt that then fails is applied, whichever is recorded first."""
+def test_applies_a_retry_that_waits_for_a_failing_attempt(service: Service, plain: bool) -> None:
+    """The retry is applied, whichever of the two is recorded first."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     answers = run_contending(service, attempt, attempt, fails=True, plain=plain)
@@ -242,7 +247,7 @@ def test_retries_when_the_first_attempt_fails_at_last(service: Service, plain: b
 
 
 def test_counts_two_failures(service: Service) -> None:
-    """Two attempts that fail at once count as two, and nothing of the user is stored."""
+    """Two attempts that fail at once count as two, and no user is stored."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     with before_failure_record(service, FailingHandler(always=True)) as record:
@@ -253,16 +258,16 @@ def test_counts_two_failures(service: Service) -> None:
     assert service.user(user_id) is None
 
 
-def new_user(service: Service, known: bool) -> str:
-    """Return a user's id, with a row if the user is *known*."""
+def make_user(service: Service, known: bool) -> str:
+    """Return a user id; create the row if the user is *known*."""
     user_id = clerk_id("user")
     if known:
         service.outcome(user_event(user_id, at=1000, first_name="Before"))
     return user_id
 
 
-def called_before(service: Service, seen: str | None) -> str:
-    """Return a user's id, with the row of a call at the time *seen*, if any."""
+def make_caller(service: Service, seen: str | None) -> str:
+    """Return a user id; create the row of a call at the time *seen* unless it is None."""
     user_id = clerk_id("user")
     if seen:
         service.call(user_id)
@@ -271,6 +276,6 @@ def called_before(service: Service, seen: str | None) -> str:
 
 
 def count_unseen(service: Service) -> int:
-    """Return how many users were last seen long ago."""
+    """Return how many users have an old ``last_seen``."""
     [(count,)] = service.rows("SELECT count(*) FROM users WHERE last_seen < '2021-01-01'")
     return int(count)

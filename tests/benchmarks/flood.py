@@ -103,9 +103,8 @@ def main() -> None:
                         beside = send(server.port, 5000, 16, 16)
                         line(kind, *beside, options.held)
                     rates.append(alone[0].seconds / beside[0].seconds)
-                print(
-                    f"{kind}: throughput {statistics.median(rates):.3f} times that without held connections"
-                )
+                ratio = statistics.median(rates)
+                print(f"{kind}: throughput {ratio:.3f} times that without held connections")
 
 
 if __name__ == "__main__":
