@@ -127,6 +127,7 @@ class Backend:
         secret_key: str = SECRET_KEY,
     ) -> None:
         self.users: dict[str, Any] = {}
+        self.jwks = b'{"keys": []}'
         self.behaviours: list[Behaviour] = []
         self.always: Behaviour | None = None
         self.before: Callable[[str, Query], object] = lambda _path, _query: None
@@ -224,6 +225,8 @@ class Backend:
             wait = self.arrivals[-self.max_requests - 1] + WINDOW - time.monotonic()
             if wait > 0:
                 return limiting(math.ceil(wait))
+        if path == "/v1/jwks":
+            return answering(200, self.jwks)
         if path == "/v1/users/count":
             return answering_json(200, {"object": "total_count", "total_count": len(self.users)})
         if path == "/v1/users":

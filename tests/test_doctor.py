@@ -25,7 +25,7 @@ from clerkhooks.settings import VARIABLES, AppConfig, ServiceSettings
 from clerkhooks.store.database import Database
 from tests.backend import Backend, answering, stalling
 from tests.conftest import MakeDatabase, MakeService, migrate
-from tests.issuer import Issuer, jwk
+from tests.issuer import Issuer, jwk, key_set
 from tests.server import environ
 from tests.support import Service, broken_users, rows, user_event
 
@@ -43,6 +43,7 @@ def correct(
 ) -> dict[str, str]:
     """Variables without a mistake, which lead to no other machine."""
     backend.secret_key = backend.secret_key.replace("live", "test")
+    backend.jwks = key_set(jwk(clerk))
     return clerk.environ | {
         "DATABASE_URL": database_url,
         "CLERK_API_URL": backend.api_url,
@@ -77,7 +78,13 @@ def levels(values: Mapping[str, str], **options: Any) -> dict[str, str]:
     return {code: finding.level for code, finding in find(values, **options).items()}
 
 
-KEYS_OK = ("jwt_keys_configured", "jwt_keys_match", "clock_right", "secret_key_accepted")
+KEYS_OK = (
+    "jwt_keys_configured",
+    "jwt_keys_match",
+    "clock_right",
+    "secret_key_accepted",
+    "keys_of_one_instance",
+)
 SETTINGS_OK = ("settings_valid", "webhook_secret_set", "authorized_parties_set")
 TABLES_OK = ("database_ready", "messages_processed", "webhook_received", "users_filled")
 
@@ -190,6 +197,61 @@ def test_compares_the_clock(
         "DATABASE_URL": "mysql://",
     }
     assert expected in levels(clerk.environ | values)
+
+
+OWN_KEY = jwk(FakeClerk())
+PUBLISHED = [
+    ([OWN_KEY], "keys_of_one_instance", "ok"),
+    ([OWN_KEY | {"kid": "ins_other"}, OWN_KEY], "keys_of_one_instance", "ok"),
+    ([OWN_KEY | {"kid": "ins_other"}], "keys_of_two_instances", "error"),
+    ([], "instances_not_compared", "skipped"),
+]
+
+
+@pytest.mark.parametrize(("keys", "code", "level"), PUBLISHED)
+def test_compares_the_instances_of_both_keys(
+    correct: dict[str, str], backend: Backend, keys: list[Any], code: str, level: str
+) -> None:
+    """The Backend API and the Frontend API publish a key in common if both are of one instance."""
+    backend.jwks = key_set(*keys)
+    found = find(correct)
+    codes = {"keys_of_one_instance", "keys_of_two_instances", "instances_not_compared"}
+    assert {name: found[name].level for name in codes & found.keys()} == {code: level}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"CLERK_JWKS_URL": CLOSED}, "ConnectError"),
+        ({"CLERK_API_URL": CLOSED}, "ConnectError"),
+        ({"CLERK_SECRET_KEY": "sk_test_another"}, "no key set"),
+    ],
+)
+def test_says_why_instances_are_not_compared(
+    correct: dict[str, str], changes: dict[str, str], reason: str
+) -> None:
+    """The host that does not answer is named."""
+    found = find(correct | changes)["instances_not_compared"]
+    assert found.level == "skipped"
+    assert found.what == f"Not compared: no key could be fetched from 127.0.0.1 ({reason})."
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"CLERK_SECRET_KEY": ""},
+        {"CLERK_PUBLISHABLE_KEY": ""},
+        {"CLERK_PUBLISHABLE_KEY": LIVE},
+        {"CLERK_SECRET_KEY": "sk_test_not valid"},
+        {"CLERK_API_URL": "http://api.example.com"},
+    ],
+)
+def test_compares_no_instances_without_both_keys(
+    correct: dict[str, str], backend: Backend, changes: dict[str, str]
+) -> None:
+    """Nothing is asked for a key that is missing, invalid, or of the other kind of instance."""
+    find(correct | changes)
+    assert "/v1/jwks" not in [path for path, _ in backend.requests]
 
 
 def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: MakeService) -> None:

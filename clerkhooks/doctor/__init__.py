@@ -31,6 +31,7 @@ OUTSIDE_CHECKS: tuple[Check, ...] = (
     instance.check_keys,
     instance.check_clock,
     instance.check_secret_key,
+    instance.compare_instances,
     database.check_database_url,
 )
 """All checks but that of the database, which a running program checks through its own pool."""

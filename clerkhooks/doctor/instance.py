@@ -153,3 +153,48 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
         return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
     what = f"Clerk's Backend API accepts it; the instance has {count:,} users."
     return Finding("secret_key_accepted", Level.OK, subject, what)
+
+
+def compare_instances(case: Case) -> Iterator[Finding]:
+    """Check by their key ids that secret key and publishable key belong to one instance."""
+    publishable, secret, url = (
+        case.settings.publishable_key,
+        case.settings.secret_key,
+        case.settings.jwks_url,
+    )
+    if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):
+        return
+    # Those of production and development are known to differ without a request.
+    if publishable[3:7] == secret[3:7]:
+        yield _compare_key_ids(f"{case.settings.api_url}/v1/jwks", secret, url)
+
+
+def _compare_key_ids(secret_url: str, secret_key: str, publishable_url: str) -> Finding:
+    subject = "API keys"
+    try:
+        secret_ids = _fetch_key_ids(secret_url, {"Authorization": f"Bearer {secret_key}"})
+        publishable_ids = _fetch_key_ids(publishable_url, {})
+    except _NotFetchedError as error:
+        return Finding("instances_not_compared", Level.SKIPPED, subject, f"Not compared: {error}.")
+    if secret_ids.isdisjoint(publishable_ids):
+        what = (
+            "The secret key and the publishable key belong to two instances: the keys at "
+            f"{urlsplit(secret_url).hostname} and {urlsplit(publishable_url).hostname} differ."
+        )
+        remedy = "Copy both from the same instance: Clerk Dashboard, API keys."
+        return Finding("keys_of_two_instances", Level.ERROR, subject, what, remedy)
+    what = "The secret key and the publishable key belong to one instance."
+    return Finding("keys_of_one_instance", Level.OK, subject, what)
+
+
+class _NotFetchedError(Exception):
+    """No key could be fetched. The text says from where and why."""
+
+
+def _fetch_key_ids(url: str, headers: Mapping[str, str]) -> frozenset[str]:
+    try:
+        return frozenset(_fetch_keys(url, headers))
+    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
+        host = urlsplit(url).hostname
+        text = f"no key could be fetched from {host} ({_explain(error)})"
+        raise _NotFetchedError(text) from None
