@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -337,6 +338,34 @@ def test_reports_an_invalid_worker_count_in_commands(
         assert (ended.returncode, ended.stdout) == (2, "")
         assert "WEB_CONCURRENCY must be a number from 1 to 512" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--migrate"]])
+@pytest.mark.parametrize("name", ["WEB_CONCURRENCY", "PORT", "DATABASE_URL"])
+def test_serve_checks_the_settings_before_gunicorn_does(
+    clerk: FakeClerk, tmp_path: Path, name: str, options: list[str]
+) -> None:
+    """One message and status 2, also for what gunicorn reads when it is imported."""
+    right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
+    command = [sys.executable, "-m", "clerkhooks", "serve", *options]
+    ended = run(command, environ(**right | {name: "hidden"}))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"\n  {name} " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "hidden" not in ended.stderr
+    assert not (tmp_path / "x.db").exists()
+
+
+@pytest.mark.parametrize(("value", "workers"), [("", 2), ("3", 3)])
+def test_serve_counts_an_empty_worker_count_as_unset(
+    clerk: FakeClerk, tmp_path: Path, value: str, workers: int
+) -> None:
+    """Gunicorn alone would end with a traceback."""
+    variables = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
+    command = [sys.executable, "-m", "clerkhooks", "serve", "--print-config"]
+    ended = run(command, environ(**variables | {"WEB_CONCURRENCY": value}))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert re.search(rf"^workers += {workers}$", ended.stdout, re.MULTILINE)
 
 
 def test_does_not_start_without_a_secret(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import click
 
-from clerkhooks.settings import PROJECT
+from clerkhooks.settings import PROJECT, ServiceSettings, exit_if_invalid, read_environ
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -16,7 +16,7 @@ from clerkhooks.settings import PROJECT
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
-    Serve with gunicorn, as `gunicorn wsgi:app` does.
+    Serve with gunicorn, as `gunicorn wsgi:app` does, after checking the settings.
 
     --migrate is for platforms without a release step. Of several hosts that start at once, one
     migrates and the others wait. ARGUMENTS are passed to gunicorn.
@@ -28,6 +28,10 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
             "serve needs gunicorn and gevent. Install them: pip install --editable '.[service]'"
         )
     os.chdir(PROJECT)
+    with exit_if_invalid():
+        settings = ServiceSettings.from_mapping(read_environ())
+    # gunicorn parses it when it is imported, and an empty or invalid value ends in a traceback.
+    os.environ["WEB_CONCURRENCY"] = str(settings.web_concurrency)
     if migrate:
         _migrate()
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "wsgi:app", *arguments])  # noqa: S606
