@@ -382,7 +382,7 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
         "Unresolved failures 0",
         "Users in total 2",
         "New today (UTC) 2",
-        "Unfilled for over an hour 0",
+        "Without a profile for over an hour 0",
         "Tombstones 1",
     ):
         assert figure in words
