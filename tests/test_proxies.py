@@ -301,3 +301,18 @@ def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_p
         failed = [line for line in server.lines() if line["event"] == "signing_keys_not_fetched"]
         assert [line["error"] for line in failed] == ["ProxyUrlError"]
         assert "Traceback" not in server.log.read_text()
+
+
+@SQLITE
+def test_the_server_fetches_keys_through_the_proxy(
+    database_url: str, clerk: FakeClerk, make_proxy: MakeProxy, tmp_path: Path
+) -> None:
+    """The workers' event loop and SOCKS work together."""
+    through = make_proxy(proxy.socks)
+    variables = {"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": f"{API}/jwks", "WEB_CONCURRENCY": "1"}
+    variables["ALL_PROXY"] = f"socks5://{through.address}"
+    with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
+        token = clerk.session_token(clerk_id("user"))
+        answer = server.request("GET", "/api/me", headers={"Authorization": f"Bearer {token}"})
+        assert answer.status == 200, server.log.read_text()
+    assert through.targets == [f"SOCKS {HOST}:443"]
