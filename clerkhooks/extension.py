@@ -16,7 +16,7 @@ from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
 from clerkhooks.errors import Fault, SettingsError
 from clerkhooks.events import Handler, Handlers
-from clerkhooks.settings import AppConfig, Settings
+from clerkhooks.settings import Settings, merge_config
 from clerkhooks.store import Store
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
@@ -101,7 +101,7 @@ class ClerkHooks(Generic[U]):
         """
         wanted = _parse_routes(routes)
         self._check_app(app)
-        values = AppConfig(app.config, os.environ if environ is None else environ)
+        values = merge_config(app.config, os.environ if environ is None else environ)
         settings = Settings.from_mapping(values)
         state = app.extensions[EXTENSION] = self._make_state(app, settings, values)
         init_errors(app)
@@ -173,7 +173,7 @@ class ClerkHooks(Generic[U]):
         if EXTENSION in app.extensions:
             raise RuntimeError("hooks.init_app() was already called for this application.")
 
-    def _make_state(self, app: Flask, settings: Settings, values: AppConfig) -> State:
+    def _make_state(self, app: Flask, settings: Settings, values: dict[str, Any]) -> State:
         store = self._make_store(app, settings)
         make_snapshot = make_snapshots(self._mapper, store.statements.columns)
         session = cast("Any", self.db.session)

@@ -12,7 +12,6 @@ import binascii
 import re
 from collections.abc import Callable
 from ipaddress import ip_address
-from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -80,9 +79,6 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
 
     Platforms change line breaks, so real ones, literal ``\n``, none at all and a bare base64 body
     are accepted.
-
-    Raises:
-        ValueError: *text* is anything else; the error does not quote it.
     """
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
@@ -106,12 +102,7 @@ def _parse_jwt_key(body: str) -> RSAPublicKey:
 
 
 def parse_publishable_key(text: str) -> str:
-    """
-    Return the Frontend API host in a publishable key: ``pk_live_`` and base64 of ``host$``.
-
-    Raises:
-        ValueError: *text* is not a publishable key.
-    """
+    """Return the Frontend API host in a publishable key: ``pk_live_`` and base64 of ``host$``."""
     found = re.fullmatch(r"pk_(?:test|live)_([A-Za-z0-9+/=_-]+)", text)
     raw = found and _decode_base64(found[1] + "=" * (-len(found[1]) % 4))
     host = raw.decode("ascii", "replace") if raw else ""
@@ -128,43 +119,25 @@ def parse_secret_key(text: str) -> str:
 
 
 def parse_password(text: str) -> str:
-    """
-    Return *text*, which protects a route without a limit on attempts.
-
-    Raises:
-        ValueError: *text* is too short, or cannot be sent in a header.
-    """
+    """Return *text*: long, because attempts are not limited, and fit for a header."""
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise ValueError("must be at least 16 printable ASCII characters, without spaces.")
     return text
 
 
-def parse_pooler(text: str) -> Literal["session", "transaction"]:
-    """Return the mode of a connection pooler."""
-    modes: dict[str, Literal["session", "transaction"]] = {
-        "session": "session",
-        "transaction": "transaction",
-    }
-    if text not in modes:
-        raise ValueError("must be session or transaction.")
-    return modes[text]
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a parser for one of *choices*."""
 
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be {' or '.join(choices)}.")
+        return text
 
-def parse_log_format(text: str) -> Literal["json", "text"]:
-    """Return a format of the log."""
-    formats: dict[str, Literal["json", "text"]] = {"json": "json", "text": "text"}
-    if text not in formats:
-        raise ValueError("must be json or text.")
-    return formats[text]
+    return parse
 
 
 def parse_url(text: str) -> str:
-    """
-    Return an https URL, or an http URL to a loopback address, without a trailing slash.
-
-    Raises:
-        ValueError: *text* is anything else; the error does not quote it.
-    """
+    """Return an https URL, or an http URL to a loopback address, without a trailing slash."""
     url = _split_url(text)
     if re.search("[?#]", text) or url.scheme not in ("https", "http"):
         raise ValueError("is not an https:// URL.")

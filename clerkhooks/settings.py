@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from dotenv import dotenv_values
@@ -45,9 +45,9 @@ VARIABLES = {
     "WEB_CONCURRENCY": "The number of worker processes, such as 2.",
 }
 """Every variable that is read, and where to find its value."""
-# From the platforms' documentation: Heroku, "Dynos" (Dokku sets the same variable); Render, "Default
-# Environment Variables"; Railway, "Variables Reference"; Fly, "The Machine Runtime Environment";
-# Cloud Run, "Container runtime contract". DigitalOcean's App Platform sets none.
+# Sources: Heroku, "Dynos" (Dokku sets the same variable); Render, "Default Environment Variables";
+# Railway, "Variables Reference"; Fly, "The Machine Runtime Environment"; Cloud Run, "Container
+# runtime contract". DigitalOcean's App Platform sets no such variable.
 EPHEMERAL_PLATFORMS = {
     "DYNO": "Heroku",
     "RENDER": "Render",
@@ -55,9 +55,30 @@ EPHEMERAL_PLATFORMS = {
     "FLY_APP_NAME": "Fly",
     "K_SERVICE": "Cloud Run",
 }
-"""Variables by which a platform is recognized whose file system does not last."""
-T = TypeVar("T")
-D = TypeVar("D")
+"""The variables that platforms set whose file system does not last."""
+Parsers = Mapping[str, tuple[str, Callable[[str], Any]]]
+# The variable of each field, and its parser. The signing secrets and the publishable key have
+# rules of their own in Settings.
+_PARSERS: Parsers = {
+    "jwt_keys": ("CLERK_JWT_KEY", parsing.parse_jwt_keys),
+    "jwks_url": ("CLERK_JWKS_URL", parsing.parse_url),
+    "jwks_keep_hours": ("CLERK_JWKS_KEEP_HOURS", parsing.number_up_to(168)),
+    "secret_key": ("CLERK_SECRET_KEY", parsing.parse_secret_key),
+    "api_url": ("CLERK_API_URL", parsing.parse_url),
+    "issuers": ("CLERK_ISSUER", parsing.parse_issuers),
+    "authorized_parties": ("CLERK_AUTHORIZED_PARTIES", parsing.parse_origins),
+    "audience": ("CLERK_AUDIENCE", parsing.split),
+    "metrics_token": ("METRICS_TOKEN", parsing.parse_password),
+    "console_password": ("CONSOLE_PASSWORD", parsing.parse_password),
+    "pool_size": ("DATABASE_POOL_SIZE", parsing.number_up_to(100)),
+    "pooler": ("DATABASE_POOLER", parsing.one_of("session", "transaction")),
+}
+_SERVICE_PARSERS: Parsers = {
+    "database_url": ("DATABASE_URL", parse_database_url),
+    "log_format": ("LOG_FORMAT", parsing.one_of("json", "text")),
+    "port": ("PORT", parsing.number_up_to(65535)),
+    "web_concurrency": ("WEB_CONCURRENCY", parsing.number_up_to(512)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,34 +112,20 @@ class Settings:
         found = cls._read(read)
         if read.faults:
             raise SettingsError(read.faults)
-        return cls(**found)
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
     @classmethod
     def _read(cls, read: _Reader) -> dict[str, Any]:
+        found = {name: read(*variable) for name, variable in _PARSERS.items()}
         secret = next(filter(read.text, SECRET_VARIABLES), SECRET_VARIABLES[0])
-        frontend_api = read("CLERK_PUBLISHABLE_KEY", parsing.parse_publishable_key, None)
-        instance = f"https://{frontend_api}" if frontend_api else None
-        found = {
-            "webhook_secrets": read(secret, parsing.parse_webhook_secrets, ()),
-            "jwt_keys": read("CLERK_JWT_KEY", parsing.parse_jwt_keys, ()),
-            "jwks_url": read(
-                "CLERK_JWKS_URL",
-                parsing.parse_url,
-                instance and f"{instance}/.well-known/jwks.json",
-            ),
-            "jwks_keep_hours": read("CLERK_JWKS_KEEP_HOURS", parsing.number_up_to(168), 12),
-            "publishable_key": read.text("CLERK_PUBLISHABLE_KEY") or None,
-            "secret_key": read("CLERK_SECRET_KEY", parsing.parse_secret_key, None),
-            "api_url": read("CLERK_API_URL", parsing.parse_url, "https://api.clerk.com"),
-            "issuers": read("CLERK_ISSUER", parsing.parse_issuers, (instance,) if instance else ()),
-            "authorized_parties": read("CLERK_AUTHORIZED_PARTIES", parsing.parse_origins, ()),
-            "audience": read("CLERK_AUDIENCE", parsing.split, ()),
-            "metrics_token": read("METRICS_TOKEN", parsing.parse_password, None),
-            "console_password": read("CONSOLE_PASSWORD", parsing.parse_password, None),
-            "pool_size": read("DATABASE_POOL_SIZE", parsing.number_up_to(100), cls.pool_size),
-            "pooler": read("DATABASE_POOLER", parsing.parse_pooler, None),
-        }
-        read.require(secret, "is not set.")
+        if not read.text(secret):
+            read.add_fault(secret, "is not set.")
+        found["webhook_secrets"] = read(secret, parsing.parse_webhook_secrets)
+        frontend_api = read("CLERK_PUBLISHABLE_KEY", parsing.parse_publishable_key)
+        if frontend_api is not None:
+            found["publishable_key"] = read.text("CLERK_PUBLISHABLE_KEY")
+            found["jwks_url"] = found["jwks_url"] or f"https://{frontend_api}/.well-known/jwks.json"
+            found["issuers"] = found["issuers"] or (f"https://{frontend_api}",)
         return found
 
 
@@ -134,40 +141,19 @@ class ServiceSettings(Settings):
 
     @classmethod
     def _read(cls, read: _Reader) -> dict[str, Any]:
-        found = super()._read(read) | {
-            "database_url": read("DATABASE_URL", parse_database_url, DEFAULT_DATABASE_URL),
-            "log_format": read("LOG_FORMAT", parsing.parse_log_format, "auto"),
-            "port": read("PORT", parsing.number_up_to(65535), 8000),
-            "web_concurrency": read("WEB_CONCURRENCY", parsing.number_up_to(512), 2),
-        }
-        platform = next(
-            (EPHEMERAL_PLATFORMS[name] for name in EPHEMERAL_PLATFORMS if read.text(name)), None
-        )
-        if platform and not os.path.ismount(PROJECT / "instance"):
-            problem = f"is not set, and files on {platform} do not last. Attach a PostgreSQL."
-            read.require("DATABASE_URL", problem)
-        return found
+        platforms = [EPHEMERAL_PLATFORMS[name] for name in EPHEMERAL_PLATFORMS if read.text(name)]
+        is_lost = platforms and not os.path.ismount(PROJECT / "instance")
+        if is_lost and not read.text("DATABASE_URL"):
+            problem = f"is not set, and files on {platforms[0]} do not last. Attach a PostgreSQL."
+            read.add_fault("DATABASE_URL", problem)
+        own = {name: read(*variable) for name, variable in _SERVICE_PARSERS.items()}
+        return super()._read(read) | own
 
 
-class AppConfig(Mapping[str, Any]):
-    """An application's configuration: ``app.config`` first, then the environment, same names."""
-
-    def __init__(self, config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        self._config, self._environ = config, environ
-
-    def __getitem__(self, name: str) -> Any:
-        """Return a variable's value. None or an empty value in ``app.config`` counts as unset."""
-        value = self._config.get(name)
-        return value if _as_text(value) else self._environ[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the variables that are set in either place."""
-        own = (name for name in VARIABLES if _as_text(self._config.get(name)))
-        return iter(dict.fromkeys((*own, *self._environ)))
-
-    def __len__(self) -> int:
-        """Return the number of variables."""
-        return sum(1 for _ in self)
+def merge_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return *environ* with the variables of ``app.config``, which win unless they are empty."""
+    own = {name: config[name] for name in VARIABLES if _as_text(config.get(name))}
+    return dict(environ) | own
 
 
 def read_environ(project: Path = PROJECT) -> dict[str, str]:
@@ -212,28 +198,23 @@ class _Reader:
         self._values = values
         self.faults: list[Fault] = []
 
-    def __call__(self, variable: str, parse: Callable[[str], T], default: D) -> T | D:
+    def __call__(self, variable: str, parse: Callable[[str], Any]) -> Any:
+        """Return the parsed value of *variable*, or None if it is unset or wrong."""
         text = self.text(variable)
-        if not text:
-            return default
         try:
-            return parse(text)
+            return parse(text) if text else None
         except UnicodeError:
-            self._add(variable, "is not UTF-8 text.")
-            return default
+            self.add_fault(variable, "is not UTF-8 text.")
+            return None
         except ValueError as error:
-            self._add(variable, str(error))
-            return default
+            self.add_fault(variable, str(error))
+            return None
 
     def text(self, variable: str) -> str:
         """Return a value as text, which is empty if the variable is unset."""
         return _as_text(self._values.get(variable))
 
-    def require(self, variable: str, problem: str) -> None:
-        if not self.text(variable):
-            self._add(variable, problem)
-
-    def _add(self, variable: str, problem: str) -> None:
+    def add_fault(self, variable: str, problem: str) -> None:
         self.faults.append(Fault(variable, problem, VARIABLES[variable]))
 
 

@@ -21,7 +21,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.cli.main import main
 from clerkhooks.doctor import APPLICATION, OUTSIDE_CHECKS, configuration, findings
 from clerkhooks.doctor.database import judge_database, plain_store
-from clerkhooks.settings import VARIABLES, AppConfig, ServiceSettings
+from clerkhooks.settings import VARIABLES, ServiceSettings, merge_config
 from clerkhooks.store.database import Database
 from tests.backend import Backend, answering, stalling
 from tests.conftest import MakeDatabase, MakeService, migrate
@@ -357,7 +357,9 @@ def test_examines_an_application_by_its_own_settings(
     }
     config |= {"CLERK_SECRET_KEY": backend.secret_key, "METRICS_TOKEN": None}
     service_only = {"DATABASE_URL": "mysql://", "LOG_FORMAT": "xml", "PORT": "x", "DYNO": "web.1"}
-    values: Any = AppConfig(config, service_only | {"CLERK_AUDIENCE": ",", "WEB_CONCURRENCY": "x"})
+    values: Any = merge_config(
+        config, service_only | {"CLERK_AUDIENCE": ",", "WEB_CONCURRENCY": "x"}
+    )
     options: dict[str, Any] = {"checks": OUTSIDE_CHECKS, "program": APPLICATION}
     found = list(doctor.diagnose(values, project=tmp_path, **options))
     codes = [finding.code for finding in found if finding.level != "ok"]
