@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -22,16 +21,25 @@ from clerkhooks.web.state import disconnect
 from tests.backend import Backend
 from tests.conftest import MakeDatabase, migrate
 from tests.pgbouncer import pgbouncer
-from tests.support import NOW_MS, Service, deletion, user_event
+from tests.support import NOW_MS, Service, ThreadPool, deletion, user_event
 from tests.syncing import store_of, sync
 
 pytestmark = pytest.mark.slow
+# Other tests use the same server at the same time, so both queries look at one database.
+ADVISORY_LOCKS = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
+    " (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+WAITING_STATEMENTS = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
 SESSION_OPTIONS: tuple[dict[str, str], ...] = ({}, {"ignore_startup_parameters": "options"})
 
 
 @pytest.fixture
 def empty_url(make_database: MakeDatabase) -> str:
-    """An empty PostgreSQL database whose time zone is not UTC."""
+    """Create an empty PostgreSQL database whose time zone is not UTC."""
     url = make_database("postgresql")
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
@@ -42,7 +50,7 @@ def empty_url(make_database: MakeDatabase) -> str:
 
 @contextmanager
 def serving(clerk: FakeClerk, url: str, direct_url: str, pooler: str) -> Iterator[Service]:
-    """Migrate and create the service at *url*, looking into the database at *direct_url*."""
+    """Migrate and create the service at *url*; tests read the database at *direct_url*."""
     variables = {"DATABASE_POOLER": pooler} if pooler else {}
     clerk_environ = clerk.environ | variables
     migrate(url, clerk, **variables)
@@ -54,7 +62,7 @@ def serving(clerk: FakeClerk, url: str, direct_url: str, pooler: str) -> Iterato
 
 
 def use(service: Service, rounds: int) -> set[int]:
-    """Deliver events and call the API from 16 threads; return the status codes."""
+    """Deliver events and call the API from 16 threads; return the distinct status codes."""
 
     def run(_: int) -> set[int]:
         codes: set[int] = set()
@@ -72,12 +80,12 @@ def use(service: Service, rounds: int) -> set[int]:
             }
         return codes
 
-    with ThreadPoolExecutor(16) as pool:
-        return set().union(*pool.map(run, range(16)))
+    with ThreadPool(16) as pool:
+        return set().union(*pool.map(run, range(16), timeout=120))
 
 
 def limits_of(service: Service) -> tuple[str, str, str]:
-    """Return the limits under which a statement of ours runs on the server."""
+    """Return the settings on the server under which the service's statements run."""
     names = ("lock_timeout", "statement_timeout", "timezone")
     with service.app.extensions["clerkhooks"].store.database.connect() as connection:
         found = [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
@@ -85,7 +93,7 @@ def limits_of(service: Service) -> tuple[str, str, str]:
 
 
 def check_times(service: Service) -> None:
-    """Check that times are right although the database's zone is not UTC."""
+    """Check that times are correct although the database's time zone is not UTC."""
     user_id, now = clerk_id("user"), datetime.now(UTC)
     assert service.outcome(user_event(user_id, at=NOW_MS)) == "applied"
     last_seen = datetime.fromisoformat(service.call(user_id).get_json()["lastSeen"])
@@ -102,7 +110,7 @@ def check_times(service: Service) -> None:
 def test_works_in_session_mode(
     clerk: FakeClerk, empty_url: str, options: dict[str, str], pooler: str
 ) -> None:
-    """Limits are set after connecting, so PgBouncer's default configuration accepts us."""
+    """PgBouncer's default configuration accepts the service, and the limits apply."""
     with (
         pgbouncer(empty_url, "session", **options) as url,
         serving(clerk, url, empty_url, pooler) as service,
@@ -113,7 +121,7 @@ def test_works_in_session_mode(
 
 
 def test_works_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
-    """No statement depends on what an earlier one left on the server connection."""
+    """No statement depends on session state from an earlier one."""
     with (
         pgbouncer(empty_url, "transaction", default_pool_size="4") as url,
         serving(clerk, url, empty_url, "transaction") as service,
@@ -123,26 +131,23 @@ def test_works_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
         check_times(service)
 
 
-def test_leaves_nothing_on_server_connections_that_others_use(
-    clerk: FakeClerk, empty_url: str
-) -> None:
-    """In transaction mode, the next client finds no setting and no prepared statement of ours."""
+def test_leaves_no_state_on_server_connections(clerk: FakeClerk, empty_url: str) -> None:
+    """In transaction mode, the next client finds no setting, prepared statement or lock."""
     with (
         pgbouncer(empty_url, "transaction", default_pool_size="1") as url,
         serving(clerk, url, empty_url, "transaction") as service,
     ):
         assert use(service, rounds=1) == {200}
-        with psycopg.connect(url, prepare_threshold=None) as stranger:
-            left = stranger.execute(
+        with psycopg.connect(url, prepare_threshold=None) as other:
+            found = other.execute(
                 "SELECT current_setting('lock_timeout'), current_setting('statement_timeout'), "
-                "(SELECT count(*) FROM pg_prepared_statements), "
-                "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')"
+                f"(SELECT count(*) FROM pg_prepared_statements), ({ADVISORY_LOCKS})".encode()
             ).fetchone()
-    assert left == ("0", "0", 0, 0)
+    assert found == ("0", "0", 0, 0)
 
 
 def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
-    """A locked row fails a delivery after two seconds, and nothing stays waiting on the server."""
+    """A locked row fails a delivery after two seconds, and no statement keeps waiting."""
     user_id = clerk_id("user")
     with (
         pgbouncer(empty_url, "transaction") as url,
@@ -154,8 +159,7 @@ def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> N
         started_at = time.monotonic()
         assert service.deliver(user_event(user_id, at=NOW_MS + 1)).status_code == 500
         assert time.monotonic() - started_at < 3
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        assert service.rows(waiting) == [(0,)]
+        assert service.rows(WAITING_STATEMENTS) == [(0,)]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> N
 def test_lets_doctor_recognize_a_transaction_pooler(
     clerk: FakeClerk, empty_url: str, mode: str, named: str, found: bool
 ) -> None:
-    """Without the variable, doctor names it; the poolers' other cases are no finding."""
+    """Doctor asks for ``DATABASE_POOLER`` in transaction mode if it is not set."""
     migrate(empty_url, clerk)
     with pgbouncer(empty_url, mode) as url:
         values = clerk.environ | {"DATABASE_URL": url, "DATABASE_POOLER": named}
@@ -178,10 +182,10 @@ def test_lets_doctor_recognize_a_transaction_pooler(
     assert ("database_pooler_unnamed" in codes) is found
 
 
-def test_syncs_alone_through_a_transaction_pooler(
+def test_allows_one_sync_at_a_time_through_a_transaction_pooler(
     clerk: FakeClerk, empty_url: str, backend: Backend
 ) -> None:
-    """The lock of a run holds in the pooler, and is gone with the run."""
+    """The lock of a sync works through the pooler and is released when the sync ends."""
     user_id = backend.sign_up(at=1_700_000_000_000)
     with (
         pgbouncer(empty_url, "transaction") as url,
@@ -192,7 +196,7 @@ def test_syncs_alone_through_a_transaction_pooler(
             pass
         assert sync(service, backend)[0] == {"created": 1}
         assert service.user(user_id) is not None
-        assert service.rows("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+        assert service.rows(ADVISORY_LOCKS) == [(0,)]
 
 
 def test_keeps_its_tables_in_the_schema_of_its_role(clerk: FakeClerk, empty_url: str) -> None:
