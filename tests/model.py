@@ -1,5 +1,5 @@
 """
-A model of the service: generated histories of events, and the row that each must produce.
+A model of the service: generated histories of events, and the row each must produce.
 
 It shares no code with the service.
 """

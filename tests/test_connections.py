@@ -1,4 +1,4 @@
-"""The private engine's connections to PostgreSQL after a failover and on a forgetful network."""
+"""The private engine's PostgreSQL connections after a failover or a dropped NAT entry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=Tr
 
 
 def database_of(app: Flask) -> Database:
-    """Return the private engine's database."""
+    """Return the database of the private engine."""
     database: Database = app.extensions["clerkhooks"].store.database
     return database
 
@@ -39,7 +39,7 @@ def execute_on_each_connection(service: Service, statement: str, count: int) -> 
 
 
 def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> None:
-    """After a demotion one delivery fails, and the retry and all later ones succeed."""
+    """After a demotion, one delivery fails; its retry and all later deliveries succeed."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 4)
     message_id, user_id = clerk_id("msg"), clerk_id("user")
     answers = [service.deliver(user_event(user_id), message_id).status_code for _ in range(2)]
@@ -50,17 +50,17 @@ def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> N
 
 
 def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
-    """``/readyz`` says so once a session, and then gives that session up."""
+    """``/readyz`` is 503 once for each read-only session and closes the session."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 1)
     answers = [service.http.get("/readyz") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]
     assert answers[0].get_json()["reason"] == "database_read_only"
 
 
-def test_does_not_take_a_lagging_server_for_a_deletion(
+def test_does_not_mistake_replication_lag_for_a_deletion(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that exists but cannot be read is an error, not a user who was deleted."""
+    """A row that exists but cannot be read is an error, not a deleted user."""
     users: Any = service.app.extensions["clerkhooks"].users
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id)) == "applied"
@@ -69,7 +69,7 @@ def test_does_not_take_a_lagging_server_for_a_deletion(
 
 
 class ForgetfulNetwork:
-    """A TCP proxy in front of a database that can forget every connection without a word."""
+    """A TCP proxy that can silently drop its connections, as a NAT gateway does."""
 
     def __init__(self, host: str, port: int) -> None:
         path = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else None
@@ -82,18 +82,18 @@ class ForgetfulNetwork:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def forget(self) -> None:
-        """Pass on nothing more of the connections that are open now, and keep them open."""
+        """Discard all further data of the connections that are open now, without closing them."""
         self._forgotten.update(self._sockets)
 
     def close(self) -> None:
-        """Stop, and cut what is left."""
+        """Stop listening and close all connections, which ends the daemon threads."""
         for each in (self._listener, *self._sockets):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # until close()
             while True:
                 client, _ = self._listener.accept()
                 server = socket.socket(self._family)
@@ -112,20 +112,20 @@ class ForgetfulNetwork:
 
 @pytest.fixture
 def network(database_url: str) -> Iterator[ForgetfulNetwork]:
-    """A forgetful network in front of the database."""
+    """Run a forgetful network in front of the database."""
     with psycopg.connect(database_url) as connection:
         host, port = connection.info.host, connection.info.port
     with closing(ForgetfulNetwork(host, port)) as network:
         yield network
 
 
-def test_does_not_use_a_connection_that_a_network_has_forgotten(
+def test_does_not_use_a_connection_that_the_network_has_dropped(
     database_url: str,
     clerk: FakeClerk,
     network: ForgetfulNetwork,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A connection that was idle for longer than MAX_IDLE is replaced before it is used."""
+    """A connection that was idle for more than ``MAX_IDLE`` is replaced before it is used."""
     with psycopg.connect(database_url) as connection:
         user, name = connection.info.user, connection.info.dbname
     url = make_url("postgresql://127.0.0.1").set(port=network.port, username=user, database=name)
@@ -144,8 +144,8 @@ def test_does_not_use_a_connection_that_a_network_has_forgotten(
         disconnect(app)
 
 
-def test_sends_keepalives_before_networks_forget(service: Service) -> None:
-    """The kernel probes an idle connection twice a minute, and gives up on a dead peer in 4 s."""
+def test_sends_keepalives(service: Service) -> None:
+    """The kernel probes connections that are idle for 30 s and drops a dead peer after 4 s."""
     with database_of(service.app).connect() as connection:
         driver: Any = connection.connection.driver_connection
         options = dict(driver.info.get_parameters())

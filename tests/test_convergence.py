@@ -142,7 +142,7 @@ def test_ends_as_the_set_of_events_says(
     service: Service, pattern: str | None, history: History
 ) -> None:
     """
-    Rows, answers and log equal the model's for any order, repetition, call and pruned message.
+    Rows, answers and log equal the model's for any order of deliveries, calls and prunes.
 
     This holds with and without handlers.
     """

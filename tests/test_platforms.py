@@ -1,4 +1,4 @@
-"""The deployment files name variables, commands and paths that exist."""
+"""The variables, commands and paths in deployment files exist."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def variables_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [*FILES, "compose.yaml"])
 def test_sets_only_variables_that_are_read(name: str) -> None:
-    """A misspelt variable would silently be ignored."""
+    """Deployment files set no variable that is misspelt and would be ignored."""
     assert variables_of(name) - OF_POSTGRES <= set(VARIABLES)
 
 
@@ -77,12 +77,12 @@ def test_sets_only_variables_that_are_read(name: str) -> None:
     "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
 )
 def test_asks_for_the_secret(name: str) -> None:
-    """The one required variable is asked for. Railway's and Fly's files cannot ask."""
+    """The files ask for the required variable; Railway's and Fly's formats cannot."""
     assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
 
 
-def test_serves_and_migrates_by_the_same_commands_everywhere() -> None:
-    """Every platform runs what the Procfile runs; Heroku and Dokku read the Procfile itself."""
+def test_serves_and_migrates_with_the_same_commands_everywhere() -> None:
+    """Every platform runs the Procfile's commands; Heroku and Dokku read the Procfile."""
     release, web = PROCFILE["release"], PROCFILE["web"]
     assert load("fly.toml")["deploy"]["release_command"] == release
     assert load("fly.toml")["processes"] == {"web": web}
@@ -95,7 +95,7 @@ def test_serves_and_migrates_by_the_same_commands_everywhere() -> None:
 
 
 def test_runs_commands_that_exist() -> None:
-    """Scheduled jobs name commands of ours."""
+    """Scheduled jobs run commands of clerkhooks."""
     scheduled = [one["command"] for one in load("app.json")["cron"]]
     scheduled += [one["startCommand"] for one in load("render.yaml")["services"][1:]]
     for command in scheduled:
@@ -104,8 +104,8 @@ def test_runs_commands_that_exist() -> None:
         assert name in main.commands
 
 
-def test_checks_a_path_that_answers(clerk: FakeClerk, tmp_path: Path) -> None:
-    """Every health check asks for a route of the service."""
+def test_checks_health_at_existing_routes(clerk: FakeClerk, tmp_path: Path) -> None:
+    """Every health check requests a route of the service."""
     paths = {
         load("railway.json")["deploy"]["healthcheckPath"],
         load("render.yaml")["services"][0]["healthCheckPath"],
@@ -119,13 +119,13 @@ def test_checks_a_path_that_answers(clerk: FakeClerk, tmp_path: Path) -> None:
 
 
 def test_listens_on_the_port_that_fly_forwards_to() -> None:
-    """The port is named twice in Fly's file."""
+    """The two ports in Fly's file are equal."""
     fly = load("fly.toml")
     assert int(fly["env"]["PORT"]) == fly["http_service"]["internal_port"]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions of the Dockerfile."""
+    """Return the name and arguments of each instruction of the Dockerfile."""
     text = (PROJECT / "Dockerfile").read_text().replace("\\\n", " ")
     found = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     return [(name, rest) for name, rest in found]
@@ -147,8 +147,8 @@ def running(command: list[str], root: Path, variables: dict[str, str]) -> Iterat
 
 
 @pytest.mark.parametrize("missing", ["gunicorn", "gevent"])
-def test_serve_says_that_the_server_is_missing(missing: str) -> None:
-    """``serve`` names the command that installs gunicorn and gevent, and changes nothing."""
+def test_serve_reports_a_missing_server(missing: str) -> None:
+    """``serve`` prints the command that installs gunicorn and gevent, and migrates nothing."""
     code = (
         f"import sys; sys.modules[{missing!r}] = None; "
         "from clerkhooks.cli.main import main; main(['serve', '--migrate'])"
@@ -168,38 +168,25 @@ def test_serve_says_that_the_server_is_missing(missing: str) -> None:
 
 @pytest.mark.slow
 def test_builds_and_serves_as_the_dockerfile_says(clerk: FakeClerk, tmp_path: Path) -> None:
-    """Its steps, as plain commands in an empty directory, end in a healthy, migrated service."""
+    """The Dockerfile's steps, run in an empty directory, start a healthy, migrated service."""
     root = tmp_path / "app"
     root.mkdir()
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
     port = free_port()
     variables = environ(**clerk.environ)
     variables["PATH"] = f"{tmp_path}/venv/bin:{variables['PATH']}"
-    health = command = None
-    for name, rest in instructions():
-        match name:
-            case "COPY":
-                copy(rest.split()[0], root)
-            case "RUN":
-                without_user = re.sub(r"useradd .*? && |&& chown .*", "", rest)
-                subprocess.run(
-                    without_user, shell=True, cwd=root, env=variables, check=True, timeout=300
-                )
-            case "ENV":
-                key, _, value = rest.partition("=")
-                variables[key] = value
-            case "HEALTHCHECK":
-                health = json.loads(rest.partition("CMD ")[2])
-            case "CMD":
-                command = json.loads(rest)
-            case _:
-                assert name in ("FROM", "WORKDIR", "USER", "EXPOSE", "VOLUME")
-    assert health
-    assert command
+    build(root, variables)
+    named = dict(instructions())
+    health, command = (
+        json.loads(named["HEALTHCHECK"].partition("CMD ")[2]),
+        json.loads(named["CMD"]),
+    )
     variables["PORT"] = str(port)
     with running(command, root, variables):
         deadline = time.monotonic() + 60
-        while subprocess.run(health, cwd=root, env=variables, stderr=subprocess.DEVNULL).returncode:
+        while subprocess.run(
+            health, cwd=root, env=variables, stderr=subprocess.DEVNULL, timeout=30
+        ).returncode:
             assert time.monotonic() < deadline, (root / "log").read_text()
             time.sleep(0.2)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
@@ -208,8 +195,26 @@ def test_builds_and_serves_as_the_dockerfile_says(clerk: FakeClerk, tmp_path: Pa
     assert not (root / "tests").exists()
 
 
+def build(root: Path, variables: dict[str, str]) -> None:
+    """Run the Dockerfile's build steps in *root*; add its ENV to *variables*."""
+    for name, rest in instructions():
+        if name == "COPY":
+            copy(rest.split()[0], root)
+        elif name == "RUN":
+            without_user = re.sub(r"useradd .*? && |&& chown .*", "", rest)
+            subprocess.run(
+                without_user, shell=True, cwd=root, env=variables, check=True, timeout=300
+            )
+        elif name == "ENV":
+            key, _, value = rest.partition("=")
+            variables[key] = value
+        else:
+            known = ("FROM", "WORKDIR", "USER", "EXPOSE", "VOLUME", "HEALTHCHECK", "CMD")
+            assert name in known, name
+
+
 def copy(source: str, root: Path) -> None:
-    """Copy a file, or the build context without what .dockerignore names."""
+    """Copy a file, or the build context without the entries of .dockerignore."""
     if source != ".":
         shutil.copy(PROJECT / source, root)
         return
@@ -224,14 +229,14 @@ def copy(source: str, root: Path) -> None:
 
 
 def test_does_not_run_as_root() -> None:
-    """The image's server has a user without a home and without a password."""
+    """The image's server runs as a system user."""
     named = dict(instructions())
     assert named["USER"] == "clerkhooks"
     assert "useradd --system" in (PROJECT / "Dockerfile").read_text()
 
 
-def test_shell_words_of_the_healthcheck_survive() -> None:
-    """The check reads PORT, which platforms set."""
+def test_checks_health_at_the_configured_port() -> None:
+    """The image's health check reads ``PORT``, which platforms set."""
     named = dict(instructions())
     command = json.loads(named["HEALTHCHECK"].partition("CMD ")[2])
     assert shlex.join(command).count("PORT") == 1
@@ -239,7 +244,7 @@ def test_shell_words_of_the_healthcheck_survive() -> None:
 
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands by which this process would have been replaced."""
+    """Record the commands that would have replaced this process."""
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _path, command: commands.append(command[1:]))
     return commands
@@ -248,7 +253,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_serve_migrates_and_becomes_gunicorn(
     clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:
-    """Further arguments are gunicorn's."""
+    """``serve --migrate`` migrates and executes gunicorn with the remaining arguments."""
     monkeypatch.chdir(PROJECT)
     url = f"sqlite:///{tmp_path}/served.db"
     for name, value in (clerk.environ | {"DATABASE_URL": url}).items():
@@ -264,7 +269,7 @@ def test_serve_migrates_and_becomes_gunicorn(
 def test_serve_needs_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:
-    """An installed package has no wsgi.py to serve."""
+    """``serve`` fails in an installed package, which has no wsgi.py."""
     monkeypatch.setattr("clerkhooks.cli.serve.PROJECT", tmp_path)
     result = CliRunner().invoke(main, ["serve"])
     assert (result.exit_code, executed) == (1, [])

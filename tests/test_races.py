@@ -174,7 +174,7 @@ def test_waits_for_the_row_of_an_uncommitted_first_call(
         blocked(service, delivery(service, body_of(user_id))) as delivered,
     ):
         commit()
-    assert outcomes([delivered.result()]) == ["applied"]
+    assert outcomes([delivered.result(TIMEOUT)]) == ["applied"]
     assert service.user(user_id, PROFILE) == row
     assert service.call(user_id).status_code == status
 
@@ -189,7 +189,8 @@ def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
         blocked(service, call(service, other_id)) as called,
     ):
         commit()
-    assert [answer.get_json()["name"] for answer in (*answers, called.result())] == ["New User"] * 3
+    answers.append(called.result(TIMEOUT))
+    assert [answer.get_json()["name"] for answer in answers] == ["New User"] * 3
     assert answers[0].get_json() == answers[1].get_json()
 
 

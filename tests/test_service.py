@@ -1,4 +1,4 @@
-"""What only the service does: it refuses to start where its SQLite file could not be written."""
+"""The service refuses to start if its SQLite file cannot be written."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clerkhooks.settings import DEFAULT_DATABASE_URL
 
 
 def make_app(instance: Path) -> Flask:
-    """Return an application whose instance folder is *instance*."""
+    """Create an application with the instance folder *instance*."""
     return Flask("clerkhooks", instance_path=str(instance))
 
 
 def test_creates_the_instance_folder(tmp_path: Path) -> None:
-    """The default needs no preparation."""
+    """The default SQLite file needs no preparation."""
     _check_sqlite_folder(make_app(tmp_path / "a" / "instance"), make_url(DEFAULT_DATABASE_URL))
     assert (tmp_path / "a" / "instance").is_dir()
 
@@ -27,23 +27,23 @@ def test_creates_the_instance_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["postgresql://db.example.com/name", "sqlite:///file:x.db?uri=true"]
 )
-def test_does_not_look_at_other_databases(tmp_path: Path, url: str) -> None:
-    """A PostgreSQL has no folder, and a ``file:`` URI says for itself what it may do."""
+def test_does_not_check_other_databases(tmp_path: Path, url: str) -> None:
+    """PostgreSQL has no folder, and a ``file:`` URI is not checked."""
     _check_sqlite_folder(make_app(tmp_path / "instance"), make_url(url))
     assert not (tmp_path / "instance").exists()
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         (DEFAULT_DATABASE_URL, "is not set, and its default is a SQLite file"),
         ("sqlite:///other.db", "is a SQLite file"),
         ("sqlite:////proc/nowhere/x.db", "is a SQLite file in /proc/nowhere"),
     ],
 )
-def test_refuses_a_folder_that_cannot_be_written(tmp_path: Path, url: str, said: str) -> None:
-    """A checkout that belongs to another user is one message, not a traceback at each request."""
+def test_refuses_a_folder_that_cannot_be_written(tmp_path: Path, url: str, message: str) -> None:
+    """The error names the variable and suggests PostgreSQL; no request has to fail first."""
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=f"DATABASE_URL {said}") as raised:
+    with pytest.raises(SettingsError, match=f"DATABASE_URL {message}") as raised:
         _check_sqlite_folder(make_app(tmp_path / "file" / "instance"), make_url(url))
     assert "PostgreSQL" in str(raised.value)

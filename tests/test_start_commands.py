@@ -1,4 +1,4 @@
-"""The service under the commands that people start it with, and behind nginx."""
+"""The service under common start commands, and behind nginx."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 @contextmanager
 def started(command: list[str], log: Path, variables: dict[str, str]) -> Iterator[None]:
-    """Run *command* in a session of its own until the block ends."""
+    """Run *command* in a new session until the block ends."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=variables, stdout=out, stderr=out, start_new_session=True
@@ -72,7 +72,7 @@ Connect = Callable[[], http.client.HTTPConnection]
 def ask(
     connect: Connect, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> int:
-    """Send one request and return the status; 0 if nothing answers."""
+    """Send one request and return the status, or 0 if there is no answer."""
     with closing(connect()) as connection, suppress(OSError, http.client.HTTPException):
         connection.request("POST" if body else "GET", path, body, headers or {})
         response = connection.getresponse()
@@ -84,7 +84,7 @@ def ask(
 def check(
     connect: Connect, clerk: FakeClerk, database_url: str, log: Path, prefix: str = ""
 ) -> None:
-    """Wait until the service is ready; deliver an event, large ones too, and call the API."""
+    """Wait until the service is ready, deliver a small and a large event, and call the API."""
     deadline = time.monotonic() + TIMEOUT
     while ask(connect, f"{prefix}/readyz") != 200:
         assert time.monotonic() < deadline, log.read_text()
@@ -112,7 +112,7 @@ def variables_for(clerk: FakeClerk, database_url: str, port: int) -> dict[str, s
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_serves(kind: str, database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """Each command serves on each database."""
+    """The service works under each command on each database, and logs no traceback."""
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", *COMMANDS[kind].format(port=port).split()]
     with started(command, log, variables_for(clerk, database_url, port)):
@@ -122,7 +122,7 @@ def test_serves(kind: str, database_url: str, clerk: FakeClerk, tmp_path: Path) 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_binds_to_ipv6(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """``--bind [::1]:8000`` replaces the default."""
+    """``--bind`` with an IPv6 address replaces the default."""
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "gunicorn", "--bind", f"[::1]:{port}", "wsgi:app"]
     with started(command, log, variables_for(clerk, database_url, port)):
@@ -133,8 +133,8 @@ def test_binds_to_ipv6(database_url: str, clerk: FakeClerk, tmp_path: Path) -> N
 def test_binds_to_a_unix_socket_below_a_prefix(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """A reverse proxy may pass a path prefix in SCRIPT_NAME."""
-    with tempfile.TemporaryDirectory() as folder:  # a socket's path has at most 107 bytes
+    """The service works on a Unix socket with the path prefix in ``SCRIPT_NAME``."""
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path is limited to 107 bytes
         path, log = Path(folder) / "socket", tmp_path / "log"
         command = [sys.executable, "-m", "gunicorn", "--bind", f"unix:{path}", "wsgi:app"]
         variables = variables_for(clerk, database_url, 1) | {"SCRIPT_NAME": "/users"}
@@ -147,7 +147,7 @@ def test_binds_to_a_unix_socket_below_a_prefix(
 def test_serves_behind_nginx(
     database_url: str, clerk: FakeClerk, tmp_path: Path, buffering: str
 ) -> None:
-    """Nginx passes bodies on whole, or as they arrive, over kept connections."""
+    """Nginx forwards bodies, buffered or as they arrive, over persistent connections."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         if os.environ.get("REQUIRE_NGINX"):

@@ -1,5 +1,7 @@
 """
-Compare the verification of a session token: ``python -m tests.benchmarks.session_tokens``.
+Compare ways to verify a session token.
+
+    python -m tests.benchmarks.session_tokens
 
 Clerk's own SDK is included if it is installed: ``pip install clerk-backend-api``. It is not in any
 extra. The rounds of all rows are interleaved, so a busy machine slows them equally. The figures are
