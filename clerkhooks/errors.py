@@ -1,8 +1,8 @@
 """
 The exceptions, grouped by what the caller can do about them.
 
-Each carries a ``reason``: a stable snake_case code that tests, logs and clients may rely on.
-None carries what a stranger sent, a secret or profile data, so that all of them may be logged.
+Each has a ``reason``: a stable snake_case code for tests, logs and clients. None contains input,
+secrets or profile data, so all of them may be logged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 
 
 class ClerkhooksError(Exception):
-    """The base of all that clerkhooks raises on purpose."""
+    """The base class of clerkhooks' own exceptions."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -24,34 +24,34 @@ class ClerkhooksError(Exception):
 
 
 class RequestError(ClerkhooksError):
-    """The base of all that is answered to a client, in ``web/problems.py``."""
+    """The base class of errors that ``web/problems.py`` turns into responses."""
 
 
 class SignatureError(RequestError):
-    """A webhook that is not proven to come from Clerk: answered 401."""
+    """The webhook's signature does not verify: 401."""
 
 
 class EventError(RequestError):
-    """A verified webhook that is not an event: answered 400, so that Svix goes on retrying."""
+    """A verified webhook is not an event: 400, so Svix retries it."""
 
 
 class Unauthenticated(RequestError):
-    """A request without a valid session: answered 401."""
+    """The request has no valid session: 401."""
 
 
 class BadRequest(RequestError):
-    """A request whose body is not what the route expects: answered 400."""
+    """The request body is not valid: 400."""
 
 
 class BodyTooLarge(RequestError):
-    """A request body of more than 1 MiB: answered 413."""
+    """The request body is over 1 MiB: 413."""
 
 
 class Forbidden(RequestError):
     """
-    A valid session that is not sufficient: answered 403.
+    The session is valid, but not sufficient: 403.
 
-    *reverification* is the level that was asked for, if verifying the factors again would help.
+    *reverification* is the required level if the user can reach it by verifying factors again.
     """
 
     def __init__(self, reason: str, reverification: object = None) -> None:
@@ -60,7 +60,7 @@ class Forbidden(RequestError):
 
 
 class KeysUnavailable(RequestError):
-    """No key to verify a session token with: answered 503. *retry_after* is in seconds."""
+    """No key is available to verify a session token: 503. *retry_after* is in seconds."""
 
     def __init__(self, reason: str, retry_after: int) -> None:
         super().__init__(reason)
@@ -69,7 +69,7 @@ class KeysUnavailable(RequestError):
 
 class BackendApiError(ClerkhooksError):
     """
-    Clerk's Backend API failed. The text says what happened and what to do, and quotes nothing.
+    Clerk's Backend API failed. The text quotes neither the request nor the answer.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
     ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.
@@ -88,15 +88,16 @@ PROXY_REMEDY = (
     "NO_PROXY, separate the hosts by commas."
 )
 _BACKEND_API_REMEDIES = {
-    "secret_key_refused": "CLERK_SECRET_KEY is not of this instance, or was revoked: "
-    "Clerk Dashboard, API keys, Secret keys. Look at CLERK_API_URL as well, if it is set.",
-    "secret_key_forbidden": "CLERK_SECRET_KEY may not read users, or something in between forbids it: "
-    "Clerk Dashboard, API keys, Secret keys; then proxies and firewalls.",
-    "rate_limited": "Something else uses up what Clerk allows the instance: 1,000 requests in 10 s in production, 100 in development. "
-    "Try again later, when that is over.",
-    "api_unreachable": "Look at https://status.clerk.com, at the network from here and, if it is set, at CLERK_API_URL; then try again.",
-    "answer_unusable": "That is not how Clerk answers. Leave CLERK_API_URL unset for https://api.clerk.com, "
-    "and look for a proxy that answers in its stead.",
+    "secret_key_refused": "CLERK_SECRET_KEY is not of this instance, or was revoked. See "
+    "Clerk Dashboard, API keys, Secret keys. If CLERK_API_URL is set, check it too.",
+    "secret_key_forbidden": "CLERK_SECRET_KEY may not read users, or a proxy or firewall "
+    "forbids it. See Clerk Dashboard, API keys, Secret keys.",
+    "rate_limited": "Other programs use up the instance's rate limit: 1,000 requests in 10 s "
+    "in production, 100 in development. Try again later.",
+    "api_unreachable": "Check https://status.clerk.com, this machine's network, and "
+    "CLERK_API_URL if it is set. Then try again.",
+    "answer_unusable": "That is not how Clerk answers. Leave CLERK_API_URL unset to use "
+    "https://api.clerk.com, and check for a proxy that answers instead of Clerk.",
     "proxy_invalid": PROXY_REMEDY,
 }
 
@@ -118,7 +119,7 @@ class ProxyUrlError(ClerkhooksError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One wrong variable: what is wrong with it, never its value, and where the right one is to be found."""
+    """A variable, what is wrong with it, and where to find its value. Never quotes the value."""
 
     variable: str
     problem: str
@@ -151,16 +152,15 @@ class SettingsError(ClerkhooksError, click.ClickException):
 
 
 def describe(error: BaseException) -> str:
-    """Class and SQLSTATE of *error*. Never its text: a database's message quotes the row that it refused."""
+    """Return the class and SQLSTATE of *error*, without its text, which may quote a row."""
     cause = getattr(error, "orig", None)
     sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
     return f"{type(error).__name__} {sqlstate}" if sqlstate else type(error).__name__
 
 
 def frames(error: BaseException) -> list[str]:
-    """The places that *error* came through, each by the last two parts of its file, its line and its function."""
-    summary = traceback.extract_tb(error.__traceback__)
+    """Return the traceback of *error*: the end of each file's path, the line and the function."""
     return [
         f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
-        for frame in summary
+        for frame in traceback.extract_tb(error.__traceback__)
     ]

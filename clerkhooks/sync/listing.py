@@ -18,13 +18,13 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
     Yield all users that exist now, each once, oldest first, page by page.
 
     The cursor is the time of creation. With an offset, each sign-up or deletion during the run
-    would shift the following pages, and a user would be read twice or never. Clerk does not document
-    whether the bound is inclusive, so pages overlap by a millisecond and repeated users are skipped.
-    Users of the same millisecond are read by an offset, which advances by half a page, so that half
-    a page of them may be deleted meanwhile.
+    would shift the following pages, and a user would be read twice or never. Clerk does not say
+    whether the bound is inclusive, so pages overlap by a millisecond and known users are skipped.
+    Users of the same millisecond are read by an offset. It advances by half a page, so half a page
+    of them may be deleted meanwhile.
 
-    Users who sign up during the run are not read, so that the run ends. A short page is not taken
-    for the end, because Clerk answers with fewer users if it does not accept the limit.
+    Users who sign up during the run are not read, so the run ends. A short page is not the end:
+    Clerk returns fewer users if it does not accept the limit.
 
     Raises:
         BackendApiError: pages repeat, for instance because a proxy drops the query.
