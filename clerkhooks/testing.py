@@ -1,25 +1,24 @@
 """
-A pytest plugin: users sign up, events arrive and callers sign in, all signed for real.
+A pytest plugin: users sign up, events arrive and callers sign in, with real signatures.
 
-Put ``pytest_plugins = ["clerkhooks.testing"]`` into the topmost conftest.py, and tell the plugin how to
-make the application under test::
+Put ``pytest_plugins = ["clerkhooks.testing"]`` into the topmost conftest.py, and override the
+fixture that creates the application under test::
 
     @pytest.fixture
     def clerkhooks_app(clerkhooks_config):
         return create_app(clerkhooks_config)
 
-Nothing is patched: events and tokens are signed with keys that the tests hold, and verified by the
-code that verifies them in production.
+Nothing is patched: the tests hold the keys that sign events and tokens, and the application
+verifies them as in production.
 
-PYTEST_DONT_REWRITE: a conftest.py may import from here, for its types, before pytest loads the
-plugin.
+PYTEST_DONT_REWRITE: a conftest.py may import types from here before pytest loads the plugin.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,20 @@ _SCOPES = {"org": "o", "user": "u"}
 
 @pytest.fixture(scope="session")
 def clerk() -> FakeClerk:
-    """A Clerk instance whose keys the tests hold; one for the session, since keys are slow to make."""
+    """Return a Clerk instance whose keys the tests hold. Keys are slow to make, so all share it."""
     return FakeClerk()
 
 
 @pytest.fixture
 def clerkhooks_config(clerk: FakeClerk, tmp_path: Path) -> dict[str, Any]:
-    """Configuration that trusts ``clerk``, with a SQLite file of the test's own."""
+    """Return a configuration that trusts ``clerk``, with a separate SQLite file for each test."""
     url = f"sqlite:///{tmp_path / 'clerkhooks.db'}"
     return {**clerk.environ, "DATABASE_URL": url, "SQLALCHEMY_DATABASE_URI": url, "TESTING": True}
 
 
 @pytest.fixture
 def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
-    """The application under test: the service. Override it with your own factory."""
+    """Return the application under test: the service. Override it with your own factory."""
     from clerkhooks import create_app
 
     return create_app(clerkhooks_config)
@@ -59,34 +58,19 @@ def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
 
 @pytest.fixture
 def clerk_service(clerkhooks_app: Flask, clerk: FakeClerk) -> Iterator[ClerkService]:
-    """The application as Clerk and signed-in users see it. Missing tables are created."""
+    """Return the application as Clerk and signed-in users see it. Create missing tables."""
     with clerkhooks_app.app_context():
         clerkhooks_app.extensions["sqlalchemy"].create_all()
     yield ClerkService(clerkhooks_app, clerk)
     disconnect(clerkhooks_app)
 
 
-class SignedInClient(FlaskClient):
-    """A test client whose every request carries a session token made for it; an Authorization of the request's own wins."""
-
-    def __init__(self, app: Flask, new_token: Callable[[], str]) -> None:
-        super().__init__(app, app.response_class)
-        self._new_token = new_token
-
-    def open(
-        self, *args: Any, buffered: bool = False, follow_redirects: bool = False, **kwargs: Any
-    ) -> TestResponse:
-        """Send the request, signed in."""
-        self.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {self._new_token()}"
-        return super().open(*args, buffered=buffered, follow_redirects=follow_redirects, **kwargs)
-
-
 class ClerkService:
     """
     An application in this process, and the Clerk instance that it trusts.
 
-    ``organization_id`` is the organization of every token that has a role, permissions or the like
-    and names no other.
+    Tokens with a role, permissions or an organization's plan or feature are of the organization
+    ``organization_id``, unless they name another. ``http`` is the client of an anonymous caller.
     """
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
@@ -107,28 +91,21 @@ class ClerkService:
         **data: Any,
     ) -> str:
         """
-        Deliver the ``user.created`` of a new user and return the id; *data* replaces fields.
+        Deliver the ``user.created`` of a new user and return the id. *data* replaces fields.
 
         Raises:
-            AssertionError: if the service does not take it.
+            AssertionError: the application refuses the event.
         """
-        now = self._next_event()
-        whole = (
-            user_data(
-                clerk_id("user"),
-                email=email,
-                first_name=first_name,
-                last_name=last_name,
-                updated_at=now,
-            )
-            | data
+        user_id, now = data.pop("id", clerk_id("user")), self._next_event()
+        profile = {"email": email, "first_name": first_name, "last_name": last_name}
+        response = self.deliver(
+            "user.created", user_data(user_id, **profile, updated_at=now) | data
         )
-        response = self.deliver("user.created", whole)
         if response.status_code != 200:
             raise AssertionError(
                 f"user.created was answered {response.status_code}: {response.text}"
             )
-        return str(whole["id"])
+        return str(user_id)
 
     def deliver(
         self,
@@ -138,20 +115,19 @@ class ClerkService:
         timestamp: int | None = None,
     ) -> TestResponse:
         """
-        Deliver an event, signed, and give the answer.
+        Deliver a signed event and return the response.
 
-        It is newer than every event before it, unless *data* has an ``updated_at`` (milliseconds)
-        that says otherwise. A retry has the same *message_id*; *timestamp* (seconds) is the
-        attempt's, and now by default.
+        It is newer than all earlier events, unless *data* has an older ``updated_at``
+        (milliseconds). A retry has the same *message_id*. *timestamp* (seconds) is the time of the
+        attempt, by default now.
         """
-        return self.deliver_body(
-            event_body(event_type, data, self._next_event()), message_id, timestamp
-        )
+        body = event_body(event_type, data, self._next_event())
+        return self.deliver_body(body, message_id, timestamp)
 
     def deliver_body(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> TestResponse:
-        """Deliver *body* whatever it holds, signed, and give the answer."""
+        """Sign and deliver *body*, which need not be an event, and return the response."""
         headers = self.clerk.headers(body, message_id, timestamp)
         return self.http.post(self._webhook_path, data=body, headers=headers)
 
@@ -167,18 +143,17 @@ class ClerkService:
         **claims: Any,
     ) -> str:
         """
-        A session token of *user_id*, as Clerk would make it (version 2).
+        Return a session token (version 2) of *user_id*, as Clerk would create it.
 
-        *role* is one such as ``org:admin``, *permissions* such as ``org:notes:delete``; plan and
-        feature may begin with ``org:`` or ``user:``, and are else the organization's if there is
-        one. *organization* is an id. *claims* are added as they are and win, such as ``fva=[0,
-        0]``; one given as None is left out. ``lifetime=`` is in seconds.
+        *role* is such as ``org:admin``, and *permissions* such as ``org:notes:delete``. *plan* and
+        *feature* may begin with ``org:`` or ``user:``; by default they are the organization's if
+        there is one. *organization* is an id. *claims* such as ``fva=[0, 0]`` are added unchanged
+        and replace others; a claim of None is omitted. ``lifetime=`` is in seconds.
+
+        Raises:
+            ValueError: Clerk would never put that permission, plan or feature into a token.
         """
-        if role or permissions or any(name and name.startswith("org:") for name in (plan, feature)):
-            organization = organization or self.organization_id
-        granted = session_claims(
-            organization, role=role, permissions=permissions, plan=plan, feature=feature
-        )
+        granted = self._grant(organization, role, permissions, plan, feature)
         return self.clerk.session_token(user_id, **granted | claims)
 
     def client(
@@ -192,22 +167,43 @@ class ClerkService:
         organization: str | None = None,
         **claims: Any,
     ) -> FlaskClient:
-        """A test client signed in as *user_id*, in one session, with a fresh ``token`` of these arguments for every request."""
-        claims = {"sid": clerk_id("sess")} | claims
+        """
+        Return a test client of the application that is signed in as *user_id*.
+
+        Each request gets a fresh token of the same session, created as by ``token``. A request with
+        an Authorization header keeps that.
+        """
+        granted = self._grant(organization, role, permissions, plan, feature)
         new_token = partial(
-            self.token,
-            user_id,
-            role=role,
-            permissions=permissions,
-            plan=plan,
-            feature=feature,
-            organization=organization,
+            self.clerk.session_token, user_id, **{"sid": clerk_id("sess")} | granted | claims
         )
-        return SignedInClient(self.app, partial(new_token, **claims))
+        client = self.app.test_client()
+        send = client.open
+
+        def send_signed_in(*args: Any, **kwargs: Any) -> TestResponse:
+            client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {new_token()}"
+            return send(*args, **kwargs)
+
+        client.open = send_signed_in  # type: ignore[method-assign]  # of any test_client_class
+        return client
+
+    def _grant(
+        self,
+        organization: str | None,
+        role: str | None,
+        permissions: Sequence[str],
+        plan: str | None,
+        feature: str | None,
+    ) -> dict[str, Any]:
+        """Return the claims of a token; what only an organization has needs one."""
+        if role or permissions or any(name and name.startswith("org:") for name in (plan, feature)):
+            organization = organization or self.organization_id
+        return session_claims(
+            organization, role=role, permissions=permissions, plan=plan, feature=feature
+        )
 
     def _next_event(self) -> int:
-        # Two events of one millisecond would be ordered by their random ids, and a test would fail
-        # once in a while.
+        # Events of the same millisecond would be ordered by their random ids.
         self._last_event = max(self._last_event + 1, int(time.time() * 1000))
         return self._last_event
 
@@ -221,59 +217,59 @@ def session_claims(
     feature: str | None = None,
 ) -> dict[str, Any]:
     """
-    The claims of a member of *organization*, or of a user on their own where it is None.
+    Return the claims of a member of *organization*, or of a user without an organization.
 
     Raises:
-        ValueError: for a permission, a plan or a feature that no token of Clerk's could carry.
+        ValueError: Clerk would never put that permission, plan or feature into a token.
 
     Source: Clerk, "Session tokens", default claims, version 2.
     """
     granted = [_parse_permission(permission) for permission in permissions]
     default = "o" if organization else "u"
-    listed = [_scoped(feature, default)] if feature else []
-    features = list(dict.fromkeys([f"o:{name}" for name, _ in granted] + listed))
+    named = [_add_scope(feature, default)] if feature else []
+    features = list(dict.fromkeys([f"o:{name}" for name, _ in granted] + named))
     claims: dict[str, Any] = {
         "fea": ",".join(features) or None,
-        "pla": _scoped(plan, default) if plan else None,
+        "pla": _add_scope(plan, default) if plan else None,
     }
-    if organization:
-        name = (role or "org:member").removeprefix("org:")
-        claims["o"] = {
-            "id": organization,
-            "rol": name,
-            "slg": organization.removeprefix("org_").lower(),
-        }
-        actions = list(dict.fromkeys(action for _, action in granted))
-        # A number for each feature of the organization, in the order of fea, whose bits index per.
-        packed = [
-            sum(1 << at for at, action in enumerate(actions) if (name[2:], action) in granted)
-            for name in features
-            if name[0] == "o"
-        ]
-        claims["o"] |= (
-            {"per": ",".join(actions), "fpm": ",".join(map(str, packed))} if packed else {}
-        )
+    if not organization:
+        return claims
+    claims["o"] = {
+        "id": organization,
+        "rol": (role or "org:member").removeprefix("org:"),
+        "slg": organization.removeprefix("org_").lower(),
+    }
+    actions = list(dict.fromkeys(action for _, action in granted))
+    # A number for each feature of the organization, in the order of fea, whose bits index per.
+    packed = [
+        sum(1 << at for at, action in enumerate(actions) if (name[2:], action) in granted)
+        for name in features
+        if name.startswith("o:")
+    ]
+    if packed:
+        claims["o"] |= {"per": ",".join(actions), "fpm": ",".join(map(str, packed))}
     return claims
 
 
 def _parse_permission(permission: str) -> tuple[str, str]:
-    """Feature and action."""
+    """Return the feature and the action."""
     found = _PERMISSION.fullmatch(permission)
     if found is None:
         raise ValueError(
-            f"A permission is org:feature:action, such as org:notes:delete; not {permission!r}."
+            f"A permission is org:feature:action, such as org:notes:delete, not {permission!r}."
         )
     if found[1].startswith("sys_"):
         raise ValueError(
-            f"Clerk puts no system permission into a session token, so {permission} would always be denied. Define your own."
+            f"Session tokens never contain system permissions, so {permission} would always be "
+            "denied. Define your own permission."
         )
     return found[1], found[2]
 
 
-def _scoped(name: str, default: str) -> str:
+def _add_scope(name: str, default: str) -> str:
     scope, colon, rest = name.partition(":")
     if colon and scope not in _SCOPES:
         raise ValueError(
-            f"A plan or a feature is a name, or one that begins with org: or user:; not {name!r}."
+            f"A plan or feature is a name, or begins with org: or user:, not {name!r}."
         )
     return f"{_SCOPES[scope]}:{rest}" if colon else f"{default}:{name}"

@@ -128,6 +128,30 @@ def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkServi
     assert len({session for session, _ in seen}) == 2
 
 
+class CountingClient(FlaskClient):
+    """A test client of an application's own, which counts its requests."""
+
+    count = 0
+
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        """Count the request, and send it."""
+        self.count += 1
+        return super().open(*args, **kwargs)
+
+
+def test_signs_in_with_the_applications_own_client(
+    clerk_service: ClerkService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client is one of ``app.test_client_class``, with its methods."""
+    monkeypatch.setattr(clerk_service.app, "test_client_class", CountingClient)
+    client = clerk_service.client("user_1")
+    assert isinstance(client, CountingClient)
+    with client:
+        assert client.get("/api/me").get_json()["id"] == "user_1"
+    assert client.put("/api/me/presence", json={"isOnline": True}).status_code == 200
+    assert client.count == 2
+
+
 def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService) -> None:
     """A header of the test's own wins over the client's."""
     response = clerk_service.client("user_1").get("/api/me", headers={"Authorization": "Bearer x"})
