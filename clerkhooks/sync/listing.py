@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
-from typing import Any, TypeVar
+from typing import Any
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import is_user_id, milliseconds
 from clerkhooks.errors import BackendApiError
-
-T = TypeVar("T")
 
 
 def read_all(api: BackendApi) -> Iterator[list[Any]]:
@@ -51,15 +48,6 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
             yield new
         if min(times.values()) > bound:
             return
-
-
-def prefetch(pages: Iterator[T]) -> Iterator[T]:
-    """Yield the same pages, and fetch the next one while the caller works on one."""
-    with ThreadPool(1) as pool:
-        following = pool.apply_async(next, (pages, None))
-        while (page := following.get()) is not None:
-            following = pool.apply_async(next, (pages, None))
-            yield page
 
 
 def id_of(data: Any) -> str | None:

@@ -24,7 +24,7 @@ from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.store.statements import profile_columns
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
-from clerkhooks.sync.listing import id_of, prefetch, read_all
+from clerkhooks.sync.listing import id_of, read_all
 
 T = TypeVar("T")
 # The Backend API may not know a user yet whose first call has just created the row.
@@ -69,7 +69,7 @@ class Reconciliation:
         """Sync all users of Clerk, then all users that exist only here."""
         is_trusted = self._knows_instance()
         advance = self.begin("users at Clerk", self.api.count_users())
-        for page in prefetch(read_all(self.api)):
+        for page in read_all(self.api):
             self._apply(page)
             advance(len(page))
         users = self.store.users
