@@ -13,6 +13,7 @@ from clerkhooks.cli.options import (
     command,
     database_failures,
     json_option,
+    limit_option,
     print_table,
     printable,
 )
@@ -29,13 +30,7 @@ MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "e
 @click.argument("search", required=False)
 @click.option("--deleted", is_flag=True, help="Only deleted users.")
 @click.option("--unsynced", is_flag=True, help="Only users whose row has no profile yet.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, 1000),
-    default=50,
-    show_default=True,
-    help="The maximum number of users.",
-)
+@limit_option
 @click.option(
     "--after",
     type=queries.Cursor.parse,
@@ -129,6 +124,8 @@ def _version(user: queries.UserReport) -> str:
     return f", as of {printable(user.as_of)} UTC{message}"
 
 
-clerk = AppGroup("clerk", help="Users and webhooks from Clerk.")
-for each in (sync, list_users, show_user, log, send, prune):
-    clerk.add_command(each)
+clerk = AppGroup(
+    "clerk",
+    help="Users and webhooks from Clerk.",
+    commands=[sync, list_users, show_user, log, send, prune],
+)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import click
 from flask import Flask
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import make_server
 
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.cli.demonstration import Demonstration
@@ -111,15 +111,11 @@ def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
     return app
 
 
-class _RequestHandler(WSGIRequestHandler):
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Log nothing: the service logs each request itself."""
-
-
 def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: str) -> None:
     """Print how to continue, and serve until a signal."""
     port, fd = listener.getsockname()[1], listener.fileno()
-    server = make_server(HOST, port, app, threaded=True, request_handler=_RequestHandler, fd=fd)
+    server = make_server(HOST, port, app, threaded=True, fd=fd)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the service logs each request itself
     until = time.strftime("%H:%M", time.localtime(time.time() + TOKEN_LIFETIME))
     with suppress(KeyboardInterrupt):
         click.secho(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)

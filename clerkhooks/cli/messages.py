@@ -15,6 +15,7 @@ from clerkhooks.cli.options import (
     as_object,
     database_failures,
     json_option,
+    limit_option,
     parse_age,
     parse_time,
     print_table,
@@ -53,13 +54,7 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
     metavar="TIME",
     help="Only messages received since then: 10m, 12h, 30d or 2026-01-31T08:00.",
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(1, 1000),
-    default=50,
-    show_default=True,
-    help="The maximum number of messages.",
-)
+@limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @with_appcontext

@@ -1,4 +1,8 @@
-"""Options, output and error messages that several commands share."""
+"""
+Options, output and error messages that several commands share.
+
+The functions ``parse_…`` are types of parameters: they raise BadParameter for a malformed value.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,13 @@ from clerkhooks.errors import describe
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 json_option: Callable[..., Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON."
+)
+limit_option: Callable[..., Any] = click.option(
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=50,
+    show_default=True,
+    help="The maximum number of rows.",
 )
 
 
@@ -57,12 +68,7 @@ def command(name: str) -> str:
 
 
 def parse_age(text: str) -> timedelta:
-    """
-    Return an age such as 90s, 10m, 12h, 30d or 8w.
-
-    Raises:
-        BadParameter: *text* is not an age.
-    """
+    """Return an age such as 90s, 10m, 12h, 30d or 8w."""
     found = re.fullmatch(r"([0-9]{1,4})([smhdw])", text)
     if found is None:
         raise click.BadParameter(f"{text!r} is not an age. Use a form such as 10m, 12h, 30d or 8w.")
@@ -79,12 +85,7 @@ def parse_time(text: str) -> datetime:
 
 
 def parse_user_id(text: str) -> str:
-    """
-    Return *text*.
-
-    Raises:
-        BadParameter: *text* is not a user id.
-    """
+    """Return the id of a Clerk user."""
     if not is_user_id(text):
         raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
     return text
