@@ -295,7 +295,7 @@ def test_answers_unexpected_errors_as_problems(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("hidden")
 
-    monkeypatch.setattr(queries, "read_user_page", fail)
+    monkeypatch.setattr(queries, "list_users", fail)
     with captured_lines(JsonFormatter()) as written:
         answer = console.get("/console/users")
     assert (answer.status_code, answer.get_json()["reason"]) == (500, "internal_error")
@@ -644,12 +644,12 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queries, "MAX_EXAMINED", searched)
         for _ in range(40):
-            page = queries.read_message_page(store, outcome=wanted, before=before, limit=limit)
+            page = queries.list_messages(store, outcome=wanted).read_page(limit, before)
             found += [message.message_id for message in page.rows]
             before = page.next and queries.Cursor.parse(str(page.next))
             if before is None:
                 break
-        latest = queries.find_messages(store, outcome=wanted, limit=3 * limit)
+        latest = queries.list_messages(store, outcome=wanted).read_all(3 * limit)
     assert found == expected
     assert [message.message_id for message in latest] == expected[: 3 * limit]
 
@@ -693,7 +693,7 @@ def test_reports_how_far_back_it_searched_users(
         answer = console.search("grace", after=following[1])
     assert oldest in answer.text
     store = find_store(console.service)
-    assert [user.id for user in queries.find_users(store, "grace")] == [oldest]
+    assert [user.id for user in queries.list_users(store, "grace").read_all(50)] == [oldest]
 
 
 def test_lists_each_message_once_while_others_arrive(
@@ -711,7 +711,7 @@ def test_lists_each_message_once_while_others_arrive(
 
     monkeypatch.setattr(store.database, "execute", execute_while_more_arrive)
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
-    messages = queries.find_messages(store, event_type="user.created")
+    messages = queries.list_messages(store, event_type="user.created").read_all(50)
     found = [message.message_id for message in messages]
     assert sorted(found) == ids
 

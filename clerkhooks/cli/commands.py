@@ -57,9 +57,8 @@ def list_users(
         raise click.UsageError("Use only one of --deleted and --unsynced.")
     with database_failures():
         store = current_state().store
-        found = queries.find_users(
-            store, search, deleted=deleted, unsynced=unsynced, before=after, limit=limit + 1
-        )
+        listing = queries.list_users(store, search, deleted=deleted, unsynced=unsynced)
+        found = listing.read_all(limit + 1, after)
     page, has_more = found[:limit], len(found) > limit
     following = str(page[-1].cursor) if has_more else None
     if as_json:
@@ -90,8 +89,8 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
     with database_failures():
         store = current_state().store
-        user = queries.find_user(store, user_id)
-        found = queries.find_messages(store, user_id=user_id, limit=10)
+        user = queries.list_users(store).find(user_id)
+        found = queries.list_messages(store, user_id=user_id).read_all(10)
     if as_json:
         whole = user and as_object(user) | {"source": user.source}
         messages = [as_object(message) for message in found]

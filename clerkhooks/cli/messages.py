@@ -22,7 +22,7 @@ from clerkhooks.cli.options import (
     printable,
 )
 from clerkhooks.events import Outcome
-from clerkhooks.store import Store, messages, queries
+from clerkhooks.store import messages, queries
 from clerkhooks.web.state import current_state
 
 Message = queries.MessageReport
@@ -72,32 +72,33 @@ def log(
 
     With --follow, a failed message is printed again after each retry.
     """
-    wanted: queries.Wanted = {
-        "outcome": "failed" if failed else None,
-        "user_id": user_id,
-        "event_type": event_type,
-    }
-    store = current_state().store
+    listing = queries.list_messages(
+        current_state().store,
+        since=since,
+        outcome=Outcome.FAILED if failed else None,
+        user_id=user_id,
+        event_type=event_type,
+    )
     with database_failures(), suppress(KeyboardInterrupt):
         began = datetime.now(UTC)
-        found = queries.find_messages(store, since=since, limit=limit, **wanted)[::-1]
+        found = listing.read_all(limit)[::-1]
         _print(found, as_json, with_names=True)
         if not found and not follow and not as_json:
             click.echo("No messages found.")
         if follow:
-            for new in _follow(store, began, found, wanted):
+            for new in _follow(listing, began, found):
                 _print(new, as_json, with_names=False)
 
 
 def _follow(
-    store: Store, since: datetime, shown: list[Message], wanted: queries.Wanted
+    listing: queries.Listing[Message], since: datetime, shown: list[Message]
 ) -> Iterator[list[Message]]:
     """Yield, about once a second, the messages that are new or were retried."""
     states = {message.message_id: _state(message) for message in shown}
     while True:
         looked = datetime.now(UTC)
         failed = [name for name, (outcome, _) in states.items() if outcome == Outcome.FAILED]
-        found = queries.find_new_messages(store, since - OVERLAP, failed, **wanted)
+        found = listing.read_new(since - OVERLAP, failed)
         yield [message for message in found if states.get(message.message_id) != _state(message)]
         states = {message.message_id: _state(message) for message in found}
         since = looked

@@ -90,21 +90,20 @@ def list_messages() -> Response:
     outcome, since = asked["outcome"], asked["since"]
     if (outcome or Outcome.FAILED) not in activity.STORED or (since or "1h") not in PERIODS:
         raise BadRequest("filter_malformed")
-    page = queries.read_message_page(
+    listing = queries.list_messages(
         current_state().store,
         outcome=outcome,
         event_type=asked["type"],
         user_id=asked["user"],
         since=datetime.now(UTC) - PERIODS[since] if since else None,
-        before=_parse_cursor(_read_argument("after")),
-        limit=PAGE,
     )
+    page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
     return _render("messages", page=page, asked=asked, outcomes=activity.STORED, periods=PERIODS)
 
 
 def show_message(message_id: str) -> Response:
     """Show a message and its outcome."""
-    message = queries.find_message(current_state().store, message_id)
+    message = queries.list_messages(current_state().store).find(message_id)
     return _render("message", message=message, message_id=message_id)
 
 
@@ -115,13 +114,10 @@ def list_users() -> Response:
     shown = _read_argument("show") or "all"
     if shown not in SHOWN:
         raise BadRequest("filter_malformed")
-    page = queries.read_user_page(
-        current_state().store,
-        deleted=shown == "deleted",
-        unsynced=shown == "unfilled",
-        before=_parse_cursor(_read_argument("after")),
-        limit=PAGE,
+    listing = queries.list_users(
+        current_state().store, deleted=shown == "deleted", unsynced=shown == "unfilled"
     )
+    page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
     return _render("users", page=page, search=None, choices=SHOWN, shown=shown)
 
 
@@ -140,7 +136,7 @@ def _search_users() -> Response:
     if is_user_id(search):
         return _redirect(".show_user", user_id=search)
     store, before = current_state().store, _parse_cursor(after)
-    page = queries.read_user_page(store, search, before=before, limit=PAGE)
+    page = queries.list_users(store, search).read_page(PAGE, before)
     if len(page.rows) == 1 and not before and not page.next:
         return _redirect(".show_user", user_id=page.rows[0].id)
     return _render("users", page=page, search=search, choices=SHOWN, shown=None)
@@ -151,10 +147,10 @@ def show_user(user_id: str) -> Response:
     if not is_user_id(user_id):
         abort(404)
     store = current_state().store
-    user, winner = queries.find_user(store, user_id), None
-    messages = queries.read_message_page(store, user_id=user_id, limit=LATEST)
+    user, winner = queries.list_users(store).find(user_id), None
+    messages = queries.list_messages(store, user_id=user_id).read_page(LATEST)
     if user is not None and user.version_message_id:
-        winner = queries.find_message(store, user.version_message_id)
+        winner = queries.list_messages(store).find(user.version_message_id)
     return _render(
         "user",
         user=user,

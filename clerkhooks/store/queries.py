@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack
+from datetime import UTC, datetime
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
-from clerkhooks.store.reports import Cursor as Cursor
-from clerkhooks.store.reports import MessageReport as MessageReport
-from clerkhooks.store.reports import UserReport as UserReport
 
 MAX_EXAMINED = 100_000
 """The most rows that one statement reads. More could exceed the statement timeout."""
@@ -30,6 +27,91 @@ def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
     """Return the condition of a row that no event and no sync has filled in."""
     return sa.and_(users.c.version_updated_at.is_(None), is_live(users))
+
+
+class Cursor(NamedTuple):
+    """The end of a page that lists the newest rows first: the time and the key of its last row."""
+
+    at: datetime
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.at.isoformat()},{self.key}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """
+        Return the cursor that was printed as *text*.
+
+        Raises:
+            ValueError: *text* is not a cursor.
+        """
+        at, _, key = text.partition(",")
+        moment = datetime.fromisoformat(at)
+        aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        try:
+            return cls(aware.astimezone(UTC), key)
+        except OverflowError:
+            raise ValueError("The time is out of range.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class UserReport:
+    """A row of ``users``. The times of the version are in milliseconds."""
+
+    id: str
+    email: str | None
+    name: str
+    image_url: str | None
+    is_online: bool
+    last_seen: datetime
+    created_at: datetime
+    updated_at: datetime
+    deleted_at: datetime | None
+    version_updated_at: int | None
+    version_timestamp: int | None
+    version_message_id: str | None
+
+    @property
+    def cursor(self) -> Cursor:
+        """The cursor of a page that ends with this row."""
+        return Cursor(self.created_at, self.id)
+
+    @property
+    def as_of(self) -> datetime | None:
+        """The time of the row's version, or None if there is no version or it has no time."""
+        if self.version_updated_at is None or self.version_updated_at < 0:
+            return None
+        return datetime.fromtimestamp(self.version_updated_at / 1000, UTC)
+
+    @property
+    def source(self) -> str:
+        """The kind of event that the row's content comes from."""
+        if self.version_updated_at is None:
+            return "first call" if self.deleted_at is None else "user.deleted"
+        if self.deleted_at is not None:
+            return "not found by a sync"
+        return "webhook" if self.version_message_id else "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReport:
+    """A row of ``webhook_messages``."""
+
+    message_id: str
+    event_type: str
+    clerk_user_id: str | None
+    outcome: str
+    attempts: int
+    occurred_at: datetime | None
+    received_at: datetime
+    processed_at: datetime | None
+    error: str | None
+
+    @property
+    def cursor(self) -> Cursor:
+        """The cursor of a page that ends with this row."""
+        return Cursor(self.received_at, self.message_id)
 
 
 R = TypeVar("R", UserReport, MessageReport)
@@ -48,8 +130,12 @@ class Page(NamedTuple, Generic[R]):
 
 
 @dataclass(frozen=True)
-class _Listing(Generic[R]):
-    """Rows of a table that meet *conditions*, which an index serves, and *filters*, all others."""
+class Listing(Generic[R]):
+    """
+    Rows of a table, newest first; made by ``list_users`` and ``list_messages``.
+
+    An index serves *conditions*, but not *filters*.
+    """
 
     store: Store
     report: type[R]
@@ -57,39 +143,48 @@ class _Listing(Generic[R]):
     conditions: Conditions
     filters: Conditions
 
-    def read_page(self, before: Cursor | None, limit: int) -> Page[R]:
-        """Return up to *limit* rows after *before*, newest first."""
+    def find(self, key: str) -> R | None:
+        """Return the row whose id is *key*."""
+        found = self._read(self._select().where(self.order[1] == key))
+        return found[0] if found else None
+
+    def read_page(self, limit: int, before: Cursor | None = None) -> Page[R]:
+        """Return up to *limit* rows after *before*."""
         at, key = self.order
-        query = self.select().where(*self.conditions).order_by(at.desc(), key.desc())
+        query = self._select().where(*self.conditions).order_by(at.desc(), key.desc())
         if before is not None:
             last = sa.literal(before.at, at.type), sa.literal(before.key, key.type)
             query = query.where(sa.tuple_(at, key) < sa.tuple_(*last))
         oldest = self._find_oldest(query) if self.filters else None
         if oldest is not None:
             query = query.where(at >= oldest)
-        rows = self.read(query.where(*self.filters).limit(limit + 1))
+        rows = self._read(query.where(*self.filters).limit(limit + 1))
         if len(rows) > limit:
             return Page(rows[:limit], rows[limit - 1].cursor)
         if oldest is not None:
             return Page(rows, Cursor(oldest, ""), is_cut=True)  # every key sorts after an empty one
         return Page(rows, None)
 
-    def read_all(self, before: Cursor | None, limit: int) -> list[R]:
-        """Return up to *limit* rows after *before*, newest first, from as many pages as needed."""
-        page = self.read_page(before, limit)
+    def read_all(self, limit: int, before: Cursor | None = None) -> list[R]:
+        """Return up to *limit* rows after *before*, from as many pages as needed."""
+        page = self.read_page(limit, before)
         found = page.rows
         while page.next is not None and len(found) < limit:
-            page = self.read_page(page.next, limit - len(found))
+            page = self.read_page(limit - len(found), page.next)
             found += page.rows
         return found
 
-    def select(self) -> sa.Select[Any]:
-        """Return a query of the report's columns."""
+    def read_new(self, since: datetime, watched: Sequence[str]) -> list[R]:
+        """Return all rows of *since* or later, or with an id in *watched*, oldest first."""
+        at, key = self.order
+        query = self._select().where(*self.conditions, *self.filters)
+        return self._read(query.where(sa.or_(at >= since, key.in_(watched))).order_by(at, key))
+
+    def _select(self) -> sa.Select[Any]:
         table = self.order[0].table
         return sa.select(*(table.c[name] for name in self.report.__dataclass_fields__))
 
-    def read(self, query: sa.Select[Any]) -> list[R]:
-        """Return the rows of *query* as reports."""
+    def _read(self, query: sa.Select[Any]) -> list[R]:
         return [self.report(**row._mapping) for row in self.store.database.execute(query)]
 
     def _find_oldest(self, query: sa.Select[Any]) -> datetime | None:
@@ -100,47 +195,15 @@ class _Listing(Generic[R]):
         return rows[0][0] if rows else None
 
 
-def find_user(store: Store, user_id: str) -> UserReport | None:
-    """Return the row of a user."""
-    listing = _list_users(store)
-    rows = listing.read(listing.select().where(store.users.c.id == user_id))
-    return rows[0] if rows else None
-
-
-def read_user_page(
-    store: Store,
-    search: str | None = None,
-    *,
-    deleted: bool = False,
-    unsynced: bool = False,
-    before: Cursor | None = None,
-    limit: int = 50,
-) -> Page[UserReport]:
+def list_users(
+    store: Store, search: str | None = None, *, deleted: bool = False, unsynced: bool = False
+) -> Listing[UserReport]:
     """
-    Return a page of users, newest first.
+    List users.
 
     *search* is an id, a whole email, or the beginning of the name or of the part after the first
     name. *deleted* selects tombstones, and *unsynced* rows that no event and no sync has filled in.
     """
-    return _list_users(store, search, deleted, unsynced).read_page(before, limit)
-
-
-def find_users(
-    store: Store,
-    search: str | None = None,
-    *,
-    deleted: bool = False,
-    unsynced: bool = False,
-    before: Cursor | None = None,
-    limit: int = 50,
-) -> list[UserReport]:
-    """Return up to *limit* users, selected as by ``read_user_page``, from the whole table."""
-    return _list_users(store, search, deleted, unsynced).read_all(before, limit)
-
-
-def _list_users(
-    store: Store, search: str | None = None, deleted: bool = False, unsynced: bool = False
-) -> _Listing[UserReport]:
     columns, text = store.users.c, (search or "").strip()
     conditions: Conditions = []
     filters: Conditions = []
@@ -155,7 +218,7 @@ def _list_users(
     elif text:
         filters.append(_has_name(store, text))
     order = (columns.created_at, columns.id)
-    return _Listing(store, UserReport, order, conditions, filters)
+    return Listing(store, UserReport, order, conditions, filters)
 
 
 def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
@@ -167,57 +230,15 @@ def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
     return sa.or_(*(sa.func.lower(each).like(beginning, escape="/") for each in names))
 
 
-class Wanted(TypedDict, total=False):
-    """The messages to list. A filter that is None or absent selects every message."""
-
-    outcome: str | None
-    user_id: str | None
-    event_type: str | None
-
-
-def find_message(store: Store, message_id: str) -> MessageReport | None:
-    """Return a message."""
-    listing = _list_messages(store)
-    rows = listing.read(listing.select().where(store.messages.c.message_id == message_id))
-    return rows[0] if rows else None
-
-
-def read_message_page(
+def list_messages(
     store: Store,
     *,
-    since: datetime | None = None,
-    before: Cursor | None = None,
-    limit: int = 50,
-    **wanted: Unpack[Wanted],
-) -> Page[MessageReport]:
-    """Return a page of messages, newest first, received at *since* or later."""
-    return _list_messages(store, since, **wanted).read_page(before, limit)
-
-
-def find_messages(
-    store: Store, *, since: datetime | None = None, limit: int = 50, **wanted: Unpack[Wanted]
-) -> list[MessageReport]:
-    """Return up to *limit* messages, received at *since* or later, from the whole log."""
-    return _list_messages(store, since, **wanted).read_all(None, limit)
-
-
-def find_new_messages(
-    store: Store, since: datetime, watched: Sequence[str], **wanted: Unpack[Wanted]
-) -> list[MessageReport]:
-    """Return messages received at *since* or later, or with an id in *watched*, oldest first."""
-    columns, listing = store.messages.c, _list_messages(store, **wanted)
-    recent = sa.or_(columns.received_at >= since, columns.message_id.in_(watched))
-    query = listing.select().where(recent, *listing.conditions, *listing.filters)
-    return listing.read(query.order_by(columns.received_at, columns.message_id))
-
-
-def _list_messages(
-    store: Store,
     since: datetime | None = None,
     outcome: str | None = None,
     user_id: str | None = None,
     event_type: str | None = None,
-) -> _Listing[MessageReport]:
+) -> Listing[MessageReport]:
+    """List messages, received at *since* or later. A filter that is None selects every message."""
     columns = store.messages.c
     conditions: Conditions = []
     filters: Conditions = []
@@ -232,4 +253,4 @@ def _list_messages(
     if event_type is not None:
         filters.append(columns.event_type == event_type)
     order = (columns.received_at, columns.message_id)
-    return _Listing(store, MessageReport, order, conditions, filters)
+    return Listing(store, MessageReport, order, conditions, filters)
