@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.store import batching
 from clerkhooks.store.batching import Batcher
 from tests.racing import TIMEOUT, call, delivery, eventually, on_statement, paused, paused_before
-from tests.support import NOW_MS, Service, deletion, rows, user_event
+from tests.support import NOW_MS, Service, ThreadPool, deletion, rows, user_event
 
 
 class Work:
@@ -79,7 +79,7 @@ def called_together(
     Then release the first call.
     """
     wait_for_callers = count_callers(batcher)
-    with ThreadPoolExecutor(len(items) + 1) as pool:
+    with ThreadPool(len(items) + 1) as pool:
         answers = [pool.submit(batcher, "first")]
         try:
             assert work.began.wait(TIMEOUT)
@@ -92,12 +92,12 @@ def called_together(
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable batches beside one that is slow."""
+def no_overtaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a batch wait for the previous one until the test releases it."""
     monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
 
 
-pytestmark = pytest.mark.usefixtures("patient")
+pytestmark = pytest.mark.usefixtures("no_overtaking")
 
 
 def test_executes_waiting_calls_together() -> None:
@@ -159,7 +159,7 @@ def test_fails_only_the_failing_item() -> None:
     work = Work(bad=("bea",))
     with called_together(make_batcher(work), work, "ada", "bea", "cleo") as answers:
         pass
-    results = [str(answer.exception(TIMEOUT) or answer.result()) for answer in answers]
+    results = [str(answer.exception(TIMEOUT) or answer.result(TIMEOUT)) for answer in answers]
     assert results == ["FIRST", "ADA", "bea", "CLEO"]
     assert sorted(work.batches[2:]) == [["ada"], ["bea"], ["cleo"]]
 
@@ -170,7 +170,7 @@ def test_does_not_retry_an_outage() -> None:
     batcher = make_batcher(work, concerns_all=True)
     with called_together(batcher, work, "ada", "bea", "cleo") as answers:
         pass
-    assert [str(answer.exception()) for answer in answers[1:]] == ["bea"] * 3
+    assert [str(answer.exception(TIMEOUT)) for answer in answers[1:]] == ["bea"] * 3
     assert len(work.batches) == 2
 
 
@@ -186,12 +186,12 @@ def test_raises_a_fresh_exception_per_caller() -> None:
     batcher._keys = lambda item: (item,)
     with called_together(batcher, work, "bea", *names) as answers:
         pass
-    errors = [answer.exception() for answer in answers[1:]]
+    errors = [answer.exception(TIMEOUT) for answer in answers[1:]]
     assert {type(error) for error in errors} == {ValueError}
     assert {str(error) for error in errors} == {"bea"}
     assert len({id(error) for error in errors}) == len(names) + 1
     lengths = [len(traceback.extract_tb(error.__traceback__)) for error in errors if error]
-    assert max(lengths) <= 6, "the frames of one caller"
+    assert max(lengths) <= 6, "a traceback has the frames of several callers"
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -206,7 +206,7 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     others = () if alone else ("bea", "cleo")
     with called_together(batcher, work, "ada", *others) as answers:
         pass
-    assert isinstance(answers[1].exception(), SystemExit)
+    assert isinstance(answers[1].exception(TIMEOUT), SystemExit)
     assert [answer.result(TIMEOUT) for answer in answers[2:]] == [other.upper() for other in others]
     assert batcher("dora") == "DORA"
 
@@ -225,7 +225,7 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
 
     monkeypatch.setattr(batching, "sleep", die)
     wait_for_callers = count_callers(batcher)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPool(2) as pool:
         ada = pool.submit(batcher, "ada")
         wait_for_callers(1)
         bea = pool.submit(batcher, "bea")
@@ -247,7 +247,7 @@ def test_overtakes_a_blocked_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
     work = Work()
     batcher = make_batcher(work)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPool(2) as pool:
         first = pool.submit(batcher, "first")
         assert work.began.wait(TIMEOUT)
         assert pool.submit(batcher, "ada").result(TIMEOUT) == "ADA"
@@ -277,12 +277,12 @@ def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool
         return [item.upper() for item in batch]
 
     batcher = make_batcher(work, concerns_all=concerns_all)
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPool(8) as pool:
         answers = [pool.submit(batcher, item) for item in items]
     for item, answer in zip(items, answers, strict=True):
-        error = answer.exception()
+        error = answer.exception(TIMEOUT)
         if error is None:
-            assert answer.result() == item.upper()
+            assert answer.result(TIMEOUT) == item.upper()
         else:
             assert str(error) in bad if concerns_all else str(error) == item[0]
     assert is_at_rest(batcher)
@@ -295,14 +295,14 @@ def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
-    """Eleven calls of two users that arrive during a read share one further statement."""
+    """Eleven calls of two users that arrive during a read share one more statement."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
     wait_for_callers = count_callers(batcher_of(service, "_read"))
     counted: list[str] = []
     with (
-        ThreadPoolExecutor(12) as pool,
+        ThreadPool(12) as pool,
         paused_before(service, "SELECT", on_sqlite="SELECT") as hold,
         on_statement(service, "SELECT", lambda: counted.append("")),
         paused(hold, call(service, other_id)) as first,
@@ -327,7 +327,7 @@ def test_does_not_let_a_locked_row_delay_others(
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(9)]
     written: list[str] = []
-    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(10) as pool:
+    with psycopg.connect(service.database_url) as other, ThreadPool(10) as pool:
         other.execute("SELECT 1 FROM users WHERE id = %s FOR UPDATE", [locked_id])
         with (
             on_statement(service, "WITH", lambda: written.append("")),
@@ -342,21 +342,26 @@ def test_does_not_let_a_locked_row_delay_others(
             released_at = time.monotonic()
             outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
             took = time.monotonic() - released_at
-        assert not waiting.done(), "the lock is still held"
+        assert not waiting.done(), "answered although the row is locked"
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
-    assert len(written) == 5, "one alone, the batch, who is locked, the others, the locked one"
-    assert took < 1.5, "far from the two seconds that a row is waited for"
+    # The first delivery, the batch, the query for locked rows, the others, the locked one.
+    assert len(written) == 5
+    assert took < 1.5, "waited for the lock timeout of two seconds"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> None:
-    """Nobody sees the row that another transaction inserts; each delivery is then tried alone."""
+    """
+    After a batch times out on a row that is being inserted, each delivery is retried alone.
+
+    No query shows such a row before its transaction commits.
+    """
     inserted_id = clerk_id("user")
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
-    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(5) as pool:
+    with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:
         other.execute(
             "INSERT INTO users (id, name, is_online, last_seen, created_at, updated_at)"
             " VALUES (%s, 'Ada', false, now(), now(), now())",
@@ -372,7 +377,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
             wait_for_callers(5)
             hold.released.set()
             outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
-        assert not waiting.done(), "the row is still locked"
+        assert not waiting.done(), "answered before the insert has ended"
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
@@ -380,10 +385,10 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_waits_once_for_a_locked_table(service: Service) -> None:
-    """A table that somebody locks is nobody's fault in the batch: each delivery fails with it."""
+    """If the whole table is locked, each delivery of the batch fails without a second wait."""
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
-    with psycopg.connect(service.database_url) as other, ThreadPoolExecutor(5) as pool:
+    with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:
         with (
             paused_before(service, "WITH") as hold,
             paused(hold, delivery(service, bodies[0])) as first,

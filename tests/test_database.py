@@ -1,13 +1,14 @@
-"""The private engine: a message answered 200 is committed, however the application uses its own."""
+"""The private engine, whose commits do not depend on how the application uses its own."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +27,7 @@ from clerkhooks.store.database import Database, sqlite_transaction
 from tests.application import Application, MakeApplication
 from tests.conftest import MakeDatabase, MakeService
 from tests.racing import TIMEOUT, eventually, on_statement
-from tests.support import NOW_MS, Service, user_event
+from tests.support import NOW_MS, Service, ThreadPool, user_event
 
 pytest_plugins = ["tests.application"]
 postgresql = pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
@@ -65,7 +66,7 @@ def test_combines_url_options_with_its_own_limits(
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_raises_sqlalchemy_errors(service: Service) -> None:
-    """An error has SQLAlchemy's class and SQLSTATE, hides parameters, and keeps the connection."""
+    """An error has SQLAlchemy's class and a SQLSTATE, and quotes no parameter."""
     database = database_of(service)
     statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
     with pytest.raises(DBAPIError) as raised:
@@ -164,7 +165,7 @@ def test_limits_its_own_statements_only(application: Application) -> None:
         application.db.session.execute(sa.text("SELECT pg_sleep(4)"))
         return "done"
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPool(1) as pool:
         answer = pool.submit(application.app.test_client().get, "/slow")
         started = time.monotonic()
         with pytest.raises(DBAPIError) as raised:
@@ -251,9 +252,13 @@ def forked(database: Database) -> Iterator[dict[str, Any]]:
         os.write(writer, json.dumps(found).encode())
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as pipe:
-        yield json.load(pipe)
-    os.waitpid(pid, 0)
+    try:
+        with os.fdopen(reader) as pipe:
+            assert select.select([pipe], [], [], TIMEOUT)[0], "the forked process has no result"
+            yield json.load(pipe)
+    finally:
+        os.kill(pid, signal.SIGKILL)  # it has ended, unless it is stuck
+        os.waitpid(pid, 0)
 
 
 def test_makes_a_fresh_pool_in_a_forked_process(application: Application) -> None:
@@ -271,7 +276,7 @@ def test_makes_a_fresh_pool_in_a_forked_process(application: Application) -> Non
         assert found["id"] == 2
         if is_postgresql:
             assert found["pid"] != pid
-            assert backend_pid(database) == pid, "the parent's connection is still its own"
+            assert backend_pid(database) == pid, "the parent has lost its connection"
     if is_postgresql:
         assert backend_pid(database) == pid
     assert database.execute(sa.text("SELECT id FROM notes")) == [(2,)]
@@ -288,7 +293,7 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """Every connection would open a separate database, so the error recommends a file."""
+    """Each connection would open a separate database, so the error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI keeps SQLite in memory" in str(raised.value)
@@ -307,7 +312,7 @@ def test_limits_its_pool_to_the_configured_size(
         with pytest.raises(sa.exc.TimeoutError):
             application.database.connect()
         assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code >= 500
-        with application.app.app_context():  # the application has its own pool
+        with application.app.app_context():  # db.session uses another pool
             assert application.db.session.scalar(sa.text("SELECT 1")) == 1
     assert application.outcome(user_event(clerk_id("user")), "msg_1") == "applied"
 
@@ -325,7 +330,7 @@ def test_answers_more_callers_than_it_has_connections(
             return own.call(user_id).status_code
         return own.deliver(user_event(user_id)).status_code
 
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPool(24) as pool:
         assert set(pool.map(act, range(96))) == {200}
 
 
@@ -364,7 +369,7 @@ def test_uses_the_applications_creator(
 @sqlite
 def test_syncs_every_commit_to_the_disk(application: Application) -> None:
     """
-    A commit that was answered 200 survives a power cut.
+    A message that was answered 200 survives a power cut.
 
     The application's own connections keep their settings.
     """
@@ -413,8 +418,8 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
 
 
 @sqlite
-def test_lets_every_writer_have_its_turn(application: Application) -> None:
-    """No writer starves on SQLite: concurrent deliveries all succeed, with handlers as well."""
+def test_starves_no_writer_on_sqlite(application: Application) -> None:
+    """Concurrent deliveries all succeed, with handlers as well."""
     application.hooks.on("session.*")(lambda _: time.sleep(0.002))
     began = threading.Barrier(16)
 
@@ -427,13 +432,13 @@ def test_lets_every_writer_have_its_turn(application: Application) -> None:
             bodies = [user_event(clerk_id("user")) for _ in range(12)]
         return [own.outcome(body) for body in bodies]
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPool(16) as pool:
         assert {one for found in pool.map(write, range(16)) for one in found} == {"applied"}
     assert application.rows("SELECT count(*) FROM webhook_messages") == [(192,)]
 
 
 def test_uses_few_statements(service: Service) -> None:
-    """A delivery and a call are one statement each on PostgreSQL. On SQLite a delivery is four."""
+    """A delivery takes one statement on PostgreSQL and four on SQLite. A call takes one."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     seen: list[None] = []
@@ -446,7 +451,7 @@ def test_uses_few_statements(service: Service) -> None:
 
 
 def test_disposes_of_one_engine_only(application: Application) -> None:
-    """Two applications have separate engines; disposing of one leaves the other usable."""
+    """Two applications have separate engines, so disposing of one leaves the other usable."""
     second = Flask("second")
     second.config.update(application.app.config)
     application.db.init_app(second)
