@@ -1,4 +1,4 @@
-"""Reconciliation: whatever webhooks came or were lost before it, beside it and after it, the table ends as Clerk has it."""
+"""Reconciliation: the table ends in Clerk's state, whatever webhooks arrive or are lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ Step = tuple[str, int, int]
 
 @dataclass
 class World:
-    """Clerk, what it sent, and the service; on one clock, for a tombstone of a run gives way to what happens after it."""
+    """
+    Clerk, the messages that it sent, and the service.
+
+    All share one clock, because a tombstone made by a run gives way only to later events.
+    """
 
     service: Service
     backend: Backend
@@ -43,13 +47,13 @@ class World:
     later: list[Step] = field(default_factory=list)
     running: bool = False
 
-    def take(self, step: Step) -> None:
-        """Let something happen."""
-        what, user, number = step
-        getattr(self, what)(self.ids[user], number)
+    def perform(self, step: Step) -> None:
+        """Call the method that *step* names."""
+        method, user, number = step
+        getattr(self, method)(self.ids[user], number)
 
     def change(self, user_id: str, number: int) -> None:
-        """Sign up, or change the name; Clerk never gives an id twice."""
+        """Sign up, or change the name. Clerk does not reuse the id of a deleted user."""
         if user_id in self.hidden or any(
             b"user.deleted" in body and user_id.encode() in body for _, body in self.sent
         ):
@@ -61,45 +65,45 @@ class World:
         self._send(event_body("user.updated", self.backend.users[user_id], self.now))
 
     def delete(self, user_id: str, _number: int) -> None:
-        """The end of a user."""
+        """Delete the user, if there is one."""
         if user_id in self.backend.users:
             self._tick()
             self.backend.delete(user_id)
             self._send(deletion(user_id, self.now))
 
     def hide(self, user_id: str, _number: int) -> None:
-        """Clerk forgets about a user for a while."""
+        """Omit the user from Clerk's answers for a while, as in an outage."""
         if user_id in self.backend.users:
             self.hidden[user_id] = self.backend.users.pop(user_id)
             self.ever_hidden.add(user_id)
 
     def deliver(self, _user: str, number: int) -> None:
-        """Some event, whether for the first time or not."""
+        """Deliver any event, possibly again."""
         if self.sent:
             message_id, body = self.sent[number % len(self.sent)]
             assert self.service.deliver(body, message_id).status_code == 200
 
     def call(self, user_id: str, _number: int) -> None:
-        """The user's browser has a token, perhaps still."""
-        if self.ever_was(user_id):
+        """Call the API as the user, possibly with a token that outlives the account."""
+        if self.has_signed_up(user_id):
             assert self.service.call(user_id).status_code in (200, 401)
 
     def sync(self, _user: str, number: int) -> None:
-        """A run, during which the next few steps happen, one at each of its requests."""
-        if self.running:  # a step of a run under way
+        """Run once; perform the next *number* steps meanwhile, one before each request."""
+        if self.running:  # this step is performed during another run
             with pytest.raises(connections.AlreadyRunning):
                 sync(self.service, self.backend, force=True)
             return
         self.running = True
         make_old(self.service)
         during, self.later = self.later[:number], self.later[number:]
-        one_at_a_time, failures = Lock(), list[Exception]()
+        step_lock, failures = Lock(), list[Exception]()
 
         def before(_path: str, _query: Query) -> None:
-            with one_at_a_time:  # a run asks in several threads
+            with step_lock:  # a run sends requests from several threads
                 try:
                     if during:
-                        self.take(during.pop(0))
+                        self.perform(during.pop(0))
                 except Exception as error:  # noqa: BLE001  # the backend's server would swallow it
                     failures.append(error)
 
@@ -110,9 +114,9 @@ class World:
         if failures:
             raise failures[0]
 
-    def check(self, but: AbstractSet[str] = frozenset()) -> None:
-        """Every user of Clerk's has a row with today's profile; every other row is a tombstone."""
-        for user_id in set(self.ids) - but:
+    def check(self, excluded: AbstractSet[str] = frozenset()) -> None:
+        """Check that Clerk's users have rows with their profiles; other rows are tombstones."""
+        for user_id in set(self.ids) - excluded:
             row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
             data = self.backend.users.get(user_id)
             if data is None:
@@ -121,8 +125,8 @@ class World:
                 profile = parse_profile(data)
                 assert row == (profile.email, profile.name, profile.image_url, None)
 
-    def ever_was(self, user_id: str) -> bool:
-        """Whether the user has signed up, perhaps long ago."""
+    def has_signed_up(self, user_id: str) -> bool:
+        """Return whether the user has ever signed up, even if deleted since."""
         return any(user_id.encode() in body for _, body in self.sent)
 
     def _tick(self) -> None:
@@ -132,8 +136,8 @@ class World:
         self.sent.append((clerk_id("msg"), body))
 
 
-KINDS = ["change"] * 3 + ["deliver"] * 4 + ["delete", "hide", "call"]
-STEPS = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 20))
+METHODS = ["change"] * 3 + ["deliver"] * 4 + ["delete", "hide", "call"]
+STEPS = st.tuples(st.sampled_from(METHODS), st.integers(0, 3), st.integers(0, 20))
 RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 
 
@@ -145,15 +149,20 @@ RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 def test_ends_in_clerks_state(
     syncing: Service, backend: Backend, steps: list[Step], order: Any
 ) -> None:
-    """Any interleaving of sign-ups, changes, deletions, outages, webhooks, calls and runs; then either all webhooks, or a last run."""
+    """
+    After any interleaving of changes, webhooks, calls and runs, the table is repaired.
+
+    All webhooks together repair the rows, except those of users whom a run did not find because of
+    an outage. A last run repairs these as well.
+    """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
     while world.later:
-        world.take(world.later.pop(0))
+        world.perform(world.later.pop(0))
     backend.users |= world.hidden
     for number in order.sample(range(len(world.sent)), len(world.sent)):
         world.deliver("", number)
-    world.check(but=world.ever_hidden)
+    world.check(excluded=world.ever_hidden)
     world.sync("", 0)
     world.check()
 
@@ -165,62 +174,66 @@ def test_ends_in_clerks_state(
     changes=st.lists(st.tuples(st.booleans(), st.integers(0, 29)), max_size=12),
 )
 @example(inclusive=False, gaps=[0] * 20, changes=[(False, 0)] * 3)
-def test_reads_every_user_once_while_some_come_and_go(
+def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
     inclusive: bool, gaps: list[int], changes: list[tuple[bool, int]]
 ) -> None:
-    """Sign-ups and deletions between two pages shift nothing: who was there all the time is read, and nobody twice."""
+    """Sign-ups and deletions between two pages neither skip nor repeat a user who remains."""
     times = {number: LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
     ids = [clerk_id("user") for _ in times]
-    there = {user_id: times[number] for number, user_id in enumerate(ids)}
-    stayed = set(ids)
+    created_at = {user_id: times[number] for number, user_id in enumerate(ids)}
+    remaining = set(ids)
 
     class Api(BackendApi):
-        """Pages of six users, without a network."""
+        """List pages of six users, without a network."""
 
         def __init__(self) -> None:
-            """No connection."""
+            """Open no connection."""
 
         def list_newest(self, limit: int) -> list[Any]:
-            """The newest users."""
-            newest = sorted(((at, user_id) for user_id, at in there.items()), reverse=True)
+            """Return the newest users."""
+            newest = sorted(((at, user_id) for user_id, at in created_at.items()), reverse=True)
             return [{"id": user_id, "created_at": at} for at, user_id in newest[:limit]]
 
         def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
-            """A page, after which somebody signs up or goes; no more than half a page go, for so many of one time are provided for."""
+            """
+            Return a page; then let a user sign up, or delete one.
+
+            Half a page may be deleted: the listing tolerates so many of the same millisecond.
+            """
             after = -1 if created_at_after is None else created_at_after - inclusive
-            page = sorted((at, user_id) for user_id, at in there.items() if at > after)[
-                offset : offset + 6
-            ]
+            found = sorted((at, user_id) for user_id, at in created_at.items() if at > after)
+            page = found[offset : offset + 6]
             if changes:
                 signs_up, number = changes.pop()
                 if signs_up:
-                    there[clerk_id("user")] = max(there.values(), default=LONG_AGO) + number
-                elif len(ids) - len(stayed) < min(3, len(ids) - 1):
-                    user_id = sorted(stayed)[number % len(stayed)]
-                    stayed.remove(user_id)
-                    del there[user_id]
+                    latest = max(created_at.values(), default=LONG_AGO)
+                    created_at[clerk_id("user")] = latest + number
+                elif len(ids) - len(remaining) < min(3, len(ids) - 1):
+                    user_id = sorted(remaining)[number % len(remaining)]
+                    remaining.remove(user_id)
+                    del created_at[user_id]
             return [{"id": user_id, "created_at": at} for at, user_id in page]
 
     read = [user["id"] for page in listing.read_all(Api()) for user in page]
     assert len(read) == len(set(read))
-    assert stayed <= set(read)
+    assert remaining <= set(read)
 
 
-def test_does_not_take_a_short_page_for_the_end(syncing: Service, backend: Backend) -> None:
-    """Where a limit is not taken, pages have ten users; each is read all the same."""
+def test_reads_on_after_a_short_page(syncing: Service, backend: Backend) -> None:
+    """If Clerk ignores the limit, pages have ten users, and still every user is read."""
     for number in range(25):
         backend.sign_up(at=LONG_AGO + number // 12)
 
-    def ten_at_most(path: str, query: Query) -> None:
+    def ignore_limit(path: str, query: Query) -> None:
         if path == "/v1/users" and "limit" in query and "user_id" not in query:
             backend.behaviours.append(backend._list(query | {"limit": ["501"]}))
 
-    backend.before = ten_at_most
+    backend.before = ignore_limit
     assert sync(syncing, backend)[0] == {"created": 25}
 
 
-def test_counts_what_became_of_each(syncing: Service, backend: Backend) -> None:
-    """Created, updated, unchanged, fresher here and tombstoned, each by its own user; a second run changes nothing."""
+def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
+    """Each user is counted under its result, and a second run changes nothing."""
     names = (
         "created",
         "updated",
@@ -254,10 +267,12 @@ def test_counts_what_became_of_each(syncing: Service, backend: Backend) -> None:
     assert sync(syncing, backend)[0] == {"unchanged": 4, "fresher_here": 2}
 
 
-def test_tells_a_tombstone_of_its_own_from_one_that_is_final(
-    syncing: Service, backend: Backend
-) -> None:
-    """What a sync did not find is revived by an event of a later update, not by an earlier one; user.deleted is final over it."""
+def test_revives_an_inferred_tombstone_only(syncing: Service, backend: Backend) -> None:
+    """
+    A user whom a run did not find is revived by an event of a later update.
+
+    An event of an earlier update does not revive the user. A ``user.deleted`` is final.
+    """
     user_id = backend.sign_up(at=LONG_AGO)
     data = backend.users[user_id]
     assert sync(syncing, backend)[0] == {"created": 1}
@@ -273,7 +288,7 @@ def test_tells_a_tombstone_of_its_own_from_one_that_is_final(
         == "applied"
     )
     assert syncing.user(user_id, ("name", "deleted_at")) == ("Ada Lovelace", None)
-    assert sync(syncing, backend, force=True)[0] == {}, "the row is of a later version than the run"
+    assert sync(syncing, backend, force=True)[0] == {}, "the row is newer than the run"
     assert syncing.outcome(deletion(user_id)) == "applied"
     backend.sign_up(user_id, at=later + 60_000)
     assert sync(syncing, backend)[0] == {"fresher_here": 1}
@@ -287,7 +302,11 @@ def test_tells_a_tombstone_of_its_own_from_one_that_is_final(
 def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
-    """More than twenty and more than a tenth, or all of an empty Clerk: none is deleted, unless that is forced."""
+    """
+    A run that would delete more than 20 users and more than a tenth deletes nobody.
+
+    Neither does a run that finds no user at Clerk. With ``force`` they are deleted.
+    """
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
     sync(syncing, backend)
     make_old(syncing)
@@ -304,8 +323,8 @@ def test_stops_before_it_deletes_too_many(
     assert syncing.rows("SELECT count(*) FROM users WHERE deleted_at IS NULL") == [(rows - gone,)]
 
 
-def test_believes_no_404_but_clerks(syncing: Service, backend: Backend) -> None:
-    """Absence from a list proves nothing: whoever is then found by the id of their own stays."""
+def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Backend) -> None:
+    """Only a 404 for the user's own path proves a deletion; absence from a list does not."""
     user_id = backend.sign_up(at=LONG_AGO)
     sync(syncing, backend)
     make_old(syncing)
@@ -333,10 +352,8 @@ ODD: list[Any] = [
 ]
 
 
-def test_tells_of_a_user_that_it_cannot_read_and_goes_on(
-    syncing: Service, backend: Backend
-) -> None:
-    """Odd elements are counted and told, with nothing of what they hold; the others are brought up."""
+def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backend) -> None:
+    """Malformed users are counted and reported without their content; the others are synced."""
     for number, odd in enumerate(ODD):
         backend.users[f"odd {number}"] = odd
     user_id = backend.sign_up(
@@ -351,8 +368,8 @@ def test_tells_of_a_user_that_it_cannot_read_and_goes_on(
     ] * 8 + [(ODD[-1]["id"], "updated_at_missing")]
 
 
-def test_finds_what_a_run_would_change(syncing: Service, backend: Backend) -> None:
-    """A check changes nothing and names the fields; after a run there is nothing to find."""
+def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
+    """A check finds the fields that differ. After a run, it finds no difference."""
     users = {
         name: backend.sign_up(at=LONG_AGO + number)
         for number, name in enumerate(("new", "differs", "unfilled", "gone", "moved"))
@@ -362,7 +379,7 @@ def test_finds_what_a_run_would_change(syncing: Service, backend: Backend) -> No
     syncing.call(users["unfilled"])
     make_old(syncing)
     backend.update(users["differs"], first_name="Grace", image_url=None, updated_at=LONG_AGO + 100)
-    backend.update(users["moved"], updated_at=LONG_AGO + 100)  # nothing that is kept of a user
+    backend.update(users["moved"], updated_at=LONG_AGO + 100)  # no stored field changes
     backend.delete(users["gone"])
     before = syncing.rows("SELECT * FROM users ORDER BY id")
     _, findings, run = sync(syncing, backend, check=True)
@@ -377,13 +394,13 @@ def test_finds_what_a_run_would_change(syncing: Service, backend: Backend) -> No
     [fields] = [finding.fields for finding in findings if finding.kind == "differs"]
     image = f"https://img.clerk.com/{users['differs']}"
     assert fields == {"name": ("Ada Lovelace", "Grace Lovelace"), "image_url": (image, None)}
-    assert "Grace" not in repr(findings), "profile data is not to be logged by accident"
+    assert "Grace" not in repr(findings), "the repr may be logged"
     sync(syncing, backend)
     assert sync(syncing, backend, check=True)[2].well
 
 
-def test_asks_only_for_those_who_are_meant(syncing: Service, backend: Backend) -> None:
-    """The unfilled, the users of failed messages, or those named, each by id; the others are not read."""
+def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
+    """Rows without a profile, users of failed messages, or named users are read by id."""
     users = {
         name: backend.sign_up(at=LONG_AGO) for name in ("named", "unfilled", "failed", "other")
     }
@@ -402,22 +419,22 @@ def test_asks_only_for_those_who_are_meant(syncing: Service, backend: Backend) -
     assert sync(syncing, backend, reconcile.Reconciliation.sync_missing)[0] == {}
 
 
-def test_runs_alone(syncing: Service, backend: Backend) -> None:
-    """A second run is refused while the first lasts, and not after it."""
+def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backend) -> None:
+    """A second run is refused while the first one lasts, and accepted as soon as it ends."""
     store = store_of(syncing)
     with connections.sole_writer(store):
         with pytest.raises(connections.AlreadyRunning), connections.sole_writer(store):
             pass
         with connections.reader(store) as connection:
             assert connection.scalar(sa.text("SELECT 1")) == 1
-    for _ in range(10):  # at once, also where the server learns of a closed connection late
+    for _ in range(10):  # even if the server notices a closed connection late
         with connections.sole_writer(store):
             pass
     assert sync(syncing, backend)[0] == {}
 
 
-def test_never_overwrites_what_came_in_between(syncing: Service, backend: Backend) -> None:
-    """A webhook that comes between the reading of a row and its writing is not undone, be it a newer profile or the end."""
+def test_does_not_overwrite_a_concurrent_webhook(syncing: Service, backend: Backend) -> None:
+    """A webhook that is applied between a run's read and write of a row is kept."""
     names = ("changed", "deleted", "created")
     users = {name: backend.sign_up(at=LONG_AGO) for name in names}
     syncing.clerk_service.deliver(
@@ -435,7 +452,7 @@ def test_never_overwrites_what_came_in_between(syncing: Service, backend: Backen
                 )
             syncing.deliver(deletion(users["deleted"]))
 
-    # After SQLite's BEGIN nobody else could write.
+    # On SQLite no other connection can write after BEGIN.
     is_sqlite = syncing.database_url.startswith("sqlite")
     with on_statement(syncing, "BEGIN" if is_sqlite else "WITH r AS", deliver_meanwhile):
         assert sync(syncing, backend)[0] == {"fresher_here": 3}
@@ -446,8 +463,8 @@ def test_never_overwrites_what_came_in_between(syncing: Service, backend: Backen
     ]
 
 
-def test_waits_for_a_webhook_that_is_in_the_way(syncing: Service, backend: Backend) -> None:
-    """A batch that could not have its locks is done again, with what the other writer left."""
+def test_retries_a_batch_after_a_lock_timeout(syncing: Service, backend: Backend) -> None:
+    """The batch is compared again with the rows that the other writer has committed."""
     user_id = backend.sign_up(at=LONG_AGO)
     syncing.clerk_service.deliver("user.created", backend.users[user_id])
     backend.update(user_id, first_name="Grace", updated_at=LONG_AGO + 1)
@@ -458,7 +475,7 @@ def test_waits_for_a_webhook_that_is_in_the_way(syncing: Service, backend: Backe
         attempts.append(snapshots)
         if len(attempts) == 1:
             self.connection.execute(sa.text("SELECT 1"))
-            raise in_the_way(syncing)
+            raise lock_timeout(syncing)
         return write(self, snapshots)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -467,7 +484,7 @@ def test_waits_for_a_webhook_that_is_in_the_way(syncing: Service, backend: Backe
     assert len(attempts) == 2
 
 
-def in_the_way(service: Service) -> Exception:
+def lock_timeout(service: Service) -> Exception:
     """Return the error of a writer that timed out waiting for a lock."""
     database = store_of(service).database
     with database.connect() as holder, database.connect() as waiter:
@@ -486,17 +503,17 @@ def in_the_way(service: Service) -> Exception:
         finally:
             holder.invalidate()
             waiter.invalidate()
-    raise AssertionError
+    raise AssertionError("the second writer got the lock")
 
 
 def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) -> None:
-    """Who signs up during a run is not read by it, even if one does before every request."""
+    """Users who sign up during a run are not read by it, even if one does at every request."""
     early = [backend.sign_up(at=LONG_AGO + number) for number in range(3)]
     requests: list[str] = []
 
     def sign_up(path: str, query: Query) -> None:
         requests.append(path)
-        assert len(requests) < 50, "the run follows the newcomers"
+        assert len(requests) < 50  # the client gives up after some failed requests
         if "created_at_after" in query or "offset" in query:
             backend.sign_up()
 
@@ -504,6 +521,7 @@ def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) ->
     for check in (False, True):
         requests.clear()
         sync(syncing, backend, check=check)
+        assert len(requests) < 50, "the run reads users who signed up during it"
     assert all(syncing.user(user_id) for user_id in early)
 
 
@@ -528,7 +546,7 @@ def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
 def test_deletes_nobody_with_the_key_of_another_instance(
     syncing: Service, backend: Backend, count: int, strangers: int
 ) -> None:
-    """If Clerk knows none of the users here, the key is a wrong one, however few they are."""
+    """If Clerk knows none of the local users, however few, nobody is deleted without force."""
     here = [backend.sign_up(at=LONG_AGO) for _ in range(count)]
     assert sync(syncing, backend)[0] == {"created": count}
     make_old(syncing)
@@ -543,9 +561,9 @@ def test_deletes_nobody_with_the_key_of_another_instance(
 
 
 def test_stops_if_it_loses_its_lock(syncing: Service, backend: Backend) -> None:
-    """Another run may have begun, for instance after a failover: this one writes no more."""
+    """After a failover another run may have begun, so this run must not write any more."""
     if syncing.database_url.startswith("sqlite"):
-        pytest.skip("a file's lock lasts as long as the process")
+        pytest.skip("the lock on a file lasts as long as the process")
     user_id = backend.sign_up(at=LONG_AGO)
 
     def cut(_path: str, _query: Query) -> None:
@@ -564,7 +582,7 @@ def test_stops_if_it_loses_its_lock(syncing: Service, backend: Backend) -> None:
 def test_runs_with_a_pool_of_one_connection(
     make_service: MakeService, database_url: str, backend: Backend
 ) -> None:
-    """The lock does not take a place in the pool."""
+    """The lock's connection is not taken from the pool."""
     service = make_service(DATABASE_POOL_SIZE="1")
     backend.sign_up(at=LONG_AGO)
     assert sync(service, backend)[0] == {"created": 1}
