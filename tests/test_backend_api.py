@@ -42,6 +42,7 @@ from tests.backend import (
     stalling,
     stalling_then_answering,
 )
+from tests.racing import TIMEOUT, eventually
 
 PACE = 0.001  # a call takes at most an eighth of a second, and a pause some milliseconds
 BORN = 1_700_000_000_000
@@ -49,12 +50,12 @@ BORN = 1_700_000_000_000
 
 @pytest.fixture
 def api(backend: Backend) -> Iterator[BackendApi]:
-    """A client with short timeouts and pauses."""
+    """The client, with short timeouts and pauses."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
         yield api
 
 
-def saying(text: bytes) -> Behaviour:
+def answering_raw(text: bytes) -> Behaviour:
     """Answer with exactly these bytes, which need not be HTTP."""
 
     def behave(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
@@ -65,10 +66,11 @@ def saying(text: bytes) -> Behaviour:
 
 
 def dripping_headers(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Send a header one byte at a time, without an end."""
+    """Send a header that does not end, one byte at a time."""
     request.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
     request.close_connection = True
-    while not backend.released.wait(0.01):
+    until = time.monotonic() + TIMEOUT
+    while not backend.released.wait(0.01) and time.monotonic() < until:
         request.wfile.write(b"x")
         request.wfile.flush()
 
@@ -135,7 +137,7 @@ def test_refuses_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> N
     assert backend.requests == []
 
 
-def test_finds_nobody_for_no_ids(api: BackendApi, backend: Backend) -> None:
+def test_finds_no_user_without_ids(api: BackendApi, backend: Backend) -> None:
     """Without the filter Clerk would list all users."""
     sign_up(backend, 3)
     assert (api.find_users([]), backend.requests) == ([], [])
@@ -254,7 +256,7 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "stalled": (stalling, "api_unreachable"),
     "dripping": (dripping, "api_unreachable"),
     "dripping headers": (dripping_headers, "api_unreachable"),
-    "no HTTP": (saying(b"SSH-2.0-OpenSSH\r\n\r\n"), "api_unreachable"),
+    "no HTTP": (answering_raw(b"SSH-2.0-OpenSSH\r\n\r\n"), "api_unreachable"),
     "truncated": (TRUNCATED, "answer_unusable"),
     "cut short": (CUT_SHORT, "answer_unusable"),
     "HTML": (answering(200, HTML), "answer_unusable"),
@@ -379,10 +381,9 @@ def test_pauses_all_threads(backend: Backend) -> None:
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.005) as api, ThreadPool(8) as pool:
         first = pool.apply_async(api.count_users)
         backend.wait_for(1)
-        while not api._rate_limit._held_until:  # until its answer is there
-            time.sleep(0.001)
-        assert pool.map(lambda _: api.count_users(), range(7)) == [0] * 7
-        assert first.get(5) == 0
+        eventually(lambda: api._rate_limit._held_until)
+        assert pool.map_async(lambda _: api.count_users(), range(7)).get(TIMEOUT) == [0] * 7
+        assert first.get(TIMEOUT) == 0
     assert gaps(backend)[0] >= 0.24
 
 
@@ -394,7 +395,7 @@ def test_serves_threads_at_once(backend: Backend) -> None:
         found = pool.map_async(lambda user_id: ids(api.find_users([user_id])), ids_)
         backend.wait_for(8)
         backend.released.set()
-        assert found.get(5) == [[user_id] for user_id in ids_]
+        assert found.get(TIMEOUT) == [[user_id] for user_id in ids_]
 
 
 def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
@@ -459,7 +460,7 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 def test_never_exceeds_a_rate(
     steps: list[tuple[str, int]], allowed: int, window: int, wakes_early: bool
 ) -> None:
-    """No window has too many requests, none begins during a hold, and none waits too long."""
+    """Each request begins as early as the window and a hold allow, and no earlier."""
     clock = Clock(wakes_early)
     limit = RateLimit(allowed, window, clock.read, clock.sleep)
     begun: list[int] = []
@@ -487,13 +488,13 @@ def test_keeps_the_rate_over_all_threads() -> None:
     began: list[float] = []
     guard = threading.Lock()
 
-    def ask(_: int) -> None:
+    def start(_: int) -> None:
         limit.wait()
         with guard:
             began.append(time.monotonic())
 
     with ThreadPool(8) as pool:
-        pool.map(ask, range(20), chunksize=1)
+        pool.map_async(start, range(20), chunksize=1).get(TIMEOUT)
     assert max(began) - min(began) >= 0.14
 
 
@@ -506,7 +507,7 @@ LOUD: dict[str, Behaviour] = {
     "500": answering(500, BAD_BODY),
     "no JSON": answering(200, BAD_BODY + b"x"),
     "no list": answering(200, BAD_BODY),
-    "no HTTP": saying(b"HTTP/1.1 ada@example.org\r\n\r\n"),
+    "no HTTP": answering_raw(b"HTTP/1.1 ada@example.org\r\n\r\n"),
 }
 
 
@@ -558,7 +559,7 @@ class TestTheFake:
         return ids(response.json()) if response.status_code == 200 else response.status_code
 
     def test_ignores_a_limit_over_500(self, backend: Backend) -> None:
-        """Such a limit, or none, silently gives ten rows. The newest come first."""
+        """Such a limit, or a missing one, silently gives ten rows. The newest come first."""
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]

@@ -48,7 +48,7 @@ if not os.environ.get("REQUIRE_BROWSER"):
 
 @dataclass(frozen=True)
 class Story:
-    """What the database has: a failed message, and users in every state."""
+    """The server, and the ids of a failed message and of users in several states."""
 
     server: Server
     failed_message: str
@@ -69,7 +69,7 @@ def story(
     clerk: FakeClerk,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Story]:
-    """The real server with its console, after some events."""
+    """The real server with its console, on a database with some events."""
     url = make_database(request.param)
     migrate(url, clerk)
     log = tmp_path_factory.mktemp("console") / "server.log"
@@ -105,7 +105,7 @@ def story(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A Chromium."""
+    """A running Chromium."""
     from playwright.sync_api import sync_playwright
 
     with (
@@ -142,7 +142,7 @@ def visit(browser: Browser, story: Story) -> Iterator[Open]:
             ),
         )
         page.on("pageerror", lambda error: problems.append(str(error)))
-        # A page that is left while it loads aborts its requests.
+        # Leaving a page while it loads aborts its requests.
         page.on(
             "requestfailed",
             lambda request: (
@@ -227,7 +227,7 @@ def test_runs_all_checks(visit: Open) -> None:
 def test_pages(visit: Open, path: str) -> None:
     """Each row appears once on the way to the oldest page; one click leads back to the newest."""
     page, seen = visit(path), set[str]()
-    while True:
+    for _ in range(20):
         links = page.locator("tbody a").all()
         found = {
             str(link.get_attribute("href"))
@@ -240,6 +240,8 @@ def test_pages(visit: Open, path: str) -> None:
         if not page.get_by_role("link", name="Older").count():
             break
         follow(page, page.get_by_role("link", name="Older"))
+    else:
+        raise AssertionError("the pages do not end")
     assert len(seen) >= 110
     follow(page, page.get_by_role("link", name="Newest"))
     assert page.locator("tbody tr").count() == 50
@@ -271,7 +273,7 @@ def test_works_without_a_mouse(visit: Open, story: Story) -> None:
                 )
                 page.keyboard.press("Enter")
                 return
-        raise AssertionError(name)
+        raise AssertionError(f"Tab does not reach {name!r}")
 
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
@@ -301,7 +303,7 @@ LOOKS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # the look does not depend on it
+@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # the layout does not depend on it
 @LOOKS
 def test_is_accessible_and_fits(
     visit: Open, story: Story, viewport: dict[str, int], scheme: str
@@ -336,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """A name runs no script, does not turn the text around it, and is complete on its page."""
+    """A name runs no script, does not reverse the text around it, and is shown in full."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):

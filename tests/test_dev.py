@@ -33,7 +33,8 @@ from clerkhooks.settings import PROJECT, VARIABLES
 from clerkhooks.web import logs
 from clerkhooks.web.state import disconnect
 
-SERVING = "README.md"  # in the last line before it serves
+TIMEOUT = 60  # seconds, after which a command that does not serve is killed
+SERVING = "README.md"  # printed in the last line before the command waits
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
     "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
@@ -43,7 +44,7 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the application's logger from holding on to the output of one test."""
+    """Restore the logger's handlers, which refer to the output of one test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
 
 
@@ -59,7 +60,7 @@ def restored() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make temporary files in a folder of the test's own, and return it."""
+    """Let temporary files be created in the test's folder, and return that folder."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -68,8 +69,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(*arguments: str, folder: Path = PROJECT) -> subprocess.Popen[str]:
-    """Start a run on a free port, in a process of its own."""
-    # A copy of the package is not measured.
+    """Start the command on a free port, in a separate process."""
+    # The coverage of a copy of the package is not measured.
     ignored = "COV" if folder != PROJECT else "-"
     environ = {name: text for name, text in os.environ.items() if not name.startswith(ignored)}
     return subprocess.Popen(
@@ -84,18 +85,19 @@ def start(*arguments: str, folder: Path = PROJECT) -> subprocess.Popen[str]:
 
 @contextmanager
 def serving(**options: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start a run; yield it when it serves, with what it has printed."""
+    """Start the command; yield it once it serves, with its output until then."""
     with start(**options) as process:
         assert process.stdout is not None
-        watchdog = threading.Timer(60, process.kill)
+        watchdog = threading.Timer(TIMEOUT, process.kill)
         watchdog.start()
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if SERVING in line:
-                break
         try:
-            yield process, "".join(printed)
+            printed = ""
+            for line in process.stdout:
+                printed += line
+                if SERVING in line:
+                    break
+            assert SERVING in printed, f"it has ended, or does not serve in time:\n{printed}"
+            yield process, printed
         finally:
             watchdog.cancel()
             process.kill()
@@ -109,14 +111,14 @@ def printed_call(printed: str) -> tuple[str, dict[str, str]]:
 
 
 class Stage(io.StringIO):
-    """An output that calls a function when a text is written to it."""
+    """An output stream that calls *act* when a text with *cue* is written to it."""
 
     def __init__(self, cue: str, act: Callable[[], object]) -> None:
         super().__init__()
         self.cue, self.act = cue, act
 
     def write(self, text: str) -> int:
-        """Take *text*; act if it contains the cue."""
+        """Write *text*, and call the function if it contains the cue."""
         written = super().write(text)
         if self.cue in text:
             self.act()
@@ -126,7 +128,7 @@ class Stage(io.StringIO):
 def test_passes_every_check_and_ends_with_0(
     temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every step is ticked, the output fits on one screen, and no file is left."""
+    """Every step has a tick, the output fits on one screen, and no file is left."""
     assert run(0, once=True)
     printed = capsys.readouterr().out
     assert printed.count("✓") == 15
@@ -180,7 +182,10 @@ def test_ignores_the_users_own_configuration(
     for name, value in HOSTILE.items():
         monkeypatch.setenv(name, value)
     with start("--once", folder=tmp_path) as process:
-        printed, _ = process.communicate(timeout=60)
+        try:
+            printed, _ = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.kill()
     assert (process.returncode, "✓ All 13 checks passed." in printed) == (0, True), printed
     after = {path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
     assert after == before
@@ -249,7 +254,7 @@ def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
 
 
 def test_stops_the_server_when_it_is_killed() -> None:
-    """The server is part of the process, so SIGKILL ends it, too."""
+    """The server is a thread of the same process, so SIGKILL ends it as well."""
     with serving() as (process, printed):
         process.kill()
         process.wait(10)
@@ -259,7 +264,7 @@ def test_stops_the_server_when_it_is_killed() -> None:
 
 
 def test_can_run_twice_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each run has a database of its own."""
+    """Each run has its own database and port."""
     with serving() as (_, printed):
         assert run(0, once=True)
         url, headers = printed_call(printed)
@@ -280,7 +285,7 @@ def test_names_a_port_that_is_taken(temporary: Path) -> None:
 
 
 def test_says_why_a_port_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port may be refused for other reasons."""
+    """The operating system may refuse a port for other reasons."""
     monkeypatch.setattr(dev, "HOST", "203.0.113.1")
     with pytest.raises(CannotDo, match="Cannot listen on port 8000: Cannot assign"):
         run(8000, once=True)
@@ -296,7 +301,7 @@ def test_survives_a_closed_terminal_under_nohup() -> None:
 
 @pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "✓✗"), ("ascii", "+x")])
 def test_prints_what_the_terminal_can_show(encoding: str, marks: str) -> None:
-    """Where the encoding has no tick, ASCII stands for it."""
+    """If the encoding has no tick or cross, an ASCII character replaces it."""
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)):
         shown = mark(True) + mark(False)
     assert shown == marks
@@ -310,11 +315,11 @@ def test_prints_no_colour_if_asked_to(
 ) -> None:
     """NO_COLOR has an effect when it is not empty."""
 
-    def say(*_: object, once: bool) -> bool:
+    def print_red(*_: object, once: bool) -> bool:
         click.secho("text", fg="red")
         return True
 
-    monkeypatch.setattr(dev, "run", say)
+    monkeypatch.setattr(dev, "run", print_red)
     result = CliRunner().invoke(main, ["dev"], env=variables, color=True)
     assert result.exit_code == 0
     assert result.output.startswith(printed)
@@ -324,7 +329,7 @@ def test_prints_no_colour_if_asked_to(
     "arguments", [["dev", "--port", "65536"], ["dev", "--nonsense"], ["nonsense"]]
 )
 def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
-    """Scripts can tell wrong use by the status."""
+    """A script can detect wrong use by the status."""
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 

@@ -107,8 +107,8 @@ def test_reports_a_database_failure(unreachable: Service) -> None:
 
 
 @pytest.fixture
-def messages_there(service: Service) -> dict[str, str]:
-    """Deliver a message with each outcome, the oldest first."""
+def delivered(service: Service) -> dict[str, str]:
+    """Deliver one message for each outcome, and return the user's id."""
     user_id = clerk_id("user")
     with broken_users(service):
         service.deliver(user_event(clerk_id("user"), "user.created"), "msg_failed")
@@ -130,12 +130,12 @@ def logged(service: Service, *arguments: str) -> list[str]:
     return [str(message["message_id"]) for message in found]
 
 
-def test_lists_the_latest_messages(service: Service, messages_there: dict[str, str]) -> None:
-    """The newest is last. Options select failures, a user, a type, or a time."""
+def test_lists_the_latest_messages(service: Service, delivered: dict[str, str]) -> None:
+    """The newest is last. Options select failures, a user, a type or a time."""
     assert logged(service) == ["msg_failed", "msg_applied", "msg_stale", "msg_ignored"]
     assert logged(service, "--limit", "2") == ["msg_stale", "msg_ignored"]
     assert logged(service, "--failed") == ["msg_failed"]
-    assert logged(service, "--user", messages_there["user"]) == ["msg_applied", "msg_stale"]
+    assert logged(service, "--user", delivered["user"]) == ["msg_applied", "msg_stale"]
     assert logged(service, "--type", "role.created") == ["msg_ignored"]
     age(service, "msg_applied", received_at=2)
     assert logged(service, "--since", "1d") == ["msg_failed", "msg_stale", "msg_ignored"]
@@ -164,15 +164,14 @@ def test_follows_the_log(
     with broken_users(service):
         service.deliver(body, "msg_0")
 
-    looks = iter(range(3))
+    polls = iter(range(3))
 
     def deliver_next(_seconds: float) -> None:
-        look = next(looks, None)
-        if look is None:
+        poll = next(polls, None)
+        if poll is None:
             raise KeyboardInterrupt
-        service.deliver(
-            user_event(user_id, at=NOW_MS + look), f"msg_{look}"
-        ) if look else service.deliver(body, "msg_0")
+        following = user_event(user_id, at=NOW_MS + poll) if poll else body
+        service.deliver(following, f"msg_{poll}")
 
     monkeypatch.setattr("clerkhooks.cli.messages.time.sleep", deliver_next)
     result = run(service, "log", "--follow", *arguments)
@@ -192,14 +191,14 @@ def sent(server: Server, *arguments: str) -> tuple[int, Any]:
     return result.exit_code, json.loads(result.stdout)
 
 
-def test_sends_what_clerk_would(server: Server) -> None:
+def test_sends_signed_events(server: Server) -> None:
     """
-    It sends sign-ups, updates, repetitions and deletions.
+    Sign-ups, updates, repetitions and deletions are applied.
 
     A tampered or old message is refused, with status 1.
     """
     user_id = clerk_id("user")
-    status, said = sent(
+    status, printed = sent(
         server,
         "user.created",
         "--user",
@@ -211,7 +210,7 @@ def test_sends_what_clerk_would(server: Server) -> None:
         "--repeat",
         "2",
     )
-    assert (status, [json.loads(answer["body"])["outcome"] for answer in said["answers"]]) == (
+    assert (status, [json.loads(answer["body"])["outcome"] for answer in printed["answers"]]) == (
         0,
         ["applied", "duplicate"],
     )
@@ -232,8 +231,8 @@ def test_sends_what_clerk_would(server: Server) -> None:
         (("--tamper",), "signature_mismatch"),
         (("--age", "10m"), "timestamp_out_of_tolerance"),
     ):
-        status, said = sent(server, "user.updated", "--user", user_id, *refused)
-        assert (status, json.loads(said["answers"][0]["body"])["reason"]) == (1, reason)
+        status, printed = sent(server, "user.updated", "--user", user_id, *refused)
+        assert (status, json.loads(printed["answers"][0]["body"])["reason"]) == (1, reason)
     assert sent(server, "user.deleted", "--user", user_id)[0] == 0
     assert server.rows(f"SELECT name FROM users WHERE id = '{user_id}'") == [("Deleted User",)]
 
@@ -249,9 +248,9 @@ def test_sends_what_clerk_would(server: Server) -> None:
     ],
 )
 def test_sends_any_type(server: Server, event_type: str) -> None:
-    """The data has at least the fields that every object of the type has."""
-    status, said = sent(server, event_type)
-    event = json.loads(said["request"]["body"])
+    """The data is an object of the type, with at least the fields that all types share."""
+    status, printed = sent(server, event_type)
+    event = json.loads(printed["request"]["body"])
     assert (status, event["type"], event["data"]["object"]) == (
         0,
         event_type,
@@ -285,7 +284,7 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--to", "http://example.com/webhooks/clerk"], "Use https://"),
         (["--to", "nowhere"], "not a URL"),
@@ -296,7 +295,9 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
         (["--file", "setup.cfg"], "is not a JSON object"),
     ],
 )
-def test_refuses_to_send_nonsense(service: Service, arguments: list[str], says: str) -> None:
+def test_refuses_to_send_with_invalid_options(
+    service: Service, arguments: list[str], message: str
+) -> None:
     """The status is 2, and the message names the problem."""
     result = run(service, "send", "user.created", *arguments)
-    assert (result.exit_code, says in result.output) == (2, True), result.output
+    assert (result.exit_code, message in result.output) == (2, True), result.output

@@ -95,7 +95,11 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
         )
         for _ in range(2)
     ]
-    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    try:
+        outputs = [run.communicate(timeout=60)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert [run.returncode for run in runs] == [0, 0], outputs
 
 
@@ -103,7 +107,7 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
 def test_leave_the_tables_of_others_alone(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """Another program's tables and version in the same database are not changed."""
+    """Tables and the version of another program in the same database are not changed."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context(), db.engine.connect() as connection:
         for statement in (

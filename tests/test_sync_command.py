@@ -61,7 +61,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     assert f"{ids[0]} differs: name" in text.stdout
     assert f"{ids[1]} is missing from the database" in text.stdout
     assert "Users that differ from Clerk: 2" in text.stdout
-    assert "Grace" not in text.output, "a scheduler's output is a log"
+    assert "Grace" not in text.output, "a scheduler may log the output"
     as_json = run(syncing, "--check", "--json")
     *findings, summary = objects(as_json)
     differs, missing = sorted(findings, key=lambda finding: str(finding["kind"]))
@@ -78,15 +78,15 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
         1,
     )
     assert run(syncing).exit_code == 0
-    well = run(syncing, "--check")
-    assert (well.exit_code, well.stdout.splitlines()[-1]) == (
+    again = run(syncing, "--check")
+    assert (again.exit_code, again.stdout.splitlines()[-1]) == (
         0,
         "Users that differ from Clerk: 0",
     )
 
 
 def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
-    """Others are not read. The status is 1 if a user exists neither here nor at Clerk."""
+    """Others are not read. The status is 1 if a user is neither in the table nor at Clerk."""
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
     assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (
@@ -136,17 +136,17 @@ def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["user_1", "--missing"], "Use only one of"),
         (["--missing", "--failed"], "Use only one of"),
         (["org_1"], "not a Clerk user id"),
     ],
 )
-def test_refuses_wrong_use(service: Service, arguments: list[str], says: str) -> None:
+def test_refuses_wrong_use(service: Service, arguments: list[str], message: str) -> None:
     """The status is 2, and no request is sent."""
     result = run(service, *arguments)
-    assert (result.exit_code, says in result.output) == (2, True)
+    assert (result.exit_code, message in result.output) == (2, True)
 
 
 def test_asks_for_the_key(service: Service) -> None:
@@ -169,7 +169,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """Overlapping runs of a scheduler do no harm."""
+    """If runs of a scheduler overlap, the second one ends with status 2."""
     with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
@@ -221,14 +221,17 @@ def test_can_be_interrupted_and_run_again(
         text=True,
     )
     os.close(terminal)
-    backend.wait_for(4)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=10)
+    try:
+        backend.wait_for(4)
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=10)
+    finally:
+        process.kill()
     shown = os.read(master, 65536).decode()
     os.close(master)
     assert process.returncode == 2
     assert "Interrupted. Changes made so far are kept." in shown
-    assert "users at Clerk  [" in shown, "a bar"
+    assert "users at Clerk  [" in shown, "there is no progress bar"
     assert "Stopped after " in stdout
     backend.before = lambda _path, _query: None
     assert run(syncing).exit_code == 0
