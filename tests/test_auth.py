@@ -28,7 +28,7 @@ ADMIN: dict[str, Any] = {
 
 
 def view() -> dict[str, Any]:
-    """Return who is calling."""
+    """Return the ids of the caller's user and session."""
     return {
         "user": current_user.id if current_user else None,
         "session": current_session.id if current_session else None,
@@ -43,7 +43,7 @@ def add_view(service: Service, decorate: Callable[..., Any], path: str = "/view"
 
 @pytest.mark.parametrize("form", ["bare", "called"])
 def test_protects_a_function(service: Service, form: str) -> None:
-    """It works with and without parentheses."""
+    """The decorator works with and without parentheses."""
     path = add_view(service, require_auth if form == "bare" else require_auth())
     user_id = clerk_id("user")
     assert service.call(user_id, path=path, sid="sess_7").get_json() == {
@@ -54,7 +54,7 @@ def test_protects_a_function(service: Service, form: str) -> None:
 
 
 def test_protects_an_async_view(service: Service) -> None:
-    """A coroutine is run as Flask runs it."""
+    """Flask runs the coroutine, as it does without the decorator."""
 
     async def later() -> dict[str, Any]:
         await asyncio.sleep(0)
@@ -65,7 +65,7 @@ def test_protects_an_async_view(service: Service) -> None:
 
 
 def test_protects_a_method_view(service: Service) -> None:
-    """It works in a MethodView's decorators, and on one of its methods."""
+    """The decorator works in a MethodView's ``decorators``, and on one of its methods."""
 
     class Guarded(MethodView):
         decorators = [require_auth]  # noqa: RUF012
@@ -97,7 +97,7 @@ def test_protects_a_method_view(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    "guard", [require_auth(), require_auth(role="org:admin")], ids=["called", "asked"]
+    "guard", [require_auth(), require_auth(role="org:admin")], ids=["called", "with a role"]
 )
 def test_protects_a_blueprint(service: Service, guard: Any) -> None:
     """A preflight needs no token, and a view inside may require more than the blueprint."""
@@ -259,7 +259,7 @@ def by_cookie(
 
 
 def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
-    """Of the instance's own cookie and the plain one; other instances' cookies are ignored."""
+    """The instance's own cookie and the plain one count; those of other instances do not."""
     own = f"__session_{cookie_suffix(service)}"
     assert by_cookie(service, own) == by_cookie(service, "__session") == 200
     assert by_cookie(service, "__session_AAAAAAAA") == by_cookie(service, "__client") == 401
@@ -277,7 +277,7 @@ def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
 
 
 def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
-    """Even an invalid one. Another scheme, as a proxy may need, does not hide the cookie."""
+    """An invalid bearer token wins as well. A proxy's ``Basic`` does not hide the cookie."""
     for authorization in ("Bearer a.b.c", "bearer x", "Bearer", "Bearer "):
         assert by_cookie(service, "__session", headers={"Authorization": authorization}) == 401
     for authorization in ("Basic x", "", "Digest"):
@@ -312,6 +312,7 @@ def test_admits_native_apps(make_service: MakeService) -> None:
     assert by_cookie(service, "__session", azp=None) == 401
     alone = make_service(CLERK_AUTHORIZED_PARTIES="native")
     assert alone.call(clerk_id("user"), azp=None).status_code == 200
+    assert alone.call(clerk_id("user")).get_json()["reason"] == "token_authorized_party_mismatch"
     assert by_cookie(alone, "__session") == by_cookie(alone, "__session", azp=None) == 401
 
 
@@ -329,12 +330,12 @@ def test_requires_an_origin_for_an_unsafe_method_by_cookie(
 
 
 def test_ignores_cookies_without_authorized_parties(make_service: MakeService) -> None:
-    """Nothing would show which site's page sent the request."""
+    """Without them, nothing shows which site's page sent the request."""
     assert by_cookie(make_service(CLERK_AUTHORIZED_PARTIES=None), "__session") == 401
 
 
 def test_accepts_the_plain_cookie_without_a_publishable_key(make_service: MakeService) -> None:
-    """The suffix is unknown then."""
+    """Without the key, the suffix of the instance's own cookie is unknown."""
     service = make_service(CLERK_PUBLISHABLE_KEY=None)
     assert by_cookie(service, "__session") == 200
 

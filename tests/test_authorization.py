@@ -1,4 +1,4 @@
-"""What a session may do, compared with recorded answers of Clerk's own ``has()``."""
+"""Authorization of a session, compared with recorded answers of Clerk's own ``has()``."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_answers_as_clerks_sdk_does(number: int) -> None:
 
 
 def test_reads_the_organization_as_clerks_sdk_does() -> None:
-    """Compares id, role, slug and permissions; permissions that are not a list do not count."""
-    for case in CASES:
-        if "raises" in case or case["has"] not in (True, False):
-            continue
+    """Id, role, slug and permissions agree; permissions that are not a list do not count."""
+    compared = [case for case in CASES if "raises" not in case and case["has"] in (True, False)]
+    assert len(compared) > len(CASES) / 2
+    for case in compared:
         organization = session(case["claims"]).organization
         found = (
             (organization.id, organization.role, organization.slug)

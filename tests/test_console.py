@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -49,7 +50,7 @@ PAGES = (
 
 
 class Console:
-    """A browser whose user knows the password."""
+    """A client that sends the password."""
 
     def __init__(self, service: Service, password: str = PASSWORD) -> None:
         self.service, self.http, self.password = service, service.app.test_client(), password
@@ -82,7 +83,7 @@ def find_store(service: Service) -> Store:
 
 @pytest.fixture(autouse=True)
 def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor ask nobody, and find no mistake."""
+    """Replace the doctor by one that sends no request and finds no problem."""
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(FINE))
 
 
@@ -94,7 +95,7 @@ def service(make_service: MakeService) -> Service:
 
 @pytest.fixture
 def console(service: Service) -> Console:
-    """A browser whose user knows the password."""
+    """A client that sends the password."""
     return Console(service)
 
 
@@ -102,7 +103,7 @@ def console(service: Service) -> Console:
 def test_does_not_exist_without_a_configured_password(
     make_service: MakeService, method: str
 ) -> None:
-    """Without CONSOLE_PASSWORD every path is a plain 404, as any unknown path."""
+    """Without CONSOLE_PASSWORD every path is answered 404, as any unknown path is."""
     service = make_service()
     for path in PAGES:
         answer = service.http.open(path, method=method, auth=("operator", ""))
@@ -255,7 +256,7 @@ def test_is_a_guest_in_an_application(
 def diagnose_configuration(
     diagnose: Any, values: Mapping[str, Any], *, checks: Any, program: Program
 ) -> Any:
-    """Run the checks that ask nobody."""
+    """Run the checks that send no request."""
     assert program is APPLICATION
     own = [check for check in checks if check.__module__ != "clerkhooks.doctor.instance"]
     return diagnose(values, checks=own, program=program)
@@ -276,7 +277,7 @@ def test_keeps_two_applications_apart(make_service: MakeService) -> None:
 
 
 def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
-    """The console is a blueprint, made anew for each application, with hooks of its own only."""
+    """The console adds a new blueprint to each application, and no hook outside it."""
     app = service.app
     assert app.before_request_funcs.keys() == {"clerkhooks.console"}
     assert set_headers not in app.after_request_funcs[None]
@@ -409,7 +410,7 @@ def test_reports_errors_and_warnings(console: Console) -> None:
 
 
 def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page has the doctor's findings and those of the database, the most severe first."""
+    """The page has the doctor's findings and those of the database, the most severe first."""
     findings = (*FINE, Finding("b", Level.WARNING, "keys", "Old.", "Look."))
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(findings))
     console.service.deliver(user_event(clerk_id("user")))
@@ -419,7 +420,7 @@ def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The overview is still a page, with a remedy; other pages answer 503."""
+    """The overview is still shown, with a remedy. Other pages are answered 503."""
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
     for path in ("/console", "/console/checks"):
         words = console.read(path)
@@ -465,7 +466,7 @@ def test_reports_that_the_figures_cannot_be_read(
 
 
 def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> None:
-    """Keys are configured, fetched, not fetched yet, or missing."""
+    """The overview shows whether keys are configured, fetched, not fetched yet or missing."""
     none = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None)
     assert "Session keys none: protected routes answer 503" in Console(none).read("/console")
     with Issuer(jwk(none.clerk)).open() as issuer:
@@ -527,7 +528,7 @@ def test_links_a_failed_message_to_its_user(console: Console) -> None:
 
 
 def test_explains_the_source_of_a_row(console: Console, syncing: Service, backend: Backend) -> None:
-    """A user's page names the winning event, or what else made the row."""
+    """A user's page names the winning event, or what else created the row."""
     seen, filled, gone, synced = (clerk_id("user") for _ in range(4))
     console.service.call(seen)
     console.service.deliver(user_event(filled, at=NOW_MS), "msg_winner")
@@ -746,9 +747,11 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
         "/console/users",
         f"/console/users/{user_id}",
         "/console/messages",
-        f"/console/messages/msg {name[:200]}",
+        f"/console/messages/{quote('msg ' + name[:200], safe='')}",
     ):
-        page = console.get(path).text
+        answer = console.get(path)
+        assert answer.status_code == 200, path
+        page = answer.text
         assert "<script" not in page
         assert "<img" not in page
         assert "style=" not in page
@@ -771,7 +774,7 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
     ],
 )
 def test_refuses_malformed_urls(console: Console, path: str) -> None:
-    """Malformed filters and cursors answer 400."""
+    """Malformed filters and cursors are answered 400."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
     assert_strict(answer)
@@ -791,7 +794,7 @@ def test_refuses_characters_that_the_database_refuses(console: Console, path: st
 
 @pytest.mark.parametrize("fields", [("ada", "\0"), ("ada", "yesterday")])
 def test_refuses_malformed_searches(console: Console, fields: tuple[str, ...]) -> None:
-    """A malformed search or cursor answers 400."""
+    """A malformed search or cursor is answered 400."""
     answer = console.search(*fields)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
 
@@ -815,7 +818,7 @@ def test_answers_any_url_without_a_server_error(
 
 
 def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeClerk) -> None:
-    """Characters that the encoding lacks answer 400; everything else works."""
+    """Requests with characters that the encoding lacks are answered 400; others work."""
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     url = (
@@ -857,7 +860,7 @@ def test_logs_neither_searches_nor_the_password(
 
 
 def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A larger number is not counted; the outcomes are those of the newest messages."""
+    """A larger number is not counted, and the figures by outcome are of the newest messages."""
     for number in range(5):
         console.service.deliver(user_event(clerk_id("user"), at=NOW_MS + number))
     store = find_store(console.service)
@@ -925,7 +928,7 @@ def test_formats_a_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
-    """A time in the future, by another clock, is formatted, too."""
+    """A time in the future, set by another clock, is formatted as well."""
     now = datetime.now(UTC)
     assert texts.ago(now - timedelta(seconds=seconds), now) == text
 

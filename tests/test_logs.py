@@ -61,13 +61,13 @@ def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
     headers = service.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
     with captured_lines(JsonFormatter()) as written, broken_users(service):
         service.http.post("/webhooks/clerk", data=body, headers=headers)
-    said = [json.loads(line) for line in written]
-    assert [line["event"] for line in said] == ["request_failed", "request"]
-    assert {line["request_id"] for line in said} == {"of-the-proxy"}
-    assert said[0]["user_id"]
+    logged = [json.loads(line) for line in written]
+    assert [line["event"] for line in logged] == ["request_failed", "request"]
+    assert {line["request_id"] for line in logged} == {"of-the-proxy"}
+    assert logged[0]["user_id"]
 
 
-def test_adds_the_id_to_the_line_of_a_failed_handler(application: Application) -> None:
+def test_adds_the_id_to_the_line_of_a_failing_handler(application: Application) -> None:
     """A failure after the commit can be found by the id in the platform's router log."""
 
     @application.hooks.on("user.updated", after_commit=True)
@@ -79,9 +79,9 @@ def test_adds_the_id_to_the_line_of_a_failed_handler(application: Application) -
     with captured_lines(JsonFormatter()) as written:
         response = application.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 200
-    said = [json.loads(line) for line in written]
-    assert [line["event"] for line in said] == ["handler_failed", "webhook_delivered"]
-    assert {line["request_id"] for line in said} == {"of-the-proxy"}
+    logged = [json.loads(line) for line in written]
+    assert [line["event"] for line in logged] == ["handler_failed", "webhook_delivered"]
+    assert {line["request_id"] for line in logged} == {"of-the-proxy"}
 
 
 @pytest.mark.parametrize("sent", ["a", "A.b_c:/+=-9" * 11, "x" * 128])
@@ -119,6 +119,8 @@ def test_is_readable_on_a_terminal(service: Service) -> None:
 def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Colours are used on a terminal only, and never with NO_COLOR."""
     record = logging.makeLogRecord({"levelname": "ERROR", "msg": "request_failed"})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert "\x1b" not in TextFormatter().format(record)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\x1b[31mERROR" in TextFormatter().format(record)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -1,4 +1,4 @@
-"""The pytest plugin signs what Clerk would sign, and the service accepts nothing else."""
+"""The pytest plugin signs as Clerk does, and the service verifies its signatures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ listed = st.none() | st.builds("{}{}".format, st.sampled_from(["", "org:", "user
 
 @given(granted=permissions, asked=permissions, feature=listed, plan=listed)
 @example(granted=["org:org:_"], asked=["org:org:_"], feature=None, plan=None)
-def test_packs_permissions_that_unpack_to_the_same(
+def test_packs_permissions_without_loss(
     granted: list[str], asked: list[str], feature: str | None, plan: str | None
 ) -> None:
     """A session has the permissions that it was given, each once, and no other."""
@@ -45,8 +45,8 @@ def test_packs_permissions_that_unpack_to_the_same(
     assert (organization.id, organization.role) == ("org_1", "org:admin")
     assert sorted(organization.permissions) == sorted(set(granted))
     for permission in asked:
-        # Clerk's SDK counts any number of "org:" as one. What a feature called "org" gives can
-        # never be asked for.
+        # Clerk's SDK reduces repeated "org:" to one, so a permission of a feature that is called
+        # "org" never matches.
         assert is_authorized(claims, permission=permission) is (
             re.sub("^(org:)*", "org:", permission) in granted
         )
@@ -64,16 +64,16 @@ def test_packs_permissions_that_unpack_to_the_same(
         ({"feature": "team:ai"}, "begins with org: or user:"),
     ],
 )
-def test_refuses_to_grant_what_clerk_never_would(
+def test_refuses_to_grant_what_clerk_cannot_grant(
     clerk_service: ClerkService, wrong: dict[str, Any], message: str
 ) -> None:
-    """A test that grants it would prove nothing about production, so its author gets an error."""
+    """A test with such a session would prove nothing about production."""
     with pytest.raises(ValueError, match=message):
         clerk_service.token("user_1", **wrong)
 
 
 def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[str, Any]) -> None:
-    """The row is what the event says, and fields of the event can be replaced."""
+    """The row has the data of the event, whose fields can be replaced."""
     user_id = clerk_service.sign_up(
         email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None
     )
@@ -82,8 +82,8 @@ def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[st
     assert clerk_service.sign_up(id="user_2chosen") == "user_2chosen"
 
 
-def test_says_that_a_sign_up_was_refused(clerk_service: ClerkService) -> None:
-    """A test does not go on with a user who is not there."""
+def test_fails_if_a_sign_up_is_refused(clerk_service: ClerkService) -> None:
+    """A test does not continue without the user that it needs."""
     with pytest.raises(AssertionError, match=r"400.*user_id_malformed"):
         clerk_service.sign_up(id="ada")
 
@@ -153,7 +153,7 @@ def test_signs_in_with_the_applications_own_client(
 
 
 def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService) -> None:
-    """A header of the test's own wins over the client's."""
+    """An Authorization header that a test passes replaces the client's."""
     response = clerk_service.client("user_1").get("/api/me", headers={"Authorization": "Bearer x"})
     assert response.get_json()["reason"] == "token_malformed"
 
@@ -173,7 +173,7 @@ def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService)
 def test_takes_any_claims(
     clerk_service: ClerkService, claims: dict[str, object], status: int
 ) -> None:
-    """Claims of the test's own are signed as they are, and verified as ever."""
+    """Claims that a test passes are signed unchanged, and verified as any others."""
     preset: Preset = "strict"
     clerk_service.app.add_url_rule(
         "/strict", view_func=require_auth(reverification=preset)(lambda: "done")
@@ -182,8 +182,8 @@ def test_takes_any_claims(
     assert client.get("/strict").status_code == status
 
 
-def test_shares_an_organization_unless_told_otherwise(clerk_service: ClerkService) -> None:
-    """Members meet in one organization; only what an organization has brings a token into it."""
+def test_uses_one_organization_by_default(clerk_service: ClerkService) -> None:
+    """Claims of an organization refer to the same one by default; others refer to none."""
 
     @clerk_service.app.get("/where")
     @require_auth
@@ -205,7 +205,7 @@ def test_shares_an_organization_unless_told_otherwise(clerk_service: ClerkServic
 
 
 def test_trusts_only_its_own_keys(clerkhooks_app: Flask) -> None:
-    """Nothing is patched: another instance's signatures do not hold."""
+    """No verification is patched, so another instance's signatures are refused."""
     stranger = ClerkService(clerkhooks_app, FakeClerk())
     with pytest.raises(AssertionError, match=r"401.*signature_mismatch"):
         stranger.sign_up()
@@ -215,8 +215,10 @@ def test_trusts_only_its_own_keys(clerkhooks_app: Flask) -> None:
 
 
 def test_is_loaded_by_nothing_but_tests() -> None:
-    """Production runs without pytest: no other module imports it, nor the plugin."""
-    for file in Path(clerkhooks.__file__).parent.rglob("*.py"):
+    """No other module imports pytest or the plugin, so production runs without them."""
+    files = list(Path(clerkhooks.__file__).parent.rglob("*.py"))
+    assert len(files) > 10
+    for file in files:
         if file.name != "testing.py":
             assert not re.search(
                 r"\b(import|from) +(pytest|clerkhooks\.testing)\b|clerkhooks import .*\btesting\b",
@@ -225,7 +227,7 @@ def test_is_loaded_by_nothing_but_tests() -> None:
 
 
 def test_closes_the_connections_of_a_test(clerkhooks_config: dict[str, Any]) -> None:
-    """A test that makes applications itself closes them with ``disconnect``."""
+    """``disconnect`` closes the connections of an application that a test creates."""
     app = create_app(clerkhooks_config)
     pool: Any = app.extensions["clerkhooks"].store.database.engine.pool
     with app.app_context():
@@ -237,7 +239,7 @@ def test_closes_the_connections_of_a_test(clerkhooks_config: dict[str, Any]) -> 
 
 
 def run_pytest(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Write *files*, and run pytest on them without options or variables of ours."""
+    """Write *files*, and run pytest on them without this suite's options and variables."""
     for name, text in files.items():
         (folder / name).write_text(text)
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-c", "/dev/null"]
@@ -267,7 +269,7 @@ def test_mine(clerk_service):
 
 
 def test_works_for_the_service(tmp_path: Path) -> None:
-    """One line in conftest.py is all: no other fixture, option or variable, and no warning."""
+    """One line in conftest.py suffices, and there is no warning."""
     done = run_pytest(tmp_path, {"conftest.py": CONFTEST, "test_mine.py": TEST})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
@@ -334,8 +336,8 @@ def test_has_a_database_of_its_own(clerk_service, turn):
 """
 
 
-def test_works_in_an_application_of_its_own(tmp_path: Path) -> None:
-    """An application overrides one fixture; its model, prefix and views are what is tested."""
+def test_works_in_an_application(tmp_path: Path) -> None:
+    """An application overrides one fixture to test its own model, URL prefix and views."""
     files = {"conftest.py": CONFTEST, "shop.py": SHOP, "test_shop.py": SHOP_TEST}
     done = run_pytest(tmp_path, files)
     assert done.returncode == 0, done.stdout + done.stderr

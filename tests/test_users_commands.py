@@ -34,15 +34,17 @@ def listed(service: Service, *arguments: str) -> list[str]:
     """Return the ids that are listed as JSON; the table must list the same."""
     users = json.loads(run(service, "users", *arguments, "--json").stdout)["users"]
     table = run(service, "users", *arguments).stdout
-    assert [line.split()[0] for line in table.splitlines()[1:] if line] == [
-        user["id"] for user in users
-    ] or table == "No users found.\n"
+    if users:
+        shown = [line.split()[0] for line in table.splitlines()[1:] if line]
+        assert shown == [user["id"] for user in users]
+    else:
+        assert table == "No users found.\n"
     return [user["id"] for user in users]
 
 
 @pytest.fixture
 def people(service: Service) -> dict[str, str]:
-    """Make a user of each kind, the oldest first."""
+    """Create a user of each kind, the oldest first."""
     ids = {name: clerk_id("user") for name in ("ada", "grace", "unfilled", "deleted")}
     service.outcome(user_event(ids["ada"]))
     service.outcome(
@@ -64,7 +66,7 @@ def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> Non
 def test_finds_by_id_email_and_beginning_of_the_name(
     service: Service, people: dict[str, str]
 ) -> None:
-    """The last name is searched, too, case-insensitively. A percent sign is not a wildcard."""
+    """The last name counts as well. Case is ignored, and a percent sign is no wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -84,7 +86,7 @@ def test_continues_after_a_page(service: Service, people: dict[str, str]) -> Non
     """Each user is on one page; the text output ends with the cursor of the next page."""
     read: list[str] = []
     arguments: list[str] = []
-    while True:
+    for _ in people:
         page: dict[str, Any] = json.loads(
             run(service, "users", "--limit", "3", *arguments, "--json").stdout
         )
@@ -93,6 +95,8 @@ def test_continues_after_a_page(service: Service, people: dict[str, str]) -> Non
             break
         assert f"--after {page['next']}" in run(service, "users", "--limit", "3", *arguments).stderr
         arguments = ["--after", page["next"]]
+    else:
+        raise AssertionError("the pages do not end")
     assert read == list(people.values())[::-1]
     assert run(service, "users", "--after", "yesterday").exit_code == 2
 
@@ -158,7 +162,7 @@ def test_shows_hostile_names_as_text(service: Service) -> None:
 def test_cuts_lines_to_the_width_of_the_terminal(
     is_terminal: bool, printed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elsewhere lines are printed whole, such as for grep."""
+    """Lines that are printed to a pipe or file are not cut."""
     monkeypatch.setenv("COLUMNS", "11")
     with redirect_stdout(io.StringIO()) as output:
         monkeypatch.setattr(output, "isatty", lambda: is_terminal)
@@ -212,7 +216,7 @@ def create_app():
 
 @pytest.fixture
 def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
-    """Run ``flask clerk …`` in a small application, in a process of its own."""
+    """Run ``flask clerk …`` in a small application, in a separate process."""
     (tmp_path / "shop.py").write_text(APPLICATION)
     variables = environ(**clerk.environ, FILE=str(tmp_path / "shop.db"))
 
