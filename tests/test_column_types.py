@@ -1,4 +1,4 @@
-"""Types of declared columns: any value is accepted, and stored values are read back unchanged."""
+"""Types of declared columns: any value is accepted, and stored values are unchanged."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ PARSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("type_", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize("parse", [None, PARSED.get], ids=["of Clerk", "of parse"])
+@pytest.mark.parametrize("parse", [None, PARSED.get], ids=["from Clerk", "from parse"])
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.pysqlite does .not. support Decimal")
 def test_never_fails_an_event(
     make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
@@ -149,7 +149,7 @@ def test_never_fails_an_event(
 
 
 GOOD: dict[str, tuple[Any, Any, Any]] = {
-    # what Clerk sends, how it is parsed, and what is read back
+    # the value that Clerk sends, its parser, and the value that is read back
     "text": ("é\N{GRINNING FACE}", None, "é\N{GRINNING FACE}"),
     "string": ("12345", None, "12345"),
     "json": ({"a": [None, 1.5]}, None, {"a": [None, 1.5]}),
@@ -180,7 +180,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 def test_reads_values_back_unchanged(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """Values stored by a webhook or by sync are unchanged, and ``--check`` finds no difference."""
+    """Values that a webhook or sync stored are unchanged, and a check finds no difference."""
     columns = {name: from_clerk(name, TYPES[name], parse=GOOD[name][1]) for name in GOOD}
     application = make_application(empty_database, columns, **backend.environ)
     data = {name: sent for name, (sent, _, _) in GOOD.items()}

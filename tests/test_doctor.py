@@ -1,4 +1,4 @@
-"""``clerkhooks doctor`` finds each mistake, and reports nothing where there is no mistake."""
+"""``clerkhooks doctor`` reports each mistake, and no problem in a correct setup."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def instance(clerk: FakeClerk) -> Iterator[Issuer]:
 def correct(
     clerk: FakeClerk, database_url: str, instance: Issuer, backend: Backend
 ) -> dict[str, str]:
-    """Variables without a mistake, which lead to no other machine."""
+    """Correct variables, which refer to servers on this machine."""
     backend.secret_key = backend.secret_key.replace("live", "test")
     backend.jwks = key_set(jwk(clerk))
     return clerk.environ | {
@@ -64,7 +64,7 @@ SECRET_NAMES = (
 def find(
     values: Mapping[str, str], project: Path = Path("/nowhere"), **options: Any
 ) -> dict[str, doctor.Finding]:
-    """Return the findings by code. None shows a secret; every warning and error has a remedy."""
+    """Return the findings by code; check that they have remedies and show no secret."""
     found = list(doctor.diagnose(values, project=project, **options))
     texts = repr(found)
     for name in SECRET_NAMES:
@@ -161,7 +161,7 @@ def test_finds_each_mistake(
     code: str,
     level: str,
 ) -> None:
-    """Each has a code of its own, does not hide others, and shows no secret."""
+    """Each mistake has its own code, hides no other finding, and reveals no secret."""
     backend.secret_key = "sk_test_ofThisInstance"
     values = clerk.environ | {
         "DATABASE_URL": f"sqlite:///{tmp_path}/none.db",
@@ -173,7 +173,7 @@ def test_finds_each_mistake(
     assert found[code].level == level
     assert "hidden" not in repr(found)
     about_database = {"database_not_migrated", "database_unreachable", "database_skipped"}
-    assert about_database & found.keys(), "one mistake hides no other"
+    assert about_database & found.keys(), "the mistake hides the findings about the database"
     assert not (tmp_path / "none.db").exists()
 
 
@@ -349,7 +349,7 @@ def test_names_the_commands_of_the_service(
 def test_examines_an_application_by_its_own_settings(
     clerk: FakeClerk, backend: Backend, instance: Issuer, tmp_path: Path
 ) -> None:
-    """Database, logs, server and files of an application are its own business."""
+    """The doctor does not check an application's database, logs, server and files."""
     (tmp_path / ".env").write_text("PORT=8000")
     config: dict[str, Any] = clerk.environ | {
         "CLERK_API_URL": backend.api_url,
@@ -370,7 +370,7 @@ def test_examines_an_application_by_its_own_settings(
 def test_names_the_commands_of_an_application(
     make_database: MakeDatabase, make_service: MakeService
 ) -> None:
-    """There, clerkhooks' commands are part of its own ``flask``."""
+    """In an application, clerkhooks' commands are part of ``flask``."""
     url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
     store = plain_store(url, pool_size=1)
     [found] = judge_database(store, APPLICATION)
@@ -385,7 +385,7 @@ def test_names_the_commands_of_an_application(
 
 
 def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
-    """It is exposed if other users of this machine can read it."""
+    """The file is exposed if other users of this machine can read it."""
 
     def codes() -> list[str]:
         case = doctor.Case({}, ServiceSettings(webhook_secrets=()), (), tmp_path)
@@ -414,7 +414,7 @@ def test_continues_after_a_check_that_fails() -> None:
 def test_gives_up_on_a_clerk_that_does_not_answer(
     clerk: FakeClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that accepts the request and never responds makes its checks skipped."""
+    """If a server accepts a request and never responds, its checks are skipped."""
     monkeypatch.setattr(findings, "TIMEOUT", 0.2)
     backend.always = stalling
     values = clerk.environ | {
@@ -430,7 +430,7 @@ def test_gives_up_on_a_clerk_that_does_not_answer(
 
 
 def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: str) -> Result:
-    """Run the command with nothing but *values* in the environment."""
+    """Run the command with *values* as the only variables that are set."""
     for name in VARIABLES:
         monkeypatch.setenv(name, values.get(name, ""))
     return CliRunner().invoke(main, ["doctor", *arguments])
@@ -439,7 +439,7 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """Text has a mark for each level, JSON has codes. The status is 1 only if there is an error."""
+    """Text has a mark per level, and JSON has codes. The status is 1 if there is an error."""
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0
@@ -461,7 +461,7 @@ def test_prints_findings_and_remedies(
 
 
 def test_works_where_the_service_refuses_to_start(tmp_path: Path) -> None:
-    """It needs no valid variable and no working directory of its own, and prints no traceback."""
+    """The doctor works with invalid variables, in any directory, without a traceback."""
     values = environ(
         CLERK_API_URL=CLOSED,
         CLERK_WEBHOOK_SECRET="sk_test_hidden",
@@ -491,7 +491,7 @@ def test_reports_an_unreadable_env_file(
     content: bytes,
     problem: str,
 ) -> None:
-    """The other checks run all the same."""
+    """The other checks still run."""
     (tmp_path / ".env").write_bytes(content)
     monkeypatch.setattr("clerkhooks.cli.doctor.PROJECT", tmp_path)
     result = run(monkeypatch, correct, "--json")

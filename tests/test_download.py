@@ -1,4 +1,4 @@
-"""Downloads end within their time, whatever the server and the resolver do."""
+"""Downloads end at their deadline, even if the server or the resolver does not answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD = answering(b"{}")
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """An endpoint that releases stalled requests after ten seconds, so that no test can hang."""
+    """An endpoint that ends stalled requests after ten seconds, so that no test can hang."""
     with Issuer().open() as issuer:
         release = threading.Timer(10, issuer.released.set)
         release.daemon = True

@@ -97,7 +97,7 @@ def test_parses_clerks_own_payloads(
 
 
 def test_parses_every_payload_file() -> None:
-    """The test above leaves out no file."""
+    """The test above covers every file."""
     assert sorted(path.stem for path in Path(DATA).glob("user.*.json")) == [
         "user.created",
         "user.created.minimal",
@@ -160,7 +160,7 @@ def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> 
     ],
 )
 def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> None:
-    """Its row cannot be found."""
+    """Without the id, the event's row is unknown."""
     with pytest.raises(EventError) as refused:
         event({"type": event_type, "data": data})
     assert refused.value.reason == "user_id_malformed"
@@ -168,7 +168,7 @@ def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> N
 
 @pytest.mark.parametrize("user_id", ["user_a", "user_" + "Z9" * 32, USER_ID])
 def test_recognizes_a_user_id(user_id: str) -> None:
-    """It is ``user_`` and 1 to 64 base-62 characters."""
+    """A user id is ``user_`` followed by 1 to 64 base-62 characters."""
     assert is_user_id(user_id)
     assert not is_user_id(user_id.replace("user_", "user_-"))
 
@@ -220,7 +220,7 @@ def test_cuts_a_label_at_255(length: int, kept: int) -> None:
     ],
 )
 def test_uses_the_primary_email_address(data: dict[str, Any], email: str | None) -> None:
-    """It is the address whose id is ``primary_email_address_id``, not the first or the newest."""
+    """The email is the address with the primary id, not the first or the newest one."""
     addresses = [{"id": name, "email_address": f"{name}@example.org"} for name in ("a", "b")]
     assert parse_profile({"email_addresses": addresses} | data).email == email
 
@@ -280,7 +280,7 @@ def test_derives_a_name(data: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
 )
-def test_uses_either_time_for_the_other(odd: Any) -> None:
+def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
     """If one is missing or odd, the other replaces it. An event with neither ranks lowest."""
     assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
     assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
@@ -309,7 +309,7 @@ def test_accepts_seconds_and_milliseconds(time: float, milliseconds: int) -> Non
 
 
 def test_dates_an_event_by_its_envelope() -> None:
-    """``updated_at`` orders first; ``timestamp`` is when the event occurred."""
+    """``updated_at`` decides the order first; ``timestamp`` is when the event occurred."""
     parsed = user_event({"updated_at": 9}, timestamp=5)
     assert parsed.version == Version(9_000, 5_000, "msg_1")
     assert parsed.occurred_at == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)

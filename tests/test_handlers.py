@@ -38,22 +38,22 @@ def organization(name: str = "Acme", at: int = NOW_MS) -> bytes:
 
 
 class Recorder:
-    """A handler that remembers its events."""
+    """A handler that records its events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
 
     def __call__(self, event: Event) -> None:
-        """Remember one event."""
+        """Record one event."""
         self.events.append(event)
 
-    def remember(self, event: Event) -> None:
-        """Remember one event, as a method."""
+    def record(self, event: Event) -> None:
+        """Record one event, as a method."""
         self.events.append(event)
 
 
 def new_row(application: Application, user_id: str, name: str) -> Any:
-    """Return a row of users that a handler may add."""
+    """Return a new user, which a handler may add."""
     found = application.db.session.get_one(application.model, user_id)
     times = {key: getattr(found, key) for key in ("last_seen", "created_at", "updated_at")}
     return application.model(id=clerk_id("user"), name=name, is_online=False, **times)
@@ -210,10 +210,10 @@ def test_holds_handlers_strongly(application: Application) -> None:
 
 
 def test_calls_a_method_once(application: Application) -> None:
-    """A method registered for three patterns is one handler, although its bound methods differ."""
+    """A bound method that is registered for three patterns is one handler."""
     recorder = Recorder()
     for pattern in ("*", "user.*", "user.updated"):
-        application.hooks.on(pattern)(recorder.remember)
+        application.hooks.on(pattern)(recorder.record)
     application.outcome(user_event(clerk_id("user")))
     assert len(recorder.events) == 1
 
@@ -629,7 +629,7 @@ def test_limits_its_own_wait_for_a_row_lock(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """With handlers, too, a row that stays locked ends in 500 and is recorded as failed."""
+    """With handlers as well, a locked row leads to a 500 and a message recorded as failed."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("*")(Recorder())
     user_id = clerk_id("user")

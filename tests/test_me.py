@@ -158,7 +158,7 @@ def test_never_answers_a_stranger_with_a_5xx(
 
 
 def test_answers_503_without_keys(make_service: MakeService) -> None:
-    """Without a session key, webhooks work and protected routes answer ``keys_not_configured``."""
+    """Without a session key, webhooks work and protected routes are answered 503."""
     bare = make_service(
         CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None, CLERK_AUTHORIZED_PARTIES=None
     )
@@ -173,11 +173,11 @@ def test_answers_503_without_keys(make_service: MakeService) -> None:
 def test_allows_authorized_origins(make_service: MakeService, origin: str) -> None:
     """Preflights, successes and refusals carry the CORS headers that a browser needs."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"{ORIGIN},http://[::1]:3000")
-    asked = preflight(service, origin)
-    assert asked.status_code == 200
-    assert asked.headers["Access-Control-Allow-Origin"] == origin
-    assert "PUT" in asked.headers["Access-Control-Allow-Methods"]
-    assert asked.headers["Access-Control-Allow-Headers"] == "authorization, content-type"
+    allowance = preflight(service, origin)
+    assert allowance.status_code == 200
+    assert allowance.headers["Access-Control-Allow-Origin"] == origin
+    assert "PUT" in allowance.headers["Access-Control-Allow-Methods"]
+    assert allowance.headers["Access-Control-Allow-Headers"] == "authorization, content-type"
     token = service.clerk.session_token(clerk_id("user"))
     for headers, status in (({"Authorization": f"Bearer {token}"}, 200), ({}, 401)):
         answer = service.http.get("/api/me", headers={"Origin": origin, **headers})
@@ -210,11 +210,11 @@ def test_sends_one_cors_header_beside_flask_cors(service: Service) -> None:
     """With ``CORS(app)`` as well, there is still one Access-Control-Allow-Origin header."""
     CORS(service.app)
     service.app.add_url_rule("/open", view_func=lambda: "open")
-    asked = {
+    answers = {
         path: service.http.get(path, headers={"Origin": ORIGIN}) for path in ("/api/me", "/open")
     }
     assert [
-        len(answer.headers.getlist("Access-Control-Allow-Origin")) for answer in asked.values()
+        len(answer.headers.getlist("Access-Control-Allow-Origin")) for answer in answers.values()
     ] == [1, 1]
     assert not allowed(service.http.get("/api/me", headers={"Origin": "https://evil.example.com"}))
 

@@ -118,7 +118,7 @@ def fail_twice() -> None:
 def test_logs_frames_without_the_text_of_an_error(
     application: Application, written: list[str]
 ) -> None:
-    """A frame has file, line and function. The text of an error and of its cause is not logged."""
+    """Frames have file, line and function. The texts of an error and its cause are omitted."""
     application.hooks.on("user.*")(lambda event: fail_twice())
     response = application.deliver(user_event(clerk_id("user")), "msg_1")
     assert (response.status_code, response.get_json()["reason"]) == (500, "internal_error")
@@ -152,8 +152,9 @@ def test_answers_500_if_the_failure_cannot_be_recorded(
 ) -> None:
     """Without a database, the log has the message id, the cause and the lost record."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
-    second, failure, _ = shown(written)
-    assert (second["event"], second["message_id"]) == ("failure_not_recorded", "msg_1")
+    not_recorded, failure, _ = shown(written)
+    assert not_recorded["event"] == "failure_not_recorded"
+    assert not_recorded["message_id"] == "msg_1"
     assert (failure["event"], failure["message_id"]) == ("request_failed", "msg_1")
 
 
@@ -259,7 +260,7 @@ def test_answers_a_status_without_a_name(service: Service, detail: str | None) -
 
 
 def test_leaves_the_errors_of_an_application_alone(application: Application) -> None:
-    """Without ``problems=True``, only clerkhooks' routes and exceptions produce problem details."""
+    """Without ``problems=True``, only clerkhooks' own errors become problem details."""
     app, http = application.app, application.http
     add_failing_views(application)
     app.add_url_rule("/notes", view_func=require_auth(lambda: "notes"))

@@ -242,7 +242,7 @@ def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
         "fresher",
         "deleted",
         "gone",
-        "gone and young",
+        "gone and new",
     )
     users = {name: backend.sign_up(at=LONG_AGO + number) for number, name in enumerate(names)}
     for name in ("updated", "unchanged", "fresher", "gone", "deleted"):
@@ -255,15 +255,15 @@ def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
     )
     syncing.deliver(deletion(users["deleted"]))
     make_old(syncing)
-    syncing.call(users["gone and young"])
+    syncing.call(users["gone and new"])
     backend.delete(users["gone"])
-    backend.delete(users["gone and young"])
+    backend.delete(users["gone and new"])
     expected = {"created": 1, "updated": 2, "unchanged": 1, "fresher_here": 2, "tombstoned": 1}
     assert sync(syncing, backend)[0] == expected
     assert syncing.user(users["updated"], ("name",)) == ("Grace Lovelace",)
     assert syncing.user(users["fresher"], ("name",)) == ("Grace Lovelace",)
     assert syncing.user(users["gone"]) == (None, "Deleted User", None)
-    assert syncing.user(users["gone and young"], ("name",)) == ("New User",)
+    assert syncing.user(users["gone and new"], ("name",)) == ("New User",)
     assert sync(syncing, backend)[0] == {"unchanged": 4, "fresher_here": 2}
 
 

@@ -54,7 +54,16 @@ RULES = TokenRules(
 NOW = 1_800_000_000
 USER_ID = "user_29w83sxmDNGwOuEthce5gg56FcC"
 ABSENT: Any = object()
-NO_TIMES: list[Any] = [None, "1800000000", True, [], {}, LAST_SECOND + 1, -LAST_SECOND - 1, 10**400]
+INVALID_TIMES: list[Any] = [
+    None,
+    "1800000000",
+    True,
+    [],
+    {},
+    LAST_SECOND + 1,
+    -LAST_SECOND - 1,
+    10**400,
+]
 HEADER: dict[str, Any] = {"alg": "RS256", "cat": "cl_B7d4PD111AAA", "kid": "ins_1", "typ": "JWT"}
 TIMES = {"exp": NOW + 60, "iat": NOW, "nbf": NOW - 10}
 CLAIMS: dict[str, Any] = TIMES | {
@@ -124,19 +133,19 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 def test_gives_every_verdict_of_clerks_sdk() -> None:
     """No verdict is looser here; stricter ones have a reason that the recorded case allows."""
     assert len(SDK["cases"]) == 400
-    judged = [
+    compared = [
         case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])
     ]
     differing = [
         (case, sdk_verdict(case))
-        for case in judged
+        for case in compared
         if (sdk_verdict(case) is None) is not case["accept"]
     ]
     assert [case["name"] for case, _ in differing if not case["accept"]] == []
     unexplained = [
-        (case["name"], why)
-        for case, why in differing
-        if why not in [STRICTER.get(rule) for rule in case["may_be_stricter"]]
+        (case["name"], reason)
+        for case, reason in differing
+        if reason not in [STRICTER.get(rule) for rule in case["may_be_stricter"]]
     ]
     assert unexplained == []
 
@@ -150,7 +159,7 @@ def test_differs_from_clerks_sdk_in_the_scheme_and_in_odd_features_only() -> Non
 
 
 def test_returns_the_session() -> None:
-    """It has the user, the session id and all claims."""
+    """The session has the user's id, its own id and all claims."""
     session = verify_session_token(token(org_role="admin"), [KEY], RULES, NOW)
     assert (session.id, session.user_id, session.actor, session.impersonated) == (
         "sess_1",
@@ -198,11 +207,11 @@ def test_refuses_a_malformed_token(text: str) -> None:
 
 def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
     """Otherwise one signature would have several spellings: 256 bytes leave four unused bits."""
-    sound = token()
+    valid = token()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-    stray = sound[:-1] + digits[digits.index(sound[-1]) + 1]
+    stray = valid[:-1] + digits[digits.index(valid[-1]) + 1]
     assert base64.urlsafe_b64decode(stray.rpartition(".")[2] + "==") == base64.urlsafe_b64decode(
-        sound.rpartition(".")[2] + "=="
+        valid.rpartition(".")[2] + "=="
     )
     assert reason_of(stray) == "token_malformed"
 
@@ -211,7 +220,7 @@ def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
     ("length", "reason"), [(MAX_LENGTH, "token_malformed"), (MAX_LENGTH + 1, "token_too_long")]
 )
 def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
-    """A longer token is refused unread."""
+    """A longer token is refused before it is parsed."""
     assert reason_of("A" * length) == reason
 
 
@@ -296,8 +305,8 @@ def test_accepts_each_configured_key_and_no_other() -> None:
         ),
         ("sub", ["user_a", "user_" + "Z9" * 32], None),
         ("sid", [ABSENT, None, "", 5, ["sess_1"]], "token_session_missing"),
-        *((name, [*NO_TIMES, ABSENT], f"token_{name}_malformed") for name in ("exp", "iat")),
-        ("nbf", NO_TIMES, "token_nbf_malformed"),
+        *((name, [*INVALID_TIMES, ABSENT], f"token_{name}_malformed") for name in ("exp", "iat")),
+        ("nbf", INVALID_TIMES, "token_nbf_malformed"),
         ("nbf", [ABSENT], None),
         ("sts", ["active", ABSENT], None),
         ("sts", ["pending"], "session_pending"),

@@ -44,7 +44,7 @@ def reason_of(
 
 
 def is_accepted(case: dict[str, Any]) -> bool:
-    """Return whether a case of the SDK passes here. The SDK parses the body while it verifies."""
+    """Return whether a case of the SDK passes. The SDK parses the body while it verifies."""
     body = base64.b64decode(case["body_base64"])
     try:
         message = verify_signature(case["headers"], body, [SDK_SECRET], SDK["now"])
@@ -133,7 +133,7 @@ def test_refuses_a_header_changed_after_signing(clerk: FakeClerk, header: str) -
 
 
 def test_refuses_a_body_that_is_not_utf8(clerk: FakeClerk) -> None:
-    """Svix signs text, so such a body cannot be its own."""
+    """Svix signs text, so it never sends such a body."""
     assert reason_of(signed(clerk), clerk, b"\xff") == "body_not_utf8"
 
 
@@ -167,13 +167,13 @@ def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) 
 
 
 def test_does_not_load_the_client_of_svix() -> None:
-    """Each worker would need 16 MB more, and start 0.2 s later."""
+    """The client would cost each worker 16 MB of memory and 0.2 s at the start."""
     code = "import sys, clerkhooks.service; sys.exit('svix' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
 
 
 def test_refuses_everything_without_a_secret(clerk: FakeClerk) -> None:
-    """Without a secret nothing verifies."""
+    """Without a secret, even a correctly signed message does not verify."""
     with pytest.raises(SignatureError, match="signature_mismatch"):
         verify_signature(signed(clerk), BODY, [], NOW)
 
@@ -196,7 +196,7 @@ def test_refuses_everything_without_a_secret(clerk: FakeClerk) -> None:
     ],
 )
 def test_finds_a_good_signature_among_garbled_ones(clerk: FakeClerk, garbage: str) -> None:
-    """One good signature is enough, before or after anything else."""
+    """One valid signature is enough, before or after any other text."""
     headers = signed(clerk)
     good = headers["svix-signature"]
     assert reason_of(headers | {"svix-signature": f"{garbage} {good}"}, clerk) is None
@@ -224,7 +224,7 @@ def test_refuses_another_version(clerk: FakeClerk, version: str) -> None:
 
 
 def test_refuses_lenient_base64(clerk: FakeClerk) -> None:
-    """Another text that a lenient decoder turns into the same bytes is not the signature."""
+    """A text that only a lenient decoder decodes to the same bytes is not the signature."""
     good = signed(clerk)["svix-signature"]
     digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
     stray_bits = good[:-2] + digits[digits.index(good[-2]) + 1] + "="
@@ -241,7 +241,7 @@ def test_refuses_lenient_base64(clerk: FakeClerk) -> None:
 
 @pytest.mark.parametrize("blank", ["\x1c", "\x85"])
 def test_trims_only_what_javascript_trims(clerk: FakeClerk, blank: str) -> None:
-    """Python's strip() removes more than Clerk's SDK does, and would accept what that refuses."""
+    """Python's strip() removes more characters than Clerk's SDK, and would accept too much."""
     headers = signed(clerk)
     for name, reason in [
         ("svix-id", "signature_mismatch"),

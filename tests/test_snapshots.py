@@ -1,4 +1,4 @@
-"""``current_user``: a frozen copy of the row, with the properties and methods of the model."""
+"""``current_user``: a frozen copy of the row, with the model's properties and methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Note(Base):
 
 
 class User(ClerkUser, Base):
-    """A model with everything that an application may put into its own."""
+    """A model with each kind of attribute that an application may define."""
 
     username: Mapped[str | None] = from_clerk("username")
     plan: Mapped[str] = mapped_column("plan_name", server_default="free")
@@ -67,12 +67,12 @@ class User(ClerkUser, Base):
 
     @hybrid_property
     def is_paying(self) -> bool:
-        """A hybrid, for queries as well."""
+        """A hybrid property."""
         return self.plan != "free"
 
     @hybrid_method
     def has_plan(self, plan: str) -> bool:
-        """A hybrid method, likewise."""
+        """A hybrid method."""
         return self.plan == plan
 
     @classmethod
@@ -116,7 +116,7 @@ def test_has_the_columns_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", ["version_updated_at", "version_timestamp", "version_message_id"])
 def test_has_no_version_columns(name: str) -> None:
-    """The version columns are only used for ordering events."""
+    """Version columns serve the ordering of events only."""
     assert name not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=name):
         getattr(snapshot(), name)

@@ -117,7 +117,7 @@ def test_answers_a_bad_signature_with_401(service: Service) -> None:
 
 
 def test_answers_missing_headers_with_401(service: Service) -> None:
-    """A request without Svix's headers is refused whatever its body is."""
+    """A request without Svix's headers is refused, even if its body is malformed."""
     response = service.http.post("/webhooks/clerk", data=b"\xff")
     assert (response.status_code, response.get_json()["reason"]) == (
         401,
