@@ -5,12 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -23,47 +19,33 @@ from clerkhooks.errors import BackendApiError, ProxyUrlError
 
 PAGE = 500  # users on a page; Clerk silently answers a higher limit with ten
 IDS = 100  # the most ids that Clerk accepts in one request
-# Requests in ten seconds, of Clerk's 1,000 and 100: the rest is left to the application.
-ALLOWED = {"sk_live_": 900, "sk_test_": 90}
-WINDOW = 11.0  # seconds; Clerk counts in ten, but requests vary in how long they travel
+# Requests per second. Clerk allows 100 and 10; the rest is left to the application.
+LIVE_RATE, TEST_RATE = 90, 9
 TIMEOUT = 60.0  # seconds, for a whole exchange
 RETRY_TIMEOUT = 120.0  # seconds until a call gives up
 MAX_PAUSE = 60.0  # seconds, even if Retry-After says more
 MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice a page of users with all the metadata Clerk allows
-_NO_PARAMETERS: Mapping[str, Any] = {}
 # Python would print each retry to stderr if no handler is configured.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 class RateLimit:
-    """Lets at most *allowed* requests begin in any *window* seconds, over all threads."""
+    """Spaces the starts of requests by *interval* seconds, over all threads."""
 
-    def __init__(
-        self,
-        allowed: int,
-        window: float,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
-        self._begun: deque[float] = deque(maxlen=allowed)
-        self._held_until = 0.0
-        self._window, self._clock, self._sleep = window, clock, sleep
+    def __init__(self, interval: float) -> None:
+        self._interval, self._free_at, self._held_until = interval, 0.0, 0.0
         self._guard = threading.Lock()
 
     def wait(self) -> None:
         """Wait until one more request may begin."""
         with self._guard:  # held while waiting: no other thread could begin any sooner
-            while (pause := self._free_at() - self._clock()) > 0:
-                self._sleep(pause)
-            self._begun.append(self._clock())
+            while (pause := max(self._free_at, self._held_until) - time.monotonic()) > 0:
+                time.sleep(pause)
+            self._free_at = time.monotonic() + self._interval
 
     def hold(self, seconds: float) -> None:
         """Pause all threads: Retry-After applies to the key, not to the thread."""
-        self._held_until = max(self._held_until, self._clock() + seconds)
-
-    def _free_at(self) -> float:
-        is_full = len(self._begun) == self._begun.maxlen
-        return max(self._held_until, self._begun[0] + self._window) if is_full else self._held_until
+        self._held_until = max(self._held_until, time.monotonic() + seconds)
 
 
 class _Temporary(BackendApiError):
@@ -103,9 +85,8 @@ class BackendApi:
             certificates=certificates,
         )
         self._idle: list[Connection] = []
-        self._rate_limit = RateLimit(
-            ALLOWED.get(secret_key[:8], ALLOWED["sk_test_"]), WINDOW * pace
-        )
+        rate = LIVE_RATE if secret_key.startswith("sk_live_") else TEST_RATE
+        self._rate_limit = RateLimit(pace / rate)
         self._url, self._patience, self._pace = f"{api_url}/v1", patience, pace
         self._retry = stamina.RetryingCaller(
             attempts=None,
@@ -119,19 +100,14 @@ class BackendApi:
         """Return the client. Connections are opened when they are needed."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close all connections."""
         while self._idle:
             self._idle.pop().close()
 
     def count_users(self) -> int:
         """Return the number of users."""
-        counted = self._get("/users/count", _NO_PARAMETERS)
+        counted = self._get("/users/count")
         count = counted.get("total_count") if isinstance(counted, dict) else None
         if not isinstance(count, int) or isinstance(count, bool):
             raise BackendApiError("answer_unusable", "did not answer with a number of users")
@@ -144,18 +120,18 @@ class BackendApi:
         *created_at_after* is in milliseconds; Clerk does not document whether it is inclusive.
         """
         bound = {} if created_at_after is None else {"created_at_after": created_at_after}
-        return self._list({"limit": PAGE, "offset": offset, "order_by": "+created_at"} | bound)
+        return self._list(limit=PAGE, offset=offset, order_by="+created_at", **bound)
 
     def list_newest(self, limit: int) -> list[Any]:
         """Return the *limit* users who signed up last, newest first, unchanged."""
-        return self._list({"limit": limit, "order_by": "-created_at"})
+        return self._list(limit=limit, order_by="-created_at")
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
         """Return those of at most a hundred users that exist, in any order."""
         if len(user_ids) > IDS:
             raise ValueError(f"Clerk takes {IDS} ids at a time.")
         # Without ids Clerk lists all users, and without a limit only ten of the requested ones.
-        return self._list({"limit": IDS, "user_id": list(user_ids)}) if user_ids else []
+        return self._list(limit=IDS, user_id=list(user_ids)) if user_ids else []
 
     def is_gone(self, user_id: str) -> bool:
         """
@@ -164,16 +140,16 @@ class BackendApi:
         The 404 of a proxy or of a wrong URL proves nothing.
         """
         path = f"/users/{quote(user_id, safe='')}"
-        return self._retry(lambda: _judge_user(self._send(path, _NO_PARAMETERS), user_id))
+        return self._retry(lambda: _judge_user(self._send(path), user_id))
 
-    def _list(self, parameters: Mapping[str, Any]) -> list[Any]:
-        users = self._get("/users", parameters)
+    def _list(self, **parameters: Any) -> list[Any]:
+        users = self._get("/users", **parameters)
         if not isinstance(users, list):
             raise BackendApiError("answer_unusable", "did not answer with a list of users")
         return users
 
-    def _get(self, path: str, parameters: Mapping[str, Any]) -> Any:
-        return self._retry(lambda: _judge(self._send(path, parameters)))
+    def _get(self, path: str, **parameters: Any) -> Any:
+        return self._retry(lambda: _judge(self._send(path, **parameters)))
 
     def _pause_after(self, error: Exception) -> bool | float:
         """Return whether to retry with backoff, or after how many seconds."""
@@ -185,7 +161,7 @@ class BackendApi:
         self._rate_limit.hold(pause)
         return pause
 
-    def _send(self, path: str, parameters: Mapping[str, Any]) -> Answer:
+    def _send(self, path: str, **parameters: Any) -> Answer:
         self._rate_limit.wait()
         try:
             with self._borrow_connection() as connection:
@@ -260,17 +236,6 @@ def _parse(body: bytes) -> Any:
 
 
 def _parse_retry_after(headers: httpx.Headers) -> float | None:
-    """Return seconds, from seconds or from a date, which is compared with the sender's clock."""
+    """Return the seconds to wait, or None if they are missing or not a number."""
     text = headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    moment, now = _parse_date(text), _parse_date(headers.get("Date", "")) or datetime.now(UTC)
-    return max(0.0, (moment - now).total_seconds()) if moment else None
-
-
-def _parse_date(text: str) -> datetime | None:
-    try:
-        moment = parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return float(text[:9]) if text.isascii() and text.isdigit() else None
