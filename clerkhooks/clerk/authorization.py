@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
+
+from clerkhooks.clerk import strict_json
 
 Level = Literal["first_factor", "second_factor", "multi_factor"]
 Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
@@ -35,7 +37,8 @@ PRESETS: dict[str, Reverification] = {
     "moderate": {"afterMinutes": 60, "level": "second_factor"},
     "lax": {"afterMinutes": 1440, "level": "second_factor"},
 }
-LEVELS = ("first_factor", "second_factor", "multi_factor")
+LEVELS: tuple[Level, ...] = get_args(Level)
+NAMES = tuple(Conditions.__annotations__)
 _SCOPED = r"((o|org|organization|u|user):)?[^\s:,]+"
 _FORMS = {
     "role": (r"(org:)*[^\s:,]+", "org:admin"),
@@ -78,16 +81,18 @@ def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
         if _is_falsy(packed):
             return None
         packed = packed if isinstance(packed, dict) else {}
-        name = packed.get("rol")
-        role = f"org:{name}" if isinstance(name, str) and name else None
         permissions = _unpack_permissions(claims, packed)
-        return _make_organization(packed.get("id"), packed.get("slg"), role, permissions)
-    listed = claims.get("org_permissions")
-    listed = listed if isinstance(listed, list) else []
-    permissions = tuple(text for text in listed if isinstance(text, str))
-    return _make_organization(
-        claims.get("org_id"), claims.get("org_slug"), claims.get("org_role"), permissions
-    )
+        id_, slug, role = (packed.get(name) for name in ("id", "slg", "rol"))
+        role = f"org:{role}" if isinstance(role, str) and role else None
+    else:
+        listed = claims.get("org_permissions")
+        listed = listed if isinstance(listed, list) else []
+        permissions = tuple(text for text in listed if isinstance(text, str))
+        id_, slug, role = (claims.get(f"org_{name}") for name in ("id", "slug", "role"))
+    if not isinstance(id_, str) or not id_:
+        return None
+    slug, role = (text if isinstance(text, str) else None for text in (slug, role))
+    return Organization(id_, slug, role or None, permissions)
 
 
 def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -> bool:
@@ -106,7 +111,7 @@ def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -
     try:
         organization = parse_organization(claims)
         return bool(given) and all(
-            _CHECKS[name](claims, organization, value) for name, value in given.items()
+            _is_met(name, value, claims, organization) for name, value in given.items()
         )
     except MalformedClaims:
         return False
@@ -131,9 +136,9 @@ def parse_reverification(reverification: object) -> Reverification | None:
     if not isinstance(reverification, Mapping):
         return None
     level, after = reverification.get("level"), reverification.get("afterMinutes")
-    if level not in LEVELS or isinstance(after, bool) or not isinstance(after, int | float):
+    if level not in LEVELS or not strict_json.is_number(after) or not after > 0:
         return None
-    return {"afterMinutes": after, "level": level} if after > 0 else None
+    return {"afterMinutes": after, "level": level}
 
 
 def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
@@ -144,21 +149,23 @@ def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
         TypeError: there is no such condition, or it is of a wrong type.
         ValueError: no session could ever meet it; Clerk puts system permissions into no token.
     """
-    checked = {
-        name: _check_reverification(value) if name == "reverification" else _check_name(name, value)
-        for name, value in _drop_absent(conditions).items()
-    }
-    return cast("Conditions", checked)
+    given = _drop_absent(conditions)
+    for name, value in given.items():
+        if name == "reverification":
+            _check_reverification(value)
+        else:
+            _check_name(name, value)
+    return cast("Conditions", given)
 
 
 def _drop_absent(conditions: Mapping[str, Any]) -> dict[str, Any]:
     for name in conditions:
-        if name not in _CHECKS:
-            raise TypeError(f"{name!r} is not a condition. Use {', '.join(_CHECKS)}.")
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a condition. Use {', '.join(NAMES)}.")
     return {name: value for name, value in conditions.items() if value is not None}
 
 
-def _check_name(kind: str, value: object) -> str:
+def _check_name(kind: str, value: object) -> None:
     pattern, example = _FORMS[kind]
     if not isinstance(value, str):
         raise TypeError(f"{kind} must be a string, such as {example!r}; not {value!r}.")
@@ -167,36 +174,21 @@ def _check_name(kind: str, value: object) -> str:
             f"{kind} must be a name such as {example!r}; not {value!r}. "
             "Clerk puts system permissions into no token."
         )
-    return value
 
 
-def _check_reverification(value: object) -> object:
+def _check_reverification(value: object) -> None:
     wanted = parse_reverification(value)
-    has_others = isinstance(value, Mapping) and wanted is not None and set(value) != set(wanted)
-    if wanted is None or has_others or not math.isfinite(wanted["afterMinutes"]):
+    is_exact = isinstance(value, str) or value == wanted
+    if wanted is None or not is_exact or math.isinf(wanted["afterMinutes"]):
         raise ValueError(
             f"reverification must be one of {', '.join(PRESETS)}, "
             f"or a level and afterMinutes; not {value!r}."
         )
-    return value if isinstance(value, str) else wanted
 
 
 def _is_falsy(value: object) -> bool:
     """Return whether *value* is falsy in JavaScript, where empty lists and objects are not."""
     return value is None or value is False or value in ("", 0)
-
-
-def _make_organization(
-    id_: object, slug: object, role: object, permissions: tuple[str, ...]
-) -> Organization | None:
-    if not isinstance(id_, str) or not id_:
-        return None
-    return Organization(
-        id_,
-        slug if isinstance(slug, str) else None,
-        role if isinstance(role, str) and role else None,
-        permissions,
-    )
 
 
 def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) -> tuple[str, ...]:
@@ -255,13 +247,21 @@ def _is_listed(listed: object, wanted: str) -> bool:
     return scope is not None and (rest.partition(":")[0] or first) in found[scope]
 
 
-def _has_role(organization: Organization | None, role: str) -> bool:
-    held = organization.role if organization is not None else None
-    return held is not None and _with_prefix(held) == _with_prefix(role)
-
-
-def _has_permission(organization: Organization | None, permission: str) -> bool:
-    return organization is not None and _with_prefix(permission) in organization.permissions
+def _is_met(
+    name: str, wanted: Any, claims: Mapping[str, Any], organization: Organization | None
+) -> bool:
+    match name:
+        case "role":
+            held = organization.role if organization is not None else None
+            return held is not None and _with_prefix(held) == _with_prefix(wanted)
+        case "permission":
+            return organization is not None and _with_prefix(wanted) in organization.permissions
+        case "feature":
+            return _is_listed(claims.get("fea"), wanted)
+        case "plan":
+            return _is_listed(claims.get("pla"), wanted)
+        case _:
+            return _is_fresh(claims, wanted)
 
 
 def _with_prefix(text: str) -> str:
@@ -269,9 +269,7 @@ def _with_prefix(text: str) -> str:
 
 
 def _is_factor_age(age: object) -> bool:
-    if isinstance(age, bool) or not isinstance(age, int | float):
-        return False
-    return math.isfinite(age) and (age == -1 or age >= 0)
+    return strict_json.is_number(age) and math.isfinite(age) and (age == -1 or age >= 0)
 
 
 def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
@@ -285,12 +283,3 @@ def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
     if wanted["level"] == "second_factor":
         return second
     return first and second  # a first factor that is not set up is never fresh
-
-
-_CHECKS: dict[str, Callable[[Mapping[str, Any], Organization | None, Any], bool]] = {
-    "role": lambda _, organization, role: _has_role(organization, role),
-    "permission": lambda _, organization, name: _has_permission(organization, name),
-    "feature": lambda claims, _, feature: _is_listed(claims.get("fea"), feature),
-    "plan": lambda claims, _, plan: _is_listed(claims.get("pla"), plan),
-    "reverification": lambda claims, _, wanted: _is_fresh(claims, wanted),
-}

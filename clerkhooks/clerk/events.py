@@ -166,9 +166,9 @@ def _parse_version(
 
 def milliseconds(value: object) -> int | None:
     """Return *value* as milliseconds since the epoch, or None if it is not a timestamp."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not strict_json.is_number(value) or not 0 <= value <= LAST_MILLISECOND:
         return None
-    if not 0 <= value <= LAST_MILLISECOND or value != int(value):
+    if value != int(value):
         return None
     # The envelope's time is in seconds in Clerk's documentation, in milliseconds in deliveries.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)

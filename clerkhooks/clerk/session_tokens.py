@@ -245,8 +245,7 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 
 def _parse_seconds(claims: Mapping[str, Any], name: str) -> int:
     """Return a NumericDate in whole seconds, truncated as in JavaScript; a string is refused."""
-    value: Any = claims.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= LAST_SECOND:  # NaN compares false
+    value = claims.get(name)
+    if not strict_json.is_number(value) or not abs(value) <= LAST_SECOND:  # NaN compares false
         raise Unauthenticated(f"token_{name}_malformed")
     return int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Never
+from typing import Any, Never, TypeGuard
 
 
 def parse(text: bytes | str) -> Any:
@@ -19,6 +19,11 @@ def parse(text: bytes | str) -> Any:
         return _decoder.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether *value* is a JSON number; a bool is not, although it is an int in Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse_constant(name: str) -> Never:
