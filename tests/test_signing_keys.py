@@ -49,8 +49,8 @@ def issuer() -> Iterator[Issuer]:
 
 
 def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
-    """Calls during a fetch wait for that one (single flight), even without a cooldown."""
-    keys, barrier = FetchedKeys(issuer.url, cooldown=0), threading.Barrier(17)
+    """Calls during a fetch wait for that one (single flight)."""
+    keys, barrier = FetchedKeys(issuer.url), threading.Barrier(17)
     issuer.behaviour = stalling_then_publishing(jwk(CLERK))
 
     def call(_: int) -> str | None:

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,10 @@ from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting on another thread's
-ABANDON_AFTER = 30.0  # seconds until a fetch is abandoned, as when the resolver hangs
 BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
 MAX_ANSWER = 256 * 1024  # bytes; Clerk's is some 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
-COOLDOWN = 30.0  # seconds between two fetches, also after a failed one
+COOLDOWN = 30.0  # seconds between two fetches, also if one failed or hangs
 KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another good answer
 
 
@@ -44,14 +44,6 @@ class ConfiguredKeys:
         return self.keys
 
 
-@dataclass(frozen=True)
-class _KeySet:
-    """The keys of one good answer, by id. *fetched_at* in seconds of the monotonic clock."""
-
-    keys: Mapping[str, RSAPublicKey]
-    fetched_at: float
-
-
 @dataclass
 class FetchedKeys:
     """
@@ -66,19 +58,18 @@ class FetchedKeys:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     keep_for: float = KEEP_FOR
     cooldown: float = COOLDOWN
-    refresh_after: float = REFRESH_AFTER
     on_fetch: Callable[[bool], object] = field(default=lambda _ok: None, repr=False)
 
     def __post_init__(self) -> None:
-        self._known = _KeySet({}, -math.inf)
         self._guard = threading.Lock()
-        self._tried_at = -math.inf
+        self._keys: Mapping[str, RSAPublicKey] = {}
+        self._fetched_at = self._tried_at = -math.inf
         self._fetch: threading.Thread | None = None
 
     @property
     def age(self) -> float | None:
         """Seconds since the last good answer; None before the first."""
-        return time.monotonic() - self._known.fetched_at if self._known.keys else None
+        return time.monotonic() - self._fetched_at if self._keys else None
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """
@@ -88,14 +79,13 @@ class FetchedKeys:
             Unauthenticated: ``unknown_key``.
             KeysUnavailable: there is no usable key at all.
         """
-        if time.monotonic() - self._known.fetched_at >= self.refresh_after:
+        if time.monotonic() - self._fetched_at >= REFRESH_AFTER:
             self.fetch_soon()
         self.require_any()
         name = kid if isinstance(kid, str) else ""
-        key = self._usable().get(name)
-        if key is None:
+        if name not in self._usable():
             self._wait_for_fetch()
-            key = self._usable().get(name)
+        key = self._usable().get(name)
         if key is None:
             raise Unauthenticated("unknown_key")
         return (key,)
@@ -116,32 +106,26 @@ class FetchedKeys:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEF_TIMEOUT)
 
     def fetch_soon(self) -> threading.Thread | None:
-        """Start a fetch, or return the one that is running; None during the cooldown."""
+        """Start a fetch, unless the cooldown lasts, and return the latest one."""
         return self._start_or_join()[0]
 
     def _start_or_join(self) -> tuple[threading.Thread | None, bool]:
-        """Return a fetch, and whether this call started it."""
+        """Return the latest fetch, which may have ended, and whether this call started it."""
         with self._guard:
-            elapsed = self._since_tried()
-            is_running = self._fetch is not None and self._fetch.is_alive()
-            if is_running and elapsed < max(self.cooldown, ABANDON_AFTER):
+            if self._since_tried() < self.cooldown:
                 return self._fetch, False
-            if elapsed < self.cooldown:
-                return None, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
-            self._tried_at, self._fetch = time.monotonic(), fetch
-            try:
+            self._tried_at, self._fetch = time.monotonic(), None
+            with suppress(RuntimeError):  # the machine has no thread left; known keys stay in use
                 fetch.start()
-            except RuntimeError:  # the machine has no thread left; the known keys stay in use
-                return None, False
-            return fetch, True
+                self._fetch = fetch
+            return self._fetch, True
 
     def _since_tried(self) -> float:
         return time.monotonic() - self._tried_at
 
     def _usable(self) -> Mapping[str, RSAPublicKey]:
-        known = self._known
-        return known.keys if time.monotonic() - known.fetched_at < self.keep_for else {}
+        return self._keys if time.monotonic() - self._fetched_at < self.keep_for else {}
 
     def _fetch_now(self) -> None:
         try:
@@ -154,10 +138,10 @@ class FetchedKeys:
             )
             return
         with self._guard:
-            # An abandoned fetch may end late, with keys older than the known ones.
+            # A fetch that hung may end after the next one, with older keys.
             is_current = self._fetch is threading.current_thread()
-            if is_current:
-                self._known = _KeySet(keys, time.monotonic())
+            if is_current:  # the keys first: other threads read the time first
+                self._keys, self._fetched_at = keys, time.monotonic()
         self.on_fetch(is_current)
 
 
@@ -167,28 +151,18 @@ SigningKeys = ConfiguredKeys | FetchedKeys
 
 def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
     """
-    Return the RS256 keys at *url* by their ids.
+    Return the RS256 keys of the JWKS at *url* by their ids. Keys of other types are skipped.
 
     Raises:
-        ValueError: the status is not 200, or there is no such key.
+        ValueError: the status is not 200, it is not a JWKS, or holds no such key.
         TimeoutError, httpx.HTTPError, UnusableAnswer: there is no usable answer in time.
+
+    Source: RFC 7517.
     """
     answer = download(url, headers, timeout=TIMEOUT, max_size=MAX_ANSWER)
     if answer.status != 200:
         raise ValueError("not answered with 200")
-    return parse_key_set(answer.body)
-
-
-def parse_key_set(body: bytes) -> dict[str, RSAPublicKey]:
-    """
-    Return the RS256 keys of a JWKS by their ids. Keys of other types and uses are skipped.
-
-    Raises:
-        ValueError: it is not a JWKS, or holds no such key.
-
-    Source: RFC 7517.
-    """
-    parsed = strict_json.parse(body)
+    parsed = strict_json.parse(answer.body)
     listed = parsed.get("keys") if isinstance(parsed, dict) else None
     listed = listed if isinstance(listed, list) else []
     found = {jwk["kid"]: key for jwk in listed if (key := _parse_key(jwk)) is not None}
