@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from clerkhooks.clerk.download import download
 from clerkhooks.errors import Fault
 from clerkhooks.settings import ServiceSettings, Settings
 
@@ -82,30 +78,12 @@ class Case:
         """The names of invalid variables."""
         return frozenset(fault.variable for fault in self.faults)
 
-    @cached_property
-    def offset(self) -> float | None:
-        """Seconds by which this clock is ahead of Clerk's, or None if Clerk cannot be reached."""
-        try:
-            return run_with_timeout(TIMEOUT, lambda: measure_clock(self.settings.api_url))
-        except Exception:  # noqa: BLE001  # an offline machine fails in many ways
-            return None
-
     def text(self, variable: str) -> str:
         """Return a value as text, empty if it is unset; ``app.config`` may hold lists."""
         value = self.values.get(variable)
         if isinstance(value, Iterable) and not isinstance(value, str | bytes):
             return ",".join(map(str, value)).strip()
         return "" if value is None else str(value).strip()
-
-
-def measure_clock(url: str) -> float:
-    """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
-    before = time.time()
-    answer = download(url, {}, timeout=TIMEOUT / 2, max_size=1024 * 1024)
-    after = time.time()
-    date = parsedate_to_datetime(answer.headers["Date"])
-    # The header has whole seconds only.
-    return (before + after) / 2 - (date.replace(tzinfo=date.tzinfo or UTC).timestamp() + 0.5)
 
 
 def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:

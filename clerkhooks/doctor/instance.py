@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.clerk.download import Connection
+from clerkhooks.clerk.download import Connection, download
 from clerkhooks.clerk.signing_keys import FetchedKeys, fetch_key_set
 from clerkhooks.doctor import findings
 from clerkhooks.doctor.findings import Case, Finding, Level, run_with_timeout
@@ -56,17 +58,17 @@ def check_keys(case: Case) -> Iterator[Finding]:
 
 
 def _judge_fetch(keys: FetchedKeys) -> Finding:
-    host, subject = urlsplit(keys.url).hostname, "session keys"
+    subject = "session keys"
     try:
         found = _fetch_keys(keys.url, keys.headers)
-    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
-        what = f"No key could be fetched from {host} ({_explain(error)})."
+    except _NotFetchedError as error:
+        what = f"Session tokens cannot be verified: {error}."
         remedy = (
             "Check the network, and that the API keys belong to an existing instance. With "
             "CLERK_JWT_KEY no network access is needed."
         )
         return Finding("keys_not_fetched", Level.ERROR, subject, what, remedy)
-    what = f"{host} publishes {_count(found)} for session tokens."
+    what = f"{urlsplit(keys.url).hostname} publishes {_count(found)} for session tokens."
     return Finding("keys_fetched", Level.OK, subject, what)
 
 
@@ -74,11 +76,8 @@ def _compare_keys(url: str, keys: Sequence[RSAPublicKey]) -> Finding:
     host, subject = urlsplit(url).hostname, "CLERK_JWT_KEY"
     try:
         found = _fetch_keys(url, {})
-    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
-        what = (
-            f"Not compared with the instance's keys: none could be fetched from {host} "
-            f"({_explain(error)})."
-        )
+    except _NotFetchedError as error:
+        what = f"Not compared with the instance's keys: {error}."
         return Finding("jwt_keys_not_compared", Level.SKIPPED, subject, what)
     published = {key.public_numbers() for key in found.values()}
     if published.isdisjoint(key.public_numbers() for key in keys):
@@ -88,24 +87,31 @@ def _compare_keys(url: str, keys: Sequence[RSAPublicKey]) -> Finding:
     return Finding("jwt_keys_match", Level.OK, subject, f"{host} publishes this key.")
 
 
+class _NotFetchedError(Exception):
+    """No key could be fetched. The text says from where and why."""
+
+
 def _fetch_keys(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
-    return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
+    try:
+        return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
+    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
+        # A ValueError may be a parser's, whose text quotes its input.
+        cause = "no key set" if isinstance(error, ValueError) else describe(error)
+        where = urlsplit(url).hostname
+        raise _NotFetchedError(f"no key could be fetched from {where} ({cause})") from None
 
 
 def _count(keys: Sequence[object] | Mapping[str, object]) -> str:
     return "1 key" if len(keys) == 1 else f"{len(keys)} keys"
 
 
-def _explain(error: Exception) -> str:
-    """Return the cause. A ValueError may be a parser's, whose text quotes its input."""
-    return "no key set" if isinstance(error, ValueError) else describe(error)
-
-
 def check_clock(case: Case) -> Iterator[Finding]:
     """Check this machine's clock against Clerk's."""
-    offset, remedy = case.offset, "Synchronize the clock by NTP: timedatectl set-ntp true"
-    if offset is None:
-        what = f"Not compared: {urlsplit(case.settings.api_url).hostname} did not send its time."
+    url, remedy = case.settings.api_url, "Synchronize the clock by NTP: timedatectl set-ntp true"
+    try:
+        offset = run_with_timeout(findings.TIMEOUT, lambda: _measure_clock(url))
+    except Exception:  # noqa: BLE001  # an offline machine fails in many ways
+        what = f"Not compared: {urlsplit(url).hostname} did not send its time."
         yield Finding("clock_not_compared", Level.SKIPPED, "clock", what)
         return
     direction = "ahead of" if offset > 0 else "behind"
@@ -123,6 +129,15 @@ def check_clock(case: Case) -> Iterator[Finding]:
         yield Finding("clock_right", Level.OK, "clock", what)
 
 
+def _measure_clock(url: str) -> float:
+    """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
+    before = time.time()
+    answer = download(url, {}, timeout=findings.TIMEOUT / 2, max_size=1024 * 1024)
+    date = parsedate_to_datetime(answer.headers["Date"])
+    # The header has whole seconds only.
+    return (before + time.time()) / 2 - (date.timestamp() + 0.5)
+
+
 def check_secret_key(case: Case) -> Iterator[Finding]:
     """Check that Clerk's Backend API accepts the secret key."""
     key, subject = case.settings.secret_key, "CLERK_SECRET_KEY"
@@ -131,9 +146,6 @@ def check_secret_key(case: Case) -> Iterator[Finding]:
     if key is None:
         what = f"It is not set. {case.program.command} sync needs it."
         yield Finding("secret_key_unset", Level.SKIPPED, subject, what)
-    elif case.offset is None:
-        what = "Skipped: Clerk's Backend API cannot be reached from here."
-        yield Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
     else:
         yield _judge_secret_key(case.settings.api_url, key)
 
@@ -147,9 +159,10 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
         what = "Skipped: Clerk's Backend API did not answer in time."
         return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
     except BackendApiError as error:
+        if error.reason in ("rate_limited", "api_unreachable", "proxy_invalid"):
+            what = f"Skipped: no usable answer from Clerk's Backend API ({error.reason})."
+            return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
         what, _, remedy = str(error).partition("\n")
-        if error.reason in ("rate_limited", "api_unreachable"):
-            return Finding("secret_key_not_tried", Level.SKIPPED, subject, what, remedy)
         return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
     what = f"Clerk's Backend API accepts it; the instance has {count:,} users."
     return Finding("secret_key_accepted", Level.OK, subject, what)
@@ -157,26 +170,23 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
 
 def compare_instances(case: Case) -> Iterator[Finding]:
     """Check by their key ids that secret key and publishable key belong to one instance."""
-    publishable, secret, url = (
-        case.settings.publishable_key,
-        case.settings.secret_key,
-        case.settings.jwks_url,
-    )
+    settings = case.settings
+    publishable, secret, url = settings.publishable_key, settings.secret_key, settings.jwks_url
     if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):
         return
     # Those of production and development are known to differ without a request.
     if publishable[3:7] == secret[3:7]:
-        yield _compare_key_ids(f"{case.settings.api_url}/v1/jwks", secret, url)
+        yield _compare_key_ids(f"{settings.api_url}/v1/jwks", secret, url)
 
 
 def _compare_key_ids(secret_url: str, secret_key: str, publishable_url: str) -> Finding:
     subject = "API keys"
     try:
-        secret_ids = _fetch_key_ids(secret_url, {"Authorization": f"Bearer {secret_key}"})
-        publishable_ids = _fetch_key_ids(publishable_url, {})
+        secret_keys = _fetch_keys(secret_url, {"Authorization": f"Bearer {secret_key}"})
+        publishable_keys = _fetch_keys(publishable_url, {})
     except _NotFetchedError as error:
         return Finding("instances_not_compared", Level.SKIPPED, subject, f"Not compared: {error}.")
-    if secret_ids.isdisjoint(publishable_ids):
+    if secret_keys.keys().isdisjoint(publishable_keys):
         what = (
             "The secret key and the publishable key belong to two instances: the keys at "
             f"{urlsplit(secret_url).hostname} and {urlsplit(publishable_url).hostname} differ."
@@ -185,16 +195,3 @@ def _compare_key_ids(secret_url: str, secret_key: str, publishable_url: str) -> 
         return Finding("keys_of_two_instances", Level.ERROR, subject, what, remedy)
     what = "The secret key and the publishable key belong to one instance."
     return Finding("keys_of_one_instance", Level.OK, subject, what)
-
-
-class _NotFetchedError(Exception):
-    """No key could be fetched. The text says from where and why."""
-
-
-def _fetch_key_ids(url: str, headers: Mapping[str, str]) -> frozenset[str]:
-    try:
-        return frozenset(_fetch_keys(url, headers))
-    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
-        host = urlsplit(url).hostname
-        text = f"no key could be fetched from {host} ({_explain(error)})"
-        raise _NotFetchedError(text) from None
