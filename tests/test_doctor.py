@@ -372,7 +372,7 @@ def test_names_the_commands_of_an_application(
 ) -> None:
     """In an application, clerkhooks' commands are part of ``flask``."""
     url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
-    store = plain_store(url, pool_size=1)
+    store = plain_store(url)
     [found] = judge_database(store, APPLICATION)
     store.database.dispose()
     assert found.remedy == "Migrate: flask db migrate && flask db upgrade"

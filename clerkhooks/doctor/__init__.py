@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from clerkhooks.doctor import configuration, database, instance
 from clerkhooks.doctor.findings import APPLICATION as APPLICATION
@@ -17,7 +17,6 @@ from clerkhooks.doctor.findings import Program as Program
 from clerkhooks.errors import Fault, SettingsError, describe
 from clerkhooks.settings import EPHEMERAL_PLATFORMS, PROJECT, SECRET_VARIABLES, Settings
 
-S = TypeVar("S", bound=Settings)
 Check = Callable[[Case], Iterator[Finding]]
 PLACEHOLDER = "whsec_" + base64.b64encode(bytes(24)).decode()
 OUTSIDE_CHECKS: tuple[Check, ...] = (
@@ -51,7 +50,7 @@ def diagnose(
     *unread* are faults that were found earlier, such as an unreadable ``.env``. A check takes a few
     seconds at most, changes nothing and raises nothing.
     """
-    settings, faults = read_settings(values, program.settings)
+    settings, faults = _read_settings(values, program.settings)
     case = Case(values, settings, (*unread, *faults), project, program)
     for check in checks:
         try:
@@ -66,7 +65,9 @@ def diagnose(
             )
 
 
-def read_settings(values: Mapping[str, Any], kind: type[S]) -> tuple[S, tuple[Fault, ...]]:
+def _read_settings(
+    values: Mapping[str, Any], kind: type[Settings]
+) -> tuple[Settings, tuple[Fault, ...]]:
     """
     Return the settings in *values* without the invalid variables, and the faults.
 

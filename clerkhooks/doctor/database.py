@@ -48,9 +48,9 @@ def check_database_url(case: Case) -> Iterator[Finding]:
     if "DATABASE_URL" in case.invalid:
         what = "Skipped: DATABASE_URL is invalid."
         yield Finding("database_skipped", Level.SKIPPED, "database", what)
-    elif _is_sqlite(make_url(case.settings.database_url)) and any(
-        map(case.text, EPHEMERAL_PLATFORMS)
-    ):
+        return
+    is_sqlite = _is_sqlite(make_url(case.settings.database_url))
+    if is_sqlite and any(map(case.text, EPHEMERAL_PLATFORMS)):
         what = "The SQLite file is on this platform's disk, which does not outlast a restart."
         remedy = "Attach a PostgreSQL. Most platforms then set DATABASE_URL."
         yield Finding("sqlite_on_platform", Level.ERROR, "database", what, remedy)
@@ -61,7 +61,7 @@ def check_database(case: Case) -> Iterator[Finding]:
     if not isinstance(case.settings, ServiceSettings) or "DATABASE_URL" in case.invalid:
         return
     url, where = _resolve(make_url(case.settings.database_url)), _name_database(case)
-    pooler = case.settings.pooler
+    is_named = _is_sqlite(url) or case.settings.pooler == "transaction"
     # Opening SQLite would create the file.
     if _is_sqlite(url) and not Path(str(url.database).removeprefix("file:")).exists():
         what, remedy = f"{where} does not exist yet.", f"Create it: {case.program.upgrade}"
@@ -69,13 +69,10 @@ def check_database(case: Case) -> Iterator[Finding]:
         return
 
     def judge() -> list[Finding]:
-        store = plain_store(url, pool_size=2)
+        store = plain_store(url)
         try:
             found = judge_database(store, case.program, where)
-            is_named = _is_sqlite(url) or pooler == "transaction"
-            if not is_named and is_pooled(store.database):
-                found.append(_TRANSACTION_POOLER)
-            return found
+            return found + ([] if is_named else _find_pooler(store.database))
         finally:
             store.database.dispose()
 
@@ -85,23 +82,18 @@ def check_database(case: Case) -> Iterator[Finding]:
         yield _describe_unreachable(where, error, case.program)
 
 
-_TRANSACTION_POOLER = Finding(
-    "database_pooler_unnamed",
-    Level.ERROR,
-    "database",
-    "A pooler in transaction mode is between here and PostgreSQL: requests fail at random.",
-    "Set DATABASE_POOLER=transaction, or use the pooler's session mode.",
-)
-
-
-def is_pooled(database: Database) -> bool:
-    """Return whether two connections that are open at once share one session of the server."""
+def _find_pooler(database: Database) -> list[Finding]:
+    """Report a pooler that lets two open connections share one session of the server."""
     query = "SELECT pg_backend_pid()"
     with database.connect() as first, database.connect() as second:
-        return first.exec_driver_sql(query).scalar() == second.exec_driver_sql(query).scalar()
+        if first.exec_driver_sql(query).scalar() != second.exec_driver_sql(query).scalar():
+            return []
+    what = "A pooler in transaction mode is between here and PostgreSQL: requests fail at random."
+    remedy = "Set DATABASE_POOLER=transaction, or use the pooler's session mode."
+    return [Finding("database_pooler_unnamed", Level.ERROR, "database", what, remedy)]
 
 
-def plain_store(url: sa.URL, *, pool_size: int) -> Store:
+def plain_store(url: sa.URL) -> Store:
     """
     Return the service's tables in the database at *url*, without connecting to it.
 
@@ -118,9 +110,8 @@ def plain_store(url: sa.URL, *, pool_size: int) -> Store:
     users = cast("sa.Table", mapper.local_table)
     add_indexes(users)
     messages = make_messages_table(users.metadata, users.schema)
-    database = Database(sa.create_engine(url), {}, pool_size=pool_size, pooler="transaction")
-    columns = read_columns(mapper)
-    statements = Statements(users, messages, {}, database.dialect, columns=columns)
+    database = Database(sa.create_engine(url), {}, pool_size=2, pooler="transaction")
+    statements = Statements(users, messages, {}, database.dialect, columns=read_columns(mapper))
     return Store(database, users, messages, {}, statements)
 
 
@@ -204,10 +195,8 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
     if found and not (is_recorded and found.missing.isdisjoint(VERSION_COLUMNS)):
         what, remedy = f"{where} {found.describe()}", found.remedy(connection.engine.url)
         return Finding("database_of_others", Level.ERROR, subject, what, remedy)
-    if not present:
-        what = f"{where} answers, but is not migrated."
-    else:
-        what = f"{where} answers, but lacks tables or columns of this release."
+    fault = "lacks tables or columns of this release" if present else "is not migrated"
+    what = f"{where} answers, but {fault}."
     return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)
 
 
