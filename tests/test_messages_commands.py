@@ -293,6 +293,8 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
         (["--set", "data"], "path=value"),
         (["--set", "data.id.x=1"], "'id' is not an object"),
         (["--file", "setup.cfg"], "is not a JSON object"),
+        (["--to", "https://xn--.com"], "does not respond (IDNAError)"),
+        (["--to", "http://127.0.0.1:1", "--set", "x=" + "[" * 5000], "does not respond"),
     ],
 )
 def test_refuses_to_send_with_invalid_options(
@@ -301,3 +303,11 @@ def test_refuses_to_send_with_invalid_options(
     """The status is 2, and the message names the problem."""
     result = run(service, "send", "user.created", *arguments)
     assert (result.exit_code, message in result.output) == (2, True), result.output
+
+
+def test_refuses_to_send_a_file_that_is_nested_too_deeply(service: Service, tmp_path: Path) -> None:
+    """Python's parser raises RecursionError for it, which is not a ValueError."""
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 100_000)
+    result = run(service, "send", "user.created", "--file", str(file))
+    assert (result.exit_code, "is not a JSON object" in result.output) == (2, True), result.output

@@ -146,7 +146,7 @@ def _parse_url(text: str) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise click.UsageError(f"{file} is not a JSON object.")
@@ -167,7 +167,7 @@ def _set(event: dict[str, Any], change: str) -> None:
             raise click.UsageError(f"--set {change!r}: {name!r} is not an object.")
     try:
         event[last] = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         event[last] = text
 
 
