@@ -139,11 +139,8 @@ def test_refuses_a_body_that_is_not_utf8(clerk: FakeClerk) -> None:
 
 def test_refuses_a_stranger(clerk: FakeClerk) -> None:
     """A signature made with another secret does not verify."""
-    stranger = SigningSecret(b"x" * 24).sign("msg_1", NOW, BODY.decode())
-    assert (
-        reason_of(signed(clerk) | {"svix-signature": f"v1,{stranger}"}, clerk)
-        == "signature_mismatch"
-    )
+    stranger = FakeClerk(b"x" * 24, clerk.private_key)
+    assert reason_of(signed(stranger), clerk) == "signature_mismatch"
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -162,8 +159,9 @@ def test_accepts_every_secret_of_a_rotation(clerk: FakeClerk, position: int) -> 
 )
 def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) -> None:
     """The library of Svix's senders gives the same signature."""
-    theirs = Webhook(secret).sign(message_id, datetime.fromtimestamp(at, UTC), body)
-    assert f"v1,{SigningSecret(secret).sign(message_id, at, body)}" == theirs
+    moment = datetime.fromtimestamp(at, UTC)
+    theirs = Webhook(secret).sign(message_id, moment, body)
+    assert SigningSecret(secret).sign(message_id, moment, body) == theirs
 
 
 def test_does_not_load_the_client_of_svix() -> None:
@@ -274,7 +272,8 @@ def test_raises_nothing_but_its_own_error(headers: dict[str, str], body: bytes, 
 def test_verifies_anything_that_was_signed(body: str, message_id: str, garbage: list[str]) -> None:
     """Any body under any id verifies, with any garbage around its signature."""
     message_id = f"m{message_id}m"
-    signatures = [*garbage, "v1," + SDK_SECRET.sign(message_id, NOW, body), *garbage]
+    signature = SDK_SECRET.sign(message_id, datetime.fromtimestamp(NOW, UTC), body)
+    signatures = [*garbage, signature, *garbage]
     headers = {
         "svix-id": message_id,
         "svix-timestamp": str(NOW),

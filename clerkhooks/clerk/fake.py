@@ -8,6 +8,7 @@ import secrets
 import string
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from cryptography.hazmat.primitives import hashes, serialization
@@ -17,13 +18,6 @@ from clerkhooks.clerk.session_tokens import SESSION_CATEGORY
 from clerkhooks.clerk.signatures import SigningSecret
 
 BASE62 = string.digits + string.ascii_letters
-_PREFIXES = {
-    "session": "sess",
-    "organization": "org",
-    "organizationMembership": "orgmem",
-    "organizationInvitation": "orginv",
-    "email": "ema",
-}
 
 
 def clerk_id(prefix: str) -> str:
@@ -100,10 +94,11 @@ class FakeClerk:
             "sub": user_id,
             "v": 2,
         }
-        payload = {name: value for name, value in (payload | claims).items() if value is not None}
+        payload |= claims
+        payload = {name: value for name, value in payload.items() if value is not None}
         head = {"alg": "RS256", "cat": SESSION_CATEGORY, "kid": "ins_fake", "typ": "JWT"}
-        parts = [json.dumps(part).encode() for part in (head | (header or {}), payload)]
-        signed = ".".join(map(_base64url, parts))
+        parts = (head | (header or {}), payload)
+        signed = ".".join(_base64url(json.dumps(part).encode()) for part in parts)
         signature = self.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
         return f"{signed}.{_base64url(signature)}"
 
@@ -114,12 +109,12 @@ def svix_headers(
     """Return Svix's headers for *body*, signed with *secret*. *timestamp* is in seconds."""
     message_id = clerk_id("msg") if message_id is None else message_id
     timestamp = int(time.time()) if timestamp is None else timestamp
-    signature = secret.sign(message_id, timestamp, body.decode())
+    sent_at = datetime.fromtimestamp(timestamp, UTC)
     return {
         "Content-Type": "application/json",
         "svix-id": message_id,
         "svix-timestamp": str(timestamp),
-        "svix-signature": f"v1,{signature}",
+        "svix-signature": secret.sign(message_id, sent_at, body.decode()),
     }
 
 
@@ -180,23 +175,24 @@ def event_data(
     """
     if event_type == "user.deleted":
         return {"deleted": True, "id": user_id, "object": "user"}
-    family = event_type.partition(".")[0]
-    if family == "user":
+    kind = event_type.partition(".")[0]
+    if kind == "user":
         return user_data(user_id, **profile, updated_at=updated_at)
-    person = {"user_id": user_id, "identifier": profile.pop("email"), **profile}
     organization = {"name": "Acme", "slug": "acme"}
-    fields: dict[str, dict[str, Any]] = {
-        "session": {"status": "active", "user_id": user_id, "client_id": clerk_id("client")},
-        "organization": {**organization, "created_by": user_id, "public_metadata": {}},
-        "organizationMembership": {
-            "role": "org:member",
-            "organization": {"id": clerk_id("org"), **organization},
-            "public_user_data": person,
-        },
+    person = {"user_id": user_id, "identifier": profile.pop("email"), **profile}
+    membership = {
+        "role": "org:member",
+        "organization": {"id": clerk_id("org"), **organization},
+        "public_user_data": person,
     }
-    own_id = clerk_id(_PREFIXES.get(family, "obj"))
+    main_fields: dict[str, tuple[str, dict[str, Any]]] = {
+        "session": ("sess", {"status": "active", "user_id": user_id}),
+        "organization": ("org", {**organization, "created_by": user_id}),
+        "organizationMembership": ("orgmem", membership),
+    }
+    prefix, fields = main_fields.get(kind, ("obj", {}))
     times = {"created_at": updated_at, "updated_at": updated_at}
-    return {"id": own_id, "object": family, **times, **fields.get(family, {})}
+    return {"id": clerk_id(prefix), "object": kind, **times, **fields}
 
 
 def event_body(event_type: str, data: dict[str, Any], timestamp: int) -> bytes:

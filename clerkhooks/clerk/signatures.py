@@ -16,19 +16,9 @@ from clerkhooks.errors import SignatureError
 
 HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
 TOLERANCE = 5 * 60  # seconds
+SigningSecret = Webhook
+"""A secret of an endpoint. Its repr does not show it."""
 _BLANKS = " \t\n\v\f\r\xa0\ufeff"  # JavaScript's trim() removes these, Python's strip() more
-
-
-class SigningSecret:
-    """One secret of an endpoint. Its repr does not show it."""
-
-    def __init__(self, raw: bytes) -> None:
-        self._webhook = Webhook(raw)
-
-    def sign(self, message_id: str, timestamp: int, body: str) -> str:
-        """Return the base64 signature, without ``v1,``, of *body* sent at *timestamp* (seconds)."""
-        moment = datetime.fromtimestamp(timestamp, UTC)
-        return self._webhook.sign(message_id, moment, body).removeprefix("v1,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +55,15 @@ def verify_signature(
         raise SignatureError("timestamp_out_of_tolerance")
     try:
         # The signature is over this very text, not over its JSON parsed and written again.
-        text = body.decode()
-        expected = [secret.sign(message_id, attempt_timestamp, text).encode() for secret in secrets]
+        text, sent_at = body.decode(), datetime.fromtimestamp(attempt_timestamp, UTC)
+        expected = [secret.sign(message_id, sent_at, text).encode() for secret in secrets]
     except UnicodeError:
         raise SignatureError("body_not_utf8") from None
     # The library's verify() decodes base64 leniently, raises at the first garbled signature, and
     # takes no clock. So it only signs, and the texts are compared as Clerk's SDK does.
     # No early exit: the time must not reveal which secret or signature came close.
-    matches = [
-        hmac.compare_digest(sent, own) for sent in _parse_signatures(signatures) for own in expected
-    ]
+    sent = _parse_signatures(signatures)
+    matches = [hmac.compare_digest(one, other) for one in sent for other in expected]
     if not any(matches):
         raise SignatureError("signature_mismatch")
     return VerifiedMessage(message_id, attempt_timestamp, text)
@@ -82,9 +71,5 @@ def verify_signature(
 
 def _parse_signatures(header: str) -> list[bytes]:
     """Return the v1 signatures of a header; other versions and garbage are skipped."""
-    found = []
-    for part in header.split(" "):
-        version, _, rest = part.partition(",")
-        if version == "v1":
-            found.append(rest.partition(",")[0].encode("utf-8", "replace"))
-    return found
+    parts = [part.split(",") for part in header.split(" ")]
+    return [",".join(part[:2]).encode("utf-8", "replace") for part in parts if part[0] == "v1"]
