@@ -118,11 +118,11 @@ def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkServi
     @require_auth
     def see() -> dict[str, object]:
         seen.append((current_session.id, current_session.claims["jti"]))
-        return {"version": current_session.version, "organization": current_session.organization}
+        return {"v": current_session.claims["v"], "organization": current_session.organization}
 
     client, other = clerk_service.client("user_1"), clerk_service.client("user_1")
     assert [each.get("/seen").get_json() for each in (client, client, other)] == [
-        {"version": 2, "organization": None}
+        {"v": 2, "organization": None}
     ] * 3
     assert len(set(seen)) == 3
     assert len({session for session, _ in seen}) == 2

@@ -117,16 +117,19 @@ def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -
         return False
 
 
-def parse_factor_verification_age(claims: Mapping[str, Any]) -> tuple[float, float] | None:
+def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
     """
     Return the minutes since the first and the second factor were verified; None if unknown.
 
     -1 stands for a factor that is not set up.
     """
     fva = claims.get("fva")
-    if isinstance(fva, list) and len(fva) == 2 and all(map(_is_factor_age, fva)):
-        return (fva[0], fva[1])
-    return None
+    if not isinstance(fva, list) or len(fva) != 2:
+        return None
+    for age in fva:
+        if not strict_json.is_number(age) or not (age == -1 or 0 <= age < math.inf):
+            return None
+    return (fva[0], fva[1])
 
 
 def parse_reverification(reverification: object) -> Reverification | None:
@@ -268,12 +271,8 @@ def _with_prefix(text: str) -> str:
     return re.sub("^(org:)*", "org:", text, count=1)
 
 
-def _is_factor_age(age: object) -> bool:
-    return strict_json.is_number(age) and math.isfinite(age) and (age == -1 or age >= 0)
-
-
 def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
-    ages, wanted = parse_factor_verification_age(claims), parse_reverification(reverification)
+    ages, wanted = parse_factor_ages(claims), parse_reverification(reverification)
     if ages is None or wanted is None or ages == (-1, -1):
         return False
     first, second = (age != -1 and wanted["afterMinutes"] > age for age in ages)

@@ -36,28 +36,20 @@ class Field:
                 "Use public_metadata."
             )
 
-    def find(self, data: Mapping[str, Any]) -> Any:
+    def find(self, data: Any) -> Any:
         """
         Return the value in *data*, a user object, or None if it is absent.
 
         Raises:
             Exception: any that ``parse`` raises, such as for a value that it does not expect.
         """
-        value = _primary_phone_number(data) if self.path == PHONE_NUMBER else _walk(data, self.path)
+        value, path = data, self.path
+        if path == PHONE_NUMBER:
+            value = find_primary(data, "primary_phone_number_id", "phone_numbers")
+            path = "phone_number"
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
         return value if value is None or self.parse is None else self.parse(value)
-
-
-def _walk(data: Mapping[str, Any], path: str) -> Any:
-    value: Any = data
-    for name in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value
-
-
-def _primary_phone_number(data: Mapping[str, Any]) -> Any:
-    return find_primary(data, "primary_phone_number_id", "phone_numbers").get("phone_number")
 
 
 def find_primary(data: Mapping[str, Any], id_name: str, list_name: str) -> Mapping[str, Any]:

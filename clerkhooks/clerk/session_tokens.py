@@ -18,7 +18,7 @@ from clerkhooks.clerk.authorization import (
     MalformedClaims,
     Organization,
     is_authorized,
-    parse_factor_verification_age,
+    parse_factor_ages,
     parse_organization,
 )
 from clerkhooks.clerk.events import is_user_id
@@ -57,11 +57,6 @@ class Session:
     claims: Claims
 
     @property
-    def version(self) -> int:
-        """The version of the claims: 2, or 1 for any other value."""
-        return 2 if self.claims.get("v") == 2 else 1
-
-    @property
     def organization(self) -> Organization | None:
         """The active organization; None without one, or if its claims are malformed."""
         try:
@@ -83,7 +78,7 @@ class Session:
     @property
     def factor_verification_age(self) -> tuple[float, float] | None:
         """Minutes since each factor was verified, -1 for one that is not set up."""
-        return parse_factor_verification_age(self.claims)
+        return parse_factor_ages(self.claims)
 
     def has(self, **conditions: Unpack[Conditions]) -> bool:
         """
