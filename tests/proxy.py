@@ -99,7 +99,7 @@ def stalling(proxy: Proxy, _client: socket.socket) -> bool:
 
 
 class Proxy:
-    """A proxy; *answers* are JSON values by path, of any host; *targets* are the requests so far."""
+    """A proxy; *answers* are JSON values by path, of any host; *targets* the requests so far."""
 
     def __init__(self, tunnel: Tunnel, certificate: Path, answers: dict[str, Any]) -> None:
         self.answers, self.targets = answers, list[str]()

@@ -244,7 +244,10 @@ import ssl
 from gunicorn.workers.ggevent import GeventWorker
 seen = []
 GeventWorker.handle = lambda *arguments: seen.append(arguments[2])
-client = ssl.create_default_context().wrap_socket(socket.socket(), do_handshake_on_connect=False, server_hostname="x")
+context = ssl.create_default_context()
+client = context.wrap_socket(
+    socket.socket(), do_handshake_on_connect=False, server_hostname="x"
+)
 own.handle(None, client, None)
 assert seen == [client] and not own._connections
 assert isinstance(own.timeout_ctx(), gevent.Timeout)
