@@ -9,17 +9,17 @@ from tests.conftest import KINDS, MakeDatabase
 
 @pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
-    """An empty database of each kind."""
+    """Create an empty database of each kind."""
     return make_database(request.param)
 
 
 @pytest.fixture
 def sqlite_url(make_database: MakeDatabase) -> str:
-    """An empty SQLite file."""
+    """Create an empty SQLite file."""
     return make_database("sqlite")
 
 
 @pytest.fixture
 def postgresql_url(make_database: MakeDatabase) -> str:
-    """An empty PostgreSQL database."""
+    """Create an empty PostgreSQL database."""
     return make_database("postgresql")

@@ -1,4 +1,4 @@
-"""Shared configuration, and a check that an application's users are correct."""
+"""Shared configuration, and a check that an application's users stay correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clerkhooks.web.state import disconnect
 
 
 def make_db() -> SQLAlchemy:
-    """Create a database object with separate metadata, as an application has."""
+    """Create a Flask-SQLAlchemy object with its own metadata, as an application does."""
 
     class Base(DeclarativeBase):
         pass
@@ -46,14 +46,14 @@ def tables(app: Flask) -> Iterator[None]:
     try:
         yield
     finally:
-        disconnect(app)  # including connections that a view has left unusable
+        disconnect(app)  # first, because views may have left connections unusable
         with app.app_context():
             db.drop_all()
         disconnect(app)
 
 
-def prove_users_are_right(app: Flask, clerk: FakeClerk, me: str = "/api/me") -> None:
-    """Check users after sign-ups, deletions, and late, repeated and reordered deliveries."""
+def check_users_stay_correct(app: Flask, clerk: FakeClerk, me: str = "/api/me") -> None:
+    """Deliver sign-ups, deletions and late or repeated messages, and check the users."""
     service = ClerkService(app, clerk)
     ada = service.sign_up(first_name="Ada", last_name="Byron")
     now = int(time.time() * 1000) + 10_000
@@ -80,7 +80,7 @@ def prove_users_are_right(app: Flask, clerk: FakeClerk, me: str = "/api/me") -> 
 
 
 def name_of(service: ClerkService, user_id: str, me: str = "/api/me") -> str:
-    """Return the name in the answer to the user's own call."""
+    """Call as the user and return the name in the answer."""
     response = service.client(user_id).get(me)
     assert response.status_code == 200, response.text
     return str(response.get_json()["name"])

@@ -11,11 +11,11 @@ from flask.views import MethodView
 from clerkhooks import ClerkHooks, Event, current_user, require_auth
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 
 def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
-    """The user is available inside a coroutine, also if a whole blueprint is protected."""
+    """The user is available in coroutines, including those of a protected blueprint."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)
@@ -65,7 +65,7 @@ def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
         g.users = db.session.query(hooks.model).count()
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         ada = service.client(service.sign_up(first_name="Ada", last_name="Lovelace"))
         for path in ("/hello", "/guarded/hello"):
@@ -102,7 +102,7 @@ def test_raises_from_async_views(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def test_refuses_async_handlers(clerk: FakeClerk) -> None:
-    """An async handler is refused because nothing would await it inside the transaction."""
+    """An async handler is refused, because nothing would await it in the transaction."""
 
     async def handler(event: Event) -> None:
         """Never awaited."""

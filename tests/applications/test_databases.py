@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -24,9 +23,9 @@ from sqlalchemy.pool import NullPool
 from clerkhooks import ClerkHooks, ClerkUser, Event, current_user, from_clerk, require_auth
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 from tests.conftest import MakeDatabase
-from tests.support import NOW_MS, rows, user_event
+from tests.support import NOW_MS, ThreadPool, rows, user_event
 
 
 def create_app(clerk: FakeClerk, url: str, db: SQLAlchemy, model: Any = None, **more: Any) -> Flask:
@@ -39,7 +38,7 @@ def create_app(clerk: FakeClerk, url: str, db: SQLAlchemy, model: Any = None, **
 
 
 def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
-    """A model may use any table name, and reserved words as names."""
+    """A model may use any table name, including reserved words."""
     db = make_db()
 
     class Staff(db.Model):  # type: ignore[name-defined, misc]
@@ -59,7 +58,7 @@ def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
 
     app = create_app(clerk, url, db, User)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         service.sign_up(username="ada", public_metadata={"group": "x"}, email="new@example.org")
         query = """SELECT "group", "Full Name", plan FROM "Order" WHERE email = 'new@example.org'"""
@@ -68,7 +67,7 @@ def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
 
 
 def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
-    """All tables of clerkhooks are in the schema of the model."""
+    """All tables of clerkhooks are in the model's schema."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -82,7 +81,7 @@ def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
     rows(postgresql_url, "CREATE SCHEMA accounts")
     app = create_app(clerk, postgresql_url, db, User)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         found = "SELECT table_schema FROM information_schema.tables WHERE table_name IN "
         found += "('users', 'webhook_messages')"
         assert rows(postgresql_url, found) == [("accounts",), ("accounts",)]
@@ -92,7 +91,7 @@ def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
 def test_keeps_users_in_another_bind(
     clerk: FakeClerk, make_database: MakeDatabase, as_dict: bool
 ) -> None:
-    """With ``__bind_key__`` users are in that database; other tables are in the default one."""
+    """With ``__bind_key__``, users are in that database and other tables in the default one."""
     db, main, people = make_db(), make_database("sqlite"), make_database("postgresql")
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -115,7 +114,7 @@ def test_keeps_users_in_another_bind(
         db.session.add(Note(text=user.name))
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         ClerkService(app, clerk).sign_up(first_name="Grace")
         assert ("Grace Lovelace",) in rows(main, "SELECT text FROM note")
         assert ("Grace Lovelace",) in rows(people, "SELECT name FROM users")
@@ -124,24 +123,24 @@ def test_keeps_users_in_another_bind(
 
 
 def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql_url: str) -> None:
-    """Connection settings in ``SQLAlchemy(engine_options=…)`` apply to the private engine, too."""
+    """``SQLAlchemy(engine_options=…)`` also applies to the private engine."""
     made: list[Any] = []
 
     def connect() -> Any:
         made.append(psycopg.connect(postgresql_url))
         return made[-1]
 
-    # The URL alone cannot be connected to, as with a cloud connector.
+    # As with a cloud connector, the URL itself cannot be connected to.
     db = SQLAlchemy(engine_options={"creator": connect})
     app = create_app(clerk, "postgresql://nowhere.invalid/none", db)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         assert len(made) >= 2
 
     db = SQLAlchemy(engine_options={"connect_args": {"application_name": "shop"}})
     app = create_app(clerk, postgresql_url, db)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         query = sa.text("SELECT current_setting('application_name')")
         database = app.extensions["clerkhooks"].store.database
         assert database.execute(query) == [("shop",)]
@@ -162,10 +161,10 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
 def test_works_with_every_engine_option(
     clerk: FakeClerk, url: str, options: dict[str, Any]
 ) -> None:
-    """Users are correct whatever the options of the application's engine are."""
+    """Users stay correct with any options of the application's engine."""
     app = create_app(clerk, url, make_db(), SQLALCHEMY_ENGINE_OPTIONS=options)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
 
 
 def use_serializable(db: SQLAlchemy) -> None:
@@ -191,14 +190,14 @@ def use_session_settings(db: SQLAlchemy) -> None:
 
 
 def leave_a_transaction_open(db: SQLAlchemy) -> None:
-    """Read in a transaction that only the end of the request closes."""
+    """Read in a transaction that stays open until the request ends."""
     db.session.execute(sa.text("SELECT count(*) FROM users"))
 
 
 @pytest.mark.parametrize(
     "use", [use_serializable, use_autocommit, use_session_settings, leave_a_transaction_open]
 )
-def test_commits_every_delivery_whatever_views_do(
+def test_commits_every_delivery_despite_changed_connections(
     clerk: FakeClerk, url: str, use: Callable[[SQLAlchemy], None]
 ) -> None:
     """Each delivery answered 200 is committed with UTC times, however views use the pool."""
@@ -272,25 +271,25 @@ def test_keeps_working_while_a_view_holds_every_connection(clerk: FakeClerk, url
     with tables(app):
         service = ClerkService(app, clerk)
         ada = service.sign_up()
-        with ThreadPoolExecutor(2) as threads:
-            held = [threads.submit(service.client(ada).get, "/hold") for _ in range(2)]
+        with ThreadPool(2) as threads:
+            waiting = [threads.submit(service.client(ada).get, "/hold") for _ in range(2)]
             holding.wait(10)
             try:
-                prove_users_are_right(app, clerk)
+                check_users_stay_correct(app, clerk)
             finally:
                 release.set()
-            assert [one.result(20).text for one in held] == [ada, ada]
+            assert [answer.result(20).text for answer in waiting] == [ada, ada]
 
 
 def test_resolves_a_relative_path_in_the_instance_folder(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``sqlite:///shop.db`` is the same file for both engines."""
+    """``sqlite:///shop.db`` is one file in the instance folder for both engines."""
     db = make_db()
     app = Flask(__name__, instance_path=str(tmp_path / "instance"))
     app.config.update(configuration(clerk, "sqlite:///shop.db"))
     db.init_app(app)
     ClerkHooks(db).init_app(app)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         file = sqlite3.connect(tmp_path / "instance" / "shop.db")
         assert file.execute("SELECT count(*) FROM users").fetchone() == (2,)
         file.close()
@@ -299,7 +298,7 @@ def test_resolves_a_relative_path_in_the_instance_folder(clerk: FakeClerk, tmp_p
 
 @pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE", None])
 @pytest.mark.parametrize("reads_before", [True, False])
-def test_writes_with_handlers_all_or_nothing(
+def test_writes_messages_with_handlers_atomically(
     clerk: FakeClerk, url: str, level: str | None, reads_before: bool
 ) -> None:
     """A failing handler rolls back the whole message, even with an engine in AUTOCOMMIT."""
@@ -342,10 +341,10 @@ def test_writes_with_handlers_all_or_nothing(
         )
         # The application's engine is unchanged.
         assert len(set(levels)) <= 1
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
 
 
-def test_keeps_users_whose_model_has_subclasses(clerk: FakeClerk, url: str) -> None:
+def test_supports_models_with_subclasses(clerk: FakeClerk, url: str) -> None:
     """Inheritance, relationships, hybrids and deferred columns work as with any model."""
     db = make_db()
 
@@ -381,7 +380,7 @@ def test_keeps_users_whose_model_has_subclasses(clerk: FakeClerk, url: str) -> N
         return [cast("Any", current_user).label, type(user).__name__, len(user.teams)]
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         user_id = service.sign_up()
         assert service.client(user_id).get("/label").get_json() == [
@@ -395,7 +394,7 @@ def test_keeps_users_whose_model_has_subclasses(clerk: FakeClerk, url: str) -> N
 
 
 def test_leaves_nothing_to_migrate_under_any_comparison(clerk: FakeClerk, url: str) -> None:
-    """Alembic finds no difference to the metadata, with every comparison enabled."""
+    """With every comparison enabled, Alembic finds no difference from the metadata."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

@@ -17,7 +17,7 @@ from clerkhooks import ClerkHooks, require_auth
 from clerkhooks.clerk.fake import FakeClerk, event_body
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 
 class Odd(HTTPException):
@@ -64,7 +64,7 @@ def test_raises_the_applications_bugs(clerk: FakeClerk, sqlite_url: str, setting
     """An exception in a view reaches the test or debugger with its own traceback."""
     app = create_app(clerk, sqlite_url, **{setting: True})
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         with pytest.raises(LookupError, match=r"^a bug$"):
             app.test_client().get("/bug")
 
@@ -104,7 +104,7 @@ def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
     assert answers[3]["reason"] == "not_found"
 
 
-def test_answers_problems_whatever_handlers_the_application_has(
+def test_answers_problems_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
     """Handlers for codes, HTTPException or Exception receive the application's errors only."""
@@ -116,7 +116,7 @@ def test_answers_problems_whatever_handlers_the_application_has(
     for kind in (401, 404, 413, 500, HTTPException, Exception):
         app.register_error_handler(kind, answer)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         assert service.http.get("/bug").text == "handled LookupError"
         assert service.http.get("/missing").text == "handled NotFound"
@@ -131,7 +131,7 @@ def test_answers_problems_whatever_handlers_the_application_has(
             assert (response.status_code, response.get_json()["reason"]) == (status, reason)
 
 
-def test_fails_a_delivery_once_and_says_where(
+def test_logs_a_failed_delivery_once_with_its_frames(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A handler's exception is a 500 with one log line: message id and frames, no text."""
@@ -190,7 +190,7 @@ def register_handlers(app: Flask) -> None:
     app.add_url_rule("/large", "large", lambda: abort(413))
 
 
-def own_pages(app: Flask) -> None:
+def some_pages(app: Flask) -> None:
     """Register pages for some errors."""
     app.register_error_handler(404, lambda error: (f"page: {error.description}", 404))
     app.register_error_handler(413, lambda error: ("page: too large", 413))
@@ -226,12 +226,12 @@ CONFIGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("set_up", [nothing, own_pages, one_page, one_page_for_all, internal_page])
+@pytest.mark.parametrize("set_up", [nothing, some_pages, one_page, one_page_for_all, internal_page])
 @pytest.mark.parametrize("handlers_first", [True, False])
 def test_handles_errors_as_plain_flask_does(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None], handlers_first: bool
 ) -> None:
-    """Errors of the application's routes end in the same answer or exception as in plain Flask."""
+    """Errors of the application's routes give the same answer or exception as plain Flask."""
     for config in CONFIGS:
         plain, app, db = Flask(__name__), Flask(__name__), make_db()
         app.config.update(configuration(clerk, sqlite_url), **config)
@@ -252,7 +252,7 @@ def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
     """Return the answer to a request of *path*, or the exception that it raises."""
     try:
         response = app.test_client().get(path)
-    except Exception as error:  # noqa: BLE001  # whatever Flask lets through
+    except Exception as error:  # noqa: BLE001  # any exception that Flask propagates
         return type(error), str(error)
     return response.status_code, response.text, sorted(response.headers.keys())
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped
 from clerkhooks import ClerkHooks, ClerkUser, from_clerk
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 
 class People(ModelView):  # type: ignore[misc]  # untyped
@@ -38,7 +38,7 @@ def test_lists_and_edits_users(clerk: FakeClerk, sqlite_url: str) -> None:
     admin.add_view(People(User, db))
     admin.add_view(ModelView(User, db, name="All", endpoint="all"))
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         user_id = service.sign_up(first_name="Ada", last_name="Lovelace", username="ada")
         page = service.http.get("/admin/user/").text

@@ -9,7 +9,7 @@ from flask_cors import CORS
 from clerkhooks import ClerkHooks, require_auth
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 EVIL = "https://evil.example.com"
 
@@ -29,11 +29,11 @@ def create_app(clerk: FakeClerk, url: str, *, first: bool) -> Flask:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_answers_cors_once(clerk: FakeClerk, sqlite_url: str, first: bool) -> None:
-    """Routes of clerkhooks allow authorized parties only; the application's allow every origin."""
+def test_sends_one_cors_header(clerk: FakeClerk, sqlite_url: str, first: bool) -> None:
+    """Clerkhooks' routes allow authorized parties only; other routes allow every origin."""
     app = create_app(clerk, sqlite_url, first=first)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         ada = service.client(service.sign_up())
         for method, path in (("GET", "/api/me"), ("PUT", "/api/me/presence")):
@@ -71,8 +71,10 @@ def preflight_headers(service: ClerkService, path: str, preflight: dict[str, str
     return response.headers["Access-Control-Allow-Headers"]
 
 
-def test_lets_the_application_open_its_own_views(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A protected view has the application's CORS headers, also on refusals and preflights."""
+def test_sends_the_applications_cors_headers_for_protected_views(
+    clerk: FakeClerk, sqlite_url: str
+) -> None:
+    """Answers, refusals and preflights of a protected view have the application's headers."""
     app = create_app(clerk, sqlite_url, first=False)
 
     @app.get("/notes")

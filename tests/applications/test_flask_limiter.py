@@ -1,4 +1,4 @@
-"""An application with rate limits per address, with Flask-Limiter."""
+"""An application with Flask-Limiter's rate limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flask_limiter.util import get_remote_address
 from clerkhooks import ClerkHooks, current_user, require_auth
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 from tests.support import rows, user_event
 
 
@@ -32,7 +32,7 @@ def test_limits_the_applications_routes_and_exempts_ours(clerk: FakeClerk, sqlit
         return "done"
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         ada = service.client(service.sign_up())
         assert [ada.get("/costly").status_code for _ in range(5)] == [200, 200, 200, 429, 429]

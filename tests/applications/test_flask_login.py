@@ -1,4 +1,4 @@
-"""An application with separate logins by Flask-Login, required on every page."""
+"""An application with separate Flask-Login accounts, required on every page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clerkhooks import ClerkHooks, require_auth
 from clerkhooks import current_user as clerk_user
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 
 class Admin(UserMixin):  # type: ignore[misc]  # untyped
@@ -53,11 +53,11 @@ def create_app(clerk: FakeClerk, url: str) -> Flask:
     return app
 
 
-def test_keeps_both_kinds_of_logins_apart(clerk: FakeClerk, sqlite_url: str) -> None:
+def test_keeps_both_kinds_of_login_separate(clerk: FakeClerk, sqlite_url: str) -> None:
     """Each login protects its own pages and gives no access to the other's."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         browser = app.test_client()
         assert browser.get("/office").headers["Location"] == "/login"
         service = ClerkService(app, clerk)

@@ -9,7 +9,7 @@ from flask_wtf.csrf import CSRFProtect
 from clerkhooks import ClerkHooks
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 from tests.support import user_event
 
 
@@ -27,11 +27,11 @@ def create_app(clerk: FakeClerk, url: str, *, is_exempt: bool) -> Flask:
     return app
 
 
-def test_lets_our_routes_be_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Routes of clerkhooks can be exempted; the application's forms stay protected."""
+def test_works_exempt_from_csrf_protection(clerk: FakeClerk, sqlite_url: str) -> None:
+    """Clerkhooks' routes can be exempted, and the application's forms stay protected."""
     app = create_app(clerk, sqlite_url, is_exempt=True)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         ada = service.client(service.sign_up())
         assert ada.put("/api/me/presence", json={"isOnline": True}).status_code == 200
@@ -42,7 +42,7 @@ def test_lets_our_routes_be_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 @pytest.mark.parametrize("testing", [True, False])
-def test_writes_nothing_where_the_application_refuses(
+def test_writes_nothing_if_the_application_refuses(
     clerk: FakeClerk, sqlite_url: str, testing: bool
 ) -> None:
     """Without the exemption, the application refuses a delivery with its own answer."""

@@ -16,7 +16,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
-from tests.applications.support import prove_users_are_right
+from tests.applications.support import check_users_stay_correct
 from tests.backend import Backend
 from tests.server import environ
 from tests.support import rows
@@ -74,7 +74,7 @@ class Checkout:
 def checkout(
     url: str, clerk: FakeClerk, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Checkout]:
-    """The bookshop, on a database that has another program's table."""
+    """Copy the bookshop, and create a database with another program's table."""
     for statement in FOREIGN:
         rows(url, statement)
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
@@ -119,7 +119,7 @@ def test_generates_migrations_that_run_unedited(
     assert "No changes in schema detected" in checkout.flask("db", "migrate")
 
     app = load(checkout).create_app()
-    prove_users_are_right(app, clerk)
+    check_users_stay_correct(app, clerk)
     service = ClerkService(app, clerk)
     ada = backend.sign_up(clerk_id("user"), username="ada", public_metadata={"theme": "dark"})
     assert service.deliver("user.created", backend.users[ada]).get_json()["outcome"] == "applied"
@@ -142,7 +142,7 @@ def test_generates_migrations_that_run_unedited(
     assert rows(checkout.url, filled) == [("ada", "free", "Ada Lovelace")]
 
     app = load(checkout).create_app()
-    prove_users_are_right(app, clerk)
+    check_users_stay_correct(app, clerk)
     disconnect(app)
     checkout.flask("db", "downgrade", "base")
     for table in ("users", "webhook_messages", "orders"):

@@ -19,7 +19,7 @@ from tests.conftest import MakeDatabase
 
 
 def shout(view: Callable[..., str]) -> Callable[..., str]:
-    """A decorator of the application."""
+    """Decorate a view as an application's own decorator does."""
 
     @wraps(view)
     def shouted(*args: Any, **kwargs: Any) -> str:
@@ -29,7 +29,7 @@ def shout(view: Callable[..., str]) -> Callable[..., str]:
 
 
 def above_a_route(app: Flask) -> None:
-    """Apply ``require_auth`` above ``app.get``, which has registered the view already."""
+    """Apply ``require_auth`` above ``app.get``, which has already registered the view."""
 
     @require_auth
     @app.get("/secret")
@@ -76,7 +76,7 @@ WRONG = [above_a_route, above_a_blueprints_route, above_another_decorator, betwe
 def test_never_serves_a_view_protected_too_late(
     clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
 ) -> None:
-    """Every request fails with an error that explains the remedy."""
+    """Every request fails with an error that explains the fix."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, PROPAGATE_EXCEPTIONS=False))
     db.init_app(app)
@@ -93,7 +93,7 @@ def test_never_serves_a_view_protected_too_late(
 
 
 @pytest.mark.parametrize("register", WRONG)
-def test_refuses_to_start(
+def test_refuses_to_start_with_a_view_protected_too_late(
     clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
 ) -> None:
     """``init_app`` raises an error if such a route is already registered."""
@@ -106,7 +106,7 @@ def test_refuses_to_start(
 
 
 def test_serves_every_valid_use(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Valid uses: below a route, on classes and methods, before a blueprint, twice on one view."""
+    """It works below a route, on classes and methods, before a blueprint, and twice."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -185,8 +185,8 @@ def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: Make
 
 
 @pytest.mark.parametrize("setting", ["TESTING", "DEBUG"])
-def test_tells_the_developer(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
-    """In tests and in the debugger, the mistake raises an exception that explains the remedy."""
+def test_raises_in_development(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
+    """In tests and in the debugger, the mistake raises an exception that explains the fix."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, **{setting: True}))
     db.init_app(app)
@@ -196,7 +196,7 @@ def test_tells_the_developer(clerk: FakeClerk, sqlite_url: str, setting: str) ->
         app.test_client().get("/secret")
 
 
-def test_fails_closed_whatever_handlers_the_application_has(
+def test_fails_closed_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
     """An application that handles every exception still does not serve the view."""
@@ -218,7 +218,7 @@ def test_refuses_a_class(clerk: FakeClerk) -> None:
 
 
 def test_does_not_pass_the_user_to_another_application(make_database: MakeDatabase) -> None:
-    """A request that is passed on to another application is anonymous there."""
+    """A request that is forwarded to another application is anonymous there."""
     ours, theirs = FakeClerk(), FakeClerk()
     apps = []
     for clerk in (ours, theirs):
@@ -229,13 +229,13 @@ def test_does_not_pass_the_user_to_another_application(make_database: MakeDataba
         apps.append(app)
     first, second = apps
 
-    @first.get("/handed-on")
+    @first.get("/forwarded")
     @require_auth
-    def hand_on() -> ResponseReturnValue:
+    def forward() -> ResponseReturnValue:
         environ = request.environ | {"PATH_INFO": "/api/me"}
         return Response.from_app(second, environ)
 
     with tables(first), tables(second):
         service = ClerkService(first, ours)
-        response = service.client(service.sign_up()).get("/handed-on")
+        response = service.client(service.sign_up()).get("/forwarded")
         assert response.status_code == 401

@@ -1,4 +1,4 @@
-"""An application with Sentry's SDK for errors and tracing."""
+"""An application that uses Sentry's SDK for errors and tracing."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sentry_sdk.transport import Transport
 from clerkhooks import ClerkHooks, Event
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 
 class Captured(Transport):
-    """A transport that keeps everything it would send."""
+    """A Sentry transport that stores events instead of sending them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[dict[str, Any]] = []
 
     def capture_envelope(self, envelope: Envelope) -> None:
-        """Keep an event or a transaction."""
+        """Store an event or a transaction."""
         for item in envelope.items:
             if item.type in ("event", "transaction") and item.payload.json is not None:
                 self.events.append(dict(item.payload.json))
@@ -41,14 +41,14 @@ class Captured(Transport):
         return [event for event in self.events if event.get("type") != "transaction"]
 
     def statements(self) -> list[str]:
-        """Return the statements of the one transaction that was traced."""
+        """Return the SQL statements of the single traced transaction."""
         [transaction] = [event for event in self.events if event.get("type") == "transaction"]
         return [span["description"] for span in transaction["spans"] if span["op"] == "db"]
 
 
 @pytest.fixture
 def captured() -> Iterator[Captured]:
-    """Sentry with a transport that keeps everything."""
+    """Set up Sentry with a transport that stores events."""
     transport = Captured()
     sentry_sdk.init(
         dsn="https://public@sentry.example.com/1",
@@ -68,7 +68,7 @@ def captured() -> Iterator[Captured]:
     sentry_sdk.init()
 
 
-def test_reports_and_traces_as_without(
+def test_reports_errors_and_traces_statements(
     clerk: FakeClerk, url: str, captured: Captured, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An exception is reported once with its traceback, and clerkhooks' statements are spans."""
@@ -95,7 +95,7 @@ def test_reports_and_traces_as_without(
         return "sorry"
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         assert captured.reports() == []  # a refused call is not an error
         assert app.test_client().get("/bug").status_code == 500
         [reported] = captured.reports()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from clerkhooks.settings import PROJECT
 from clerkhooks.web.state import disconnect
 from tests.applications import bookshop
 from tests.server import Server, environ, free_port
-from tests.support import deletion, user_event
+from tests.support import ThreadPool, deletion, user_event
 
 pytestmark = pytest.mark.slow
 FACTORY = "tests.applications.bookshop:create_app"
@@ -54,7 +53,7 @@ def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server
         )
     server = Server(process, url, port, log, clerk)
     try:
-        wait_until_it_answers(server)
+        wait_until_ready(server)
         yield server
     finally:
         with suppress(ProcessLookupError):
@@ -66,7 +65,7 @@ def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server
         process.wait(30)
 
 
-def wait_until_it_answers(server: Server, seconds: float = 30) -> None:
+def wait_until_ready(server: Server, seconds: float = 30) -> None:
     """Wait until the application answers 404 for an unknown page."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -80,7 +79,7 @@ def wait_until_it_answers(server: Server, seconds: float = 30) -> None:
 
 @pytest.fixture
 def shop_url(url: str, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a database with the bookshop's tables."""
+    """Return the URL of a database with the bookshop's tables."""
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
     for name, value in {**clerk.environ, "DATABASE_URL": uri}.items():
         monkeypatch.setenv(name, value)
@@ -139,7 +138,7 @@ def test_serves_under_every_server(
         assert (too_large.status, too_large.json()["reason"]) == (413, "body_too_large")
 
         users = [clerk_id("user") for _ in range(24)]
-        with ThreadPoolExecutor(24) as threads:
+        with ThreadPool(24) as threads:
             answers = threads.map(lambda user: outcome(server, user_event(user)), users, timeout=30)
             assert list(answers) == ["applied"] * 24
             names = threads.map(lambda user: call(server, user)[1]["name"], users, timeout=30)
@@ -155,7 +154,7 @@ def test_serves_under_every_server(
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["waitress", "gthread"])
 def test_accepts_a_chunked_body(kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """A proxy may send chunks without a length. The limit of 1 MiB applies."""
+    """A chunked body without a length is accepted, and refused above 1 MiB."""
     user_id = clerk_id("user")
     with serving(kind, shop_url, clerk, tmp_path / "server.log") as server:
         large = user_event(user_id, public_metadata={"text": "x" * 1024 * 1024})

@@ -17,7 +17,7 @@ from werkzeug.wrappers import Response
 from clerkhooks import ClerkHooks, current_user, require_auth
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 from tests.support import rows, user_event
 
 
@@ -34,7 +34,7 @@ class Provider(DefaultJSONProvider):
 
 
 def sort_keys(app: Flask) -> None:
-    """Sort the keys of JSON, as Flask does by default."""
+    """Sort the keys of JSON, which is Flask's default."""
     app.json.sort_keys = True  # type: ignore[attr-defined]
 
 
@@ -44,38 +44,38 @@ def use_provider(app: Flask) -> None:
     app.json = Provider(app)
 
 
-def be_strict(app: Flask) -> None:
+def match_strictly(app: Flask) -> None:
     """Match trailing slashes strictly."""
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False
 
 
-def be_lenient(app: Flask) -> None:
+def match_leniently(app: Flask) -> None:
     """Match paths with and without a trailing slash."""
     app.url_map.strict_slashes = False
 
 
-def redirect_never(app: Flask) -> None:
+def never_redirect(app: Flask) -> None:
     """Do not redirect to a route's defaults."""
     app.url_map.redirect_defaults = False
     app.config["TRAP_HTTP_EXCEPTIONS"] = True
     app.config["TRAP_BAD_REQUEST_ERRORS"] = True
 
 
-def name_a_server(app: Flask) -> None:
-    """Set the application's host name and root path."""
+def set_server_name(app: Flask) -> None:
+    """Set the application's host name and URL scheme."""
     app.config.update(SERVER_NAME="shop.example.com", PREFERRED_URL_SCHEME="https")
 
 
 SETUPS: list[Callable[[Flask], None]] = [
-    sort_keys, use_provider, be_strict, be_lenient, redirect_never, name_a_server,
+    sort_keys, use_provider, match_strictly, match_leniently, never_redirect, set_server_name,
 ]  # fmt: skip
 
 
 def create_app(
     clerk: FakeClerk, url: str, set_up: Callable[[Flask], None], *, with_us: bool
 ) -> Flask:
-    """Create an application with several kinds of routes, with clerkhooks or without."""
+    """Create an application with several kinds of routes, with or without clerkhooks."""
     app, db = Flask(__name__), make_db()
     set_up(app)
     app.config.update(configuration(clerk, url))
@@ -123,7 +123,7 @@ def answers(app: Flask) -> list[tuple[int, str, str | None, list[str]]]:
 
 
 @pytest.mark.parametrize("set_up", SETUPS)
-def test_leaves_every_setting_as_it_is(
+def test_leaves_every_setting_unchanged(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
     """The application's settings and the bytes of its answers are unchanged."""
@@ -154,10 +154,10 @@ def test_leaves_every_setting_as_it_is(
 def test_answers_the_same_under_every_setting(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """Routes of clerkhooks accept a trailing slash, never redirect, and keep their JSON's order."""
+    """Clerkhooks' routes accept a trailing slash, never redirect, and keep their key order."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         body = user_event("user_1")
         response = service.http.post("/webhooks/clerk/", data=body, headers=clerk.headers(body))
@@ -170,7 +170,7 @@ def test_answers_the_same_under_every_setting(
 
 
 def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
-    """With a prefix all routes move, and the application can use the default path itself."""
+    """With a prefix, all routes move, and the application can use the default paths."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, METRICS_TOKEN="t" * 16))
     db.init_app(app)
@@ -178,7 +178,7 @@ def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
     ClerkHooks(db).init_app(app, url_prefix="/auth/v1", routes=routes)
     app.add_url_rule("/api/me", "own", lambda: "the application's own")
     with tables(app):
-        prove_users_are_right(app, clerk, "/auth/v1/api/me")
+        check_users_stay_correct(app, clerk, "/auth/v1/api/me")
         client = app.test_client()
         assert client.get("/api/me").text == "the application's own"
         assert client.get("/auth/v1/readyz").get_json() == {"status": "ok"}
@@ -189,7 +189,7 @@ def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
 
 
 def test_serves_the_named_routes_only(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An application may serve webhooks only, and authenticate its own views."""
+    """An application may serve only webhooks and still authenticate its own views."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -201,14 +201,14 @@ def test_serves_the_named_routes_only(clerk: FakeClerk, sqlite_url: str) -> None
         return {"name": current_user.name}
 
     with tables(app):
-        prove_users_are_right(app, clerk, "/me")
+        check_users_stay_correct(app, clerk, "/me")
         ours = [rule.rule for rule in app.url_map.iter_rules() if "clerkhooks" in rule.endpoint]
         assert ours == ["/webhooks/clerk"]
         assert app.test_client().get("/api/me").status_code == 404
 
 
 def test_works_behind_middleware(clerk: FakeClerk, sqlite_url: str) -> None:
-    """It works below a mount point, behind a proxy, and after hooks that read the body."""
+    """Deliveries work at a mount point, behind a proxy, and after hooks that read the body."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, APPLICATION_ROOT="/shop"))
     db.init_app(app)
@@ -228,7 +228,7 @@ def test_works_behind_middleware(clerk: FakeClerk, sqlite_url: str) -> None:
         return response
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         assert any(b"Lovelace" in body for body in bodies)
         mounted = DispatcherMiddleware(Response("nothing", 404), {"/shop": ProxyFix(app, x_for=1)})
         body, client = user_event("user_1"), Client(mounted)
@@ -252,7 +252,7 @@ def test_matches_hosts_and_subdomains(clerk: FakeClerk, sqlite_url: str) -> None
     )
     app.register_blueprint(tenants)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         ada = service.client(service.sign_up())
         assert ada.get("/hello", base_url="http://acme.example.com").text == "acme Ada Lovelace"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import sqlalchemy as sa
 from flask import Flask, g
@@ -12,14 +10,15 @@ from sqlalchemy.orm import Mapped, mapped_column
 from clerkhooks import ClerkHooks, current_user, require_auth
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
+from tests.support import ThreadPool
 
 CALLS = 40
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(2, 5), (40, 1)])
 def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, ours: int) -> None:
-    """Authentication needs no connection of the application's pool, which forty calls share."""
+    """Authentication needs no connection of the application's pool, which 40 calls share."""
     app, db = Flask(__name__), make_db()
 
     class Tenant(db.Model):  # type: ignore[name-defined, misc]
@@ -47,7 +46,7 @@ def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, our
         with app.app_context():
             db.session.add(Tenant(id=1, visits=0))
             db.session.commit()
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         users = [clerk_id("user") for _ in range(CALLS)]
 
@@ -55,7 +54,7 @@ def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, our
             response = service.client(user_id).get("/visit")
             return response.status_code, response.text
 
-        with ThreadPoolExecutor(CALLS) as threads:
+        with ThreadPool(CALLS) as threads:
             answers = list(threads.map(call, users, timeout=60))
         assert answers == [(200, user_id) for user_id in users]
         with app.app_context():

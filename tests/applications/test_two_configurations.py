@@ -1,4 +1,4 @@
-"""An application factory called twice in one process, with two configurations."""
+"""An application factory that is called twice in one process, with two configurations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from clerkhooks import ClerkHooks, Event, SettingsError, create_app
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
 from tests.applications.support import (
+    check_users_stay_correct,
     configuration,
     make_db,
     name_of,
-    prove_users_are_right,
     tables,
 )
 from tests.conftest import MakeDatabase
 
 
 def make_application(clerk: FakeClerk, url: str, **more: Any) -> tuple[Flask, list[Event]]:
-    """Create an application with a handler; return it with the list of the handler's events."""
+    """Create an application; return it with the list of events that its handler receives."""
     app, db = Flask(__name__), make_db()
     received: list[Event] = []
     app.config.update(configuration(clerk, url, **more))
@@ -41,8 +41,8 @@ def test_shares_nothing(make_database: MakeDatabase) -> None:
     )
     second, second_received = make_application(two, make_database("postgresql"))
     with tables(first), tables(second):
-        prove_users_are_right(first, one)
-        prove_users_are_right(second, two)
+        check_users_stay_correct(first, one)
+        check_users_stay_correct(second, two)
         first_received.clear()
         second_received.clear()
         user_id = ClerkService(first, one).sign_up()
@@ -57,10 +57,10 @@ def test_shares_nothing(make_database: MakeDatabase) -> None:
         assert second.test_client().get("/metrics", headers=headers).status_code == 404
 
 
-def test_uses_one_object_for_several_applications(
+def test_shares_extension_objects_between_applications(
     clerk: FakeClerk, make_database: MakeDatabase
 ) -> None:
-    """Extension objects are created once, and each application has its own database."""
+    """With shared extension objects, each application still has its own database."""
     db = make_db()
     hooks = ClerkHooks(db)
     apps = []
@@ -72,7 +72,7 @@ def test_uses_one_object_for_several_applications(
         apps.append(app)
     with tables(apps[0]), tables(apps[1]):
         for app in apps:
-            prove_users_are_right(app, clerk, "/clerk/api/me")
+            check_users_stay_correct(app, clerk, "/clerk/api/me")
         user_id = ClerkService(apps[0], clerk).sign_up(first_name="Ada", last_name="Lovelace")
         response = ClerkService(apps[1], clerk).client(user_id).get("/clerk/api/me")
         assert response.get_json()["name"] == "New User"
@@ -80,8 +80,8 @@ def test_uses_one_object_for_several_applications(
             assert url_for("clerkhooks.receive_webhook") == "/clerk/webhooks/clerk"
 
 
-def test_lists_everything_that_is_wrong(clerk: FakeClerk, sqlite_url: str) -> None:
-    """All errors are reported at once, and ``app.config`` takes precedence over the environment."""
+def test_reports_all_configuration_errors_at_once(clerk: FakeClerk, sqlite_url: str) -> None:
+    """All errors are in one exception, and ``app.config`` takes precedence over variables."""
     app, db = Flask(__name__), make_db()
     wrong = {
         "CLERK_WEBHOOK_SECRET": "sk_test_1",
@@ -95,13 +95,13 @@ def test_lists_everything_that_is_wrong(clerk: FakeClerk, sqlite_url: str) -> No
     assert {fault.variable for fault in refused.value.faults} == set(wrong)
 
 
-def test_logs_to_the_applications_handlers_alone(
+def test_logs_only_to_the_applications_handlers(
     clerk: FakeClerk,
     make_database: MakeDatabase,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A service in the process prints its own lines; an application's deliveries log one each."""
+    """An application's deliveries log one line each, which a service does not print."""
     url = make_database("sqlite")
     service = create_app(clerk.environ | {"DATABASE_URL": url, "LOG_FORMAT": "json"})
     app, _ = make_application(clerk, make_database("sqlite"))

@@ -1,4 +1,4 @@
-"""What ``mypy --strict`` reports for an application."""
+"""The errors that ``mypy --strict`` reports for an application."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT
 from clerkhooks.testing import ClerkService
 from tests.applications import typed
-from tests.applications.support import configuration, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, tables
 from tests.support import rows
 
 TYPED = Path(typed.__file__)
@@ -42,7 +42,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[str]]]:
-    """The codes of mypy's errors by file and line, for a correct file and one with mistakes."""
+    """Run mypy on a correct file and one with mistakes; return its codes by file and line."""
     wrong = tmp_path_factory.mktemp("typing") / "wrong.py"
     wrong.write_text(BEFORE + "\n".join(WRONG) + "\n")
     cache = PROJECT / ".mypy_cache" / "applications"
@@ -85,7 +85,7 @@ def test_runs_the_typed_application(
         monkeypatch.setenv(name if name.startswith("CLERK_") else f"SHOP_{name}", value)
     app = typed.create_app()
     with tables(app):
-        prove_users_are_right(app, clerk, "/clerk/api/me")
+        check_users_stay_correct(app, clerk, "/clerk/api/me")
         service = ClerkService(app, clerk)
         ada = service.sign_up(username="ada", public_metadata={"tier": "gold"})
         client = service.client(ada)

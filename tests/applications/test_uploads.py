@@ -10,7 +10,7 @@ from flask import Flask, request
 from clerkhooks import ClerkHooks
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.testing import ClerkService
-from tests.applications.support import configuration, make_db, prove_users_are_right, tables
+from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 
 MIB = 1024 * 1024
 FORM = "multipart/form-data; boundary=xx"
@@ -62,7 +62,7 @@ def test_limits_deliveries_only(
     """Uploads have the application's limit and deliveries have 1 MiB, whichever is greater."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=limit)
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         service = ClerkService(app, clerk)
         client, body = service.http, b"x" * (3 * MIB)
         upload = client.post("/upload", data=body)
@@ -98,6 +98,6 @@ def test_ignores_a_limit_set_for_every_route(clerk: FakeClerk, sqlite_url: str) 
         request.max_content_length = 4
 
     with tables(app):
-        prove_users_are_right(app, clerk)
+        check_users_stay_correct(app, clerk)
         assert app.test_client().post("/upload", data=b"12345").status_code == 413
         assert app.test_client().post("/upload", data=b"1234").get_json() == {"size": 4}

@@ -43,7 +43,7 @@ def to_upper(value: str) -> str:
 
 
 class User(ClerkUser, Model):
-    """A user with the application's own columns, and columns from Clerk."""
+    """A user with columns of the application and columns from Clerk."""
 
     username: Mapped[str | None] = from_clerk("username", index=True)
     plan: Mapped[str] = mapped_column(server_default="free")

@@ -44,7 +44,7 @@ class Organization(Kept, Model):
 
 class Membership(Kept, Model):
     """
-    A user's membership. A user who leaves and returns gets a new one from Clerk.
+    A user's membership. Clerk creates a new one if a user leaves and returns.
 
     There are no foreign keys, because a membership's event may arrive before its organization's or
     its user's.
@@ -81,7 +81,7 @@ def keep_membership(event: Event) -> None:
 
 
 def keep(model: type[Kept], event: Event, **values: Any) -> None:
-    """Write a row unless it is newer. A deletion is final, even if it arrives first."""
+    """Write a row unless the stored one is newer. A deletion is final, even if it is first."""
     if event.type.endswith(".deleted"):
         # No event has a higher version, so none can restore the row, even in a race.
         event = replace(event, version=event.version._replace(updated_at=2**63 - 1))

@@ -25,7 +25,7 @@ AT = 1_700_000_000_000
 def clerkhooks_app(
     request: pytest.FixtureRequest, clerk: FakeClerk, make_database: MakeDatabase
 ) -> Iterator[Flask]:
-    """The application, on each kind of database."""
+    """Create the application on each kind of database."""
     url = make_database(request.param).replace("postgresql://", "postgresql+psycopg://", 1)
     app = create_app(clerk.environ | {"SQLALCHEMY_DATABASE_URI": url})
     yield app
@@ -59,7 +59,7 @@ def outcome(service: ClerkService, body: bytes, message_id: str | None = None) -
 
 
 def rows(app: Flask, *columns: Any) -> list[tuple[Any, ...]]:
-    """Return columns of a table."""
+    """Return the rows of a query for *columns*."""
     with app.app_context():
         return [tuple(row) for row in db.session.execute(sa.select(*columns))]
 
@@ -72,7 +72,7 @@ def forget(app: Flask) -> None:
 
 
 def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
-    """The newest of two new names is stored, whatever the order of arrival."""
+    """The newest name is stored, whatever the order of arrival."""
     names = ("Acne", "Acme", "Acme Inc")
     events = [organization("updated", at, name=name) for at, name in enumerate(names)]
     for order in permutations(events):
@@ -116,7 +116,7 @@ def test_processes_each_message_once(clerk_service: ClerkService) -> None:
     assert rows(clerk_service.app, Organization.id) == []
 
 
-def test_fails_as_a_whole(clerk_service: ClerkService) -> None:
+def test_rolls_back_a_failed_message(clerk_service: ClerkService) -> None:
     """An event without an id is answered 500 and retried; other types still work."""
     body = event_body("organization.created", {}, AT)
     assert clerk_service.deliver_body(body, "msg_1").status_code == 500
@@ -129,7 +129,9 @@ def test_fails_as_a_whole(clerk_service: ClerkService) -> None:
 
 
 @pytest.mark.parametrize("deletion_first", [True, False], ids=["deletion first", "update first"])
-def test_deletes_for_good_in_a_race(clerk_service: ClerkService, deletion_first: bool) -> None:
+def test_keeps_a_deleted_organization_deleted_in_a_race(
+    clerk_service: ClerkService, deletion_first: bool
+) -> None:
     """
     A deletion and an update of a new organization run at the same time.
 
@@ -137,11 +139,11 @@ def test_deletes_for_good_in_a_race(clerk_service: ClerkService, deletion_first:
     """
     app, clerk = clerk_service.app, clerk_service.clerk
     service = Service(app, clerk, app.config["SQLALCHEMY_DATABASE_URI"].replace("+psycopg", ""))
-    acts = [
+    requests = [
         delivery(service, organization("deleted", 1)),
         delivery(service, organization("updated", 2, name="Acme")),
     ]
-    first, second = acts if deletion_first else reversed(acts)
+    first, second = requests if deletion_first else reversed(requests)
     assert outcomes(run_contending(service, first, second)) == ["applied", "applied"]
     [(name, deleted_at)] = rows(app, Organization.name, Organization.deleted_at)
     assert (name, deleted_at is not None) == (None, True)
