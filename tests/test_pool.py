@@ -1,4 +1,4 @@
-"""Callers wait in order, and are refused as soon as it is clear that they would wait too long."""
+"""Callers wait in order, and are refused once their wait would be too long."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
@@ -19,27 +19,25 @@ from clerkhooks.errors import RequestError
 from clerkhooks.store.pool import Bound, OrderedPool, Overloaded, Slots
 from tests.conftest import MakeService
 from tests.racing import TIMEOUT, eventually
-from tests.support import Service, user_event
+from tests.support import Service, ThreadPool, user_event
 
 
 @pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for callers."""
-    with ThreadPoolExecutor(20) as pool:
+def threads() -> Iterator[ThreadPool]:
+    """Start threads for callers."""
+    with ThreadPool(20) as pool:
         yield pool
 
 
 def use(slots: Slots, log: list[int], number: int, seconds: float = 0.0) -> None:
-    """Use a slot, and log it."""
+    """Use a slot and log the caller's number."""
     with slots.use():
         log.append(number)
         time.sleep(seconds)
 
 
-def queue(
-    threads: ThreadPoolExecutor, slots: Slots, log: list[int], count: int
-) -> list[Future[None]]:
-    """Let *count* callers wait, one after another."""
+def queue(threads: ThreadPool, slots: Slots, log: list[int], count: int) -> list[Future[None]]:
+    """Start *count* callers, each once the previous one waits."""
     queued = []
     for number in range(count):
         queued.append(threads.submit(use, slots, log, number))
@@ -47,8 +45,8 @@ def queue(
     return queued
 
 
-def test_serves_callers_in_order(threads: ThreadPoolExecutor) -> None:
-    """Whoever asked first is first, and all slots are free afterwards."""
+def test_serves_callers_in_order(threads: ThreadPool) -> None:
+    """Waiting callers get slots in the order of their requests."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     with slots.use():
         queued = queue(threads, slots, log, 10)
@@ -58,8 +56,8 @@ def test_serves_callers_in_order(threads: ThreadPoolExecutor) -> None:
     assert len(slots._free) == 1
 
 
-def test_admits_as_many_as_it_has_slots(threads: ThreadPoolExecutor) -> None:
-    """Two are inside, a third waits."""
+def test_admits_as_many_as_it_has_slots(threads: ThreadPool) -> None:
+    """With two slots, a third caller waits."""
     slots, log = Slots(2, TIMEOUT), list[int]()
     with slots.use():
         use(slots, log, 0)
@@ -71,7 +69,7 @@ def test_admits_as_many_as_it_has_slots(threads: ThreadPoolExecutor) -> None:
 
 
 def test_refuses_a_caller_that_has_waited_too_long() -> None:
-    """A caller waits for the timeout and no longer; it takes no slot with it."""
+    """A caller is refused after the timeout and does not use up a slot."""
     slots = Slots(1, 0.3)
     with slots.use():
         began = time.monotonic()
@@ -83,7 +81,7 @@ def test_refuses_a_caller_that_has_waited_too_long() -> None:
 
 
 def test_refuses_at_once_if_uses_take_long() -> None:
-    """After uses of ten seconds, nobody waits for a slot that will not be free in one."""
+    """After uses of ten seconds, a caller with a timeout of one second is refused at once."""
     slots = Slots(1, 1)
     for _ in range(10):
         slots.end(slots.begin() - 10)
@@ -92,12 +90,12 @@ def test_refuses_at_once_if_uses_take_long() -> None:
         with pytest.raises(Overloaded), slots.use():
             pass
         assert time.monotonic() - began < 0.5
-    with slots.use():  # a free slot is given whatever the uses took
+    with slots.use():  # a free slot is given regardless of earlier durations
         pass
 
 
-def test_refuses_the_last_first(threads: ThreadPoolExecutor) -> None:
-    """The longer nothing moves, the fewer can still be served in time; the first waits on."""
+def test_refuses_the_last_first(threads: ThreadPool) -> None:
+    """While no slot becomes free, the last callers are refused first and the first waits."""
     slots, log = Slots(1, 1.5), list[int]()
     with slots.use():
         queued = queue(threads, slots, log, 5)
@@ -109,11 +107,11 @@ def test_refuses_the_last_first(threads: ThreadPoolExecutor) -> None:
 
 
 class Killed(BaseException):
-    """What a worker that stops raises in a caller."""
+    """Raised in a caller when its worker stops."""
 
 
 def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller is killed while it waits, and another when its turn has just come."""
+    """No slot is lost if a caller is killed while it waits, or when it has just got its turn."""
     slots = Slots(1, TIMEOUT)
     began_at = slots.begin()
 
@@ -134,8 +132,8 @@ def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) ->
     assert (len(slots._free), len(slots._waiting)) == (1, 0)
 
 
-def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPoolExecutor) -> None:
-    """The turn of a killed caller is the next one's."""
+def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
+    """The next caller gets the turn of a killed one."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     began_at = slots.begin()
     turn = threading.Lock()
@@ -150,7 +148,7 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPoolExecutor) -
 
 
 def test_refuses_more_callers_than_its_bound() -> None:
-    """The third of two is refused, and admitted once a place is free."""
+    """With a bound of two, a third caller is refused until one has left."""
     bound = Bound(2)
     with bound:
         with bound, pytest.raises(Overloaded), bound:
@@ -159,16 +157,16 @@ def test_refuses_more_callers_than_its_bound() -> None:
             pass
 
 
-def test_is_both_an_answer_and_an_error_of_the_database() -> None:
-    """Those that expect the database to fail need not know it, and each caller has a copy."""
+def test_overloaded_is_a_request_error_and_a_database_error() -> None:
+    """Code that catches database errors catches ``Overloaded``, too; it can be copied."""
     error = copy.copy(Overloaded())
     assert isinstance(error, RequestError)
     assert isinstance(error, sa.exc.SQLAlchemyError)
     assert (error.reason, error.retry_after) == ("overloaded", 1)
 
 
-def test_gives_a_slot_back_if_connecting_fails() -> None:
-    """An outage does not use up the pool, nor does a connection that is lost or forgotten."""
+def test_returns_a_slot_if_connecting_fails() -> None:
+    """Failed connects and invalidated, garbage-collected or detached connections free a slot."""
     fails = [True, True, False]
 
     def connect() -> object:
@@ -201,36 +199,36 @@ def test_gives_a_slot_back_if_connecting_fails() -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("of", ["_deliveries", "_calls"])
-def test_answers_503_to_more_callers_than_it_serves(
-    make_service: MakeService, monkeypatch: pytest.MonkeyPatch, of: str
+@pytest.mark.parametrize("limited", ["_deliveries", "_calls"])
+def test_answers_503_above_the_bound(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch, limited: str
 ) -> None:
-    """A delivery or a call too many is answered at once, counted, and not recorded as failed."""
+    """A delivery or call above the bound is refused, counted, and not recorded as failed."""
     monkeypatch.setattr(users, "MAX_CALLERS", 1)
     service = make_service(METRICS_TOKEN="x" * 20)
-    bound = getattr(service.app.extensions["clerkhooks"].users, of)
+    bound = getattr(service.app.extensions["clerkhooks"].users, limited)
     body, user_id = user_event(clerk_id("user")), clerk_id("user")
     with bound:
         answers = [service.deliver(body, "msg_1"), service.call(user_id)]
-    refused, served = answers if of == "_deliveries" else answers[::-1]
+    refused, served = answers if limited == "_deliveries" else answers[::-1]
     assert served.status_code == 200
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert refused.content_type == "application/problem+json"
     assert refused.get_json()["reason"] == "overloaded"
-    assert count(service, "webhook" if of == "_deliveries" else "sessions") == 1
+    assert count(service, "webhook" if limited == "_deliveries" else "sessions") == 1
     assert service.deliver(body, "msg_1").status_code == 200
     assert service.call(user_id).status_code == 200
 
 
 def count(service: Service, what: str) -> float:
-    """Return how many refusals the metrics show."""
+    """Return the number of refusals in the metrics."""
     metrics = service.app.extensions["clerkhooks"].metrics
     name = {"webhook": "webhook_refusals", "sessions": "sessions_refused"}[what]
     return float(getattr(metrics, name).labels("overloaded")._value.get())
 
 
 def test_answers_503_if_no_connection_is_free(make_service: MakeService) -> None:
-    """A delivery and a call that found the pool exhausted: nothing was tried, a retry helps."""
+    """With an exhausted pool, a delivery and a call are 503, and a later retry succeeds."""
     service = make_service(DATABASE_POOL_SIZE="1")
     database = service.app.extensions["clerkhooks"].store.database
     database.engine.pool._slots.timeout = 0.2

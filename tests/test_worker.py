@@ -1,4 +1,4 @@
-"""The worker class by itself: connections, deadlines and limits, without a server around it."""
+"""The worker class without a server: connections, deadlines and limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from clerkhooks.settings import PROJECT
 
-# In a process of its own: gevent has one event loop in a thread, and limits concern a process.
+# Runs in a separate process: gevent's event loop belongs to a thread, and limits to a process.
 SETUP = """
 import resource, socket, time
 import gevent
@@ -69,7 +69,7 @@ HEAD = b"POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: "
 
 
 def run(script: str, **options: object) -> None:
-    """Run *script* after SETUP; it asserts by itself."""
+    """Run SETUP and *script*, which has the assertions, in a new process."""
     code = SETUP.replace("OPTIONS", repr(options)) + script
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -82,8 +82,8 @@ def run(script: str, **options: object) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_keeps_a_connection_as_long_as_it_is_used() -> None:
-    """Requests follow each other, also pipelined ones; after the last one, keepalive ends it."""
+def test_keeps_a_connection_open_while_it_is_used() -> None:
+    """Sequential and pipelined requests share a connection, which keepalive closes at last."""
     run("""
 connection = connect(HEAD + b"1\\r\\n\\r\\na" + HEAD + b"2\\r\\n\\r\\nbc")
 gevent.sleep(1)
@@ -99,7 +99,7 @@ stop()
 @pytest.mark.parametrize("keepalive", [0, 2])
 @pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
 def test_gives_a_request_a_deadline(sent: str, keepalive: int) -> None:
-    """From its first byte on, whether the head or the body is slow."""
+    """The deadline counts from the first byte, for a slow head and for a slow body."""
     run(
         f"""
 connection = connect({sent})
@@ -112,7 +112,7 @@ stop()
 
 
 def test_gives_up_on_a_client_that_does_not_read() -> None:
-    """The response does not leave: the connection is broken, and a place is free again."""
+    """A connection is closed if the client does not read the response."""
     run("""
 connection = connect(b"GET /large HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
 gevent.sleep(1.5)
@@ -197,8 +197,8 @@ stop()
     )
 
 
-def test_closes_idle_connections_near_its_bound() -> None:
-    """Of ten connections nine are kept: for further ones, the longest idle are closed."""
+def test_closes_idle_connections_near_its_limit() -> None:
+    """With a limit of ten, nine are kept; further ones replace the longest idle."""
     run("""
 connections = [connect() for _ in range(9)]
 gevent.sleep(0.3)
@@ -212,8 +212,8 @@ stop()
 """)
 
 
-def test_accepts_more_at_once_while_it_is_busy() -> None:
-    """An idle worker accepts one connection at a time, and one with 16 requests three."""
+def test_accepts_more_at_once_while_busy() -> None:
+    """An idle worker accepts one connection at a time; with 16 open requests it accepts three."""
     run("""
 server = own.server_class(served, spawn=None)
 assert server.max_accept == 1
@@ -224,8 +224,8 @@ stop()
 """)
 
 
-def test_ends_idle_connections_when_it_stops() -> None:
-    """At once, while a request that has begun to arrive is finished."""
+def test_closes_idle_connections_when_it_stops() -> None:
+    """Idle connections are closed at once; a request that has begun to arrive is finished."""
     run("""
 idle, begun = connect(), connect(HEAD + b"1\\r\\n\\r\\n")
 gevent.sleep(0.1)
@@ -237,8 +237,8 @@ stop()
 """)
 
 
-def test_serves_tls_as_the_worker_that_it_derives_from() -> None:
-    """A TLS connection is not one of ours, and its wait has a timer."""
+def test_serves_tls_like_its_base_class() -> None:
+    """A TLS connection is left to gunicorn's gevent worker, with its timeout."""
     run("""
 import ssl
 from gunicorn.workers.ggevent import GeventWorker
@@ -255,8 +255,8 @@ stop()
 """)
 
 
-def test_raises_the_limit_of_descriptors_as_far_as_allowed() -> None:
-    """To the hard limit, at most to 65,536, and never down."""
+def test_raises_the_descriptor_limit_as_far_as_allowed() -> None:
+    """The limit is raised to the hard limit or 65,536, and never lowered."""
     run("""
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 hard = limits[1]
