@@ -12,12 +12,14 @@ import binascii
 import re
 from collections.abc import Callable
 from ipaddress import ip_address
+from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+T = TypeVar("T")
 NATIVE = "native"
 """Among the authorized parties: admits a bearer token without ``azp``, as mobile apps send."""
 _PEM = re.compile(
@@ -32,6 +34,11 @@ def split(text: str) -> tuple[str, ...]:
     if not parts:
         raise ValueError("is a list without entries.")
     return parts
+
+
+def list_of(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Return a parser for a list of values that *parse* accepts."""
+    return lambda text: tuple(map(parse, split(text)))
 
 
 def number_up_to(most: int) -> Callable[[str], int]:
@@ -54,12 +61,8 @@ def _decode_base64(text: str) -> bytes | None:
     return raw if base64.b64encode(raw).decode() == text else None
 
 
-def parse_webhook_secrets(text: str) -> tuple[bytes, ...]:
-    """Return the signing secrets of a webhook endpoint."""
-    return tuple(_parse_webhook_secret(part) for part in split(text))
-
-
-def _parse_webhook_secret(text: str) -> bytes:
+def parse_webhook_secret(text: str) -> bytes:
+    """Return a signing secret of a webhook endpoint."""
     if text.startswith(("sk_", "pk_")):
         raise ValueError("is an API key, not the signing secret of a webhook endpoint.")
     raw = _decode_base64(text.removeprefix("whsec_"))
@@ -145,17 +148,10 @@ def parse_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def parse_issuers(text: str) -> tuple[str, ...]:
-    """Return the issuers that tokens may have."""
-    return tuple(parse_url(part) for part in split(text))
-
-
-def parse_origins(text: str) -> tuple[str, ...]:
-    """Return the authorized parties: origins, and ``native``."""
-    return tuple(part if part == NATIVE else _parse_origin(part) for part in split(text))
-
-
-def _parse_origin(text: str) -> str:
+def parse_authorized_party(text: str) -> str:
+    """Return an origin, or ``native``."""
+    if text == NATIVE:
+        return text
     # Not only https: Clerk's SDKs for browser extensions and phones send azp of other schemes.
     url = _split_url(text)
     if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):

@@ -65,8 +65,11 @@ _PARSERS: Parsers = {
     "jwks_keep_hours": ("CLERK_JWKS_KEEP_HOURS", parsing.number_up_to(168)),
     "secret_key": ("CLERK_SECRET_KEY", parsing.parse_secret_key),
     "api_url": ("CLERK_API_URL", parsing.parse_url),
-    "issuers": ("CLERK_ISSUER", parsing.parse_issuers),
-    "authorized_parties": ("CLERK_AUTHORIZED_PARTIES", parsing.parse_origins),
+    "issuers": ("CLERK_ISSUER", parsing.list_of(parsing.parse_url)),
+    "authorized_parties": (
+        "CLERK_AUTHORIZED_PARTIES",
+        parsing.list_of(parsing.parse_authorized_party),
+    ),
     "audience": ("CLERK_AUDIENCE", parsing.split),
     "metrics_token": ("METRICS_TOKEN", parsing.parse_password),
     "console_password": ("CONSOLE_PASSWORD", parsing.parse_password),
@@ -120,12 +123,13 @@ class Settings:
         secret = next(filter(read.text, SECRET_VARIABLES), SECRET_VARIABLES[0])
         if not read.text(secret):
             read.add_fault(secret, "is not set.")
-        found["webhook_secrets"] = read(secret, parsing.parse_webhook_secrets)
+        found["webhook_secrets"] = read(secret, parsing.list_of(parsing.parse_webhook_secret))
         frontend_api = read("CLERK_PUBLISHABLE_KEY", parsing.parse_publishable_key)
         if frontend_api is not None:
+            instance = f"https://{frontend_api}"
             found["publishable_key"] = read.text("CLERK_PUBLISHABLE_KEY")
-            found["jwks_url"] = found["jwks_url"] or f"https://{frontend_api}/.well-known/jwks.json"
-            found["issuers"] = found["issuers"] or (f"https://{frontend_api}",)
+            found["jwks_url"] = found["jwks_url"] or f"{instance}/.well-known/jwks.json"
+            found["issuers"] = found["issuers"] or (instance,)
         return found
 
 
@@ -167,23 +171,17 @@ def read_environ(project: Path = PROJECT) -> dict[str, str]:
         loaded = {name: value or "" for name, value in dotenv_values(project / ".env").items()}
         if any("\0" in text for text in (*loaded, *loaded.values())):
             raise ValueError
-    except UnicodeDecodeError:
-        fault = Fault(".env", "is not UTF-8 text.", "Start again from .env.example.")
-        raise SettingsError([fault]) from None
-    except (OSError, ValueError):  # no permission, or a NUL, which a variable cannot contain
+    except (OSError, ValueError) as error:  # a variable cannot contain a NUL
+        is_other = isinstance(error, UnicodeDecodeError)
+        problem = "is not UTF-8 text." if is_other else "cannot be read."
         remedy = "Check its permissions, or start again from .env.example."
-        raise SettingsError([Fault(".env", "cannot be read.", remedy)]) from None
+        raise SettingsError([Fault(".env", problem, remedy)]) from None
     return loaded | dict(os.environ)
 
 
 @contextmanager
 def exit_if_invalid() -> Iterator[None]:
-    """
-    End the process with status 2 and one message if the configuration is invalid.
-
-    Raises:
-        SystemExit: instead of a SettingsError.
-    """
+    """Turn a SettingsError into one message on stderr and SystemExit with status 2."""
     try:
         yield
     except SettingsError as error:
