@@ -14,6 +14,7 @@ from clerkhooks.cli.options import (
     database_failures,
     json_option,
     limit_option,
+    print_reports,
     print_table,
     printable,
 )
@@ -29,7 +30,7 @@ MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "e
 @click.command("users")
 @click.argument("search", required=False)
 @click.option("--deleted", is_flag=True, help="Only deleted users.")
-@click.option("--unsynced", is_flag=True, help="Only users whose row has no profile yet.")
+@click.option("--unsynced", is_flag=True, help="Only users without a profile.")
 @limit_option
 @click.option(
     "--after",
@@ -68,10 +69,8 @@ def list_users(
     if not page:
         click.echo("No users found.")
         return
-    print_table(
-        ("id", "name", "email", "created_at", "filled by"),
-        [(user.id, user.name, user.email, user.created_at, user.source) for user in page],
-    )
+    rows = [(user.id, user.name, user.email, user.created_at, user.source) for user in page]
+    print_table(("id", "name", "email", "created_at", "filled by"), rows)
     if following:
         click.echo(f"\nNext page: --after {following}", err=True)
 
@@ -104,7 +103,7 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
         _print_user(user)
     if not as_json and found:
         click.echo()
-        print_table(MESSAGES, [[getattr(message, name) for name in MESSAGES] for message in found])
+        print_reports(MESSAGES, found)
     if user is None:
         context.exit(1)
 
@@ -112,15 +111,10 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
 def _print_user(user: queries.UserReport) -> None:
     for name in ("id", "email", "name", "image_url", "is_online", *_TIMES):
         click.echo(f"{name:<12}{printable(getattr(user, name))}")
-    click.echo(f"{'filled by':<12}{user.source}{_version(user)}")
-
-
-def _version(user: queries.UserReport) -> str:
-    if user.as_of is None:
-        return ""
+    as_of = f", as of {printable(user.as_of)} UTC" if user.as_of else ""
     message_id = user.version_message_id
     message = f", message {printable(message_id)}" if message_id else ""
-    return f", as of {printable(user.as_of)} UTC{message}"
+    click.echo(f"{'filled by':<12}{user.source}{as_of}{message}")
 
 
 clerk = AppGroup(

@@ -14,11 +14,12 @@ from flask.cli import with_appcontext
 from clerkhooks.cli.options import (
     as_object,
     database_failures,
+    json_lines_option,
     json_option,
     limit_option,
     parse_age,
     parse_time,
-    print_table,
+    print_reports,
     printable,
 )
 from clerkhooks.events import Outcome
@@ -41,22 +42,15 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
 
 
 @click.command()
-@click.option(
-    "--failed", is_flag=True, help="Only messages that failed and were not processed since."
-)
+@click.option("--failed", is_flag=True, help="Only messages that failed.")
 @click.option("--user", "user_id", metavar="ID", help="Only messages about this user.")
+@click.option("--type", "event_type", metavar="TYPE", help="Such as user.updated.")
 @click.option(
-    "--type", "event_type", metavar="TYPE", help="Only messages of this type: user.updated."
-)
-@click.option(
-    "--since",
-    type=parse_time,
-    metavar="TIME",
-    help="Only messages received since then: 10m, 12h, 30d or 2026-01-31T08:00.",
+    "--since", type=parse_time, metavar="TIME", help="Such as 10m, 12h, 30d or 2026-01-31T08:00."
 )
 @limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@json_lines_option
 @with_appcontext
 def log(
     failed: bool,
@@ -70,7 +64,8 @@ def log(
     """
     List the latest messages, newest last.
 
-    With --follow, a failed message is printed again after each retry.
+    A message counts as failed until a retry succeeds. With --follow, it is printed again after each
+    retry.
     """
     listing = queries.list_messages(
         current_state().store,
@@ -114,12 +109,11 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
         for message in found:
             click.echo(json.dumps(as_object(message)))
         return
-    rows = [[getattr(message, name) for name in COLUMNS] for message in found]
-    if rows and with_names:
-        print_table(COLUMNS, rows)
+    if found and with_names:
+        print_reports(COLUMNS, found)
     else:
-        for row in rows:
-            click.echo("  ".join(map(printable, row)))
+        for message in found:
+            click.echo("  ".join(printable(getattr(message, name)) for name in COLUMNS))
 
 
 @click.command()
@@ -129,7 +123,7 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
     metavar="AGE",
     default="30d",
     show_default=True,
-    help="Delete messages that were received and processed before then: 12h, 30d, 8w.",
+    help="Delete messages that were received and processed before: 12h, 30d, 8w.",
 )
 @click.option("--force", is_flag=True, help="Also delete messages younger than 7 days.")
 @json_option

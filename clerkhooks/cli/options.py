@@ -26,6 +26,9 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 json_option: Callable[..., Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON."
 )
+json_lines_option: Callable[..., Any] = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per line."
+)
 limit_option: Callable[..., Any] = click.option(
     "--limit",
     type=click.IntRange(1, 1000),
@@ -43,12 +46,7 @@ class CannotDo(click.ClickException):
 
 @contextmanager
 def database_failures() -> Iterator[None]:
-    """
-    Turn database errors into messages without the database's text, which may quote a row.
-
-    Raises:
-        CannotDo: The database failed.
-    """
+    """Raise CannotDo for a database error, without its text, which may quote a row."""
     try:
         yield
     except (DataError, UnicodeEncodeError) as error:
@@ -121,6 +119,11 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         if limit is not None and len(text) > limit:
             text = f"{text[: limit - 1]}…"
         click.secho(text, bold=number == 0)
+
+
+def print_reports(names: Sequence[str], reports: Sequence[object]) -> None:
+    """Print the attributes *names* of *reports* as a table."""
+    print_table(names, [[getattr(report, name) for name in names] for report in reports])
 
 
 def as_object(report: Any) -> dict[str, Any]:

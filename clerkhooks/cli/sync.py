@@ -14,7 +14,7 @@ import click
 from flask.cli import with_appcontext
 
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.cli.options import CannotDo, database_failures, parse_user_id
+from clerkhooks.cli.options import CannotDo, database_failures, json_lines_option, parse_user_id
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES
 from clerkhooks.sync.comparison import Finding, Result
@@ -35,26 +35,11 @@ _FINDINGS = {
 
 @click.command()
 @click.argument("user_ids", nargs=-1, type=parse_user_id, metavar="[USER_ID]...")
-@click.option(
-    "--check", is_flag=True, help="Report differences and change nothing: status 1 if any exist."
-)
-@click.option("--missing", is_flag=True, help="Only users whose row has no profile yet.")
-@click.option(
-    "--failed",
-    is_flag=True,
-    help="Only users of messages that failed and were not processed since.",
-)
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Delete even if more than a tenth of all users, and more than 20, or all are gone.",
-)
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print one JSON object per line: each finding with its fields, then the summary.",
-)
+@click.option("--check", is_flag=True, help="Report differences and change nothing.")
+@click.option("--missing", is_flag=True, help="Only users without a profile.")
+@click.option("--failed", is_flag=True, help="Only users of messages that failed.")
+@click.option("--force", is_flag=True, help="Delete any number of users.")
+@json_lines_option
 @click.pass_context
 @with_appcontext
 def sync(
@@ -73,14 +58,15 @@ def sync(
     continue meanwhile: newer data is kept, and a user deleted by Clerk's webhook stays deleted. You
     can interrupt it at any time and run it again. Needs CLERK_SECRET_KEY.
 
+    Without --force, nobody is deleted if more than 20 users and more than a tenth of all are gone
+    at Clerk, or all of them. With --json, a finding has its fields, and the summary is last.
+
     Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
     withheld, a named user is unknown, or --check found a difference; 2 if the sync could not run.
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")
-    tell = _print_json if as_json else _print_finding
-    summarize = _print_json_summary if as_json else _print_summary
-    with _failures(), _reconciliation(tell, summarize, check=check, force=force) as run:
+    with _failures(), _reconciliation(as_json, check, force) as run:
         if user_ids:
             run.sync_some(user_ids)
         elif missing:
@@ -102,14 +88,13 @@ def _print_finding(finding: Finding) -> None:
 
 
 def _print_json(finding: Finding) -> None:
-    fields = {
-        name: {"here": here, "clerk": clerk} for name, (here, clerk) in finding.fields.items()
-    }
+    pairs = finding.fields.items()
+    fields = {name: {"here": here, "clerk": clerk} for name, (here, clerk) in pairs}
     ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
     click.echo(json.dumps(ids | {"fields": fields}))
 
 
-def _print_summary(run: Reconciliation, seconds: float, finished: bool) -> None:
+def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:
     counts = run.summary()
     verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
     would = " A sync would give:" if run.check else ""
@@ -126,36 +111,34 @@ def _print_summary(run: Reconciliation, seconds: float, finished: bool) -> None:
         )
 
 
-def _print_json_summary(run: Reconciliation, _seconds: float, finished: bool) -> None:
+def _print_json_summary(run: Reconciliation, finished: bool) -> None:
     drift = {"drift": run.drifted} if run.check else {}
     state = {"withheld": run.withheld, "well": run.well and finished}
     click.echo(json.dumps({"summary": run.summary() | drift | state}))
 
 
 @contextmanager
-def _reconciliation(
-    tell: Callable[[Finding], None],
-    summarize: Callable[[Reconciliation, float, bool], None],
-    *,
-    check: bool,
-    force: bool,
-) -> Iterator[Reconciliation]:
+def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconciliation]:
     """Yield a reconciliation, and print its summary at the end, even after an error."""
     settings, store = current_state().settings, current_state().store
     if settings.secret_key is None:
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
+    tell = _print_json if as_json else _print_finding
     began, finished = time.monotonic(), False
     api = BackendApi(settings.api_url, settings.secret_key)
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
-        run = Reconciliation(api, store, connection, begin, tell, check=check, force=force)
+        run = Reconciliation(api, store, connection, begin, tell, check, force)
         try:
             yield run
             finished = True
         finally:
             bars.close()
-            summarize(run, time.monotonic() - began, finished)
+            if as_json:
+                _print_json_summary(run, finished)
+            else:
+                _print_summary(run, finished, time.monotonic() - began)
 
 
 def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
@@ -167,17 +150,12 @@ def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], No
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """
-    Turn the errors that end a sync early into messages.
-
-    Raises:
-        CannotDo: The sync did not run to its end.
-    """
+    """Raise CannotDo for an error that ends a sync early."""
     try:
         with database_failures():
             yield
     except AlreadyRunning:
-        raise CannotDo("Another sync is running on this database. Wait until it ends.") from None
+        raise CannotDo("Another sync is running. Wait until it ends.") from None
     except BackendApiError as error:
         raise CannotDo(f"{error}\n{_CONTINUE}") from None
     except KeyboardInterrupt:
