@@ -49,49 +49,45 @@ class Comparison:
     row: Any
 
     @property
+    def kind(self) -> str:
+        """The kind of the finding, should the row differ."""
+        if self.row is None:
+            return "missing_here"
+        if self.row.deleted_at is not None:
+            return "deleted_here"
+        return "unfilled_here" if self.row.version_updated_at is None else "differs"
+
+    @property
     def is_behind(self) -> bool:
-        """Whether the row is missing, or older than the snapshot. Final tombstones never are."""
+        """Whether the row is missing, or older than the snapshot."""
         if self.row is None:
             return True
-        if self.row.version_updated_at is None:
-            return self.row.deleted_at is None
         version = tuple(getattr(self.row, name) for name in VERSION_COLUMNS)
+        if version[0] is None:  # no profile yet, or a tombstone of user.deleted, which is final
+            return self.row.deleted_at is None
         return self.row.deleted_at is not None or version < self.snapshot.version
 
     @property
     def lacks_declared(self) -> bool:
         """Whether the row is as new as the snapshot, but older than a declared column."""
-        row = self.row
-        if self.is_behind or row.version_updated_at != self.snapshot.updated_at:
+        if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
-        return any(here is None for name, (here, _) in self.fields.items() if name not in PROFILE)
+        return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The stored value and the value at Clerk of each column that differs."""
         if self.row is None:
             return {}
-        pairs = {name: (getattr(self.row, name), value) for name, value in self.values.items()}
+        pairs = {name: (getattr(self.row, name), self.values[name]) for name in self.values}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @property
     def result(self) -> Result:
-        """What writing the snapshot results in, unless a webhook brings something newer."""
+        """The result of writing the snapshot, unless a webhook brings something newer."""
         if self.row is None:
             return Result.CREATED
-        is_filled = self.row.deleted_at is None and self.row.version_updated_at is not None
-        if is_filled and not self.fields:
+        if self.kind == "differs" and not self.fields:
             return Result.UNCHANGED
         is_written = self.is_behind or self.lacks_declared
         return Result.UPDATED if is_written else Result.FRESHER_HERE
-
-    @property
-    def finding(self) -> Finding:
-        """How the row differs."""
-        if self.row is None:
-            kind = "missing_here"
-        elif self.row.deleted_at is not None:
-            kind = "deleted_here"
-        else:
-            kind = "differs" if self.row.version_updated_at is not None else "unfilled_here"
-        return Finding(kind, self.snapshot.user_id, fields=self.fields)

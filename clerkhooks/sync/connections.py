@@ -40,12 +40,7 @@ def sole_writer(store: Store) -> Iterator[sa.Connection]:
 
 
 def check_lock(connection: sa.Connection) -> None:
-    """
-    Check that the run of *connection* still holds its lock.
-
-    Raises:
-        SQLAlchemyError: the session that holds it has ended, for instance in a failover.
-    """
+    """Raise SQLAlchemyError if the session that holds the run's lock has ended."""
     lock = connection.info["lock"]
     if lock is not None:
         lock.exec_driver_sql("SELECT 1")

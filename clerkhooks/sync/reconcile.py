@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -27,9 +27,10 @@ from clerkhooks.sync.connections import check_lock, retry
 from clerkhooks.sync.listing import id_of, read_all
 
 T = TypeVar("T")
+Advance = Callable[[int], object]
 # The Backend API may not know a user yet whose first call has just created the row.
 MIN_AGE = timedelta(minutes=10)
-# A run that would delete more than 20 users, and more than a tenth, rather has the wrong key.
+# A run that would delete more than 20 users, and more than a tenth, probably has a wrong key.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
 
@@ -48,7 +49,7 @@ class Reconciliation:
     api: BackendApi
     store: Store
     connection: sa.Connection
-    begin: Callable[[str, int | None], Callable[[int], object]]
+    begin: Callable[[str, int | None], Advance]
     tell: Callable[[Finding], object]
     check: bool = False
     force: bool = False
@@ -62,7 +63,7 @@ class Reconciliation:
 
     @property
     def well(self) -> bool:
-        """Whether the table agrees with Clerk now, or did already in a check."""
+        """Whether the table matches Clerk after the run, or matched it before a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
 
     def sync_all(self) -> None:
@@ -80,7 +81,8 @@ class Reconciliation:
 
     def sync_some(self, user_ids: Sequence[str]) -> None:
         """Sync these users."""
-        self._sync_chunks(_batched(dict.fromkeys(user_ids), IDS), len(user_ids), is_trusted=True)
+        chunks = _batched(dict.fromkeys(user_ids), IDS)
+        self._sync_chunks(chunks, len(user_ids), is_trusted=True)
 
     def sync_missing(self) -> None:
         """Sync the users that have no profile yet."""
@@ -111,11 +113,11 @@ class Reconciliation:
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
-        """Return whether Clerk knows any of the newest users here: else the key is a wrong one."""
+        """Return whether Clerk knows any of the newest users here. If not, the key is wrong."""
         users = self.store.users
-        newest = sa.select(users.c.id).where(is_live(users), sa.not_(is_unfilled(users)))
-        ids = self.connection.scalars(newest.order_by(users.c.created_at.desc()).limit(IDS))
-        return bool(self.api.find_users(ids.all()))
+        filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
+        newest = filled.order_by(users.c.created_at.desc()).limit(IDS)
+        return bool(self.api.find_users(self.connection.scalars(newest).all()))
 
     def _count_live(self) -> int:
         users = self.store.users
@@ -154,7 +156,8 @@ class Reconciliation:
         self.counts[comparison.result] += 1
         if comparison.result in (Result.CREATED, Result.UPDATED):
             self.drifted += 1
-            self.tell(comparison.finding)
+            user_id = comparison.snapshot.user_id
+            self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
     def _write(self, snapshots: Mapping[str, Snapshot]) -> list[Result]:
         """Update the rows that are older than *snapshots*, in one transaction."""
@@ -173,14 +176,15 @@ class Reconciliation:
         ]
 
     def _read_states(self, user_ids: Sequence[str]) -> dict[str, Any]:
-        users, names = self.store.users, ("id", *self.store.statements.kept, "deleted_at")
-        columns = (users.c[name] for name in (*names, *VERSION_COLUMNS))
-        states = sa.select(*columns).where(users.c.id.in_(user_ids))
+        kept, columns = self.store.statements.kept, self.store.users.c
+        names = ("id", *kept, "deleted_at", *VERSION_COLUMNS)
+        states = sa.select(*(columns[name] for name in names)).where(columns.id.in_(user_ids))
         return {row.id: row for row in self.connection.execute(states)}
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return the values of the columns of *snapshot*."""
-        declared = read_fields(self.store.fields, snapshot.data, self.store.database.dialect)
+        dialect = self.store.database.dialect
+        declared = read_fields(self.store.fields, snapshot.data, dialect)
         return profile_columns(snapshot.profile) | declared
 
     def _execute(
@@ -200,11 +204,7 @@ class Reconciliation:
         return set(self.connection.execute(statement, parameters).scalars())
 
     def _find_deleted(
-        self,
-        chunks: Iterable[list[str]],
-        advance: Callable[[int], object],
-        *,
-        apply: bool = False,
+        self, chunks: Iterable[list[str]], advance: Advance, *, apply: bool = False
     ) -> Iterator[str]:
         """
         Yield the ids that Clerk answers with 404. With *apply*, update the other users.
@@ -214,19 +214,20 @@ class Reconciliation:
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
-                found = [user for users in pool.map(self.api.find_users, group) for user in users]
+                found = list(chain.from_iterable(pool.map(self.api.find_users, group)))
                 if apply:
                     self._apply(found)
-                known = set(map(id_of, found))
-                absent = (user_id for ids in group for user_id in ids if user_id not in known)
-                for ids in _batched(absent, THREADS):  # a few at a time: too many end the run
+                known, asked = set(map(id_of, found)), list(chain.from_iterable(group))
+                absent = [user_id for user_id in asked if user_id not in known]
+                for ids in _batched(absent, THREADS):  # the caller stops if there are too many
                     yield from compress(ids, pool.map(self.api.is_gone, ids))
-                advance(sum(map(len, group)))
+                advance(len(asked))
 
     def _tombstone(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone users that are deleted at Clerk, unless there are too many of them."""
         if not (self.force or self.check):
-            most = max(MAX_DELETED, self._count_live() // MAX_DELETED_SHARE) if is_trusted else 0
+            share = self._count_live() // MAX_DELETED_SHARE
+            most = max(MAX_DELETED, share) if is_trusted else 0
             found = list(islice(gone, most + 1))
             if len(found) > most:
                 self.withheld = len(found)
