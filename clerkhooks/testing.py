@@ -32,7 +32,6 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 from clerkhooks.web.state import disconnect
 
 _PERMISSION = re.compile(r"org:([^:,\s]+):([^:,\s]+)")
-_SCOPES = {"org": "o", "user": "u"}
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +152,8 @@ class ClerkService:
         Raises:
             ValueError: Clerk would never put that permission, plan or feature into a token.
         """
-        granted = self._grant(organization, role, permissions, plan, feature)
+        default = self.organization_id
+        granted = session_claims(organization, role, permissions, plan, feature, default)
         return self.clerk.session_token(user_id, **granted | claims)
 
     def client(
@@ -173,10 +173,10 @@ class ClerkService:
         Each request gets a fresh token of the same session, created as by ``token``. A request with
         an Authorization header keeps that.
         """
-        granted = self._grant(organization, role, permissions, plan, feature)
-        new_token = partial(
-            self.clerk.session_token, user_id, **{"sid": clerk_id("sess")} | granted | claims
-        )
+        default = self.organization_id
+        granted = session_claims(organization, role, permissions, plan, feature, default)
+        fixed = {"sid": clerk_id("sess")} | granted | claims
+        new_token = partial(self.clerk.session_token, user_id, **fixed)
         client = self.app.test_client()
         send = client.open
 
@@ -187,21 +187,6 @@ class ClerkService:
         client.open = send_signed_in  # type: ignore[method-assign]  # of any test_client_class
         return client
 
-    def _grant(
-        self,
-        organization: str | None,
-        role: str | None,
-        permissions: Sequence[str],
-        plan: str | None,
-        feature: str | None,
-    ) -> dict[str, Any]:
-        """Return the claims of a token; what only an organization has needs one."""
-        if role or permissions or any(name and name.startswith("org:") for name in (plan, feature)):
-            organization = organization or self.organization_id
-        return session_claims(
-            organization, role=role, permissions=permissions, plan=plan, feature=feature
-        )
-
     def _next_event(self) -> int:
         # Events of the same millisecond would be ordered by their random ids.
         self._last_event = max(self._last_event + 1, int(time.time() * 1000))
@@ -210,20 +195,24 @@ class ClerkService:
 
 def session_claims(
     organization: str | None,
-    *,
     role: str | None = None,
     permissions: Sequence[str] = (),
     plan: str | None = None,
     feature: str | None = None,
+    default_organization: str | None = None,
 ) -> dict[str, Any]:
     """
     Return the claims of a member of *organization*, or of a user without an organization.
+
+    Claims that only a member can have are of *default_organization* unless *organization* is set.
 
     Raises:
         ValueError: Clerk would never put that permission, plan or feature into a token.
 
     Source: Clerk, "Session tokens", default claims, version 2.
     """
+    if role or permissions or any(name and name.startswith("org:") for name in (plan, feature)):
+        organization = organization or default_organization
     granted = [_parse_permission(permission) for permission in permissions]
     default = "o" if organization else "u"
     named = [_add_scope(feature, default)] if feature else []
@@ -268,8 +257,8 @@ def _parse_permission(permission: str) -> tuple[str, str]:
 
 def _add_scope(name: str, default: str) -> str:
     scope, colon, rest = name.partition(":")
-    if colon and scope not in _SCOPES:
+    if colon and scope not in ("org", "user"):
         raise ValueError(
             f"A plan or feature is a name, or begins with org: or user:, not {name!r}."
         )
-    return f"{_SCOPES[scope]}:{rest}" if colon else f"{default}:{name}"
+    return f"{scope[0]}:{rest}" if colon else f"{default}:{name}"
