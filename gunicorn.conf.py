@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gevent.monkey
 
-# Monkey-patch before anything that does I/O is imported: psycopg, for instance, then chooses how
-# it waits.
+# Monkey-patch before anything that does I/O is imported. psycopg, for example, chooses how to wait
+# when it is imported.
 gevent.monkey.patch_all()
 
 import atexit  # noqa: E402

@@ -1,4 +1,4 @@
-"""What gunicorn and flask load."""
+"""The application that gunicorn and flask load."""
 
 from clerkhooks import create_app
 

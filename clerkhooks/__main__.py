@@ -1,4 +1,4 @@
-"""``python -m clerkhooks``: the commands, also where the package is not installed."""
+"""``python -m clerkhooks``: the commands, even if the package is not installed."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _check_with_sqlalchemy(url: str) -> None:
 
 
 def _check_with_libpq(url: str) -> None:
-    from psycopg import ProgrammingError  # chooses how it waits when imported: after gevent
+    from psycopg import ProgrammingError  # chooses how to wait when imported: after gevent
     from psycopg.conninfo import conninfo_to_dict
 
     try:
