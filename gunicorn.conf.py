@@ -70,9 +70,7 @@ def post_fork(server: Any, _worker: Any) -> None:
 
     app = server.app.wsgi()
     if settings.metrics_token:
-        from clerkhooks.web.metrics import begin_process
-
-        begin_process(app)
+        app.extensions["clerkhooks"].metrics.begin_process()
     fetch_keys_soon(app)
 
 

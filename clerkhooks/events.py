@@ -53,6 +53,7 @@ class Event:
 
 
 Handler = Callable[[Event], object]
+NOT_PLAIN = "A handler must be a plain function: nothing would await its result."
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\.\*)?")
 
 
@@ -82,7 +83,7 @@ class Handlers:
         if not callable(handler):
             raise TypeError(f"A handler must be callable; {handler!r} is not.")
         if _is_deferred(handler) or _is_deferred(type(handler).__call__):
-            raise TypeError("A handler must be a plain function: nothing would await its result.")
+            raise TypeError(NOT_PLAIN)
         entry = (pattern, after_commit, handler)
         if entry not in self._registered:
             self._registered.append(entry)

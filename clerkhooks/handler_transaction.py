@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks.clerk.events import ReceivedEvent
-from clerkhooks.events import Event, Handler, Outcome
+from clerkhooks.events import NOT_PLAIN, Event, Handler, Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.database import begin_immediate, is_autocommit
 from clerkhooks.store.pool import Overloaded
 from clerkhooks.store.postgresql import LOCK_TIMEOUT, STATEMENT_TIMEOUT
 
-_NOT_DONE = (None, Outcome.FAILED)
 _ENDED = (
     "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
     "commits the message together with everything that handlers write. Use "
@@ -47,29 +45,31 @@ def apply_with_handlers(
     Raises:
         Overloaded: the application's pool had no connection in time.
         RuntimeError: a handler ended the transaction, or the commit did not keep the message.
-        Exception: whatever a handler or the database raises. The caller rolls back.
+        Exception: whatever a handler or the database raises. Everything is rolled back.
     """
     session = scoped()
     try:
         connection = _begin(session, store)
-    except sa.exc.TimeoutError as error:  # of the application's pool
-        raise Overloaded from error
-    with _own_limits(connection):
-        [outcome] = write(connection, [event])
-    if outcome is Outcome.DUPLICATE:
-        session.rollback()
-        return outcome
-    for handler in handlers:
-        with _commit_refused(session, connection), _exit_refused():
-            call_handler(handler, event, outcome)
+        with _own_limits(connection):
+            [outcome] = write(connection, [event])
+        if outcome is Outcome.DUPLICATE:
+            session.rollback()
+            return outcome
+        for handler in handlers:
+            with _commit_refused(session, connection):
+                call_handler(handler, event, outcome)
         # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
-        # rollback an empty commit succeeds. Either way the message would be answered 200 and
-        # lost.
-        if scoped() is not session or not _is_recorded(session, store, event):
+        # rollback an empty commit succeeds. Either way the message would be answered 200 and lost.
+        bind = {"clause": store.messages}
+        execute = session.connection(bind_arguments=bind).execute
+        if scoped() is not session or not _is_processed(store, execute, event):
             raise RuntimeError(_ENDED)
-    session.commit()
+        session.commit()
+    except BaseException:
+        scoped.rollback()
+        raise
     # A listener of the application may have swallowed an error inside the commit.
-    if _read_outcome(store, store.database.execute, event) in _NOT_DONE:
+    if not _is_processed(store, store.database.execute, event):
         raise RuntimeError("The message's transaction was rolled back while it was committed.")
     return outcome
 
@@ -79,54 +79,39 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
     Call *handler* with *event*.
 
     Raises:
+        RuntimeError: it raised SystemExit, which would end the process.
         TypeError: its result is a coroutine or a generator, which nothing would run.
     """
-    result = handler(
-        Event(
-            type=event.type,
-            data=event.data,
-            message_id=event.message_id,
-            version=event.version,
-            occurred_at=event.occurred_at,
-            outcome=outcome,
-        )
-    )
+    message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
+    try:
+        result = handler(Event(*message, outcome))
+    except SystemExit as error:
+        raise RuntimeError("A handler raised SystemExit.") from error
     if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise TypeError("A handler must be a plain function: nothing would await its result.")
+        raise TypeError(NOT_PLAIN)
 
 
 def _begin(session: Session, store: Store) -> sa.Connection:
     """Return the session's connection, in a transaction even if its engine is in AUTOCOMMIT."""
     bind = {"clause": store.users}
-    connection = session.connection(bind_arguments=bind)
-    if not is_autocommit(connection):
-        return connection
-    session.commit()  # whatever was executed before is committed already
-    is_postgresql = connection.dialect.name == "postgresql"
-    level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
-    return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
-
-
-def _is_recorded(session: Session, store: Store, event: ReceivedEvent) -> bool:
-    connection = session.connection(bind_arguments={"clause": store.messages})
-    return _read_outcome(store, connection.execute, event) not in _NOT_DONE
-
-
-def _read_outcome(
-    store: Store, execute: Callable[[sa.Executable], Iterable[sa.Row[Any]]], event: ReceivedEvent
-) -> str | None:
-    messages = store.messages
-    query = sa.select(messages.c.outcome).where(messages.c.message_id == event.message_id)
-    return next((str(outcome) for (outcome,) in execute(query)), None)
-
-
-@contextmanager
-def _exit_refused() -> Iterator[None]:
-    """Turn SystemExit into an error like any other, which is recorded and answered 500."""
     try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError("A handler raised SystemExit.") from error
+        connection = session.connection(bind_arguments=bind)
+        if not is_autocommit(connection):
+            return connection
+        session.commit()  # whatever was executed before is committed already
+        is_postgresql = connection.dialect.name == "postgresql"
+        level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
+        return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
+    except sa.exc.TimeoutError as error:  # of the application's pool
+        raise Overloaded from error
+
+
+def _is_processed(
+    store: Store, execute: Callable[[sa.Executable], Iterable[object]], event: ReceivedEvent
+) -> bool:
+    columns = store.messages.c
+    query = sa.select(columns.message_id).where(columns.message_id == event.message_id)
+    return any(True for _ in execute(query.where(columns.outcome != Outcome.FAILED)))
 
 
 @contextmanager

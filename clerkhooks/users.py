@@ -18,7 +18,7 @@ from clerkhooks.events import Handlers, Outcome
 from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
-from clerkhooks.store.columns import read_fields, to_json
+from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
@@ -28,7 +28,8 @@ from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # deliveries, and as many calls, that a process has begun and not answered
-BATCH_LOCK_TIMEOUT = "50ms"  # then the others of the batch go on without the locked rows
+BATCH_LOCK_TIMEOUT = "50ms"  # then each event of the batch is applied alone
+SINGLE_LOCK_TIMEOUT = "1ms"  # then an event waits in a slot for its locked row
 TABLE_LOCKED_AFTER = 1.0  # seconds; PostgreSQL waits for a table before it knows our timeout
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
@@ -64,25 +65,28 @@ class Users:
             Overloaded: nothing was tried.
             Exception: any other error. The event is rolled back and recorded as failed.
         """
+        now = datetime.now(UTC)
+        handlers = self._handlers.find(event.type, after_commit=False)
         with self._deliveries:
-            outcome = self._apply(event)
+            try:
+                if handlers:
+                    outcome = apply_with_handlers(
+                        self._session, self._store, event, handlers, self.write
+                    )
+                else:
+                    outcome = (
+                        self._deliver(event)
+                        or self._apply_all([event], SINGLE_LOCK_TIMEOUT)[0]
+                        or self._wait_for_row(event)
+                    )
+            except Overloaded:
+                raise
+            except Exception as error:
+                record_failure(self._store, event, error, now)
+                raise
             if outcome is not Outcome.DUPLICATE:
                 self._call_after_commit(event, outcome)
         return outcome
-
-    def _apply(self, event: ReceivedEvent) -> Outcome:
-        now = datetime.now(UTC)
-        handlers = self._handlers.find(event.type, after_commit=False)
-        try:
-            if handlers:
-                return apply_with_handlers(self._session, self._store, event, handlers, self.write)
-            return self._deliver(event) or self._apply_alone(event)
-        except Exception as error:
-            if handlers:
-                self._session.rollback()
-            if not isinstance(error, Overloaded):
-                record_failure(self._store, event, error, now)
-            raise
 
     def get_authenticated(self, user_id: str, *, impersonated: bool) -> tuple[ClerkUser, bool]:
         """
@@ -93,17 +97,18 @@ class Users:
         Raises:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
         """
-        with self._calls:
-            return self._get_authenticated(user_id, impersonated)
-
-    def _get_authenticated(self, user_id: str, impersonated: bool) -> tuple[ClerkUser, bool]:
         now = datetime.now(UTC)
-        user, created = self._read(user_id), None
-        if user is None:
-            created = self._create_first_seen(user_id, now)
-            user = created or self._read(user_id)
-        elif not impersonated and _is_seen_long_ago(user, now):
-            user = self._move_last_seen(user_id, now) or self._read(user_id)
+        with self._calls:
+            user, created = self._read(user_id), None
+            if user is None:
+                row = {"id": user_id, "name": NEW_USER, "now": now}
+                created = self._write_user(self._store.statements.create_first_seen, row)
+                user = created or self._read(user_id)
+            elif not impersonated and _is_seen_long_ago(user, now):
+                row = {"id": user_id, "now": now, "before": now - LAST_SEEN_INTERVAL}
+                user = self._write_user(self._store.statements.move_last_seen, row) or self._read(
+                    user_id
+                )
         if user is None:  # a row is never removed: another server has answered, which lags behind
             raise RuntimeError("A user's row was not found although it exists.")
         if user.deleted_at is not None:
@@ -117,71 +122,43 @@ class Users:
         Raises:
             Unauthenticated: ``user_deleted``.
         """
-        parameters = {"id": user_id, "is_online": is_online}
-        rows = self._store.database.write(self._store.statements.set_presence, parameters)
-        if not rows:
+        row = {"id": user_id, "is_online": is_online}
+        user = self._write_user(self._store.statements.set_presence, row)
+        if user is None:
             raise Unauthenticated("user_deleted")
-        return self._make_snapshot(rows[0])
+        return user
 
-    def _create_first_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
-        """Create a minimal user. Of concurrent calls one succeeds, and the others return None."""
-        row = {"id": user_id, "name": NEW_USER, "now": now}
-        rows = self._store.database.write(self._store.statements.create_first_seen, row)
-        return self._make_snapshot(rows[0]) if rows else None
-
-    def _move_last_seen(self, user_id: str, now: datetime) -> ClerkUser | None:
-        """Move ``last_seen``. Of concurrent calls one succeeds, and the others return None."""
-        parameters = {"id": user_id, "now": now, "before": now - LAST_SEEN_INTERVAL}
-        rows = self._store.database.write(self._store.statements.move_last_seen, parameters)
+    def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
+        """Return the user that *statement* wrote. Of concurrent calls one writes."""
+        rows = self._store.database.write(statement, row)
         return self._make_snapshot(rows[0]) if rows else None
 
     def _read_all(self, user_ids: Sequence[str]) -> list[ClerkUser | None]:
-        rows = to_json([{"id": user_id} for user_id in dict.fromkeys(user_ids)])
+        rows = self._store.statements.encode({"id": user_id} for user_id in dict.fromkeys(user_ids))
         found = self._store.database.execute(self._store.statements.select, {"rows": rows})
         users = {user.id: user for user in map(self._make_snapshot, found)}
         return [users.get(user_id) for user_id in user_ids]
 
-    def _apply_all(self, events: Sequence[ReceivedEvent]) -> list[Outcome | None]:
+    def _apply_all(
+        self, events: Sequence[ReceivedEvent], lock_timeout: str = BATCH_LOCK_TIMEOUT
+    ) -> Sequence[Outcome | None]:
         """
         Apply *events* in a separate transaction; each message and user is in them once.
 
-        The outcome is None for an event that was not applied because its row is locked.
+        All outcomes are None if nothing was applied because a row is locked.
         """
         began_at = monotonic()
         with self._store.database.connect() as connection, sqlite_transaction(connection):
             try:
-                return [*self.write(connection, events, BATCH_LOCK_TIMEOUT)]
+                return self.write(connection, events, lock_timeout)
             except OperationalError as error:
                 if not is_locked(error) or monotonic() - began_at > TABLE_LOCKED_AFTER:
                     raise
-            if len(events) == 1:
-                return [None]
-            locked = self._find_locked(connection, events)
-            free = [event for event in events if event.user_id not in locked]
-            try:
-                outcomes = iter(self.write(connection, free, BATCH_LOCK_TIMEOUT))
-            except OperationalError as error:
-                if not is_locked(error):
-                    raise
-                return [None] * len(events)  # another transaction inserts one of the rows
-            return [None if event.user_id in locked else next(outcomes) for event in events]
+                return [None] * len(events)
 
-    def _find_locked(
-        self, connection: sa.Connection, events: Sequence[ReceivedEvent]
-    ) -> frozenset[str]:
-        rows = to_json([{"id": event.user_id} for event in events if event.user_id is not None])
-        return frozenset(
-            connection.execute(self._store.statements.find_locked, {"rows": rows}).scalars()
-        )
-
-    def _apply_alone(self, event: ReceivedEvent) -> Outcome:
-        """Apply *event*, waiting for its locked row."""
-        database = self._store.database
-        with (
-            self._lock_waits.use(),
-            database.connect() as connection,
-            sqlite_transaction(connection),
-        ):
+    def _wait_for_row(self, event: ReceivedEvent) -> Outcome:
+        """Apply *event* on PostgreSQL, waiting for its locked row."""
+        with self._lock_waits.use(), self._store.database.connect() as connection:
             [outcome] = self.write(connection, [event])
         return outcome
 
@@ -194,16 +171,16 @@ class Users:
         """Write users and messages, except for messages that were processed before."""
         statements, now = self._store.statements, datetime.now(UTC)
         rows = [self._row(event, now) for event in events]
+        parameters = {"rows": statements.encode(rows), "now": now}
         if connection.dialect.name == "postgresql":
-            parameters = {"rows": to_json(rows), "now": now, "lock_timeout": lock_timeout}
+            parameters["lock_timeout"] = lock_timeout
             done = connection.execute(statements.apply, parameters).all()
         else:
-            parameters = {"rows": to_json(rows), "now": now}
             changed = set(connection.execute(statements.upsert_users, parameters).scalars())
             for row in rows:
                 became = Outcome.APPLIED if row["id"] in changed else Outcome.STALE
                 row["outcome"] = row["outcome"] or became
-            parameters["rows"] = to_json(rows)
+            parameters["rows"] = statements.encode(rows)
             done = connection.execute(statements.record_messages, parameters).all()
         outcomes = {message_id: Outcome(outcome) for message_id, outcome in done}
         return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
@@ -227,13 +204,13 @@ class Users:
             row |= profile_columns(event.profile)
             row |= read_fields(store.fields, event.data, store.database.dialect)
             row |= zip(VERSION_COLUMNS, event.version, strict=True)
-        return store.statements.encode(row)
+        return row
 
     def _call_after_commit(self, event: ReceivedEvent, outcome: Outcome) -> None:
         for handler in self._handlers.find(event.type, after_commit=True):
             try:
                 call_handler(handler, event, outcome)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is committed
+            except Exception as error:  # noqa: BLE001  # the event is committed
                 self._session.rollback()
                 told = {"message_id": event.message_id, "error": describe(error)}
                 logger.error("handler_failed", extra={**told, "frames": frames(error)})

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from clerkhooks.clerk.events import LAST_MILLISECOND, Profile
 from clerkhooks.clerk.fields import Field
-from clerkhooks.store.columns import make_encoder
+from clerkhooks.store.columns import make_encoder, to_json
 from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
 
 DELETED_USER = Profile("Deleted User")
@@ -89,15 +89,6 @@ INSERT INTO {messages} AS m
 VALUES (:message_id, :event_type, :user_id, 'failed', 1, :occurred_at, :now, :error)
 ON CONFLICT (message_id) DO UPDATE SET attempts = m.attempts + 1, error = excluded.error
 WHERE m.outcome = 'failed'
-"""
-
-# The mode is that of an UPDATE that leaves the key alone.
-_FIND_LOCKED = """
-WITH free AS (
-    SELECT id FROM {users} WHERE id IN (SELECT id FROM ({id_rows}) AS r)
-    FOR NO KEY UPDATE SKIP LOCKED)
-SELECT id FROM {users}
-WHERE id IN (SELECT id FROM ({id_rows}) AS r) AND id NOT IN (SELECT id FROM free)
 """
 
 _CREATE_FIRST_SEEN = """
@@ -195,8 +186,6 @@ class Statements:
             _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
         )
         """Apply events and record messages; takes ``lock_timeout``. PostgreSQL only."""
-        self.find_locked = self._text(_FIND_LOCKED, names)
-        """Return the ids of locked rows. PostgreSQL only."""
         self.upsert_users = self._text("WITH r AS ({event_rows})" + upsert, names)
         self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
         """The same in two steps, for SQLite, which has no data-modifying CTEs."""
@@ -209,13 +198,14 @@ class Statements:
         self.move_last_seen = self._text(_MOVE_LAST_SEEN, names).columns(*columns)
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
 
-    def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return *values* of columns, encoded for ``rows``."""
-        encoded = dict(values)
-        for name, encoder in self._encoders.items():
-            if encoded.get(name) is not None:
-                encoded[name] = encoder(encoded[name])
-        return encoded
+    def encode(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Return *rows*, values of columns, as the parameter ``rows``."""
+        encoded = [dict(row) for row in rows]
+        for row in encoded:
+            for name, encoder in self._encoders.items():
+                if row.get(name) is not None:
+                    row[name] = encoder(row[name])
+        return to_json(encoded)
 
     def _names(self, messages: sa.Table) -> dict[str, str]:
         """Return the values of the templates' placeholders."""

@@ -16,7 +16,7 @@ from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.errors import EventError
 from clerkhooks.store import Store
-from clerkhooks.store.columns import read_fields, to_json
+from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
@@ -196,11 +196,11 @@ class Reconciliation:
         check_lock(self.connection)
         rows = [
             {"id": each.snapshot.user_id}
-            | self.store.statements.encode(each.values)
+            | each.values
             | dict(zip(VERSION_COLUMNS, each.snapshot.version, strict=True))
             for each in comparisons
         ]
-        parameters = {"rows": to_json(rows), "now": datetime.now(UTC)}
+        parameters = {"rows": self.store.statements.encode(rows), "now": datetime.now(UTC)}
         return set(self.connection.execute(statement, parameters).scalars())
 
     def _find_deleted(
@@ -250,7 +250,7 @@ class Reconciliation:
     def _write_tombstones(self, ids: Sequence[str]) -> int:
         now = datetime.now(UTC)
         parameters = {
-            "rows": to_json([{"id": user_id} for user_id in ids]),
+            "rows": self.store.statements.encode({"id": user_id} for user_id in ids),
             "now": now,
             "found_at": int(now.timestamp() * 1000),
             "created_before": now - MIN_AGE,

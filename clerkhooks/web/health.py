@@ -17,7 +17,6 @@ from clerkhooks.store.database import begin_immediate
 from clerkhooks.web.problems import answered, json_response, problem
 from clerkhooks.web.state import annotate, current_state
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _READ_ONLY = "SQLITE_READONLY"
 _BUSY = "SQLITE_BUSY"  # another writer holds the lock, so the database accepts writes
 
@@ -116,9 +115,9 @@ def metrics() -> Response:
         abort(404)
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))
-    from clerkhooks.web.metrics import exposition  # loads prometheus-client
+    from prometheus_client import generate_latest  # here, because it is optional
 
-    text = exposition(state.metrics)
+    text = generate_latest(state.metrics)
     response = Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
     response.headers["Cache-Control"] = "no-store"
     return response

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-from flask import Flask
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import event
@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store, activity
-from clerkhooks.web.state import EXTENSION, State
+from clerkhooks.web.state import State
 
 FAMILIES = frozenset(
     """
@@ -36,7 +36,7 @@ FAMILIES = frozenset(
 USER_EVENTS = frozenset(("user.created", "user.updated", "user.deleted"))
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 LAGS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 21600, 86400)  # seconds
-PREFIX = "clerkhooks_"
+NAMESPACE, FETCHED_AT = "clerkhooks", "signing_keys_fetched_timestamp_seconds"
 _IN_USE = "clerkhooks.in_use"
 
 
@@ -46,58 +46,36 @@ class Metrics:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.registry = CollectorRegistry()
-        self.webhooks = self._counter(
-            "webhooks", "Verified deliveries, by event type and outcome.", "type", "outcome"
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=self.registry)
+        self.webhooks = counter(
+            "webhooks", "Verified deliveries, by event type and outcome.", ["type", "outcome"]
         )
-        self.webhook_refusals = self._counter(
-            "webhook_refusals", "Deliveries that were rejected.", "reason"
+        self.webhook_refusals = counter(
+            "webhook_refusals", "Deliveries that were rejected.", ["reason"]
         )
-        self.webhook_duration = self._histogram(
-            "webhook_duration_seconds", "Processing time of verified deliveries.", DURATIONS
+        self.webhook_duration = histogram(
+            "webhook_duration_seconds", "Processing time of verified deliveries.", buckets=DURATIONS
         )
-        self.webhook_lag = self._histogram(
-            "webhook_lag_seconds", "Time from an event to the end of its processing.", LAGS
+        self.webhook_lag = histogram(
+            "webhook_lag_seconds", "Time from an event to the end of its processing.", buckets=LAGS
         )
-        self.sessions_verified = self._counter("sessions_verified", "Authenticated calls.")
-        self.sessions_refused = self._counter("sessions_refused", "Rejected calls.", "reason")
-        self.fetches = self._counter(
-            "signing_keys_fetches", "Fetches of the signing keys.", "result"
-        )
+        self.sessions_verified = counter("sessions_verified", "Authenticated calls.")
+        self.sessions_refused = counter("sessions_refused", "Rejected calls.", ["reason"])
+        self.fetches = counter("signing_keys_fetches", "Fetches of the signing keys.", ["result"])
         # The label keeps a worker that has not fetched keys yet from exporting a value of 0.
-        self.fetched_at = self._gauge(
-            "signing_keys_fetched_timestamp_seconds",
-            "When the oldest key set in use was fetched.",
-            "livemin",
-            "source",
+        about = "When the oldest key set in use was fetched."
+        self.fetched_at = gauge(FETCHED_AT, about, ["source"], multiprocess_mode="livemin")
+        self.fallback_users = counter("fallback_users", "Users created by their first call.")
+        about = "Connections of the pool that are in use."
+        self.connections = gauge("database_connections_in_use", about, multiprocess_mode="livesum")
+        about = "Connections that the pool may open."
+        self.connections_limit = gauge(
+            "database_connections_limit", about, multiprocess_mode="livesum"
         )
-        self.fallback_users = self._counter("fallback_users", "Users created by their first call.")
-        self.connections = self._gauge(
-            "database_connections_in_use", "Connections of the pool that are in use.", "livesum"
-        )
-        self.connections_limit = self._gauge(
-            "database_connections_limit", "Connections that the pool may open.", "livesum"
-        )
-
-    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, documentation, labels, registry=self.registry)
-
-    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(PREFIX + name, documentation, buckets=buckets, registry=self.registry)
-
-    def _gauge(
-        self,
-        name: str,
-        documentation: str,
-        over_workers: Literal["livemin", "livesum"],
-        *labels: str,
-    ) -> Gauge:
-        return Gauge(
-            PREFIX + name,
-            documentation,
-            labels,
-            registry=self.registry,
-            multiprocess_mode=over_workers,
-        )
+        event.listen(store.database.engine, "checkout", self._count_checkout)
+        event.listen(store.database.engine, "checkin", self._count_checkin)
 
     def count_delivery(self, status: int, fields: dict[str, Any], seconds: float) -> None:
         """Count a delivery by the *fields* of its log line; it took *seconds*."""
@@ -117,11 +95,6 @@ class Metrics:
         if succeeded:
             self.fetched_at.labels("jwks").set(time.time())
 
-    def watch_pool(self) -> None:
-        """Count the private pool's connections as they are checked out and in."""
-        event.listen(self._store.database.engine, "checkout", self._count_checkout)
-        event.listen(self._store.database.engine, "checkin", self._count_checkin)
-
     def _count_checkout(self, _connection: object, record: Any, _proxy: object) -> None:
         record.record_info[_IN_USE] = True
         self.connections.inc()
@@ -133,17 +106,13 @@ class Metrics:
 
     def begin_process(self) -> None:
         """Record how many connections this process may open."""
-        pool: Any = self._store.database.engine.pool
-        self.connections_limit.set(pool.size())
+        self.connections_limit.set(self._store.database.pool_size)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of all processes, and those read from the database."""
         for family in _read_files() if is_shared() else self.registry.collect():
-            yield (
-                _age(family)
-                if family.name == f"{PREFIX}signing_keys_fetched_timestamp_seconds"
-                else family
-            )
+            is_time = family.name == f"{NAMESPACE}_{FETCHED_AT}"
+            yield _age(family) if is_time else family
         yield from _from_database(self._store)
 
 
@@ -153,26 +122,13 @@ def init_metrics(state: State) -> None:
     keys = state.authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         keys.on_fetch = metrics.count_fetch
-    metrics.watch_pool()
     if not is_shared():
-        metrics.begin_process()
-
-
-def begin_process(app: Flask) -> None:
-    """Start counting in a process that was forked to serve *app*."""
-    metrics = app.extensions[EXTENSION].metrics
-    if metrics is not None:
         metrics.begin_process()
 
 
 def is_shared() -> bool:
     """Return whether several processes count together. This one may then not serve requests."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
-
-
-def exposition(metrics: Metrics) -> bytes:
-    """Return all metrics in Prometheus's text format."""
-    return generate_latest(metrics)
 
 
 def family_of(event_type: str) -> str:
@@ -192,30 +148,32 @@ def _read_files() -> Iterable[Metric]:
 
 
 def _age(family: Metric) -> Metric:
-    ages = GaugeMetricFamily(
-        "clerkhooks_signing_keys_age_seconds", "Age of the oldest key set in use."
-    )
+    ages = _gauge("signing_keys_age_seconds", "Age of the oldest key set in use.")
     for sample in family.samples:
         ages.add_metric([], max(0.0, time.time() - sample.value))
     return ages
 
 
 def _from_database(store: Store) -> Iterator[Metric]:
+    up = "Whether the database answers."
     try:
         unfilled, last = activity.count_unfilled(store), activity.find_last_received(store)
     except SQLAlchemyError:
-        yield GaugeMetricFamily("clerkhooks_database_up", "Whether the database answers.", 0)
+        yield _gauge("database_up", up, 0)
         return
-    yield GaugeMetricFamily("clerkhooks_database_up", "Whether the database answers.", 1)
-    yield GaugeMetricFamily(
-        "clerkhooks_users_unfilled",
+    yield _gauge("database_up", up, 1)
+    yield _gauge(
+        "users_unfilled",
         "Users without a profile: no webhook and no sync has filled in the row.",
         unfilled,
     )
     if last is not None:
-        silence = (datetime.now(UTC) - last).total_seconds()
-        yield GaugeMetricFamily(
-            "clerkhooks_last_webhook_age_seconds",
+        yield _gauge(
+            "last_webhook_age_seconds",
             "Time since the last verified delivery of a new message.",
-            silence,
+            (datetime.now(UTC) - last).total_seconds(),
         )
+
+
+def _gauge(name: str, documentation: str, value: float | None = None) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"{NAMESPACE}_{name}", documentation, value)

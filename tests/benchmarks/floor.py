@@ -68,7 +68,7 @@ def receive(environ: dict[str, Any]) -> dict[str, str]:
 def write_to_postgresql(events: Sequence[ReceivedEvent]) -> list[str]:
     """Write users and messages in one statement."""
     now = datetime.now(UTC)
-    rows = to_json([STATE.users._row(event, now) for event in events])
+    rows = STORE.statements.encode(STATE.users._row(event, now) for event in events)
     parameters = {"rows": rows, "now": now, "lock_timeout": LOCK_TIMEOUT}
     outcomes = dict(execute(APPLY, parameters).fetchall())
     return [str(outcomes.get(event.message_id, "duplicate")) for event in events]
