@@ -20,6 +20,7 @@ import pytest
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from tests.benchmarks.load import webhooks
 from tests.flooding import KINDS, Kind, Sender, Sent, allow_descriptors, held, new_clients
+from tests.racing import eventually
 from tests.server import Server, serving
 from tests.support import NOW_MS, ThreadPool, user_event
 
@@ -158,11 +159,25 @@ def test_closes_idle_connections_on_sigterm(
         opened = [stack.enter_context(connected(server)) for _ in range(20)]
         for connection in opened[:10]:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        eventually(lambda: handle_signals(server))
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
         assert time.monotonic() - began < 6
         assert "graceful timeout" not in server.log.read_text()
+
+
+def handle_signals(server: Server) -> bool:
+    """
+    Return whether both workers have installed gunicorn's signal handlers.
+
+    A SIGTERM that arrives earlier, while a worker starts, is lost. SIGABRT's handler is the last to
+    be installed.
+    """
+    workers = psutil.Process(server.process.pid).children()
+    statuses = [Path(f"/proc/{worker.pid}/status").read_text() for worker in workers]
+    caught = [int(status.partition("SigCgt:\t")[2].split()[0], 16) for status in statuses]
+    return len(caught) == 2 and all(mask >> (signal.SIGABRT - 1) & 1 for mask in caught)
 
 
 @only_postgresql
