@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import click
@@ -24,27 +25,39 @@ class ClerkhooksError(Exception):
 
 
 class RequestError(ClerkhooksError):
-    """The base class of errors that ``web/problems.py`` turns into responses."""
+    """The base class of errors that ``web/problems.py`` turns into responses of *status*."""
+
+    status: HTTPStatus
 
 
 class SignatureError(RequestError):
     """The webhook's signature does not verify: 401."""
 
+    status = HTTPStatus.UNAUTHORIZED
+
 
 class EventError(RequestError):
     """A verified webhook is not an event: 400, so Svix retries it."""
+
+    status = HTTPStatus.BAD_REQUEST
 
 
 class Unauthenticated(RequestError):
     """The request has no valid session: 401."""
 
+    status = HTTPStatus.UNAUTHORIZED
+
 
 class BadRequest(RequestError):
     """The request body is not valid: 400."""
 
+    status = HTTPStatus.BAD_REQUEST
+
 
 class BodyTooLarge(RequestError):
     """The request body is over 1 MiB: 413."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class Forbidden(RequestError):
@@ -54,6 +67,8 @@ class Forbidden(RequestError):
     *reverification* is the required level if the user can reach it by verifying factors again.
     """
 
+    status = HTTPStatus.FORBIDDEN
+
     def __init__(self, reason: str, reverification: object = None) -> None:
         super().__init__(reason)
         self.reverification = reverification
@@ -61,6 +76,8 @@ class Forbidden(RequestError):
 
 class KeysUnavailable(RequestError):
     """No key is available to verify a session token: 503. *retry_after* is in seconds."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
     def __init__(self, reason: str, retry_after: int) -> None:
         super().__init__(reason)

@@ -103,11 +103,8 @@ class Handlers:
 
 def _is_deferred(function: object) -> bool:
     """Return whether calling *function* makes a coroutine or a generator without running it."""
-    return (
-        inspect.iscoroutinefunction(function)
-        or inspect.isgeneratorfunction(function)
-        or inspect.isasyncgenfunction(function)
-    )
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(is_kind(function) for is_kind in kinds)
 
 
 def _matches(pattern: str, event_type: str) -> bool:

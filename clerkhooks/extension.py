@@ -10,11 +10,12 @@ import sqlalchemy as sa
 from flask import Blueprint, Flask, request_started
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Mapper
+from werkzeug.exceptions import HTTPException
 
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
-from clerkhooks.errors import Fault, SettingsError
+from clerkhooks.errors import Fault, RequestError, SettingsError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.settings import Settings, merge_config
 from clerkhooks.store import Store
@@ -25,12 +26,10 @@ from clerkhooks.store.models import (
     declared_fields,
     make_messages_table,
 )
-from clerkhooks.store.snapshots import make_snapshots, read_columns
-from clerkhooks.store.statements import Statements
 from clerkhooks.users import Users
 from clerkhooks.web import auth, health, me, webhooks
 from clerkhooks.web.logs import init_request_log
-from clerkhooks.web.problems import init_errors, init_problems
+from clerkhooks.web.problems import from_http_exception, from_request_error
 from clerkhooks.web.state import EXTENSION, RequestLog, State
 
 U = TypeVar("U", bound=ClerkUser)
@@ -104,16 +103,16 @@ class ClerkHooks(Generic[U]):
         values = merge_config(app.config, os.environ if environ is None else environ)
         settings = Settings.from_mapping(values)
         state = app.extensions[EXTENSION] = self._make_state(app, settings, values)
-        init_errors(app)
+        app.register_error_handler(RequestError, from_request_error)  # raised by require_auth
         if problems:
-            init_problems(app)
+            app.register_error_handler(HTTPException, from_http_exception)
         if request_log is not None:
             init_request_log(app, request_log)
         blueprint = _make_blueprint(app, state, wanted)
         app.register_blueprint(blueprint, url_prefix=url_prefix)
         app.cli.add_command(clerk)
-        _refuse_unprotected(app)
-        request_started.connect(_check_protection, app)
+        auth.refuse_unprotected(app)
+        request_started.connect(auth.refuse_unprotected, app)  # views that are registered later
 
     def on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
         """
@@ -160,12 +159,8 @@ class ClerkHooks(Generic[U]):
         if type_ != "table":
             return True
         schema = parent_names.get("schema_name")
-        known = {
-            (table.schema, table.name)
-            for metadata in self.db.metadatas.values()
-            for table in metadata.tables.values()
-        }
-        return (schema, name) in known
+        key = name if schema is None else f"{schema}.{name}"
+        return any(key in metadata.tables for metadata in self.db.metadatas.values())
 
     def _check_app(self, app: Flask) -> None:
         if app.extensions.get("sqlalchemy") is not self.db:
@@ -174,30 +169,21 @@ class ClerkHooks(Generic[U]):
             raise RuntimeError("hooks.init_app() was already called for this application.")
 
     def _make_state(self, app: Flask, settings: Settings, values: dict[str, Any]) -> State:
-        store = self._make_store(app, settings)
-        make_snapshot = make_snapshots(self._mapper, store.statements.columns)
-        session = cast("Any", self.db.session)
-        return State(
-            hooks=self,
-            settings=settings,
-            values=values,
-            store=store,
-            users=Users(store, self._handlers, session, make_snapshot),
-            authenticator=auth.make_authenticator(settings),
-            secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
-        )
-
-    def _make_store(self, app: Flask, settings: Settings) -> Store:
         bind_key = self._users.metadata.info.get("bind_key")
         with app.app_context():
             engine = self.db.engines[bind_key]
         options = _engine_options(self.db, app, bind_key)
         database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
-        columns = read_columns(self._mapper)
-        statements = Statements(
-            self._users, self._messages, self._fields, database.dialect, columns=columns
+        store = Store(database, self._mapper, self._messages, self._fields)
+        return State(
+            hooks=self,
+            settings=settings,
+            values=values,
+            store=store,
+            users=Users(store, self._handlers, cast("Any", self.db.session)),
+            authenticator=auth.make_authenticator(settings),
+            secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
         )
-        return Store(database, self._users, self._messages, self._fields, statements)
 
 
 def _make_model(db: SQLAlchemy) -> type[Any]:
@@ -257,19 +243,3 @@ def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[st
     if bind_key is None:
         options |= app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
     return options
-
-
-def _refuse_unprotected(app: Flask) -> None:
-    endpoint = auth.find_unprotected(app)
-    if endpoint is not None:
-        raise RuntimeError(
-            f"The view of {endpoint!r} is public, because @require_auth is above the route. "
-            "Put it below the route, so that the route gets the protected view. "
-            "If the route is meant to be public, give it a separate function."
-        )
-
-
-def _check_protection(app: Flask, **_: object) -> None:
-    """Refuse to serve an application that has an unprotected view, at its first request."""
-    _refuse_unprotected(app)
-    request_started.disconnect(_check_protection, app)

@@ -56,14 +56,14 @@ def apply_with_handlers(
             session.rollback()
             return outcome
         for handler in handlers:
-            with _commit_refused(session, connection):
+            with _ending_refused(session, connection):
                 call_handler(handler, event, outcome)
-        # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
-        # rollback an empty commit succeeds. Either way the message would be answered 200 and lost.
-        bind = {"clause": store.messages}
-        execute = session.connection(bind_arguments=bind).execute
-        if scoped() is not session or not _is_processed(store, execute, event):
-            raise RuntimeError(_ENDED)
+            # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
+            # rollback an empty commit succeeds. Either way the message would be answered 200 and
+            # lost.
+            execute = session.connection(bind_arguments={"clause": store.messages}).execute
+            if scoped() is not session or not _is_processed(store, execute, event):
+                raise RuntimeError(_ENDED)
         session.commit()
     except BaseException:
         scoped.rollback()
@@ -79,14 +79,10 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
     Call *handler* with *event*.
 
     Raises:
-        RuntimeError: it raised SystemExit, which would end the process.
         TypeError: its result is a coroutine or a generator, which nothing would run.
     """
     message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
-    try:
-        result = handler(Event(*message, outcome))
-    except SystemExit as error:
-        raise RuntimeError("A handler raised SystemExit.") from error
+    result = handler(Event(*message, outcome))
     if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise TypeError(NOT_PLAIN)
 
@@ -115,8 +111,8 @@ def _is_processed(
 
 
 @contextmanager
-def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
-    """Raise if a handler commits or rolls back: the message must stay one transaction."""
+def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
+    """Raise RuntimeError if a handler ends the message's transaction, or the process."""
     attempts: list[object] = []
     transaction = session.get_transaction()
 
@@ -129,6 +125,8 @@ def _commit_refused(session: Session, connection: sa.Connection) -> Iterator[Non
     sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
     try:
         yield
+    except SystemExit as error:  # then the failure is recorded and answered 500
+        raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)
         sa_event.remove(connection, "commit", refuse)

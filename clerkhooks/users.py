@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -22,15 +22,15 @@ from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
-from clerkhooks.store.pool import Bound, Overloaded, Slots
+from clerkhooks.store.pool import Overloaded, Slots
 from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
-MAX_CALLERS = 1000  # deliveries, and as many calls, that a process has begun and not answered
+MAX_CALLERS = 1000  # deliveries, and as many calls, that a process serves at once
 BATCH_LOCK_TIMEOUT = "50ms"  # then each event of the batch is applied alone
 SINGLE_LOCK_TIMEOUT = "1ms"  # then an event waits in a slot for its locked row
-TABLE_LOCKED_AFTER = 1.0  # seconds; PostgreSQL waits for a table before it knows our timeout
+TABLE_LOCKED_AFTER = 1.0  # seconds; a table's lock is waited for without our timeout
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
 
@@ -38,18 +38,15 @@ PRESENCE_TIMEOUT = timedelta(minutes=5)
 class Users:
     """The users of one application. Threads and greenlets may share it."""
 
-    def __init__(
-        self,
-        store: Store,
-        handlers: Handlers,
-        session: scoped_session[Session],
-        make_snapshot: Callable[[Sequence[Any]], ClerkUser],
-    ) -> None:
+    def __init__(self, store: Store, handlers: Handlers, session: scoped_session[Session]) -> None:
         self._store, self._handlers, self._session = store, handlers, session
-        self._make_snapshot = make_snapshot
-        self._deliver = Batcher(self._apply_all, keys=_keys, concerns_all=_concerns_all)
+        self._deliver = Batcher(
+            self._apply_all,
+            keys=_keys,
+            concerns_all=lambda error: is_unanswered(error) or is_locked(error),
+        )
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
-        self._deliveries, self._calls = Bound(MAX_CALLERS), Bound(MAX_CALLERS)
+        self._deliveries, self._calls = Slots(MAX_CALLERS, 0), Slots(MAX_CALLERS, 0)
         # Waits for locked rows leave at least half of the pool to other callers.
         self._lock_waits = Slots(max(1, store.database.pool_size // 2), POOL_TIMEOUT)
 
@@ -67,7 +64,7 @@ class Users:
         """
         now = datetime.now(UTC)
         handlers = self._handlers.find(event.type, after_commit=False)
-        with self._deliveries:
+        with self._deliveries.use():
             try:
                 if handlers:
                     outcome = apply_with_handlers(
@@ -98,7 +95,7 @@ class Users:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
         """
         now = datetime.now(UTC)
-        with self._calls:
+        with self._calls.use():
             user, created = self._read(user_id), None
             if user is None:
                 row = {"id": user_id, "name": NEW_USER, "now": now}
@@ -131,12 +128,12 @@ class Users:
     def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
         """Return the user that *statement* wrote. Of concurrent calls one writes."""
         rows = self._store.database.write(statement, row)
-        return self._make_snapshot(rows[0]) if rows else None
+        return self._store.make_snapshot(rows[0]) if rows else None
 
     def _read_all(self, user_ids: Sequence[str]) -> list[ClerkUser | None]:
         rows = self._store.statements.encode({"id": user_id} for user_id in dict.fromkeys(user_ids))
         found = self._store.database.execute(self._store.statements.select, {"rows": rows})
-        users = {user.id: user for user in map(self._make_snapshot, found)}
+        users = {user.id: user for user in map(self._store.make_snapshot, found)}
         return [users.get(user_id) for user_id in user_ids]
 
     def _apply_all(
@@ -210,7 +207,7 @@ class Users:
         for handler in self._handlers.find(event.type, after_commit=True):
             try:
                 call_handler(handler, event, outcome)
-            except Exception as error:  # noqa: BLE001  # the event is committed
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is committed
                 self._session.rollback()
                 told = {"message_id": event.message_id, "error": describe(error)}
                 logger.error("handler_failed", extra={**told, "frames": frames(error)})
@@ -223,11 +220,6 @@ def is_present(user: Any) -> bool:
 
 def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
     return user.deleted_at is None and user.last_seen <= now - LAST_SEEN_INTERVAL
-
-
-def _concerns_all(error: Exception) -> bool:
-    """Return whether no event of the batch is at fault: no answer, or a table is locked."""
-    return is_unanswered(error) or is_locked(error)
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:

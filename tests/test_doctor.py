@@ -374,7 +374,7 @@ def test_names_the_commands_of_an_application(
     url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
     store = plain_store(url)
     [found] = judge_database(store, APPLICATION)
-    store.database.dispose()
+    store.database.engine.dispose()
     assert found.remedy == "Migrate: flask db migrate && flask db upgrade"
     service = make_service()
     with broken_users(service):

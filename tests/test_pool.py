@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from clerkhooks import users
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.errors import RequestError
-from clerkhooks.store.pool import Bound, OrderedPool, Overloaded, Slots
+from clerkhooks.store.pool import OrderedPool, Overloaded, Slots
 from tests.conftest import MakeService
 from tests.racing import TIMEOUT, eventually
 from tests.support import Service, ThreadPool, user_event
@@ -147,13 +147,13 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
     assert len(slots._free) == 1
 
 
-def test_refuses_more_callers_than_its_bound() -> None:
-    """With a bound of two, a third caller is refused until one has left."""
-    bound = Bound(2)
-    with bound:
-        with bound, pytest.raises(Overloaded), bound:
+def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
+    """The third of two is refused, and admitted once a place is free."""
+    slots = Slots(2, 0)
+    with slots.use():
+        with slots.use(), pytest.raises(Overloaded), slots.use():
             pass
-        with bound:
+        with slots.use():
             pass
 
 
@@ -208,7 +208,7 @@ def test_answers_503_above_the_bound(
     service = make_service(METRICS_TOKEN="x" * 20)
     bound = getattr(service.app.extensions["clerkhooks"].users, limited)
     body, user_id = user_event(clerk_id("user")), clerk_id("user")
-    with bound:
+    with bound.use():
         answers = [service.deliver(body, "msg_1"), service.call(user_id)]
     refused, served = answers if limited == "_deliveries" else answers[::-1]
     assert served.status_code == 200

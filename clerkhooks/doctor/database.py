@@ -32,8 +32,6 @@ from clerkhooks.store.models import (
     add_indexes,
     make_messages_table,
 )
-from clerkhooks.store.snapshots import read_columns
-from clerkhooks.store.statements import Statements
 from clerkhooks.web.health import find_fault
 
 DATABASE_TIMEOUT = 15.0  # seconds for all queries; each also has its own limit
@@ -74,7 +72,7 @@ def check_database(case: Case) -> Iterator[Finding]:
             found = judge_database(store, case.program, where)
             return found + ([] if is_named else _find_pooler(store.database))
         finally:
-            store.database.dispose()
+            store.database.engine.dispose()
 
     try:
         yield from run_with_timeout(DATABASE_TIMEOUT, judge)
@@ -111,8 +109,7 @@ def plain_store(url: sa.URL) -> Store:
     add_indexes(users)
     messages = make_messages_table(users.metadata, users.schema)
     database = Database(sa.create_engine(url), {}, pool_size=2, pooler="transaction")
-    statements = Statements(users, messages, {}, database.dialect, columns=read_columns(mapper))
-    return Store(database, users, messages, {}, statements)
+    return Store(database, mapper, messages, {})
 
 
 def _is_sqlite(url: sa.URL) -> bool:

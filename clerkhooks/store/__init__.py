@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Mapper
 
 from clerkhooks.clerk.fields import Field
 from clerkhooks.store.database import Database
+from clerkhooks.store.snapshots import make_snapshots, read_columns
 from clerkhooks.store.statements import Statements
 
 
-@dataclass(frozen=True)
 class Store:
-    """One application's tables, in its database."""
+    """The tables of one application, in its database."""
 
-    database: Database
-    users: sa.Table
-    messages: sa.Table
-    fields: dict[sa.Column[Any], Field]
-    statements: Statements
+    def __init__(
+        self,
+        database: Database,
+        mapper: Mapper[Any],
+        messages: sa.Table,
+        fields: dict[sa.Column[Any], Field],
+    ) -> None:
+        """Take the table of users from *mapper*; *fields* are its declared columns."""
+        self.database, self.messages, self.fields = database, messages, fields
+        self.users = cast("sa.Table", mapper.local_table)
+        columns = read_columns(mapper)
+        self.statements = Statements(self.users, messages, fields, database.dialect, columns)
+        self.make_snapshot = make_snapshots(mapper, columns)

@@ -13,7 +13,6 @@ from clerkhooks.clerk.events import ReceivedEvent
 from clerkhooks.errors import describe
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
-from clerkhooks.store.database import sqlite_transaction
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +31,14 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
         "now": now,
         "error": describe(error),
     }
-    if is_unanswered(error):  # another statement would only time out again
-        _log_not_recorded(event, error)
-        return
-    try:
-        with store.database.connect() as connection, sqlite_transaction(connection):
-            connection.execute(store.statements.record_failure, row)
-    except SQLAlchemyError as second:
-        _log_not_recorded(event, second)
-
-
-def _log_not_recorded(event: ReceivedEvent, error: Exception) -> None:
-    extra = {"message_id": event.message_id, "error": describe(error)}
+    reason = error
+    if not is_unanswered(error):  # otherwise another statement would only time out again
+        try:
+            store.database.write(store.statements.record_failure, row)
+            return
+        except SQLAlchemyError as second:
+            reason = second
+    extra = {"message_id": event.message_id, "error": describe(reason)}
     logger.warning("failure_not_recorded", extra=extra)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
@@ -22,33 +23,11 @@ _WEIGHT = 0.2  # of the latest use in the average duration
 class Overloaded(RequestError, sa.exc.TimeoutError):
     """More callers than can be served in time: nothing was tried, and a retry helps."""
 
+    status = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after = RETRY_AFTER
 
     def __init__(self, reason: str = "overloaded") -> None:
         super().__init__(reason)
-
-
-class Bound:
-    """At most *size* callers at once; further ones are refused."""
-
-    def __init__(self, size: int) -> None:
-        self._free = [None] * size  # a list's pop() and append() are atomic, and fast
-
-    def __enter__(self) -> None:
-        """
-        Take a place.
-
-        Raises:
-            Overloaded: all places are taken.
-        """
-        try:
-            self._free.pop()
-        except IndexError:
-            raise Overloaded from None
-
-    def __exit__(self, *_: object) -> None:
-        """Give the place back."""
-        self._free.append(None)
 
 
 class Slots:
@@ -56,13 +35,13 @@ class Slots:
     At most *size* uses at once; other callers wait in order, for *timeout* seconds at most.
 
     A caller is refused as soon as the number of those before it, and the time that a use has taken
-    lately, mean that it would wait longer.
+    lately, mean that it would wait longer. With a timeout of 0, nobody waits.
     """
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size, self.timeout = size, timeout
         self._guard = threading.RLock()  # garbage collection may end a use at any time
-        self._free = [None] * size
+        self._free = [None] * size  # a list's pop() and append() are atomic, and fast
         self._waiting: deque[threading.Lock] = deque()
         self._duration = 0.0  # seconds that a use takes, on average
         self._changed_at = monotonic()  # when a use began or ended
@@ -154,11 +133,9 @@ class OrderedPool(QueuePool):
 
     _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # not ours, which the service prints
 
-    def __init__(
-        self, creator: Any, pool_size: int, max_overflow: int, timeout: float, **options: Any
-    ) -> None:
-        super().__init__(creator, pool_size, max_overflow, timeout, **options)
-        self._slots = Slots(pool_size + max_overflow, timeout)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._slots = Slots(self.size(), self.timeout())  # without overflow
         self._began_at: dict[ConnectionPoolEntry, float] = {}
 
     def _do_get(self) -> ConnectionPoolEntry:

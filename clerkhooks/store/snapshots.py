@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, Never, cast
 
 import sqlalchemy as sa
-from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapper, QueryableAttribute
 
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
@@ -23,7 +21,6 @@ class Snapshot:
     do not.
     """
 
-    __slots__ = ()
     _model: type[ClerkUser]
 
     def __setattr__(self, name: str, value: object) -> Never:
@@ -48,17 +45,14 @@ class Snapshot:
                 f"current_user has no column {name!r}. For relationships read the row itself: "
                 f"db.session.get({model}, current_user.id)"
             )
-        if isinstance(found, hybrid_property):
-            return found.fget(self)
-        if isinstance(found, cached_property):
-            return found.func(self)  # there is no __dict__ to cache the result in
         return found.__get__(self, self._model) if hasattr(type(found), "__get__") else found
 
     def __eq__(self, other: object) -> bool:
         """Compare all columns."""
-        if not isinstance(other, Snapshot):
+        if type(self) is not type(other):
             return NotImplemented
-        return type(self) is type(other) and _values(self) == _values(other)
+        names: tuple[str, ...] = vars(type(self))["__slots__"]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def __hash__(self) -> int:
         return hash((self._model, self.id))
@@ -67,18 +61,14 @@ class Snapshot:
         return f"<{self._model.__name__} {self.id}>"  # no profile data: it may be logged
 
 
-def _values(snapshot: Snapshot) -> list[Any]:
-    names: tuple[str, ...] = type(snapshot).__slots__
-    return [getattr(snapshot, name) for name in names]
-
-
 def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
     """Return the columns of a snapshot: all but the version columns and deferred ones."""
+    properties = _properties(mapper)
     return [
         column
         for column in cast("sa.Table", mapper.local_table).c
         if column.name not in VERSION_COLUMNS
-        and not (column in mapper.columns.values() and _property(mapper, column).deferred)
+        and not (column in properties and properties[column].deferred)
     ]
 
 
@@ -86,12 +76,9 @@ def make_snapshots(
     mapper: Mapper[Any], columns: Sequence[sa.Column[Any]]
 ) -> Callable[[Sequence[Any]], Any]:
     """Return a function that makes a snapshot from a row of these *columns*."""
-    mapped = mapper.columns.values()
-    names = [
-        _property(mapper, column).key if column in mapped else column.key for column in columns
-    ]
-    model = mapper.class_
-    kind: Any = type(model.__name__, (Snapshot,), {"__slots__": tuple(names), "_model": model})
+    properties, model = _properties(mapper), mapper.class_
+    names = tuple(properties.get(column, column).key for column in columns)
+    kind: Any = type(model.__name__, (Snapshot,), {"__slots__": names, "_model": model})
     assign = [kind.__dict__[name].__set__ for name in names]
 
     def make(row: Sequence[Any]) -> Any:
@@ -103,5 +90,6 @@ def make_snapshots(
     return make
 
 
-def _property(mapper: Mapper[Any], column: sa.Column[Any]) -> Any:
-    return mapper.get_property_by_column(column)
+def _properties(mapper: Mapper[Any]) -> dict[Any, Any]:
+    """Return the model's properties by column. A column may have none."""
+    return {column: one for one in mapper.column_attrs for column in one.columns}

@@ -89,6 +89,7 @@ INSERT INTO {messages} AS m
 VALUES (:message_id, :event_type, :user_id, 'failed', 1, :occurred_at, :now, :error)
 ON CONFLICT (message_id) DO UPDATE SET attempts = m.attempts + 1, error = excluded.error
 WHERE m.outcome = 'failed'
+RETURNING message_id
 """
 
 _CREATE_FIRST_SEEN = """
@@ -138,7 +139,7 @@ RETURNING {updated}
 # The tombstone ranks above every update before the sync; a later event revives the user.
 _TOMBSTONE = """
 UPDATE {users} SET
-    {erased}, name = 'Deleted User', is_online = false, deleted_at = :now, updated_at = :now,
+    {erased}, name = '{deleted_user}', is_online = false, deleted_at = :now, updated_at = :now,
     version_updated_at = :found_at, version_timestamp = {last_millisecond}, version_message_id = ''
 WHERE id IN (
     SELECT id FROM {users}
@@ -165,7 +166,6 @@ class Statements:
         messages: sa.Table,
         fields: Mapping[sa.Column[Any], Field],
         dialect: sa.Dialect,
-        *,
         columns: Sequence[sa.Column[Any]],
     ) -> None:
         self.users, self.fields, self.dialect, self.columns = users, fields, dialect, columns
@@ -232,6 +232,7 @@ class Statements:
             "typed_columns": self._typed(self._state + _MESSAGE),
             "snapshot_rows": self._rows(self._state),
             "id_rows": self._rows(("id",)),
+            "deleted_user": DELETED_USER.name,
             "last_millisecond": str(LAST_MILLISECOND),
             "for_update": "FOR UPDATE" if self._is_postgresql else "",
             "skip_locked": "FOR UPDATE SKIP LOCKED" if self._is_postgresql else "",

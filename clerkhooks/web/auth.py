@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, ParamSpec, TypeVar, Unpack, cast, overload
 
-from flask import Flask, current_app, has_request_context, request
+from flask import Flask, current_app, has_request_context, request, request_started
 from werkzeug.local import LocalProxy
 
 from clerkhooks.clerk.authorization import Conditions, check_conditions
@@ -90,7 +90,9 @@ class Protection:
     def __call__(self, *views: Any) -> Any:
         """Protect a view; without one, check the current request."""
         if not views:
-            return self._check_request()
+            # A browser's preflight has no token. Flask answers it itself.
+            is_automatic = getattr(request.url_rule, "provide_automatic_options", False)
+            return None if request.method == "OPTIONS" and is_automatic else self.check()
         (view,) = views
         if not callable(view) or isinstance(view, type):
             raise TypeError(
@@ -134,13 +136,6 @@ class Protection:
             raise Forbidden("reverification_required", reverification)
         raise Forbidden("forbidden")
 
-    def _check_request(self) -> None:
-        # A browser's preflight has no token. Flask answers it itself.
-        if request.method != "OPTIONS" or not getattr(
-            request.url_rule, "provide_automatic_options", False
-        ):
-            self.check()
-
 
 @overload
 def require_auth(view: Callable[P, R], /) -> Callable[P, R]: ...
@@ -180,18 +175,25 @@ def require_auth(
     return protection if view is None else protection(view)
 
 
-def find_unprotected(app: Flask) -> str | None:
+def refuse_unprotected(app: Flask, **_: object) -> None:
     """
-    Return an endpoint whose view was protected only after it was registered, or None.
+    Refuse to set up or to serve an application that has an unprotected view.
 
     A view that is registered both with and without its protection counts too: of two stacked routes
     with ``require_auth`` between them, one is public.
+
+    Raises:
+        RuntimeError: a view was protected only after it was registered.
     """
     for endpoint, view in app.view_functions.items():
         is_bare = getattr(view, "__dict__", {}).get(_IS_PROTECTED, False)
         if is_bare and not _is_guarded(app, endpoint):
-            return endpoint
-    return None
+            raise RuntimeError(
+                f"The view of {endpoint!r} is public, because @require_auth is above the route. "
+                "Put it below the route, so that the route gets the protected view. "
+                "If the route is meant to be public, give it a separate function."
+            )
+    request_started.disconnect(refuse_unprotected, app)
 
 
 def _is_guarded(app: Flask, endpoint: str) -> bool:
@@ -205,16 +207,11 @@ def _is_guarded(app: Flask, endpoint: str) -> bool:
 def _mark_protected(view: Callable[..., Any], protected: Callable[..., Any]) -> None:
     """Mark *view* and what it wraps, so that registering it without its protection is noticed."""
     vars(protected).pop(_IS_PROTECTED, None)  # wraps() has copied it from a view protected twice
-    for inner in _unwrap(view):
+    inner: Any = view
+    while inner is not None:
         if hasattr(inner, "__dict__"):
             vars(inner)[_IS_PROTECTED] = True
-
-
-def _unwrap(view: Any) -> Iterator[Any]:
-    """Yield *view*, and each function that a decorator made it from."""
-    while view is not None:
-        yield view
-        view = getattr(view, "__wrapped__", None)
+        inner = getattr(inner, "__wrapped__", None)
 
 
 def _state() -> Any:

@@ -9,17 +9,16 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any, ParamSpec, cast
 
-from flask import Flask, Response, current_app, request
+from flask import Response, current_app, request
 from werkzeug.exceptions import HTTPException, default_exceptions
+from werkzeug.http import HTTP_STATUS_CODES
 
 from clerkhooks.errors import (
     BadRequest,
     BodyTooLarge,
-    EventError,
     Forbidden,
     KeysUnavailable,
     RequestError,
-    SignatureError,
     Unauthenticated,
 )
 from clerkhooks.store.pool import Overloaded
@@ -28,16 +27,6 @@ from clerkhooks.web.state import annotate
 
 P = ParamSpec("P")
 MAX_BODY = 1024 * 1024  # bytes
-_STATUS: dict[type[RequestError], HTTPStatus] = {
-    SignatureError: HTTPStatus.UNAUTHORIZED,
-    EventError: HTTPStatus.BAD_REQUEST,
-    BadRequest: HTTPStatus.BAD_REQUEST,
-    BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    Unauthenticated: HTTPStatus.UNAUTHORIZED,
-    Forbidden: HTTPStatus.FORBIDDEN,
-    KeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
-    Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
-}
 _REASONS = {413: "body_too_large", 500: "internal_error"}
 
 
@@ -51,7 +40,12 @@ def problem(
 ) -> Response:
     """Return a problem with *reason*, a stable code, and further *members* of its body."""
     annotate(reason=reason)
-    body = {"type": "about:blank", "title": _title(status), "status": status, "reason": reason}
+    body = {
+        "type": "about:blank",
+        "title": HTTP_STATUS_CODES.get(status, "Unknown Error"),
+        "status": status,
+        "reason": reason,
+    }
     text = json.dumps(body | members)
     return Response(text, status, headers, content_type="application/problem+json")
 
@@ -98,35 +92,22 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     return body
 
 
-def init_errors(app: Flask) -> None:
-    """Answer the errors that ``require_auth`` raises in the application's views."""
-    for kind in _STATUS:
-        app.register_error_handler(kind, from_request_error)
-
-
-def init_problems(app: Flask) -> None:
-    """Answer every error of *app* as a problem."""
-    app.register_error_handler(HTTPException, from_http_exception)
-
-
 def from_request_error(error: RequestError) -> Response:
     """Return the problem for one of our errors."""
     headers: dict[str, str] = {}
     members: dict[str, object] = {}
     if isinstance(error, Forbidden) and error.reverification is not None:
         # Clerk's front-end libraries read this and then ask the user to verify again.
-        metadata = {"reverification": error.reverification}
         members["clerk_error"] = {
             "type": "forbidden",
             "reason": "reverification-error",
-            "metadata": metadata,
+            "metadata": {"reverification": error.reverification},
         }
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, KeysUnavailable | Overloaded):
         headers["Retry-After"] = str(error.retry_after)
-    status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-    return problem(status, error.reason, headers, **members)
+    return problem(error.status, error.reason, headers, **members)
 
 
 def from_http_exception(error: HTTPException) -> Any:
@@ -136,15 +117,10 @@ def from_http_exception(error: HTTPException) -> Any:
     status = error.code or 500
     kept = ("Allow", "Retry-After", "WWW-Authenticate")
     headers = {key: value for key, value in error.get_headers() if key in kept}
-    reason = _REASONS.get(status) or re.sub(r"[^a-z0-9]+", "_", _title(status).lower())
+    reason = _REASONS.get(status) or re.sub(
+        r"[^a-z0-9]+", "_", HTTP_STATUS_CODES.get(status, "Unknown Error").lower()
+    )
     usual = getattr(default_exceptions.get(status), "description", None)
     own_text = error.description if error.description != usual else None
     members = {"detail": own_text} if own_text else {}
     return problem(status, reason, headers, **members)
-
-
-def _title(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown Error"
