@@ -457,6 +457,6 @@ def test_disposes_of_one_engine_only(application: Application) -> None:
     application.db.init_app(second)
     application.hooks.init_app(second)
     other: Database = second.extensions["clerkhooks"].store.database
-    other.dispose()
+    other.engine.dispose()
     assert other.engine is not application.database.engine
     assert application.outcome(user_event(clerk_id("user"))) == "applied"

@@ -7,6 +7,7 @@ import random
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic, sleep
 from typing import Any, cast
 
@@ -52,42 +53,32 @@ class Database:
         Raises:
             SettingsError: the database is SQLite in memory.
         """
-        self.dialect_name, self.pool_size = engine.dialect.name, pool_size
-        pool = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": POOL_TIMEOUT}
-        echo: Any = engine.echo
-        if self.dialect_name == "sqlite":
-            _refuse_memory(engine.url)
-            arguments = {"timeout": BUSY_TIMEOUT, "check_same_thread": False}
-            self.engine = self._create(engine.url, connect_args=arguments, echo=echo, **pool)
-            event.listen(self.engine, "connect", _set_up_sqlite)
-        elif "creator" in options:  # for instance a cloud provider's connector with its own driver
-            creator = options["creator"]
-            self.engine = self._create(engine.url, creator=creator, echo=echo, **pool)
-            postgresql.listen(self.engine)
-        else:
-            url = engine.url.set(drivername="postgresql+psycopg")
-            arguments = postgresql.connect_arguments(engine, options)
-            self.engine = self._create(
-                url, connect_args=arguments, echo=echo, pool_use_lifo=True, **pool
-            )
-            postgresql.listen_with_psycopg(self.engine, pooler)
-        self._pid = os.getpid()
-
-    @staticmethod
-    def _create(url: sa.URL, **options: Any) -> sa.Engine:
-        return sa.create_engine(
-            url,
+        self.dialect_name, self.pool_size, self._pid = engine.dialect.name, pool_size, os.getpid()
+        create = partial(
+            sa.create_engine,
             poolclass=OrderedPool,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=POOL_TIMEOUT,
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
             hide_parameters=True,
-            **options,
+            echo=engine.echo,
         )
-
-    @property
-    def dialect(self) -> sa.Dialect:
-        """The dialect of the private engine."""
-        return self.engine.dialect
+        if self.dialect_name == "sqlite":
+            _refuse_memory(engine.url)
+            arguments = {"timeout": BUSY_TIMEOUT, "check_same_thread": False}
+            self.engine = create(engine.url, connect_args=arguments)
+            event.listen(self.engine, "connect", _set_up_sqlite)
+        elif "creator" in options:  # for instance a cloud provider's connector with its own driver
+            self.engine = create(engine.url, creator=options["creator"])
+            postgresql.listen(self.engine)
+        else:
+            url = engine.url.set(drivername="postgresql+psycopg")
+            arguments = postgresql.connect_arguments(engine, options, pooler)
+            self.engine = create(url, connect_args=arguments, pool_use_lifo=True)
+            postgresql.listen_with_psycopg(self.engine, pooler)
+        self.dialect = self.engine.dialect
 
     def connect(self) -> sa.Connection:
         """Return a connection; leaving its ``with`` block gives it back to the pool."""
@@ -110,10 +101,6 @@ class Database:
         """Return the rows of one statement that writes."""
         with self.connect() as connection, sqlite_transaction(connection):
             return connection.execute(statement, parameters).all()
-
-    def dispose(self) -> None:
-        """Close every idle connection."""
-        self.engine.dispose()
 
 
 @contextmanager

@@ -21,14 +21,7 @@ READ_ONLY = "25006"
 _LIMITS = {"lock_timeout": LOCK_TIMEOUT, "statement_timeout": STATEMENT_TIMEOUT, "timezone": "UTC"}
 _SESSION_LIMITS = _LIMITS | {"idle_in_transaction_session_timeout": "15s"}
 _LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers whose connect arguments are libpq's
-_NOT_LIBPQ = (
-    "connection_factory",
-    "cursor_factory",
-    "async",
-    "async_",
-    "row_factory",
-    "autocommit",
-)
+_KEPT = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
 _CHECKED_IN = "clerkhooks.checked_in"
 
 
@@ -81,7 +74,9 @@ class LocalLimitsCursor(psycopg.ClientCursor[Any]):
         return self
 
 
-def connect_arguments(engine: sa.Engine, options: Mapping[str, Any]) -> dict[str, Any]:
+def connect_arguments(
+    engine: sa.Engine, options: Mapping[str, Any], pooler: Pooler | None
+) -> dict[str, Any]:
     """Return the application's connect arguments, such as certificates, and our limits."""
     arguments: dict[str, Any] = {
         "connect_timeout": "2",
@@ -95,8 +90,11 @@ def connect_arguments(engine: sa.Engine, options: Mapping[str, Any]) -> dict[str
     }
     if engine.dialect.driver in _LIBPQ:
         given = options.get("connect_args", {})
-        arguments |= {name: given[name] for name in given if name not in _NOT_LIBPQ}
-    return {name: value for name, value in arguments.items() if name not in engine.url.query}
+        arguments |= {name: given[name] for name in _KEPT.intersection(given)}
+    arguments = {name: arguments[name] for name in arguments if name not in engine.url.query}
+    if pooler == "transaction":
+        arguments |= {"prepare_threshold": None, "cursor_factory": LocalLimitsCursor}
+    return arguments | {"autocommit": True}
 
 
 def listen(engine: sa.Engine) -> None:
@@ -107,12 +105,16 @@ def listen(engine: sa.Engine) -> None:
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
     """Do the same for *engine* with connections of our own class, and drop stale ones."""
-    if pooler == "transaction":
-        event.listen(engine, "do_connect", _connect_through_pooler)
-        event.listen(engine, "handle_error", _invalidate_read_only)
-    else:
-        event.listen(engine, "do_connect", _connect)
-        listen(engine)
+
+    @event.listens_for(engine, "do_connect")
+    def connect(
+        _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
+    ) -> TimeoutConnection:
+        return TimeoutConnection.connect(*arguments, **parameters)
+
+    if pooler != "transaction":
+        event.listen(engine, "connect", _set_limits)
+    event.listen(engine, "handle_error", _invalidate_read_only)
     event.listen(engine, "checkin", _note_checkin)
     event.listen(engine, "checkout", _replace_stale)
 
@@ -126,19 +128,6 @@ def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
         if driver.cursor_factory is LocalLimitsCursor:
             return
     connection.exec_driver_sql(f"SET statement_timeout = '{timeout}'")
-
-
-def _connect(
-    _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
-) -> TimeoutConnection:
-    return TimeoutConnection.connect(*arguments, autocommit=True, **parameters)
-
-
-def _connect_through_pooler(
-    _dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]
-) -> TimeoutConnection:
-    options: dict[str, Any] = {"prepare_threshold": None, "cursor_factory": LocalLimitsCursor}
-    return TimeoutConnection.connect(*arguments, autocommit=True, **(parameters | options))
 
 
 def _set_limits(connection: Any, _record: object) -> None:

@@ -101,7 +101,7 @@ def disconnect(app: Flask) -> None:
         db.session.remove()
         for engine in db.engines.values():
             engine.dispose()
-    app.extensions[EXTENSION].store.database.dispose()
+    app.extensions[EXTENSION].store.database.engine.dispose()
 
 
 def request_state() -> RequestState:
