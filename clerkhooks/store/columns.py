@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, time
 from decimal import ROUND_HALF_UP, Context, Decimal
-from fractions import Fraction
 from typing import Any, TypeGuard
 from uuid import UUID
 
@@ -25,7 +23,6 @@ MAX_DIGITS = 2000  # of a number, before and after the point: far below PostgreS
 MAX_SINGLE_PRECISION = 24  # bits: PostgreSQL makes FLOAT(24) and below REAL, of four bytes
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38
 MAX_DEPTH = 200  # levels of JSON, far below what a server's stack allows
-_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _EXACT = Context(prec=1000)
 _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 
@@ -45,7 +42,7 @@ def _read_field(
     try:
         value = field.find(data)
         bound = _bind(column.type, value, dialect)
-        if bound is None or not is_storable(column, bound):
+        if bound is None or not _is_storable(column, bound):
             return None
         return _normalize(column.type, value, dialect)
     except ValueError:
@@ -63,13 +60,18 @@ def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect)
         value = value.astimezone(UTC)  # SQLite stores no zone
         keeps_zone = type_.timezone and dialect.name != "sqlite"
         return value if keeps_zone else value.replace(tzinfo=None)
-    if _is_numeric(type_) and _is_number(value, float):
-        value = Decimal(repr(value))
-    if _is_numeric(type_) and isinstance(value, Decimal):
-        if type_.precision is not None:
-            value = value.quantize(Decimal(1).scaleb(-(type_.scale or 0)), ROUND_HALF_UP, _EXACT)
-        return value if type_.asdecimal else float(value)
+    if _is_numeric(type_) and _is_number(value, float | Decimal):
+        rounded = _round(type_, value)
+        return rounded if type_.asdecimal else float(rounded)
     return value
+
+
+def _round(type_: sa.Numeric[Any], value: float | Decimal) -> Decimal:
+    """Return *value* as the database rounds it."""
+    exact = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+    if type_.precision is None:
+        return exact
+    return exact.quantize(Decimal(1).scaleb(-(type_.scale or 0)), ROUND_HALF_UP, _EXACT)
 
 
 def _bind(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
@@ -86,8 +88,13 @@ def is_supported(type_: sa.types.TypeEngine[Any]) -> bool:
     return not isinstance(type_, sa.Interval) and isinstance(_implementation(type_), tuple(_CHECKS))
 
 
-def is_storable(column: sa.Column[Any], value: Any) -> bool:
-    """Return whether *column* can store *value* unchanged, as its type binds it."""
+def _is_storable(column: sa.Column[Any], value: Any) -> bool:
+    """
+    Return whether *column* can store *value* unchanged, as its type binds it.
+
+    Raises:
+        ValueError: it cannot, because *value* is malformed.
+    """
     kind = _implementation(column.type)
     check = next(check for type_, check in _CHECKS.items() if isinstance(kind, type_))
     return check(kind, value) and _fits_index(column, value)
@@ -114,9 +121,7 @@ def _is_storable_enum(kind: sa.Enum, value: Any) -> bool:
 
 
 def _is_storable_text(kind: sa.String, value: Any) -> bool:
-    if not isinstance(value, str) or UNSTORABLE.search(value):
-        return False
-    return kind.length is None or len(value) <= kind.length
+    return _is_clean(value) and (kind.length is None or len(value) <= kind.length)
 
 
 def _is_storable_integer(kind: sa.Integer, value: Any) -> bool:
@@ -136,12 +141,9 @@ def _is_storable_numeric(kind: sa.Numeric[Any], value: Any) -> bool:
         return False
     if abs(value) > sys.float_info.max:  # SQLite stores a float
         return False
-    if kind.precision is None:
-        return True
-    scale = kind.scale or 0
-    exact = Fraction(value if isinstance(value, int | Decimal) else repr(value))
-    least = Fraction(1, 10**scale)
-    return bool(abs(exact) < 10**kind.precision * least - least / 2)  # the database rounds
+    return kind.precision is None or bool(
+        abs(_round(kind, value)) < Decimal(10) ** (kind.precision - (kind.scale or 0))
+    )
 
 
 def _is_short(value: float | Decimal) -> bool:
@@ -157,7 +159,7 @@ def _is_storable_datetime(kind: sa.DateTime, value: Any) -> bool:
 def _is_storable_uuid(kind: sa.Uuid[Any], value: Any) -> bool:
     if kind.as_uuid:
         return isinstance(value, UUID)
-    return isinstance(value, str) and _UUID.fullmatch(value) is not None
+    return isinstance(value, str) and str(UUID(value)) == value
 
 
 _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
@@ -208,25 +210,23 @@ def _is_number(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
+def _is_clean(value: Any) -> bool:
+    return isinstance(value, str) and not UNSTORABLE.search(value)
+
+
 def _is_storable_json(value: Any, depth: int = 0) -> bool:
     if depth > MAX_DEPTH:
         return False
     if isinstance(value, dict):
-        return all(
-            isinstance(name, str)
-            and not UNSTORABLE.search(name)
-            and _is_storable_json(item, depth + 1)
-            for name, item in value.items()
+        items = value.values()
+        return all(map(_is_clean, value)) and all(
+            _is_storable_json(one, depth + 1) for one in items
         )
     if isinstance(value, list | tuple):
-        return all(_is_storable_json(item, depth + 1) for item in value)
-    if isinstance(value, str):
-        return not UNSTORABLE.search(value)
-    return (
-        value is None
-        or isinstance(value, bool | int)
-        or (isinstance(value, float) and math.isfinite(value))
-    )
+        return all(_is_storable_json(one, depth + 1) for one in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int) or _is_clean(value)
 
 
 def to_json(value: Any) -> str:

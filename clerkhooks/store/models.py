@@ -197,18 +197,13 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 def add_indexes(users: sa.Table) -> None:
     """Add the indexes that operators' queries need, whatever ``__table_args__`` the model has."""
-    unfilled = sa.text("version_updated_at IS NULL AND deleted_at IS NULL")
-    deleted = sa.text("deleted_at IS NOT NULL")
-    wanted: dict[str, tuple[tuple[str, ...], sa.TextClause | None]] = {
-        "created_at": (("created_at",), None),
-        "unfilled": (("created_at",), unfilled),
-        "deleted": (("created_at",), deleted),
+    wanted = {
+        "created_at": None,
+        "unfilled": sa.text("version_updated_at IS NULL AND deleted_at IS NULL"),
+        "deleted": sa.text("deleted_at IS NOT NULL"),
     }
     present = {index.name for index in users.indexes}
-    for suffix, (columns, where) in wanted.items():
+    for suffix, where in wanted.items():
         name = f"ix_{users.name}_{suffix}"
         if name not in present:
-            partial: Any = (
-                {} if where is None else {"postgresql_where": where, "sqlite_where": where}
-            )
-            sa.Index(name, *(users.c[column] for column in columns), **partial)
+            sa.Index(name, users.c.created_at, postgresql_where=where, sqlite_where=where)
