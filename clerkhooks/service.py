@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,14 +57,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     """
     if config is None:
         with exit_if_invalid():
-            return _create_app(read_environ())
-    return _create_app(config)
-
-
-def _create_app(values: Mapping[str, Any]) -> Flask:
-    settings = ServiceSettings.from_mapping(values)
+            return create_app(read_environ())
+    settings = ServiceSettings.from_mapping(config)
     app = Flask("clerkhooks")
-    app.config.update({name: values[name] for name in VARIABLES if name in values})
+    app.config.update({name: config[name] for name in VARIABLES if name in config})
     app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
     app.config["DATABASE_POOL_SIZE"] = settings.pool_size
     if settings.pooler == "transaction":  # flask db upgrade uses the application's engine
@@ -88,11 +85,9 @@ def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
     if url.get_backend_name() != "sqlite" or str(url.database).startswith("file:"):
         return
     folder = Path(app.instance_path, str(url.database)).parent
-    try:
-        if folder == Path(app.instance_path):
+    if folder == Path(app.instance_path):
+        with suppress(OSError):  # not writable, as is found next
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass  # not writable, as is found next
     if not os.access(folder, os.W_OK | os.X_OK):
         is_default = str(url) == DEFAULT_DATABASE_URL
         what = "is not set, and its default is" if is_default else "is"

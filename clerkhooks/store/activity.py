@@ -77,11 +77,10 @@ def count_failures(store: Store, since: datetime | None = None) -> int:
     return _count(store, messages, is_failed(messages), recent)
 
 
-def count_unfilled(store: Store, older_than: timedelta | None = None) -> int:
+def count_unfilled(store: Store, older_than: timedelta = timedelta()) -> int:
     """Return the number of rows older than *older_than* that nothing has filled in."""
-    users = store.users
-    old = sa.true() if older_than is None else users.c.created_at < datetime.now(UTC) - older_than
-    return _count(store, users, is_unfilled(users), old)
+    users, latest = store.users, datetime.now(UTC) - older_than
+    return _count(store, users, is_unfilled(users), users.c.created_at < latest)
 
 
 def count_users(store: Store) -> int:

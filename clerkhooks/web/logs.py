@@ -72,7 +72,9 @@ class ServiceHandler(logging.StreamHandler[Any]):
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
-        self._formatters = {"json": JsonFormatter(), "text": TextFormatter()}
+        formatters = {"json": JsonFormatter(), "text": TextFormatter()}
+        usual = formatters["text" if sys.stdout.isatty() else "json"]
+        self._formatters = {"auto": usual, **formatters}
 
     def filter(self, record: logging.LogRecord) -> Any:
         """Skip other applications' lines, and all lines if the root logger has a handler."""
@@ -84,10 +86,7 @@ class ServiceHandler(logging.StreamHandler[Any]):
     def format(self, record: logging.LogRecord) -> str:
         """Format as the application of the line asked."""
         state = _find_state()
-        chosen = state.log_format if state else "auto"
-        if chosen == "auto":
-            chosen = "text" if sys.stdout.isatty() else "json"
-        return self._formatters[chosen].format(record)
+        return self._formatters[state.log_format if state else "auto"].format(record)
 
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:

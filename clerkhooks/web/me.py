@@ -17,15 +17,15 @@ from clerkhooks.web.auth import current_session, get_user, require_auth
 from clerkhooks.web.problems import answered, json_response, read_body
 from clerkhooks.web.state import current_state
 
-PATHS = ("/api/me", "/api/me/presence")
 ENDPOINTS = ("clerkhooks.get_me", "clerkhooks.put_presence")
 
 
 def add_routes(blueprint: Blueprint, app: Flask, authorized_parties: Sequence[str]) -> None:
     """Add both routes. Only pages of the authorized parties may call them from a browser."""
-    me, presence = PATHS
-    blueprint.add_url_rule(me, view_func=get_me, strict_slashes=False)
-    blueprint.add_url_rule(presence, view_func=put_presence, methods=["PUT"], strict_slashes=False)
+    blueprint.add_url_rule("/api/me", view_func=get_me, strict_slashes=False)
+    blueprint.add_url_rule(
+        "/api/me/presence", view_func=put_presence, methods=["PUT"], strict_slashes=False
+    )
     blueprint.after_request(_make_finish(app, authorized_parties))
 
 

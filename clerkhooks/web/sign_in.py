@@ -47,7 +47,8 @@ def _authenticate(*, optional: bool) -> Session | None:
         KeysUnavailable: there is no key to verify with, whether or not there is a token.
     """
     authenticator = current_state().authenticator
-    if not optional or request.headers.get("Authorization") or _has_cookie(authenticator):
+    names = authenticator.cookie_names
+    if not optional or request.headers.get("Authorization") or any(map(request.cookies.get, names)):
         authenticator.verifier.keys.require_any()
     refused: Unauthenticated | None = None
     for token, in_cookie in find_tokens(authenticator):
@@ -101,7 +102,3 @@ def _has_own_origin(authenticator: Authenticator) -> bool:
     """Return whether a page of ours sent the request; safe methods need no such proof."""
     origin = request.headers.get("Origin")
     return request.method in SAFE_METHODS or origin in authenticator.authorized_parties
-
-
-def _has_cookie(authenticator: Authenticator) -> bool:
-    return any(request.cookies.get(name) for name in authenticator.cookie_names)
