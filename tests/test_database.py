@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -234,52 +229,6 @@ def test_shows_its_statements_to_listeners(application: Application) -> None:
     seen.clear()
     assert application.call(user_id).status_code == 200
     assert any(statement.lstrip().startswith("SELECT") for statement in seen)
-
-
-@contextmanager
-def forked(database: Database) -> Iterator[dict[str, Any]]:
-    """Read and write in a forked process; yield its results before it is reaped."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # the child must neither raise nor return into pytest
-        try:
-            rows = database.write(sa.text("INSERT INTO notes VALUES (2) RETURNING id"))
-            found: dict[str, Any] = {"id": rows[0][0]}
-            if database.dialect_name == "postgresql":
-                found["pid"] = backend_pid(database)
-        except BaseException as error:  # noqa: BLE001
-            found = {"error": repr(error)}
-        os.write(writer, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writer)
-    try:
-        with os.fdopen(reader) as pipe:
-            assert select.select([pipe], [], [], TIMEOUT)[0], "the forked process has no result"
-            yield json.load(pipe)
-    finally:
-        os.kill(pid, signal.SIGKILL)  # it has ended, unless it is stuck
-        os.waitpid(pid, 0)
-
-
-def test_makes_a_fresh_pool_in_a_forked_process(application: Application) -> None:
-    """
-    A forked process opens its own connections, and the parent keeps using its own.
-
-    Two processes on one socket would read each other's answers.
-    """
-    database = application.database
-    application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
-    is_postgresql = database.dialect_name == "postgresql"
-    pid = backend_pid(database) if is_postgresql else None
-    with forked(database) as found:
-        assert found.get("error") is None
-        assert found["id"] == 2
-        if is_postgresql:
-            assert found["pid"] != pid
-            assert backend_pid(database) == pid, "the parent has lost its connection"
-    if is_postgresql:
-        assert backend_pid(database) == pid
-    assert database.execute(sa.text("SELECT id FROM notes")) == [(2,)]
 
 
 MEMORY = [

@@ -17,10 +17,11 @@ import pytest
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT, VARIABLES
+from tests.conftest import KINDS, MakeDatabase
 from tests.issuer import Issuer, jwk
 from tests.racing import eventually
 from tests.server import Server, environ, free_port, serving, web_command, write_lock
-from tests.support import ThreadPool, user_event
+from tests.support import ThreadPool, rows, user_event
 
 
 def test_applies_concurrent_deliveries(server: Server) -> None:
@@ -423,31 +424,44 @@ def test_configures_gunicorn(clerk: FakeClerk, tmp_path: Path, database: str) ->
 
 FORKS = """
 import os
+import sqlalchemy as sa
 from clerkhooks import create_app
 
 database = create_app(os.environ).extensions["clerkhooks"].store.database
+session = "pg_backend_pid()" if database.dialect_name == "postgresql" else "NULL"
 
 def use():
     with database.connect() as connection:
-        connection.exec_driver_sql("SELECT 1")
-        return connection.connection.driver_connection, database.engine.pool
+        pid = connection.exec_driver_sql(f"SELECT {session}").scalar()
+        return connection.connection.driver_connection, pid, database.engine.pool
 
-inherited, pool = use()
-assert use() == (inherited, pool)
+inherited, pid, pool = use()
+assert use() == (inherited, pid, pool)
 child = os.fork()
 if child == 0:
-    connection, own_pool = use()
+    connection, own_pid, own_pool = use()
     assert connection is not inherited
+    assert own_pid is None or own_pid != pid
     assert own_pool is not pool
+    database.write(sa.text("INSERT INTO notes VALUES (2) RETURNING id"))
     os._exit(0)
 _, status = os.waitpid(child, 0)
 assert status == 0, status
-assert use() == (inherited, pool)  # the child has not closed it
+assert use() == (inherited, pid, pool)  # the child has not closed it
+assert database.execute(sa.text("SELECT id FROM notes")) == [(2,)]
 """
 
 
-def test_gives_each_worker_its_own_connections(clerk: FakeClerk, database_url: str) -> None:
-    """A forked process opens new connections and leaves its parent's open."""
-    variables = environ(**clerk.environ, DATABASE_URL=database_url)
-    ended = run([sys.executable, "-c", FORKS], variables)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gives_each_worker_its_own_connections(
+    make_database: MakeDatabase, clerk: FakeClerk, kind: str
+) -> None:
+    """
+    A forked process opens new connections and leaves its parent's open.
+
+    Two processes on one socket would read each other's answers.
+    """
+    url = make_database(kind)
+    rows(url, "CREATE TABLE notes (id INTEGER PRIMARY KEY)")
+    ended = run([sys.executable, "-c", FORKS], environ(**clerk.environ, DATABASE_URL=url))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
