@@ -332,7 +332,7 @@ def gaps(backend: Backend) -> list[float]:
 
 
 def test_retries_with_exponential_backoff(backend: Backend) -> None:
-    """It pauses half a second, one, two, four and so on, with jitter."""
+    """The pauses are half a second, one, two, four and so on, with jitter."""
     backend.behaviours = [answering(502, HTML)] * 4
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.02) as api:
         api.count_users()
@@ -500,7 +500,7 @@ LOUD: dict[str, Behaviour] = {
 def test_shows_neither_the_key_nor_the_answer(
     api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in errors, tracebacks, logs or the client's repr; nor the key in httpcore's trace."""
+    """Errors, logs and the client's repr have neither; httpcore's trace has no key."""
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
     error = failure_of(lambda: api.list_users(None, 0))

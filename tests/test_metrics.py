@@ -277,7 +277,7 @@ def test_names_the_missing_library(clerk: FakeClerk, tmp_path: Path) -> None:
 
 
 def test_limits_the_number_of_series(counted: Service) -> None:
-    """The number of series is bounded, whatever event types a sender signs or sends."""
+    """No type, id or token that a sender chooses creates a new series."""
     for number in range(40):
         counted.deliver(event_body(f"type{number}.created", {}, 1))
         counted.deliver(event_body(f"user.{number}", {}, 1))

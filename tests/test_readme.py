@@ -88,13 +88,11 @@ def test_env_example_names_the_defaults(variable: str, field: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(clerkhooks.__all__) - {"Outcome", "create_app"}))
 def test_mentions_every_public_name(name: str) -> None:
-    """Every public name is mentioned."""
     assert name in README
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_explains_every_command(command: str) -> None:
-    """Every command is described."""
     assert re.search(rf"`(clerkhooks )?{command}\b", README)
 
 

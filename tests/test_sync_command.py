@@ -144,7 +144,7 @@ def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) 
     ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], message: str) -> None:
-    """The status is 2, and no request is sent."""
+    """The status is 2, and the message names the mistake."""
     result = run(service, *arguments)
     assert (result.exit_code, message in result.output) == (2, True)
 

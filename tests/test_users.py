@@ -199,7 +199,6 @@ def test_moves_last_seen_once_a_minute(service: Service) -> None:
 
 
 def test_does_not_move_last_seen_for_an_impersonator(service: Service) -> None:
-    """A call by an impersonator leaves ``last_seen`` unchanged."""
     user_id = clerk_id("user")
     service.call(user_id)
     long_ago = set_last_seen(service, user_id, datetime.now(UTC) - timedelta(days=1))
