@@ -46,7 +46,6 @@ def queue(threads: ThreadPool, slots: Slots, log: list[int], count: int) -> list
 
 
 def test_serves_callers_in_order(threads: ThreadPool) -> None:
-    """Waiting callers get slots in the order of their requests."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     with slots.use():
         queued = queue(threads, slots, log, 10)

@@ -83,7 +83,7 @@ def run(script: str, **options: object) -> None:
 
 
 def test_keeps_a_connection_open_while_it_is_used() -> None:
-    """Sequential and pipelined requests share a connection, which keepalive closes at last."""
+    """Sequential and pipelined requests share a connection, which keepalive then closes."""
     run("""
 connection = connect(HEAD + b"1\\r\\n\\r\\na" + HEAD + b"2\\r\\n\\r\\nbc")
 gevent.sleep(1)

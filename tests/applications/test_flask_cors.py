@@ -30,7 +30,7 @@ def create_app(clerk: FakeClerk, url: str, *, first: bool) -> Flask:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_sends_one_cors_header(clerk: FakeClerk, sqlite_url: str, first: bool) -> None:
-    """Clerkhooks' routes allow authorized parties only; other routes allow every origin."""
+    """Only authorized parties may call clerkhooks' routes; other routes allow every origin."""
     app = create_app(clerk, sqlite_url, first=first)
     with tables(app):
         check_users_stay_correct(app, clerk)

@@ -15,7 +15,9 @@ from tests.applications.support import check_users_stay_correct, configuration, 
 from tests.support import rows, user_event
 
 
-def test_limits_the_applications_routes_and_exempts_ours(clerk: FakeClerk, sqlite_url: str) -> None:
+def test_limits_the_applications_routes_and_exempts_clerkhooks(
+    clerk: FakeClerk, sqlite_url: str
+) -> None:
     """A limit applies behind ``require_auth``, and clerkhooks' blueprint can be exempted."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))

@@ -28,7 +28,7 @@ def create_app(clerk: FakeClerk, url: str, *, is_exempt: bool) -> Flask:
 
 
 def test_works_exempt_from_csrf_protection(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Clerkhooks' routes can be exempted, and the application's forms stay protected."""
+    """The blueprint can be exempted, and the application's forms stay protected."""
     app = create_app(clerk, sqlite_url, is_exempt=True)
     with tables(app):
         check_users_stay_correct(app, clerk)
