@@ -17,10 +17,10 @@ import click
 
 
 class ClerkhooksError(Exception):
-    """The base class of clerkhooks' own exceptions."""
+    """The base class of clerkhooks' own exceptions. The text is the reason by default."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, text: str | None = None) -> None:
+        super().__init__(text or reason)
         self.reason = reason
 
 
@@ -142,6 +142,9 @@ class Fault:
     problem: str
     remedy: str
 
+    def __str__(self) -> str:
+        return f"  {self.variable} {self.problem}\n      {self.remedy}"
+
 
 class SettingsError(ClerkhooksError, click.ClickException):
     """
@@ -154,18 +157,11 @@ class SettingsError(ClerkhooksError, click.ClickException):
     exit_code = 2
 
     def __init__(self, faults: list[Fault]) -> None:
-        super().__init__("invalid_settings")
+        heading = "clerkhooks cannot start. Please correct:"
+        advice = "To see it work without any configuration: clerkhooks dev"
+        text = "\n\n".join([heading, *map(str, faults), advice])
+        super().__init__("invalid_settings", text)
         self.faults = tuple(faults)
-
-    def __str__(self) -> str:
-        lines = ["clerkhooks cannot start. Please correct:"]
-        for fault in self.faults:
-            lines += ["", f"  {fault.variable} {fault.problem}", f"      {fault.remedy}"]
-        return "\n".join([*lines, "", "To see it work without any configuration: clerkhooks dev"])
-
-    def format_message(self) -> str:
-        """Return what click prints."""
-        return str(self)
 
 
 def describe(error: BaseException) -> str:

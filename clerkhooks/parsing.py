@@ -171,13 +171,9 @@ def _split_url(text: str) -> SplitResult:
         _ = url.port  # raises ValueError for an invalid port
     except ValueError:
         raise ValueError("is not a URL.") from None
-    if (
-        not url.scheme
-        or not url.hostname
-        or url.username is not None
-        or re.search(r"[^!-~]|[*\\<>\"']", text)  # browsers and DNS spell other hosts as xn--
-        or not _is_host(url.hostname)
-    ):
+    is_whole = url.scheme and url.hostname and url.username is None and _is_host(url.hostname)
+    # Browsers and DNS spell international hosts as xn--.
+    if not is_whole or re.search(r"[^!-~]|[*\\<>\"']", text):
         raise ValueError("is not a URL such as https://host, without wildcards or passwords.")
     return url
 

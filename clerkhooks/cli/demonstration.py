@@ -34,8 +34,10 @@ class Demonstration:
         self._show_deletion()
         self._show_table(database)
         failed, total = self._results.count(False), len(self._results)
-        text = f"{failed} of {total} checks failed." if failed else f"All {total} checks passed."
-        click.secho(f"\n{mark(not failed)} {text}", fg="red" if failed else "green")
+        text, colour = f"All {total} checks passed.", "green"
+        if failed:
+            text, colour = f"{failed} of {total} checks failed.", "red"
+        click.secho(f"\n{mark(not failed)} {text}", fg=colour)
         return not failed
 
     def _show_ordering(self) -> None:
@@ -44,30 +46,28 @@ class Demonstration:
         renamed = self._sign("user.updated", self.ada, "Ada Lovelace", 50)
         older = self._sign("user.updated", self.ada, "Ada King", 30)
         forged = (renamed[0], renamed[1].replace(b"Lovelace", b"Hacker"))
-        send = self._send_webhook
-        send("user.created", created, "200 applied", "the row is inserted")
-        send("user.updated", renamed, "200 applied", "the name changes")
-        send("user.updated, repeated", renamed, "200 duplicate", "nothing changes")
-        send("user.updated, older", older, "200 stale", "the newer name stays")
-        send("user.updated, forged", forged, "401 signature_mismatch", "nothing changes")
+        self._send("user.created", created, "200 applied", "the row is inserted")
+        self._send("user.updated", renamed, "200 applied", "the name changes")
+        self._send("user.updated, repeated", renamed, "200 duplicate", "nothing changes")
+        self._send("user.updated, older", older, "200 stale", "the newer name stays")
+        self._send("user.updated, forged", forged, "401 signature_mismatch", "nothing changes")
 
     def _show_first_call(self) -> None:
         _print_title("Grace calls the API before her webhook arrives.")
         created = self._sign("user.created", self.grace, "Grace Hopper")
-        self._call_api(self.grace, "200 New User", "the call inserts the row")
-        self._send_webhook("user.created", created, "200 applied", "the webhook fills it in")
-        self._call_api(self.grace, "200 Grace Hopper", "the API returns her name")
+        self._call(self.grace, "200 New User", "the call inserts the row")
+        self._send("user.created", created, "200 applied", "the webhook fills it in")
+        self._call(self.grace, "200 Grace Hopper", "the API returns her name")
 
     def _show_deletion(self) -> None:
         _print_title("Alan deletes his account. The deletion is final.")
         created = self._sign("user.created", self.alan, "Alan Turing")
         deleted = self._sign("user.deleted", self.alan, "Alan Turing")
         updated = self._sign("user.updated", self.alan, "Al Turing", 20)
-        send = self._send_webhook
-        send("user.created", created, "200 applied", "the row is inserted")
-        send("user.deleted", deleted, "200 applied", "name, email and image are erased")
-        send("user.updated, late", updated, "200 stale", "the user stays deleted")
-        self._call_api(self.alan, "401 user_deleted", "his session token is refused")
+        self._send("user.created", created, "200 applied", "the row is inserted")
+        self._send("user.deleted", deleted, "200 applied", "name, email and image are erased")
+        self._send("user.updated, late", updated, "200 stale", "the user stays deleted")
+        self._call(self.alan, "401 user_deleted", "his session token is refused")
 
     def _show_table(self, database: Path) -> None:
         with closing(sqlite3.connect(database)) as connection:
@@ -77,7 +77,8 @@ class Demonstration:
             (self.grace, "Grace Hopper", "grace@example.org", False),
             (self.alan, "Deleted User", None, True),
         ]
-        self._results.append([(*row[:3], row[3] is not None) for row in rows] == expected)
+        found = [(*row[:3], row[3] is not None) for row in rows]
+        self._results.append(found == expected)
         _print_title("The users table:")
         print_table(("id", "name", "email", "deleted_at"), rows)
 
@@ -90,12 +91,12 @@ class Demonstration:
         body = event_body(event_type, data, at)
         return self._clerk.headers(body), body
 
-    def _send_webhook(self, label: str, message: Message, expected: str, meaning: str) -> None:
+    def _send(self, label: str, message: Message, expected: str, meaning: str) -> None:
         headers, body = message
         response = self._client.post("/webhooks/clerk", headers=headers, data=body)
         self._report(f"webhook {label}", response, expected, meaning)
 
-    def _call_api(self, user_id: str, expected: str, meaning: str) -> None:
+    def _call(self, user_id: str, expected: str, meaning: str) -> None:
         headers = {"Authorization": f"Bearer {self._clerk.session_token(user_id)}"}
         response = self._client.get("/api/me", headers=headers)
         self._report("GET /api/me", response, expected, meaning)
@@ -108,7 +109,8 @@ class Demonstration:
         ok = answer == expected
         self._results.append(ok)
         colour = "green" if ok else "red"
-        sign, shown = click.style(mark(ok), fg=colour), click.style(f"{answer:<26}", fg=colour)
+        sign = click.style(mark(ok), fg=colour)
+        shown = click.style(f"{answer:<26}", fg=colour)
         click.echo(f"  {sign} {label:<32}{shown}{meaning if ok else f'expected: {expected}'}")
 
 

@@ -64,11 +64,11 @@ def run(port: int, *, once: bool) -> bool:
     _interrupt_on_signals()
     clerk, password = FakeClerk(), secrets.token_hex(8)
     with _listen(port) as listener, TemporaryDirectory(prefix="clerkhooks-dev-") as folder:
-        database, url = Path(folder, "clerkhooks.db"), f"http://{HOST}:{listener.getsockname()[1]}"
+        database = Path(folder, "clerkhooks.db")
+        url = f"http://{HOST}:{listener.getsockname()[1]}"
         app = _create_app(clerk, database, password)
-        click.secho(
-            "clerkhooks dev: the service, with new keys and a temporary database", bold=True
-        )
+        title = "clerkhooks dev: the service, with new keys and a temporary database"
+        click.secho(title, bold=True)
         _report("database", str(database))
         _report("server", url)
         demonstration = Demonstration(app, clerk)
@@ -115,7 +115,8 @@ def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: 
     """Print how to continue, and serve until a signal."""
     port, fd = listener.getsockname()[1], listener.fileno()
     server = make_server(HOST, port, app, threaded=True, fd=fd)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the service logs each request itself
+    # The service logs each request itself.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     until = time.strftime("%H:%M", time.localtime(time.time() + TOKEN_LIFETIME))
     with suppress(KeyboardInterrupt):
         click.secho(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)

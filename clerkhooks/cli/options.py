@@ -22,6 +22,7 @@ from sqlalchemy.exc import DataError, SQLAlchemyError
 from clerkhooks.clerk.events import is_user_id
 from clerkhooks.errors import describe
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 json_option: Callable[..., Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON."
@@ -69,7 +70,7 @@ def parse_age(text: str) -> timedelta:
     """Return an age such as 90s, 10m, 12h, 30d or 8w."""
     found = re.fullmatch(r"([0-9]{1,4})([smhdw])", text)
     if found is None:
-        raise click.BadParameter(f"{text!r} is not an age. Use a form such as 10m, 12h, 30d or 8w.")
+        raise click.BadParameter(f"{text!r} is not an age such as 10m, 12h, 30d or 8w.")
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
@@ -94,9 +95,7 @@ def printable(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
     text = "-" if value is None or value == "" else str(value)
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
-    )
+    return "".join(each if each.isprintable() else _REPLACEMENT for each in text)
 
 
 def mark(ok: bool) -> str:
