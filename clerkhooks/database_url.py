@@ -1,4 +1,4 @@
-"""``DATABASE_URL``, in the spellings of libpq, SQLAlchemy, node-postgres and hosting providers."""
+"""``DATABASE_URL``, as libpq, SQLAlchemy, node-postgres and hosting providers spell it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def number_up_to(most: int) -> Callable[[str], int]:
 
 
 def _decode_base64(text: str) -> bytes | None:
-    """Return the bytes of strict, canonical base64, or None: Clerk's SDK rejects anything else."""
+    """Return the bytes of canonical base64, or None: Clerk's SDK rejects anything else."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -162,7 +162,7 @@ def merge_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[
 
 def read_environ(project: Path = PROJECT) -> dict[str, str]:
     """
-    Return the environment and the variables in ``.env`` beside wsgi.py. The environment wins.
+    Return the environment and the variables of *project*'s ``.env``; the environment wins.
 
     Raises:
         SettingsError: the file cannot be read.

@@ -36,7 +36,7 @@ _PERMISSION = re.compile(r"org:([^:,\s]+):([^:,\s]+)")
 
 @pytest.fixture(scope="session")
 def clerk() -> FakeClerk:
-    """Return a Clerk instance whose keys the tests hold. Keys are slow to make, so all share it."""
+    """Return a Clerk instance whose keys the tests hold. All tests share its keys."""
     return FakeClerk()
 
 

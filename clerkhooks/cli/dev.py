@@ -56,7 +56,9 @@ def dev(context: click.Context, once: bool, port: int) -> None:
 
 def run(port: int, *, once: bool) -> bool:
     """
-    Show the demonstration and, unless *once*, serve until a signal. Return whether it passed.
+    Show the demonstration and, unless *once*, serve until a signal.
+
+    Returns whether every check passed.
 
     Raises:
         CannotDo: *port* cannot be used.

@@ -44,9 +44,12 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
 @click.command()
 @click.option("--failed", is_flag=True, help="Only messages that failed.")
 @click.option("--user", "user_id", metavar="ID", help="Only messages about this user.")
-@click.option("--type", "event_type", metavar="TYPE", help="Such as user.updated.")
+@click.option("--type", "event_type", metavar="TYPE", help="Only this type, such as user.updated.")
 @click.option(
-    "--since", type=parse_time, metavar="TIME", help="Such as 10m, 12h, 30d or 2026-01-31T08:00."
+    "--since",
+    type=parse_time,
+    metavar="TIME",
+    help="Only since then: 10m, 30d or 2026-01-31T08:00.",
 )
 @limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")
@@ -123,7 +126,7 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
     metavar="AGE",
     default="30d",
     show_default=True,
-    help="Delete messages that were received and processed before: 12h, 30d, 8w.",
+    help="Delete messages older than this, such as 12h, 30d or 8w.",
 )
 @click.option("--force", is_flag=True, help="Also delete messages younger than 7 days.")
 @json_option

@@ -1,4 +1,4 @@
-"""``clerkhooks serve``: gunicorn, after the migrations where a platform has no release step."""
+"""``clerkhooks serve``: start gunicorn, optionally after the migrations."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def kind(self) -> str:
-        """The kind of the finding, should the row differ."""
+        """The kind of finding if the row differs."""
         if self.row is None:
             return "missing_here"
         if self.row.deleted_at is not None:

@@ -1,8 +1,7 @@
-"""The database connections of a run: one run at a time, with longer timeouts than a request."""
+"""The lock and the connections of a run, with longer timeouts than those of a request."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,6 +90,8 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
 @contextmanager
 def _file_lock(store: Store) -> Iterator[None]:
     """Hold a lock on a file beside the database, which the kernel releases with the process."""
+    import fcntl  # not on Windows, where an application may be developed
+
     file = store.database.execute(sa.text("PRAGMA database_list"))[0].file
     with Path(f"{file}-sync").open("a") as locked:
         try:

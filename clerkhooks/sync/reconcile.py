@@ -1,4 +1,4 @@
-"""Reconciliation: brings the users table in line with Clerk's Backend API while events arrive."""
+"""Reconciliation of the users table with Clerk's Backend API, while events arrive."""
 
 from __future__ import annotations
 
