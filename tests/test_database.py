@@ -142,6 +142,7 @@ def test_commits_apart_from_the_applications_transaction(application: Applicatio
 
     @application.app.before_request
     def write() -> None:
+        # On SQLite an open write transaction would lock out the private engine.
         if application.database_url.startswith("postgresql"):
             statement = "UPDATE users SET name = 'never committed'"
             application.db.session.execute(sa.text(statement))

@@ -44,7 +44,7 @@ def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
 def test_counts_the_time_of_the_resolver(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
 ) -> None:
-    """A connection that opens after the deadline is closed at once."""
+    """Resolving counts towards the timeout, even if the server then answers at once."""
     resolve = socket.getaddrinfo
 
     def resolve_slowly(*arguments: Any, **options: Any) -> Any:
