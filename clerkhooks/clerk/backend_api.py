@@ -24,7 +24,7 @@ LIVE_RATE, TEST_RATE = 90, 9
 TIMEOUT = 60.0  # seconds, for a whole exchange
 RETRY_TIMEOUT = 120.0  # seconds until a call gives up
 MAX_PAUSE = 60.0  # seconds, even if Retry-After says more
-MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice a page of users with all the metadata Clerk allows
+MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice a page with all the metadata Clerk allows
 # Python would print each retry to stderr if no handler is configured.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
@@ -109,7 +109,7 @@ class BackendApi:
         """Return the number of users."""
         counted = self._get("/users/count")
         count = counted.get("total_count") if isinstance(counted, dict) else None
-        if not isinstance(count, int) or isinstance(count, bool):
+        if type(count) is not int:
             raise BackendApiError("answer_unusable", "did not answer with a number of users")
         return count
 
@@ -119,8 +119,10 @@ class BackendApi:
 
         *created_at_after* is in milliseconds; Clerk does not document whether it is inclusive.
         """
-        bound = {} if created_at_after is None else {"created_at_after": created_at_after}
-        return self._list(limit=PAGE, offset=offset, order_by="+created_at", **bound)
+        page = {"limit": PAGE, "offset": offset, "order_by": "+created_at"}
+        if created_at_after is not None:
+            page["created_at_after"] = created_at_after
+        return self._list(**page)
 
     def list_newest(self, limit: int) -> list[Any]:
         """Return the *limit* users who signed up last, newest first, unchanged."""
@@ -198,16 +200,15 @@ def _judge(answer: Answer) -> Any:
     """Return the content of a successful answer."""
     status, what = answer.status, f"answered {answer.status}"
     if status == 200:
-        return _parse(answer.body)
-    if status == 401:
-        raise BackendApiError("secret_key_refused", what)
-    if status == 403:
-        raise BackendApiError("secret_key_forbidden", what)
-    if status == 429:
-        raise _Temporary("rate_limited", what, _parse_retry_after(answer.headers))
-    if status >= 500:
-        raise _Temporary("api_unreachable", what, _parse_retry_after(answer.headers))
-    raise BackendApiError("answer_unusable", what)
+        try:
+            return strict_json.parse(answer.body)
+        except ValueError:
+            raise _Temporary("answer_unusable", f"{what} without valid JSON") from None
+    if status == 429 or status >= 500:
+        reason = "rate_limited" if status == 429 else "api_unreachable"
+        raise _Temporary(reason, what, _parse_retry_after(answer.headers))
+    reasons = {401: "secret_key_refused", 403: "secret_key_forbidden"}
+    raise BackendApiError(reasons.get(status, "answer_unusable"), what)
 
 
 def _judge_user(answer: Answer, user_id: str) -> bool:
@@ -226,13 +227,6 @@ def _is_not_found(body: bytes) -> bool:
         return any(error["code"] == "resource_not_found" for error in errors)
     except (ValueError, TypeError, KeyError):
         return False
-
-
-def _parse(body: bytes) -> Any:
-    try:
-        return strict_json.parse(body)
-    except ValueError:
-        raise _Temporary("answer_unusable", "answered 200 without valid JSON") from None
 
 
 def _parse_retry_after(headers: httpx.Headers) -> float | None:

@@ -95,16 +95,14 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
         raise EventError("event_type_missing")
     data = payload.get("data")
     data = data if isinstance(data, dict) else {}
-    message_id = storable_id(message.message_id)
-    version, occurred_at = _parse_version(payload, data, message_id, message.attempt_timestamp)
-    common = (message_id, storable(event_type), version, occurred_at, data)
+    version, occurred_at = _parse_version(payload, data, message)
+    common = (version.message_id, storable(event_type), version, occurred_at, data)
     if event_type not in ("user.created", "user.updated", "user.deleted"):
         return ReceivedEvent(*common)
     if not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
-    return ReceivedEvent(
-        *common, data["id"], None if event_type == "user.deleted" else parse_profile(data)
-    )
+    profile = None if event_type == "user.deleted" else parse_profile(data)
+    return ReceivedEvent(*common, data["id"], profile)
 
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
@@ -119,9 +117,8 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     full_name = " ".join(name for name in names if name)
     local_part = email.rsplit("@", 1)[0].strip() if email else ""
     name = full_name or local_part or _name(data.get("username")) or NEW_USER
-    return Profile(
-        name[:NAME_LENGTH].rstrip(), email, _text(data.get("image_url"), IMAGE_URL_LENGTH)
-    )
+    image_url = _text(data.get("image_url"), IMAGE_URL_LENGTH)
+    return Profile(name[:NAME_LENGTH].rstrip(), email, image_url)
 
 
 def parse_snapshot(data: object) -> Snapshot:
@@ -153,13 +150,14 @@ def storable_id(message_id: str) -> str:
 
 
 def _parse_version(
-    payload: Mapping[str, Any], data: Mapping[str, Any], message_id: str, attempt_timestamp: int
+    payload: Mapping[str, Any], data: Mapping[str, Any], message: VerifiedMessage
 ) -> tuple[Version, datetime | None]:
+    message_id = storable_id(message.message_id)
     updated_at = milliseconds(data.get("updated_at"))
     timestamp = milliseconds(payload.get("timestamp"))
     newest = timestamp if timestamp is not None else updated_at
     if newest is None:
-        return Version(-1, attempt_timestamp * 1000, message_id), None
+        return Version(-1, message.attempt_timestamp * 1000, message_id), None
     version = Version(newest if updated_at is None else updated_at, newest, message_id)
     return version, datetime.fromtimestamp(newest / 1000, UTC)
 
@@ -182,4 +180,6 @@ def _text(value: object, length: int) -> str | None:
 
 def _name(value: object) -> str | None:
     # Not truncated here: the complete name is, once.
-    return value.strip() if isinstance(value, str) and not UNSTORABLE.search(value) else None
+    if not isinstance(value, str) or UNSTORABLE.search(value):
+        return None
+    return value.strip()
