@@ -95,6 +95,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 def pytest_unconfigure() -> None:
     """Kill the process if it cannot exit: the interpreter waits for every thread."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the controller ends its workers
+        return
     stderr = 2
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=stderr)
 

@@ -34,32 +34,25 @@ PAGE = 50
 LATEST = 20  # messages on a user's page
 MAX_SEARCH = 320  # characters
 DAY = timedelta(hours=24)
-PERIODS = {
-    "1h": timedelta(hours=1),
-    "24h": DAY,
-    "7d": timedelta(days=7),
-    "30d": timedelta(days=30),
-}
+PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
 SHOWN = ("all", "unfilled", "deleted")
 _SEVERITIES = (Level.ERROR, Level.WARNING, Level.OK, Level.SKIPPED)
 
 
-def _make_environment() -> Environment:
-    """Make a template environment that an application's templates and filters cannot change."""
-    templates = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
-    environment.globals.update(
-        url_for=url_for,
-        ago=texts.ago,
-        duration=texts.duration,
-        moment=texts.moment,
-        number=texts.number,
-        max_count=activity.MAX_COUNT,
-    )
-    return environment
-
-
-_ENVIRONMENT: Final = _make_environment()
+# A template environment that an application's templates and filters cannot change.
+_ENVIRONMENT: Final = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+)
+_ENVIRONMENT.globals.update(
+    url_for=url_for,
+    ago=texts.ago,
+    duration=texts.duration,
+    moment=texts.moment,
+    number=texts.number,
+    max_count=activity.MAX_COUNT,
+)
 
 
 def show_overview() -> Response:
@@ -95,7 +88,7 @@ def list_messages() -> Response:
         outcome=outcome,
         event_type=asked["type"],
         user_id=asked["user"],
-        since=datetime.now(UTC) - PERIODS[since] if since else None,
+        since=datetime.now(UTC) - timedelta(hours=PERIODS[since]) if since else None,
     )
     page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
     return _render("messages", page=page, asked=asked, outcomes=activity.STORED, periods=PERIODS)

@@ -107,23 +107,22 @@ def _count(keys: Sequence[object] | Mapping[str, object]) -> str:
 
 def check_clock(case: Case) -> Iterator[Finding]:
     """Check this machine's clock against Clerk's."""
-    url, remedy = case.settings.api_url, "Synchronize the clock by NTP: timedatectl set-ntp true"
+    url = case.settings.api_url
     try:
         offset = run_with_timeout(findings.TIMEOUT, lambda: _measure_clock(url))
     except Exception:  # noqa: BLE001  # an offline machine fails in many ways
         what = f"Not compared: {urlsplit(url).hostname} did not send its time."
         yield Finding("clock_not_compared", Level.SKIPPED, "clock", what)
         return
+    remedy = "Synchronize the clock by NTP: timedatectl set-ntp true"
     direction = "ahead of" if offset > 0 else "behind"
     what = f"This machine's clock is {abs(offset):,.0f} s {direction} Clerk's."
     if abs(offset) > MAX_WEBHOOK_SKEW:
-        yield Finding(
-            "clock_wrong", Level.ERROR, "clock", f"{what} Every webhook is refused.", remedy
-        )
+        what = f"{what} Every webhook is refused."
+        yield Finding("clock_wrong", Level.ERROR, "clock", what, remedy)
     elif abs(offset) > MAX_TOKEN_SKEW:
-        yield Finding(
-            "clock_off", Level.WARNING, "clock", f"{what} Session tokens may be refused.", remedy
-        )
+        what = f"{what} Session tokens may be refused."
+        yield Finding("clock_off", Level.WARNING, "clock", what, remedy)
     else:
         what = "This machine's clock agrees with Clerk's to within 5 seconds."
         yield Finding("clock_right", Level.OK, "clock", what)

@@ -195,9 +195,11 @@ class Reconciliation:
             return set()
         check_lock(self.connection)
         rows = [
-            {"id": each.snapshot.user_id}
-            | each.values
-            | dict(zip(VERSION_COLUMNS, each.snapshot.version, strict=True))
+            {
+                "id": each.snapshot.user_id,
+                **each.values,
+                **dict(zip(VERSION_COLUMNS, each.snapshot.version, strict=True)),
+            }
             for each in comparisons
         ]
         parameters = {"rows": self.store.statements.encode(rows), "now": datetime.now(UTC)}
