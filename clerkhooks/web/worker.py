@@ -57,13 +57,13 @@ class Connection(socket):  # type: ignore[misc]
     It is idle until the first byte of a request arrives.
     """
 
-    __slots__ = ("_waiting", "deadline", "is_idle", "is_sending")
+    __slots__ = ("_has_more", "_waiting", "deadline", "is_idle", "is_sending")
 
     def __init__(self, accepted: Any, waiting: dict[Connection, None]) -> None:
         """Take over the descriptor of the *accepted* socket."""
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
         self._waiting = waiting
-        self.is_idle = self.is_sending = False
+        self.is_idle = self.is_sending = self._has_more = False
         self.deadline = math.inf
 
     def begin_wait(self, seconds: float) -> None:
@@ -73,12 +73,13 @@ class Connection(socket):  # type: ignore[misc]
     def recv(self, size: int, *flags: int) -> bytes:
         """Receive; from the first byte on, the rest of the request has REQUEST_TIMEOUT."""
         size = min(size, MAX_PIECE)
-        if time.monotonic() >= self.deadline:
+        if self._has_more and time.monotonic() >= self.deadline:
             return b""  # a client that never pauses is never waited for
         self._waiting[self] = None
         try:
             received: bytes = super().recv(size, *flags)
-            if len(received) == size:  # more is there already: other connections have their turn
+            self._has_more = len(received) == size
+            if self._has_more:  # other connections have their turn
                 gevent.sleep(0.00001)
         finally:
             self._waiting.pop(self, None)
