@@ -88,6 +88,13 @@ def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
     assert "12h, 30d or 8w" in result.output
 
 
+@pytest.mark.parametrize("since", ["0001-01-01T00:00+01:00", "9999-12-31T23:59-01:00"])
+def test_refuses_a_time_that_is_out_of_range(service: Service, since: str) -> None:
+    """In UTC it is before the first year or after the last."""
+    result = run(service, "log", "--since", since)
+    assert (result.exit_code, "is out of range" in result.output) == (2, True), result.output
+
+
 def test_explains_itself(service: Service) -> None:
     """Each command has ``--help``, which needs no configuration."""
     for name in ("sync", "users", "user", "log", "send", "prune"):

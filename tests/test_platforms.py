@@ -266,6 +266,19 @@ def test_serve_migrates_and_becomes_gunicorn(
     assert rows(url, "SELECT count(*) FROM webhook_messages") == [(0,)]
 
 
+def test_serve_reports_a_database_that_is_away(
+    clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
+) -> None:
+    """Without a traceback, and nothing is served."""
+    monkeypatch.chdir(PROJECT)
+    (tmp_path / "file").mkdir()
+    for name, value in (clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/file"}).items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["serve", "--migrate"])
+    assert (result.exit_code, executed) == (2, [])
+    assert "The database failed (OperationalError SQLITE_CANTOPEN)" in result.output
+
+
 def test_serve_needs_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:

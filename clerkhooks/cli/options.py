@@ -80,7 +80,10 @@ def parse_time(text: str) -> datetime:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return datetime.now(UTC) - parse_age(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    try:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except OverflowError:
+        raise click.BadParameter(f"{text!r} is out of range.") from None
 
 
 def parse_user_id(text: str) -> str:

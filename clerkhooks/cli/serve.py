@@ -41,6 +41,7 @@ def _migrate() -> None:
     from flask_migrate import upgrade
 
     from clerkhooks import create_app
+    from clerkhooks.cli.options import database_failures
 
-    with create_app().app_context():
+    with create_app().app_context(), database_failures():
         upgrade()
