@@ -28,6 +28,7 @@ class RequestError(ClerkhooksError):
     """The base class of errors that ``web/problems.py`` turns into responses of *status*."""
 
     status: HTTPStatus
+    retry_after: int | None = None  # seconds
 
 
 class SignatureError(RequestError):
@@ -75,7 +76,7 @@ class Forbidden(RequestError):
 
 
 class KeysUnavailable(RequestError):
-    """No key is available to verify a session token: 503. *retry_after* is in seconds."""
+    """No key is available to verify a session token: 503."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 

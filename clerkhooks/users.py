@@ -18,7 +18,7 @@ from clerkhooks.events import Handlers, Outcome
 from clerkhooks.handler_transaction import apply_with_handlers, call_handler
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
-from clerkhooks.store.columns import read_fields
+from clerkhooks.store.columns import read_fields, to_json
 from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
@@ -40,6 +40,7 @@ class Users:
 
     def __init__(self, store: Store, handlers: Handlers, session: scoped_session[Session]) -> None:
         self._store, self._handlers, self._session = store, handlers, session
+        self._database, self._statements = store.database, store.statements
         self._deliver = Batcher(
             self._apply_all,
             keys=_keys,
@@ -64,25 +65,27 @@ class Users:
         """
         now = datetime.now(UTC)
         handlers = self._handlers.find(event.type, after_commit=False)
-        with self._deliveries.use():
-            try:
-                if handlers:
-                    outcome = apply_with_handlers(
-                        self._session, self._store, event, handlers, self.write
-                    )
-                else:
-                    outcome = (
-                        self._deliver(event)
-                        or self._apply_all([event], SINGLE_LOCK_TIMEOUT)[0]
-                        or self._wait_for_row(event)
-                    )
-            except Overloaded:
-                raise
-            except Exception as error:
-                record_failure(self._store, event, error, now)
-                raise
+        began_at = self._deliveries.begin()
+        try:
+            if handlers:
+                outcome = apply_with_handlers(
+                    self._session, self._store, event, handlers, self.write
+                )
+            else:
+                outcome = (
+                    self._deliver(event)
+                    or self._apply_all([event], SINGLE_LOCK_TIMEOUT)[0]
+                    or self._wait_for_row(event)
+                )
             if outcome is not Outcome.DUPLICATE:
                 self._call_after_commit(event, outcome)
+        except Overloaded:
+            raise
+        except Exception as error:
+            record_failure(self._store, event, error, now)
+            raise
+        finally:
+            self._deliveries.end(began_at)
         return outcome
 
     def get_authenticated(self, user_id: str, *, impersonated: bool) -> tuple[ClerkUser, bool]:
@@ -95,17 +98,19 @@ class Users:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
         """
         now = datetime.now(UTC)
-        with self._calls.use():
+        began_at = self._calls.begin()
+        try:
             user, created = self._read(user_id), None
             if user is None:
                 row = {"id": user_id, "name": NEW_USER, "now": now}
-                created = self._write_user(self._store.statements.create_first_seen, row)
+                created = self._write_user(self._statements.create_first_seen, row)
                 user = created or self._read(user_id)
             elif not impersonated and _is_seen_long_ago(user, now):
                 row = {"id": user_id, "now": now, "before": now - LAST_SEEN_INTERVAL}
-                user = self._write_user(self._store.statements.move_last_seen, row) or self._read(
-                    user_id
-                )
+                moved = self._write_user(self._statements.move_last_seen, row)
+                user = moved or self._read(user_id)
+        finally:
+            self._calls.end(began_at)
         if user is None:  # a row is never removed: another server has answered, which lags behind
             raise RuntimeError("A user's row was not found although it exists.")
         if user.deleted_at is not None:
@@ -120,19 +125,19 @@ class Users:
             Unauthenticated: ``user_deleted``.
         """
         row = {"id": user_id, "is_online": is_online}
-        user = self._write_user(self._store.statements.set_presence, row)
+        user = self._write_user(self._statements.set_presence, row)
         if user is None:
             raise Unauthenticated("user_deleted")
         return user
 
     def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
         """Return the user that *statement* wrote. Of concurrent calls one writes."""
-        rows = self._store.database.write(statement, row)
+        rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None
 
     def _read_all(self, user_ids: Sequence[str]) -> list[ClerkUser | None]:
-        rows = self._store.statements.encode({"id": user_id} for user_id in dict.fromkeys(user_ids))
-        found = self._store.database.execute(self._store.statements.select, {"rows": rows})
+        rows = to_json([{"id": user_id} for user_id in dict.fromkeys(user_ids)])
+        found = self._database.execute(self._statements.select, {"rows": rows})
         users = {user.id: user for user in map(self._store.make_snapshot, found)}
         return [users.get(user_id) for user_id in user_ids]
 
@@ -145,7 +150,7 @@ class Users:
         All outcomes are None if nothing was applied because a row is locked.
         """
         began_at = monotonic()
-        with self._store.database.connect() as connection, sqlite_transaction(connection):
+        with self._database.connect() as connection, sqlite_transaction(connection):
             try:
                 return self.write(connection, events, lock_timeout)
             except OperationalError as error:
@@ -155,7 +160,7 @@ class Users:
 
     def _wait_for_row(self, event: ReceivedEvent) -> Outcome:
         """Apply *event* on PostgreSQL, waiting for its locked row."""
-        with self._lock_waits.use(), self._store.database.connect() as connection:
+        with self._lock_waits.use(), self._database.connect() as connection:
             [outcome] = self.write(connection, [event])
         return outcome
 
@@ -166,7 +171,7 @@ class Users:
         lock_timeout: str = LOCK_TIMEOUT,
     ) -> list[Outcome]:
         """Write users and messages, except for messages that were processed before."""
-        statements, now = self._store.statements, datetime.now(UTC)
+        statements, now = self._statements, datetime.now(UTC)
         rows = [self._row(event, now) for event in events]
         parameters = {"rows": statements.encode(rows), "now": now}
         if connection.dialect.name == "postgresql":
@@ -191,7 +196,6 @@ class Users:
             "outcome": None,
             "occurred_at": event.occurred_at,
         }
-        store = self._store
         if event.user_id is None:
             handled = self._handlers.handles(event.type)
             row["outcome"] = Outcome.APPLIED if handled else Outcome.IGNORED
@@ -199,7 +203,7 @@ class Users:
             row |= profile_columns(DELETED_USER) | {"deleted_at": now}
         else:
             row |= profile_columns(event.profile)
-            row |= read_fields(store.fields, event.data, store.database.dialect)
+            row |= read_fields(self._store.fields, event.data, self._database.dialect)
             row |= zip(VERSION_COLUMNS, event.version, strict=True)
         return row
 

@@ -13,15 +13,7 @@ from flask import Response, current_app, request
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 
-from clerkhooks.errors import (
-    BadRequest,
-    BodyTooLarge,
-    Forbidden,
-    KeysUnavailable,
-    RequestError,
-    Unauthenticated,
-)
-from clerkhooks.store.pool import Overloaded
+from clerkhooks.errors import BadRequest, BodyTooLarge, Forbidden, RequestError, Unauthenticated
 from clerkhooks.web.logs import log_failure
 from clerkhooks.web.state import annotate
 
@@ -40,12 +32,8 @@ def problem(
 ) -> Response:
     """Return a problem with *reason*, a stable code, and further *members* of its body."""
     annotate(reason=reason)
-    body = {
-        "type": "about:blank",
-        "title": HTTP_STATUS_CODES.get(status, "Unknown Error"),
-        "status": status,
-        "reason": reason,
-    }
+    title = HTTP_STATUS_CODES.get(status, "Unknown Error")
+    body = {"type": "about:blank", "title": title, "status": status, "reason": reason}
     text = json.dumps(body | members)
     return Response(text, status, headers, content_type="application/problem+json")
 
@@ -105,7 +93,7 @@ def from_request_error(error: RequestError) -> Response:
         }
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, KeysUnavailable | Overloaded):
+    if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     return problem(error.status, error.reason, headers, **members)
 
@@ -117,9 +105,8 @@ def from_http_exception(error: HTTPException) -> Any:
     status = error.code or 500
     kept = ("Allow", "Retry-After", "WWW-Authenticate")
     headers = {key: value for key, value in error.get_headers() if key in kept}
-    reason = _REASONS.get(status) or re.sub(
-        r"[^a-z0-9]+", "_", HTTP_STATUS_CODES.get(status, "Unknown Error").lower()
-    )
+    title = HTTP_STATUS_CODES.get(status, "Unknown Error")
+    reason = _REASONS.get(status) or re.sub(r"[^a-z0-9]+", "_", title.lower())
     usual = getattr(default_exceptions.get(status), "description", None)
     own_text = error.description if error.description != usual else None
     members = {"detail": own_text} if own_text else {}
