@@ -468,7 +468,7 @@ def test_reports_that_the_figures_cannot_be_read(
 def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> None:
     """The overview shows whether keys are configured, fetched, not fetched yet or missing."""
     none = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None)
-    assert "Session keys none: protected routes answer 503" in Console(none).read("/console")
+    assert "Session keys missing: protected routes answer 503" in Console(none).read("/console")
     with Issuer(jwk(none.clerk)).open() as issuer:
         fetched = make_service(
             CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url

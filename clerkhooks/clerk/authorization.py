@@ -208,10 +208,11 @@ def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) ->
     if not isinstance(per, str) or not isinstance(fpm, str):
         raise MalformedClaims
     names = [name.strip() for name in per.split(",")]
+    numbers = map(_parse_bits, fpm.split(","))
     # Features without a number, and numbers that are malformed, grant nothing.
     return tuple(
         f"org:{feature}:{name}"
-        for feature, bits in zip(features, map(_parse_bits, fpm.split(",")), strict=False)
+        for feature, bits in zip(features, numbers, strict=False)
         for at, name in enumerate(names)
         if bits >> at & 1
     )
@@ -258,7 +259,8 @@ def _is_met(
             held = organization.role if organization is not None else None
             return held is not None and _with_prefix(held) == _with_prefix(wanted)
         case "permission":
-            return organization is not None and _with_prefix(wanted) in organization.permissions
+            permissions = organization.permissions if organization is not None else ()
+            return _with_prefix(wanted) in permissions
         case "feature":
             return _is_listed(claims.get("fea"), wanted)
         case "plan":

@@ -49,7 +49,7 @@ class RateLimit:
 
 
 class _Temporary(BackendApiError):
-    """An error that may be over soon. *retry_after* is in seconds, or None if Clerk sent none."""
+    """An error that a retry may solve. *retry_after* is in seconds, None if unknown."""
 
     def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
         super().__init__(reason, what)

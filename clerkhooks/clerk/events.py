@@ -17,7 +17,7 @@ from clerkhooks.events import Version
 
 EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
 NEW_USER = "New User"
-LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, the last of Python's and of databases
+LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, where Python and databases end
 FIRST_MILLISECOND = 10**11  # in 1973; a smaller value is in seconds
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")

@@ -25,16 +25,14 @@ def clerk_id(prefix: str) -> str:
     return f"{prefix}_" + "".join(secrets.choice(BASE62) for _ in range(27))
 
 
-def _new_key() -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-
 @dataclass(frozen=True)
 class FakeClerk:
     """The keys of one instance, newly generated unless given."""
 
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(24), repr=False)
-    private_key: rsa.RSAPrivateKey = field(default_factory=_new_key, repr=False)
+    private_key: rsa.RSAPrivateKey = field(
+        default_factory=lambda: rsa.generate_private_key(65537, 2048), repr=False
+    )
     frontend_api: str = "clerk.example.com"
     authorized_party: str = "https://app.example.com"
 

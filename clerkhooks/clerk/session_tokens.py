@@ -172,7 +172,7 @@ def verify_claims(
     Verify each claim of a token whose signature is valid.
 
     Raises:
-        Unauthenticated: with the reason, for the first claim that is not valid.
+        Unauthenticated: the first claim that is not valid is the reason.
     """
     # A machine's id begins with mch_. A template's token has no sid, and outlives the session.
     _require(is_user_id(claims.get("sub")), "token_subject_malformed")
@@ -195,12 +195,12 @@ def verify_claims(
 def verify_authorized_party(
     claims: Mapping[str, Any], rules: TokenRules, *, in_cookie: bool
 ) -> None:
-    """Require an ``azp`` of ours: a hijacked subdomain must not use its visitors' tokens."""
+    """Require an authorized ``azp``: a hijacked subdomain must not use its visitors' tokens."""
     if "azp" in claims:
         is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
         _require(is_ours, "token_authorized_party_mismatch")
     else:
-        # Tokens of native apps and of the Backend API have none; a browser's cookie always has one.
+        # Tokens of native apps and of the Backend API lack it; a browser's cookie always has it.
         _require(rules.native and not in_cookie, "token_authorized_party_missing")
 
 
@@ -214,7 +214,8 @@ def _is_one_of(value: object, allowed: frozenset[str]) -> bool:
 
 
 def _has_audience(aud: object, audience: frozenset[str]) -> bool:
-    return any(_is_one_of(value, audience) for value in (aud if isinstance(aud, list) else [aud]))
+    values = aud if isinstance(aud, list) else [aud]
+    return any(_is_one_of(value, audience) for value in values)
 
 
 def _decode_base64url(part: str) -> bytes:

@@ -21,7 +21,7 @@ from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 logger = logging.getLogger(__name__)
 TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting on another thread's
 BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
-MAX_ANSWER = 256 * 1024  # bytes; Clerk's is some 2 kB
+MAX_ANSWER = 256 * 1024  # bytes; Clerk's has about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
 COOLDOWN = 30.0  # seconds between two fetches, also if one failed or hangs
 KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another good answer
@@ -29,7 +29,7 @@ KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another good answer
 
 @dataclass(frozen=True)
 class ConfiguredKeys:
-    """Keys from the configuration. All are tried, whatever ``kid`` a token has."""
+    """Keys from the configuration. All are tried; the ``kid`` of a token is ignored."""
 
     keys: tuple[RSAPublicKey, ...]
 
@@ -39,7 +39,7 @@ class ConfiguredKeys:
             raise KeysUnavailable("keys_not_configured", retry_after=300)
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
-        """Return all of them."""
+        """Return all keys."""
         self.require_any()
         return self.keys
 
@@ -49,9 +49,9 @@ class FetchedKeys:
     """
     The keys at *url*, for one process.
 
-    Calls with a known key never wait. One fetch runs at a time (single flight), in a thread of its
-    own, and at most one per cooldown, so that forged tokens do not cause requests to Clerk. Only a
-    good answer replaces the known keys.
+    Calls with a known key never wait. Fetches run in a separate thread, at most one per cooldown
+    (single flight), so that forged tokens do not cause requests to Clerk. Only a good answer
+    replaces the known keys.
     """
 
     url: str
@@ -95,7 +95,7 @@ class FetchedKeys:
         if not self._usable():
             self._wait_for_fetch()
         if not self._usable():
-            retry_after = max(1, math.ceil(self.cooldown - self._since_tried()))
+            retry_after = max(1, math.ceil(self._tried_at + self.cooldown - time.monotonic()))
             raise KeysUnavailable("keys_unavailable", retry_after)
 
     def _wait_for_fetch(self) -> None:
@@ -106,23 +106,21 @@ class FetchedKeys:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEF_TIMEOUT)
 
     def fetch_soon(self) -> threading.Thread | None:
-        """Start a fetch, unless the cooldown lasts, and return the latest one."""
+        """Start a fetch, unless one started within the cooldown, and return the latest."""
         return self._start_or_join()[0]
 
     def _start_or_join(self) -> tuple[threading.Thread | None, bool]:
         """Return the latest fetch, which may have ended, and whether this call started it."""
         with self._guard:
-            if self._since_tried() < self.cooldown:
+            if time.monotonic() < self._tried_at + self.cooldown:
                 return self._fetch, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
             self._tried_at, self._fetch = time.monotonic(), None
-            with suppress(RuntimeError):  # the machine has no thread left; known keys stay in use
+            # It raises if the machine has no thread left. The known keys stay in use.
+            with suppress(RuntimeError):
                 fetch.start()
                 self._fetch = fetch
             return self._fetch, True
-
-    def _since_tried(self) -> float:
-        return time.monotonic() - self._tried_at
 
     def _usable(self) -> Mapping[str, RSAPublicKey]:
         return self._keys if time.monotonic() - self._fetched_at < self.keep_for else {}
@@ -140,8 +138,9 @@ class FetchedKeys:
         with self._guard:
             # A fetch that hung may end after the next one, with older keys.
             is_current = self._fetch is threading.current_thread()
-            if is_current:  # the keys first: other threads read the time first
-                self._keys, self._fetched_at = keys, time.monotonic()
+            if is_current:
+                self._keys = keys  # before the time, which other threads read first
+                self._fetched_at = time.monotonic()
         self.on_fetch(is_current)
 
 
@@ -151,7 +150,7 @@ SigningKeys = ConfiguredKeys | FetchedKeys
 
 def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
     """
-    Return the RS256 keys of the JWKS at *url* by their ids. Keys of other types are skipped.
+    Return the RS256 keys of the JWKS at *url* by their ids, skipping other keys.
 
     Raises:
         ValueError: the status is not 200, it is not a JWKS, or holds no such key.

@@ -1,4 +1,4 @@
-"""``/console``: what happened to a user, and whether everything works, in a browser. Read-only."""
+"""``/console``: read-only pages about users, messages and the state of the service."""
 
 from __future__ import annotations
 

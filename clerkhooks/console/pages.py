@@ -36,7 +36,6 @@ MAX_SEARCH = 320  # characters
 DAY = timedelta(hours=24)
 PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
 SHOWN = ("all", "unfilled", "deleted")
-_SEVERITIES = (Level.ERROR, Level.WARNING, Level.OK, Level.SKIPPED)
 
 
 # A template environment that an application's templates and filters cannot change.
@@ -160,7 +159,7 @@ def _find_program() -> Program:
 
 def _sort(findings: list[Finding]) -> list[Finding]:
     """Return *findings*, most severe first."""
-    return sorted(findings, key=lambda finding: _SEVERITIES.index(finding.level))
+    return sorted(findings, key=lambda finding: [*Level].index(finding.level))
 
 
 def _render(template: str, **context: object) -> Response:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from clerkhooks.clerk.signing_keys import FetchedKeys, SigningKeys
+from clerkhooks.doctor.findings import count
 from clerkhooks.store.activity import MAX_COUNT
 
-_UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+_UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"))
 
 
-def number(count: int) -> str:
+def number(rows: int) -> str:
     """Format a number of rows. Counting stops above MAX_COUNT."""
-    return f"{count:,}" if count <= MAX_COUNT else f"more than {MAX_COUNT:,}"
+    return f"{rows:,}" if rows <= MAX_COUNT else f"more than {MAX_COUNT:,}"
 
 
 def duration(seconds: float) -> str:
@@ -22,8 +23,7 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s".replace(".0 s", " s")
     size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
-    whole = int(seconds // size)
-    return f"{whole:,} {unit}{'' if whole == 1 else 's'}"
+    return count(int(seconds // size), unit)
 
 
 def ago(then: datetime, now: datetime) -> str:
@@ -47,5 +47,5 @@ def key_set(keys: SigningKeys) -> tuple[str, str]:
         now = datetime.now(UTC)
         return "ok", f"fetched {ago(now - timedelta(seconds=keys.age), now)}"
     if not keys.keys:
-        return "warning", "none: protected routes answer 503"
-    return "ok", f"{len(keys.keys)} key{'' if len(keys.keys) == 1 else 's'} configured"
+        return "warning", "missing: protected routes answer 503"
+    return "ok", f"{count(len(keys.keys), 'key')} configured"

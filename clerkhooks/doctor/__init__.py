@@ -1,4 +1,4 @@
-"""Diagnosis of common integration mistakes. A check examines one thing and prints nothing."""
+"""Checks for common integration mistakes. A check yields findings and prints nothing."""
 
 from __future__ import annotations
 
@@ -56,13 +56,10 @@ def diagnose(
         try:
             yield from check(case)
         except Exception as error:  # noqa: BLE001  # one failing check must not hide the others
-            yield Finding(
-                "check_broken",
-                Level.ERROR,
-                check.__name__.removeprefix("check_"),
-                f"This check failed: {describe(error)}.",
-                "Resolve the findings above first.",
-            )
+            name = check.__name__.removeprefix("check_")
+            what = f"This check failed: {describe(error)}."
+            remedy = "Resolve the findings above first."
+            yield Finding("check_broken", Level.ERROR, name, what, remedy)
 
 
 def _read_settings(

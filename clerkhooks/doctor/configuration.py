@@ -1,4 +1,4 @@
-"""Checks of the variables, and of the file that they may come from."""
+"""Checks of the variables and of the ``.env`` file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def check_names(case: Case) -> Iterator[Finding]:
     for name in sorted(case.values):
         if not case.text(name):
             continue
-        if name.startswith("CLERK_") and name not in VARIABLES and not _OF_OTHERS.fullmatch(name):
+        is_unknown = name.startswith("CLERK_") and name not in VARIABLES
+        if is_unknown and not _OF_OTHERS.fullmatch(name):
             near = difflib.get_close_matches(name, VARIABLES, 1)
             what = f"{name} is set, but clerkhooks has no such variable."
             unread = "Remove it, unless another program reads it."
@@ -116,7 +117,7 @@ def _kind(key: str) -> str:
 
 
 def check_authorized_parties(case: Case) -> Iterator[Finding]:
-    """Check that the origins which may hold a session token are listed."""
+    """Check that the origins whose tokens are accepted are listed, and fit the keys."""
     parties, name = case.settings.authorized_parties, "CLERK_AUTHORIZED_PARTIES"
     if name in case.invalid:
         return

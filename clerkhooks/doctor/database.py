@@ -1,4 +1,4 @@
-"""Checks of the database: whether it answers, is migrated, and holds what Clerk sent."""
+"""Checks of the database: that it answers, is migrated, and that no event is missing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from clerkhooks.doctor.findings import (
     Finding,
     Level,
     Program,
+    count,
     run_with_timeout,
 )
 from clerkhooks.errors import describe
@@ -62,7 +63,8 @@ def check_database(case: Case) -> Iterator[Finding]:
     is_named = _is_sqlite(url) or case.settings.pooler == "transaction"
     # Opening SQLite would create the file.
     if _is_sqlite(url) and not Path(str(url.database).removeprefix("file:")).exists():
-        what, remedy = f"{where} does not exist yet.", f"Create it: {case.program.upgrade}"
+        what = f"{where} does not exist yet."
+        remedy = f"Create it: {case.program.upgrade}"
         yield Finding("database_not_migrated", Level.ERROR, "database", what, remedy)
         return
 
@@ -190,7 +192,8 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
         is_recorded = inspector.has_table(VERSION_TABLE)
     subject, remedy = "database", f"Migrate: {program.upgrade}"
     if found and not (is_recorded and found.missing.isdisjoint(VERSION_COLUMNS)):
-        what, remedy = f"{where} {found.describe()}", found.remedy(connection.engine.url)
+        what = f"{where} {found.describe()}"
+        remedy = found.remedy(connection.engine.url)
         return Finding("database_of_others", Level.ERROR, subject, what, remedy)
     fault = "lacks tables or columns of this release" if present else "is not migrated"
     what = f"{where} answers, but {fault}."
@@ -202,7 +205,7 @@ def _judge_failures(store: Store, program: Program) -> Finding:
     if not failed:
         what = "Every message of the last 24 hours has been processed."
         return Finding("messages_processed", Level.OK, "webhooks", what)
-    messages = "1 message" if failed == 1 else f"{failed:,} messages"
+    messages = count(failed, "message")
     what = f"{messages} of the last 24 hours failed, and no retry has succeeded."
     remedy = (
         f"List the errors: {program.command} log --failed. "
@@ -238,8 +241,8 @@ def _judge_unfilled(store: Store, program: Program) -> Finding:
     if not unfilled:
         what = "No user has been without a profile for over an hour."
         return Finding("users_filled", Level.OK, "users", what)
-    users, them = ("1 user has", "it") if unfilled == 1 else (f"{unfilled:,} users have", "them")
-    what = f"{users} had no profile for over an hour: no webhook has arrived for {them}."
+    users = count(unfilled, "user")
+    what = f"{users} without a profile for over an hour: no webhook has arrived."
     remedy = (
         "Check that the endpoint is subscribed to user.created and user.updated. "
         f"Then repair: {program.command} sync --missing"

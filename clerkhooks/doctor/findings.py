@@ -1,4 +1,4 @@
-"""What a check examines and what it reports."""
+"""The input and the results of the doctor's checks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TIMEOUT = 5.0  # seconds, for one question to another machine
 
 
 class Level(StrEnum):
-    """The severity of a finding. Only an error makes the whole diagnosis fail."""
+    """How severe a finding is, worst first. Only an error makes the whole diagnosis fail."""
 
-    OK = "ok"
-    WARNING = "warning"
     ERROR = "error"
+    WARNING = "warning"
+    OK = "ok"
     SKIPPED = "skipped"
 
 
@@ -55,13 +55,13 @@ class Program:
 
 SERVICE: Final = Program(ServiceSettings, "clerkhooks", "flask --app wsgi db upgrade")
 APPLICATION: Final = Program(Settings, "flask clerk", "flask db migrate && flask db upgrade")
-"""An application of the user's own, which has its own database, logs and server."""
+"""An application with the extension. It has its own database, logs and server."""
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    What is examined.
+    The configuration that the checks examine.
 
     *settings* leave out the variables of *faults*, so that one invalid variable does not hide other
     mistakes.
@@ -86,9 +86,14 @@ class Case:
         return "" if value is None else str(value).strip()
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 key`` or ``2 keys``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """
-    Return the result of *work*, which runs in a thread of its own.
+    Return the result of *work*, which runs in a separate thread.
 
     After a timeout the thread is abandoned, since a hanging resolver cannot be interrupted.
 

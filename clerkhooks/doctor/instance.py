@@ -13,7 +13,7 @@ from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.download import Connection, download
 from clerkhooks.clerk.signing_keys import FetchedKeys, fetch_key_set
 from clerkhooks.doctor import findings
-from clerkhooks.doctor.findings import Case, Finding, Level, run_with_timeout
+from clerkhooks.doctor.findings import Case, Finding, Level, count, run_with_timeout
 from clerkhooks.errors import PROXY_REMEDY, BackendApiError, ProxyUrlError, describe
 from clerkhooks.web.auth import find_keys
 
@@ -43,7 +43,8 @@ def check_keys(case: Case) -> Iterator[Finding]:
     if isinstance(keys, FetchedKeys):
         yield _judge_fetch(keys)
     elif keys.keys:
-        what = f"Tokens are verified without network access: {_count(keys.keys)} configured."
+        found = count(len(keys.keys), "key")
+        what = f"Tokens are verified without network access: {found} configured."
         yield Finding("jwt_keys_configured", Level.OK, subject, what)
         if case.settings.jwks_url:
             yield _compare_keys(case.settings.jwks_url, keys.keys)
@@ -68,7 +69,7 @@ def _judge_fetch(keys: FetchedKeys) -> Finding:
             "CLERK_JWT_KEY no network access is needed."
         )
         return Finding("keys_not_fetched", Level.ERROR, subject, what, remedy)
-    what = f"{urlsplit(keys.url).hostname} publishes {_count(found)} for session tokens."
+    what = f"{urlsplit(keys.url).hostname} publishes {count(len(found), 'key')} for session tokens."
     return Finding("keys_fetched", Level.OK, subject, what)
 
 
@@ -99,10 +100,6 @@ def _fetch_keys(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]
         cause = "no key set" if isinstance(error, ValueError) else describe(error)
         where = urlsplit(url).hostname
         raise _NotFetchedError(f"no key could be fetched from {where} ({cause})") from None
-
-
-def _count(keys: Sequence[object] | Mapping[str, object]) -> str:
-    return "1 key" if len(keys) == 1 else f"{len(keys)} keys"
 
 
 def check_clock(case: Case) -> Iterator[Finding]:
@@ -153,7 +150,7 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
     subject, limit = "CLERK_SECRET_KEY", findings.TIMEOUT / 2
     try:
         with BackendApi(api_url, key, patience=limit, timeout=limit) as api:
-            count = run_with_timeout(findings.TIMEOUT, api.count_users)
+            users = run_with_timeout(findings.TIMEOUT, api.count_users)
     except TimeoutError:
         what = "Skipped: Clerk's Backend API did not answer in time."
         return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
@@ -163,7 +160,7 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
             return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
         what, _, remedy = str(error).partition("\n")
         return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
-    what = f"Clerk's Backend API accepts it; the instance has {count:,} users."
+    what = f"Clerk's Backend API accepts it; the instance has {count(users, 'user')}."
     return Finding("secret_key_accepted", Level.OK, subject, what)
 
 
