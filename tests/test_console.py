@@ -241,7 +241,8 @@ def test_is_a_guest_in_an_application(
         assert len(links) > 5
         for link in links:
             assert link.startswith(root)
-            assert http.get(link.replace("&amp;", "&"), auth=auth).status_code == 200
+            with http.get(link.replace("&amp;", "&"), auth=auth) as answer:
+                assert answer.status_code == 200
             assert http.get(link.replace("&amp;", "&")).status_code == 401
         answer = http.get(f"{root}/users/nobody", auth=auth)
         assert (answer.status_code, answer.get_json()["reason"]) == (404, "not_found")

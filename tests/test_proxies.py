@@ -195,11 +195,11 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture
 def configured(
-    migrated: MigratedUrl, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch
+    migrated_url: MigratedUrl, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
     """Set the variables of a service whose Clerk is not on this machine."""
     variables = clerk.environ | {
-        "DATABASE_URL": migrated("sqlite"),
+        "DATABASE_URL": migrated_url("sqlite"),
         "CLERK_SECRET_KEY": SECRET_KEY,
         "CLERK_API_URL": API,
         "CLERK_JWT_KEY": "",
