@@ -237,6 +237,40 @@ stop()
 """)
 
 
+def test_sends_what_follows_a_held_header_in_order() -> None:
+    """A body, no body, a file and a stream follow the header, without a wait for the end."""
+    run("""
+import tempfile
+file = tempfile.TemporaryFile()
+file.write(b"of a file")
+released = gevent.event.Event()
+
+def stream():
+    yield b"begun"
+    released.wait(5)
+    yield b"ended"
+
+def answer(environ, start_response):
+    path = environ["PATH_INFO"]
+    start_response("204 No Content" if path == "/none" else "200 OK", [])
+    if path == "/file":
+        file.seek(0)
+        return environ["wsgi.file_wrapper"](file)
+    return {"/none": [], "/stream": stream(), "/short": [b"short"]}[path]
+
+own.wsgi = answer
+for path, body in (("short", b"short"), ("none", b""), ("file", b"of a file")):
+    connection = connect(f"GET /{path} HTTP/1.0\\r\\n\\r\\n".encode())
+    received = connection.recv(65536) if path == "short" else seconds_until_end(connection)[1]
+    assert received.startswith(b"HTTP/1.0 20") and received.endswith(b"\\r\\n\\r\\n" + body), received
+connection = connect(b"GET /stream HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+assert connection.recv(65536).endswith(b"\\r\\n\\r\\n5\\r\\nbegun\\r\\n")
+released.set()
+assert connection.recv(65536).startswith(b"5\\r\\nended\\r\\n")
+stop()
+""")
+
+
 def test_serves_tls_like_its_base_class() -> None:
     """A TLS connection is left to gunicorn's gevent worker, with its timeout."""
     run("""

@@ -57,7 +57,7 @@ class Connection(socket):  # type: ignore[misc]
     It is idle until the first byte of a request arrives.
     """
 
-    __slots__ = ("_has_more", "_waiting", "deadline", "is_idle", "is_sending")
+    __slots__ = ("_has_more", "_held", "_waiting", "deadline", "is_idle", "is_sending")
 
     def __init__(self, accepted: Any, waiting: dict[Connection, None]) -> None:
         """Take over the descriptor of the *accepted* socket."""
@@ -65,6 +65,7 @@ class Connection(socket):  # type: ignore[misc]
         self._waiting = waiting
         self.is_idle = self.is_sending = self._has_more = False
         self.deadline = math.inf
+        self._held: bytes | None = None
 
     def begin_wait(self, seconds: float) -> None:
         """Expect the next request within *seconds*."""
@@ -87,13 +88,39 @@ class Connection(socket):  # type: ignore[misc]
             self.is_idle, self.deadline = False, time.monotonic() + REQUEST_TIMEOUT
         return received
 
-    def sendall(self, *arguments: Any) -> None:
+    def hold_header(self) -> None:
+        """Hold back what is sent next, the header of a response, and send it with the body."""
+        self._held = b""
+
+    def flush(self) -> None:
+        """Send a header that no body follows."""
+        held, self._held = self._held, None
+        if held:
+            with suppress(OSError):  # the client is gone, or gunicorn has closed the connection
+                self.sendall(held)
+
+    def sendfile(self, *arguments: Any, **options: Any) -> Any:
+        """Send a file after the header."""
+        self.flush()
+        return super().sendfile(*arguments, **options)
+
+    def sendall(self, data: bytes, *flags: int) -> None:
         """Send all, unless the client does not read it within REQUEST_TIMEOUT."""
+        if self._held == b"":
+            self._held = data
+            return
+        if self._held is not None:
+            data, self._held = self._held + data, None
+        with suppress(BlockingIOError):  # most responses need no wait
+            data = data[self._sock.send(data, *flags) :]
+        self.is_idle = False
+        if not data:
+            return
         before, self.deadline = self.deadline, time.monotonic() + REQUEST_TIMEOUT
-        self.is_sending, self.is_idle = True, False
+        self.is_sending = True
         self._waiting[self] = None
         try:
-            super().sendall(*arguments)
+            super().sendall(data, *flags)
         finally:
             self._waiting.pop(self, None)
             self.is_sending, self.deadline = False, before
@@ -149,6 +176,16 @@ class Worker(GeventWorker):  # type: ignore[misc]
             super().handle(listener, connection, addr)
         finally:
             del self._connections[greenlet]
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        """Answer a request. Its header and a short body are one packet."""
+        if not isinstance(sock, Connection):
+            return super().handle_request(listener_name, req, sock, addr)
+        sock.hold_header()
+        try:
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            sock.flush()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Any) -> None:
         """Answer 400 to a malformed request, and log no part of it."""
