@@ -186,7 +186,6 @@ def test_quotes_nothing_of_a_malformed_request(sent: bytes) -> None:
         f"SENT = {sent!r}"
         + """
 import io, sys
-own.wsgi = lambda environ, start: start("200 OK", [("Content-Length", "0")]) and ()
 sys.stderr.flush()
 own.log.error_log.handlers[0].setStream(logged := io.StringIO())
 received = seconds_until_end(connect(SENT))[1]
