@@ -261,7 +261,8 @@ own.wsgi = answer
 for path, body in (("short", b"short"), ("none", b""), ("file", b"of a file")):
     connection = connect(f"GET /{path} HTTP/1.0\\r\\n\\r\\n".encode())
     received = connection.recv(65536) if path == "short" else seconds_until_end(connection)[1]
-    assert received.startswith(b"HTTP/1.0 20") and received.endswith(b"\\r\\n\\r\\n" + body), received
+    assert received.startswith(b"HTTP/1.0 20"), received
+    assert received.endswith(b"\\r\\n\\r\\n" + body), received
 connection = connect(b"GET /stream HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
 assert connection.recv(65536).endswith(b"\\r\\n\\r\\n5\\r\\nbegun\\r\\n")
 released.set()
