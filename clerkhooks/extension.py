@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
-from clerkhooks.errors import Fault, RequestError, SettingsError
+from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.settings import Settings, merge_config
 from clerkhooks.store import Store
@@ -213,25 +213,15 @@ def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Bluepri
     if "health" in wanted:
         health.add_routes(blueprint)
     if "metrics" in wanted and settings.metrics_token is not None:
-        _init_metrics(state)
+        from clerkhooks.web.metrics import init_metrics  # loads prometheus-client
+
+        init_metrics(state)
         health.add_metrics(blueprint)
     if "console" in wanted and settings.console_password is not None:
         from clerkhooks.console import make_console
 
         blueprint.register_blueprint(make_console())
     return blueprint
-
-
-def _init_metrics(state: State) -> None:
-    try:
-        from clerkhooks.web.metrics import init_metrics
-    except ModuleNotFoundError as error:
-        if error.name != "prometheus_client":
-            raise
-        problem = "needs prometheus-client, which is not installed."
-        remedy = "Install it, for example with clerkhooks' extra: service. Or unset the variable."
-        raise SettingsError([Fault("METRICS_TOKEN", problem, remedy)]) from None
-    init_metrics(state)
 
 
 def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:

@@ -146,26 +146,6 @@ def running(command: list[str], root: Path, variables: dict[str, str]) -> Iterat
         process.wait(20)
 
 
-@pytest.mark.parametrize("missing", ["gunicorn", "gevent"])
-def test_serve_reports_a_missing_server(missing: str) -> None:
-    """``serve`` prints the command that installs gunicorn and gevent, and migrates nothing."""
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None; "
-        "from clerkhooks.cli.main import main; main(['serve', '--migrate'])"
-    )
-    refused = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT,
-        env=environ(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert refused.returncode == 1
-    assert "pip install --editable '.[service]'" in refused.stderr
-    assert "Traceback" not in refused.stderr
-
-
 @pytest.mark.slow
 def test_builds_and_serves_as_the_dockerfile_says(clerk: FakeClerk, tmp_path: Path) -> None:
     """The Dockerfile's steps, run in an empty directory, start a healthy, migrated service."""

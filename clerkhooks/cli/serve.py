@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 
 import click
 
@@ -23,10 +22,6 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
     if not (PROJECT / "wsgi.py").exists():
         raise click.ClickException("serve needs a checkout of the service. There is no wsgi.py.")
-    if not (find_spec("gunicorn") and find_spec("gevent")):
-        raise click.ClickException(
-            "serve needs gunicorn and gevent. Install them: pip install --editable '.[service]'"
-        )
     os.chdir(PROJECT)
     with exit_if_invalid():
         settings = ServiceSettings.from_mapping(read_environ())
