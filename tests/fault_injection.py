@@ -108,7 +108,7 @@ class FaultInjector:
         """
         Inject faults *until* (monotonic seconds) and yield the name of each afterwards.
 
-        On a slow machine this takes longer, until there are *at_least* as many.
+        On a slow machine, continue until *at_least* as many have been injected.
         """
         for count, fault in enumerate(self._sequence()):
             if time.monotonic() >= until and count >= at_least:

@@ -15,7 +15,7 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """Which factors must have been verified within how many minutes, in Clerk's own names."""
+    """The factors that must be verified, and their greatest age in minutes, in Clerk's names."""
 
     level: Level
     afterMinutes: float

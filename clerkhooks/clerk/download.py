@@ -147,7 +147,7 @@ class Connection:
                 self._cut()
 
     def _cut(self) -> None:
-        # httpx' own timeouts start anew with each byte, so a trickling answer would never end.
+        # httpx's timeouts restart with each byte, so a trickling answer would never end.
         self._is_expired = True
         if self._socket is not None:
             with suppress(OSError):

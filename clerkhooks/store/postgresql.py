@@ -120,7 +120,7 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
 
 
 def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
-    """Let statements of *connection* take so long. Invalidate it afterwards."""
+    """Allow statements of *connection* to take *seconds*. Invalidate it afterwards."""
     driver = connection.connection.driver_connection
     timeout = f"{seconds:.0f}s"
     if isinstance(driver, TimeoutConnection):

@@ -126,7 +126,7 @@ class Connection(socket):  # type: ignore[misc]
             self.is_sending, self.deadline = False, before
 
     def end_wait(self) -> None:
-        """Let a reader see the end of the stream, after what has arrived; let a sender fail."""
+        """End the wait: a receive returns what has arrived, then no more; a send fails."""
         self._waiting.pop(self, None)
         with suppress(OSError):  # the client was faster
             # gevent's own shutdown() would raise in the greenlet that waits.
