@@ -77,7 +77,7 @@ def socks_password(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def garbled(proxy: Proxy, client: socket.socket) -> bool:
-    """Answer requests that are neither HTTP nor SOCKS."""
+    """Answer with bytes that are neither HTTP nor SOCKS."""
     client.recv(4096)
     proxy.targets.append("")
     client.sendall(b"SSH-2.0-OpenSSH\r\n")
