@@ -25,13 +25,13 @@ with exit_if_invalid():  # before anything listens
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "clerkhooks.web.worker.Worker"
-# Per worker, of some 20 KB each. The other descriptors are for the database, keys and files.
+# Per worker, about 20 KB each. The other descriptors are for the database, keys and files.
 worker_connections = min(8000, int(0.8 * raise_descriptor_limit()))
 backlog = 4096
 preload_app = True
 # Seconds. Longer than proxies usually keep a connection, so that no proxy uses a closed one.
 keepalive = 75
-timeout = 15  # seconds without a heartbeat; Svix waits as long for an answer
+timeout = 15  # seconds without a heartbeat; Svix's own timeout is the same
 graceful_timeout = 12  # seconds; a request ends within 10
 limit_request_line = 8190
 limit_request_field_size = 32768  # the application itself answers headers of up to 16 KiB

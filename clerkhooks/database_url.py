@@ -1,4 +1,4 @@
-"""``DATABASE_URL``, as libpq, SQLAlchemy, node-postgres and hosting providers spell it."""
+"""``DATABASE_URL`` in the forms of libpq, SQLAlchemy, node-postgres and hosting providers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_database_url(text: str) -> str:
     Return a database URL in SQLAlchemy's spelling.
 
     Raises:
-        ValueError: the database is unsupported, or the URL cannot work.
+        ValueError: the database is unsupported, or the URL is invalid.
     """
     try:
         url = make_url(_POSTGRESQL.sub("postgresql+psycopg://", _name_hosts_apart(text)))
@@ -36,7 +36,7 @@ def parse_database_url(text: str) -> str:
             "keeps SQLite in memory, where each worker would have a separate database. Name a file."
         )
     path = url.database.removeprefix("file:")
-    # Not Path.is_dir(), which raises if the folder may not be looked into.
+    # Not Path.is_dir(), which raises if a parent folder is not readable.
     if path.startswith("/") and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
         raise ValueError("names a SQLite file in a folder that does not exist.")
     _check_with_sqlalchemy(text)
@@ -69,7 +69,7 @@ def _parse_postgresql(url: URL) -> str:
 
 
 def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
-    """Return libpq's spelling of what node-postgres and hosting providers write."""
+    """Translate the TLS options of node-postgres and hosting providers to libpq's."""
     if sslmode == "no-verify":
         return {"sslmode": "require"}
     if ssl is None or sslmode is not None:
@@ -83,12 +83,12 @@ def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
 def _check_with_sqlalchemy(url: str) -> None:
     try:
         create_engine(url)  # connects to nothing
-    except (ArgumentError, ValueError, TypeError):  # their texts quote parts of a password
+    except (ArgumentError, ValueError, TypeError):  # the errors' texts quote parts of a password
         raise ValueError("is not a database URL that SQLAlchemy accepts.") from None
 
 
 def _check_with_libpq(url: str) -> None:
-    from psycopg import ProgrammingError  # chooses how to wait when imported: after gevent
+    from psycopg import ProgrammingError  # imported late, after gevent's monkey-patching
     from psycopg.conninfo import conninfo_to_dict
 
     try:

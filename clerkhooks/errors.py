@@ -124,7 +124,7 @@ class ProxyUrlError(ClerkhooksError):
     """
     A proxy variable of the environment is invalid: ``proxy_invalid``.
 
-    The text names the variables in question. It does not quote them, as they may hold passwords.
+    The text names the variables and never quotes their values, which may hold passwords.
     """
 
     def __init__(self, variables: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Outcome(StrEnum):
-    """The result of a delivery. ``duplicate`` is answered and never stored."""
+    """The result of a delivery. ``duplicate`` is returned to the sender and never stored."""
 
     APPLIED = "applied"
     STALE = "stale"
@@ -23,10 +23,10 @@ class Outcome(StrEnum):
 
 class Version(NamedTuple):
     """
-    The version of an object's state, compared from left to right; times are in milliseconds.
+    The version of an object's state, compared from left to right. Times are in ms.
 
-    An event without any time has ``updated_at`` -1, which ranks below all others, and the time of
-    its delivery attempt as ``timestamp``.
+    An event without times has ``updated_at`` -1, which ranks below all others, and the time of the
+    delivery attempt as ``timestamp``.
     """
 
     updated_at: int

@@ -1,4 +1,4 @@
-"""``ClerkHooks``: what an application calls."""
+"""``ClerkHooks``, the extension's public class."""
 
 from __future__ import annotations
 

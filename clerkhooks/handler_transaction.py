@@ -45,7 +45,7 @@ def apply_with_handlers(
     Raises:
         Overloaded: the application's pool had no connection in time.
         RuntimeError: a handler ended the transaction, or the commit did not keep the message.
-        Exception: whatever a handler or the database raises. Everything is rolled back.
+        Exception: any error of a handler or the database. Everything is rolled back.
     """
     session = scoped()
     try:
@@ -94,7 +94,7 @@ def _begin(session: Session, store: Store) -> sa.Connection:
         connection = session.connection(bind_arguments=bind)
         if not is_autocommit(connection):
             return connection
-        session.commit()  # whatever was executed before is committed already
+        session.commit()  # in AUTOCOMMIT, earlier statements are already committed
         is_postgresql = connection.dialect.name == "postgresql"
         level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
         return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
@@ -125,7 +125,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
     sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
     try:
         yield
-    except SystemExit as error:  # then the failure is recorded and answered 500
+    except SystemExit as error:  # so that the failure is recorded and answered 500
         raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)

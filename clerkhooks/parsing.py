@@ -30,7 +30,7 @@ _PEM = re.compile(
 def split(text: str) -> tuple[str, ...]:
     """Return the entries of a list that is separated by commas or spaces."""
     parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
-    # Nothing but separators would read as unset and switch a check off.
+    # A value with only separators would count as unset and disable a check.
     if not parts:
         raise ValueError("is a list without entries.")
     return parts
@@ -80,8 +80,8 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     r"""
     Return the RSA public keys of one or several PEMs.
 
-    Platforms change line breaks, so real ones, literal ``\n``, none at all and a bare base64 body
-    are accepted.
+    Platforms change line breaks, so real line breaks, literal ``\n``, no line breaks and a bare
+    base64 body are accepted.
     """
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
@@ -122,7 +122,7 @@ def parse_secret_key(text: str) -> str:
 
 
 def parse_password(text: str) -> str:
-    """Return *text*: long, because attempts are not limited, and fit for a header."""
+    """Return a password: long, because attempts are not limited, and valid in a header."""
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise ValueError("must be at least 16 printable ASCII characters, without spaces.")
     return text

@@ -30,7 +30,7 @@ ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
 
 
 class Base(DeclarativeBase):
-    """The service's declarative base. It names every constraint, so that migrations can drop it."""
+    """The service's declarative base. It names every constraint for migrations."""
 
     metadata = sa.MetaData(
         naming_convention={
@@ -49,7 +49,7 @@ hooks = ClerkHooks(db)
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     """
-    Create the service, configured by *config*, or by the environment and ``.env`` without one.
+    Create the service from *config*, or without one from the environment and ``.env``.
 
     Raises:
         SettingsError: *config* is invalid.
@@ -77,7 +77,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
 def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
     """
-    Check that the folder of a SQLite file can be written to. The instance folder is created.
+    Check that the folder of a SQLite file is writable. Create the instance folder.
 
     Raises:
         SettingsError: it cannot.
@@ -86,7 +86,7 @@ def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
         return
     folder = Path(app.instance_path, str(url.database)).parent
     if folder == Path(app.instance_path):
-        with suppress(OSError):  # not writable, as is found next
+        with suppress(OSError):  # the next check reports the folder as not writable
             folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         is_default = str(url) == DEFAULT_DATABASE_URL

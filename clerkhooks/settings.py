@@ -57,8 +57,8 @@ EPHEMERAL_PLATFORMS = {
 }
 """The variables that platforms set whose file system does not last."""
 Parsers = Mapping[str, tuple[str, Callable[[str], Any]]]
-# The variable of each field, and its parser. The signing secrets and the publishable key have
-# rules of their own in Settings.
+# The variable of each field, and its parser. Settings handles the signing secrets and the
+# publishable key separately.
 _PARSERS: Parsers = {
     "jwt_keys": ("CLERK_JWT_KEY", parsing.parse_jwt_keys),
     "jwks_url": ("CLERK_JWKS_URL", parsing.parse_url),

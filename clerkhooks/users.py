@@ -27,7 +27,7 @@ from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
-MAX_CALLERS = 1000  # deliveries, and as many calls, that a process serves at once
+MAX_CALLERS = 1000  # concurrent deliveries per process, and concurrent calls per process
 BATCH_LOCK_TIMEOUT = "50ms"  # then each event of the batch is applied alone
 SINGLE_LOCK_TIMEOUT = "1ms"  # then an event waits in a slot for its locked row
 TABLE_LOCKED_AFTER = 1.0  # seconds; a table's lock is waited for without our timeout
@@ -111,7 +111,7 @@ class Users:
                 user = moved or self._read(user_id)
         finally:
             self._calls.end(began_at)
-        if user is None:  # a row is never removed: another server has answered, which lags behind
+        if user is None:  # rows are never removed: a lagging replica has answered
             raise RuntimeError("A user's row was not found although it exists.")
         if user.deleted_at is not None:
             raise Unauthenticated("user_deleted")
@@ -131,7 +131,7 @@ class Users:
         return user
 
     def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
-        """Return the user that *statement* wrote. Of concurrent calls one writes."""
+        """Return the user that *statement* wrote. Only one of several concurrent calls writes."""
         rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None
 
@@ -188,7 +188,7 @@ class Users:
         return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
 
     def _row(self, event: ReceivedEvent, now: datetime) -> dict[str, Any]:
-        """Return what the statements need of *event*; they decide the outcome of a user's event."""
+        """Return *event* as a row. The statements decide the outcome of a user's event."""
         row: dict[str, Any] = {
             "id": event.user_id,
             "message_id": event.message_id,
@@ -227,6 +227,6 @@ def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:
-    """Return what no two events of a batch may share."""
+    """Return the keys that no two events of a batch may share."""
     message = ("message", event.message_id)
     return (message,) if event.user_id is None else (message, ("user", event.user_id))

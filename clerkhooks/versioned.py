@@ -24,7 +24,7 @@ def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
 
     Raises:
         TypeError: *model* does not derive from ``Versioned``.
-        ValueError: a column of the primary key has no value, or there is no column of a name.
+        ValueError: a column of the primary key has no value, or a column does not exist.
     """
     if not (isinstance(model, type) and issubclass(model, Versioned)):
         raise TypeError("upsert needs a model that derives from Versioned.")

@@ -15,14 +15,14 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """The factors that must be verified, and their greatest age in minutes, in Clerk's names."""
+    """The factors that must be verified, and their maximum age in minutes, in Clerk's terms."""
 
     level: Level
     afterMinutes: float
 
 
 class Conditions(TypedDict, total=False):
-    """What ``has()`` and ``require_auth`` take. None is the same as an absent condition."""
+    """The conditions of ``has()`` and ``require_auth``. None means no condition."""
 
     role: str | None
     permission: str | None
@@ -149,8 +149,8 @@ def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
     Return a copy of *conditions* without absent ones.
 
     Raises:
-        TypeError: there is no such condition, or it is of a wrong type.
-        ValueError: no session could ever meet it; Clerk puts system permissions into no token.
+        TypeError: there is no such condition, or it has the wrong type.
+        ValueError: no session could ever meet it; Clerk never puts system permissions into a token.
     """
     given = _drop_absent(conditions)
     for name, value in given.items():

@@ -17,14 +17,14 @@ from clerkhooks.clerk import strict_json
 from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer, load_certificates
 from clerkhooks.errors import BackendApiError, ProxyUrlError
 
-PAGE = 500  # users on a page; Clerk silently answers a higher limit with ten
-IDS = 100  # the most ids that Clerk accepts in one request
+PAGE = 500  # users per page; Clerk silently reduces a higher limit to ten
+IDS = 100  # the maximum number of ids that Clerk accepts in one request
 # Requests per second. Clerk allows 100 and 10; the rest is left to the application.
 LIVE_RATE, TEST_RATE = 90, 9
 TIMEOUT = 60.0  # seconds, for a whole exchange
 RETRY_TIMEOUT = 120.0  # seconds until a call gives up
 MAX_PAUSE = 60.0  # seconds, even if Retry-After says more
-MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice a page with all the metadata Clerk allows
+MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice the size of a page with the maximum metadata
 # Python would print each retry to stderr if no handler is configured.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
@@ -38,7 +38,7 @@ class RateLimit:
 
     def wait(self) -> None:
         """Wait until one more request may begin."""
-        with self._guard:  # held while waiting: no other thread could begin any sooner
+        with self._guard:  # held while waiting, because no other thread could begin earlier
             while (pause := max(self._free_at, self._held_until) - time.monotonic()) > 0:
                 time.sleep(pause)
             self._free_at = time.monotonic() + self._interval
@@ -58,7 +58,7 @@ class _Temporary(BackendApiError):
 
 class BackendApi:
     """
-    A client that keeps within Clerk's rate limits and retries. Threads may share it.
+    A client that respects Clerk's rate limits and retries. Threads may share it.
 
     Every method raises BackendApiError, after *patience* seconds of retries at the latest. *pace*
     scales patience and all pauses, so that tests take less time; *timeout* is in seconds.
@@ -129,7 +129,7 @@ class BackendApi:
         return self._list(limit=limit, order_by="-created_at")
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
-        """Return those of at most a hundred users that exist, in any order."""
+        """Return the users with these ids, at most a hundred. Missing users are left out."""
         if len(user_ids) > IDS:
             raise ValueError(f"Clerk takes {IDS} ids at a time.")
         # Without ids Clerk lists all users, and without a limit only ten of the requested ones.

@@ -40,14 +40,14 @@ class Answer(NamedTuple):
 
 class Connection:
     """
-    A connection to the host of *url*, kept between requests. Only one thread at a time may use it.
+    A persistent connection to the host of *url*, for one thread at a time.
 
-    It goes through the proxy that the environment names, unless the host is this machine. *timeout*
+    It uses the proxy that the environment variables set, except for loopback addresses. *timeout*
     is in seconds and covers a whole exchange; *max_size* is in bytes of the body. Without
-    *compressed* a body is never decompressed, as a small one could then use any amount of memory.
+    *compressed* a body is never decompressed, because a small body could expand to any size.
 
     Raises:
-        ProxyUrlError: the environment does not name a usable proxy.
+        ProxyUrlError: the environment variables do not set a usable proxy.
     """
 
     def __init__(
@@ -100,8 +100,9 @@ class Connection:
                 raise
         finally:
             timer.cancel()
-            timer.join()  # it must not cut the next exchange
-        # A body without a length ends with the connection, so it may look complete.
+            timer.join()  # so that the timer cannot end the next exchange
+        # A body without Content-Length ends with the connection, so a truncated one may look
+        # complete.
         if self._is_expired:
             raise TimeoutError("did not answer in time")
         return answer
@@ -114,14 +115,14 @@ class Connection:
         except httpx.TransportError:
             self._close_socket()
             raise
-        except (SOCKSError, OverflowError) as error:  # of a long password, in the latter case
+        except (SOCKSError, OverflowError) as error:  # OverflowError: the password is too long
             self._close_socket()
             raise httpx.ProxyError("the SOCKS proxy did not connect") from error
         except UnicodeError as error:
             raise httpx.ConnectError("the host name is invalid") from error
 
     def _close_socket(self) -> None:
-        # httpx leaves it open if a SOCKS proxy refuses, answers nonsense or hangs up.
+        # httpx leaves the socket open if a SOCKS proxy refuses, answers garbage or hangs up.
         if self._socket is not None:
             self._socket.close()
 

@@ -1,4 +1,4 @@
-"""Parsing of Clerk's events and user objects into what is stored of them."""
+"""Parsing of Clerk's events and user objects into the data that is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clerkhooks.events import Version
 
 EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
 NEW_USER = "New User"
-LAST_MILLISECOND = 253_402_300_799_999  # of the year 9999, where Python and databases end
+LAST_MILLISECOND = 253_402_300_799_999  # the end of 9999, the maximum in Python and databases
 FIRST_MILLISECOND = 10**11  # in 1973; a smaller value is in seconds
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
@@ -57,7 +57,7 @@ class ReceivedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A user from the Backend API. It ranks below every event of the same ``updated_at``."""
+    """A user from the Backend API. It ranks below every event with the same ``updated_at``."""
 
     user_id: str
     updated_at: int
@@ -66,7 +66,7 @@ class Snapshot:
 
     @property
     def version(self) -> Version:
-        """The version, which compares with those of events."""
+        """The version, which can be compared with versions of events."""
         return Version(self.updated_at, 0, "")
 
 
@@ -179,7 +179,7 @@ def _text(value: object, length: int) -> str | None:
 
 
 def _name(value: object) -> str | None:
-    # Not truncated here: the complete name is, once.
+    # Not truncated here, because the complete name is truncated once.
     if not isinstance(value, str) or UNSTORABLE.search(value):
         return None
     return value.strip()

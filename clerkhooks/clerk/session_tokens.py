@@ -94,7 +94,7 @@ class Session:
 
 
 class UnverifiedToken(NamedTuple):
-    """The decoded parts of a token. Nothing in it is proven."""
+    """The decoded parts of a token. Nothing in it is verified."""
 
     unverified_header: Mapping[str, Any]
     unverified_payload: bytes
@@ -111,7 +111,7 @@ class SessionVerifier:
 
     def verify(self, token: str, now: float, *, in_cookie: bool = False) -> Session:
         """
-        Return the session that *token* proves; *now* in seconds since the epoch.
+        Return the session of *token*, if it is valid; *now* is in seconds since the epoch.
 
         A token *in_cookie* always needs an ``azp``, if authorized parties are configured.
 
@@ -150,7 +150,7 @@ def parse_form(token: str) -> UnverifiedToken:
 
 
 def verify_header(header: Mapping[str, Any]) -> None:
-    """Refuse other algorithms, and OAuth, template and machine tokens of the same key."""
+    """Refuse other algorithms, and OAuth, template and machine tokens with the same key."""
     _require(header.get("typ", "JWT") == "JWT", "token_type_mismatch")
     _require(header.get("alg") == "RS256", "token_algorithm_refused")
     category = header.get("cat", SESSION_CATEGORY)
@@ -195,7 +195,7 @@ def verify_claims(
 def verify_authorized_party(
     claims: Mapping[str, Any], rules: TokenRules, *, in_cookie: bool
 ) -> None:
-    """Require an authorized ``azp``: a hijacked subdomain must not use its visitors' tokens."""
+    """Require an authorized ``azp``, so that a hijacked subdomain cannot use visitors' tokens."""
     if "azp" in claims:
         is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
         _require(is_ours, "token_authorized_party_mismatch")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-# The class that svix.webhooks wraps. Importing svix itself would load its whole API client, of
-# 16 MB and 0.2 s a process.
+# The class that svix.webhooks wraps. Importing svix itself would load its whole API client: 16 MB
+# and 0.2 s per process.
 from standardwebhooks.webhooks import Webhook
 
 from clerkhooks.errors import SignatureError
@@ -39,7 +39,7 @@ def verify_signature(
     *headers* have lower-case names; *now* is in seconds since the epoch.
 
     Raises:
-        SignatureError: the message is not proven to come from Clerk; with the reason.
+        SignatureError: the message cannot be verified; with the reason.
 
     Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend
     3.25.
@@ -54,14 +54,14 @@ def verify_signature(
     if abs(int(now) - attempt_timestamp) > TOLERANCE:
         raise SignatureError("timestamp_out_of_tolerance")
     try:
-        # The signature is over this very text, not over its JSON parsed and written again.
+        # The signature covers this exact text, not JSON that was parsed and serialized again.
         text, sent_at = body.decode(), datetime.fromtimestamp(attempt_timestamp, UTC)
         expected = [secret.sign(message_id, sent_at, text).encode() for secret in secrets]
     except UnicodeError:
         raise SignatureError("body_not_utf8") from None
     # The library's verify() decodes base64 leniently, raises at the first garbled signature, and
     # takes no clock. So it only signs, and the texts are compared as Clerk's SDK does.
-    # No early exit: the time must not reveal which secret or signature came close.
+    # No early exit: the duration must not reveal which secret or signature was close.
     sent = _parse_signatures(signatures)
     matches = [hmac.compare_digest(one, other) for one in sent for other in expected]
     if not any(matches):

@@ -19,12 +19,12 @@ from clerkhooks.clerk.download import download
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting on another thread's
+TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting for another thread's fetch
 BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
 MAX_ANSWER = 256 * 1024  # bytes; Clerk's has about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
-COOLDOWN = 30.0  # seconds between two fetches, also if one failed or hangs
-KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another good answer
+COOLDOWN = 30.0  # seconds between two fetches, even if one failed or hangs
+KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another successful fetch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FetchedKeys:
     The keys at *url*, for one process.
 
     Calls with a known key never wait. Fetches run in a separate thread, at most one per cooldown
-    (single flight), so that forged tokens do not cause requests to Clerk. Only a good answer
+    (single flight), so that forged tokens do not cause requests to Clerk. Only a valid key set
     replaces the known keys.
     """
 
@@ -136,10 +136,10 @@ class FetchedKeys:
             )
             return
         with self._guard:
-            # A fetch that hung may end after the next one, with older keys.
+            # A fetch that hung may end after a later one and bring older keys.
             is_current = self._fetch is threading.current_thread()
             if is_current:
-                self._keys = keys  # before the time, which other threads read first
+                self._keys = keys  # set before the time, because other threads read the time first
                 self._fetched_at = time.monotonic()
         self.on_fetch(is_current)
 

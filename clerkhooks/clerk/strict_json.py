@@ -1,4 +1,4 @@
-"""Parsing of JSON that refuses what JavaScript's ``JSON.parse`` refuses."""
+"""A JSON parser that is as strict as JavaScript's ``JSON.parse``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demonstration of ``clerkhooks dev``: signed requests, and the answers they must get."""
+"""The demonstration of ``clerkhooks dev``: signed requests and their expected answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``log`` and ``prune``: the messages that were received."""
+"""``log`` and ``prune``, the commands for received messages."""
 
 from __future__ import annotations
 

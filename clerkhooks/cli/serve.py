@@ -25,7 +25,7 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     os.chdir(PROJECT)
     with exit_if_invalid():
         settings = ServiceSettings.from_mapping(read_environ())
-    # gunicorn parses it when it is imported, and an empty or invalid value ends in a traceback.
+    # gunicorn parses it on import, and exits with a traceback if it is empty or invalid.
     os.environ["WEB_CONCURRENCY"] = str(settings.web_concurrency)
     if migrate:
         _migrate()

@@ -69,7 +69,7 @@ def show_overview() -> Response:
 
 
 def show_checks() -> Response:
-    """Run all checks of the doctor. Each question to Clerk has a time limit of 5 s."""
+    """Run all checks of the doctor. Each request to Clerk has a timeout of 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
     findings += judge_database(state.store, program)
@@ -117,8 +117,8 @@ def _search_users() -> Response:
     """
     Show the users that match the posted form. If only one does, redirect to its page.
 
-    The search is not in the URL, since platforms log URLs and it may be a name or an email. A
-    forged form of another site is harmless: it changes nothing, and that site cannot read the page.
+    The search is not in the URL, since platforms log URLs and it may be a name or an email. A form
+    forged by another site is harmless: it changes nothing, and the site cannot read the page.
     """
     form = parse_qs(read_body().decode("utf-8", "replace"))
     search, after = (form.get(name, [""])[0].strip() for name in ("search", "after"))
@@ -135,7 +135,7 @@ def _search_users() -> Response:
 
 
 def show_user(user_id: str) -> Response:
-    """Show a user's row, the event that it comes from, and the latest messages about the user."""
+    """Show a user's row, its source, and the latest messages about the user."""
     if not is_user_id(user_id):
         abort(404)
     store = current_state().store

@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(then: datetime, now: datetime) -> str:
-    """Format the time since *then*, which another clock may place in the future."""
+    """Format the time since *then*, which may be in the future if another clock is ahead."""
     passed = int((now - then).total_seconds())
     if abs(passed) < 2:
         return "just now"

@@ -45,7 +45,7 @@ def diagnose(
     project: Path = PROJECT,
 ) -> Iterator[Finding]:
     """
-    Yield the findings of *checks* about the variables *values*, good and bad.
+    Yield the findings of *checks* about the variables *values*, including the ok ones.
 
     *unread* are faults that were found earlier, such as an unreadable ``.env``. A check takes a few
     seconds at most, changes nothing and raises nothing.

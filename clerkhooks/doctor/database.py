@@ -1,4 +1,4 @@
-"""Checks of the database: that it answers, is migrated, and that no event is missing."""
+"""Checks of the database: whether it answers, is migrated, and has missed no event."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from clerkhooks.store.models import (
 )
 from clerkhooks.web.health import find_fault
 
-DATABASE_TIMEOUT = 15.0  # seconds for all queries; each also has its own limit
+DATABASE_TIMEOUT = 15.0  # seconds for all queries; each query also has a shorter timeout
 MAX_SILENCE = timedelta(days=7)
 MAX_UNFILLED = timedelta(hours=1)
 
 
 def check_database_url(case: Case) -> Iterator[Finding]:
-    """Check that the service's database lasts when the service restarts."""
+    """Check that the service's database survives a restart of the service."""
     if not isinstance(case.settings, ServiceSettings):
         return
     if "DATABASE_URL" in case.invalid:
@@ -83,7 +83,7 @@ def check_database(case: Case) -> Iterator[Finding]:
 
 
 def _find_pooler(database: Database) -> list[Finding]:
-    """Report a pooler that lets two open connections share one session of the server."""
+    """Report a pooler that lets two open connections share one server session."""
     query = "SELECT pg_backend_pid()"
     with database.connect() as first, database.connect() as second:
         if first.exec_driver_sql(query).scalar() != second.exec_driver_sql(query).scalar():
@@ -97,11 +97,11 @@ def plain_store(url: sa.URL) -> Store:
     """
     Return the service's tables in the database at *url*, without connecting to it.
 
-    The connections work through any pooler, and leave no setting behind.
+    The connections work through any pooler, and leave no session settings.
     """
 
     class Plain(DeclarativeBase):
-        """A metadata that no other store shares."""
+        """A declarative base with separate metadata."""
 
     class User(ClerkUser, Plain):
         """The plain table of users."""

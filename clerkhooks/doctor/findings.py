@@ -15,7 +15,7 @@ from clerkhooks.errors import Fault
 from clerkhooks.settings import ServiceSettings, Settings
 
 T = TypeVar("T")
-TIMEOUT = 5.0  # seconds, for one question to another machine
+TIMEOUT = 5.0  # seconds, for one request to another machine
 
 
 class Level(StrEnum):

@@ -1,4 +1,4 @@
-"""Checks that ask Clerk over the network: its keys, its clock, its Backend API."""
+"""Checks that send requests to Clerk: keys, clock, Backend API."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def compare_instances(case: Case) -> Iterator[Finding]:
     publishable, secret, url = settings.publishable_key, settings.secret_key, settings.jwks_url
     if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):
         return
-    # Those of production and development are known to differ without a request.
+    # The keys of production and development always differ, so no request is needed.
     if publishable[3:7] == secret[3:7]:
         yield _compare_key_ids(f"{settings.api_url}/v1/jwks", secret, url)
 

@@ -1,4 +1,4 @@
-"""The database: tables, the SQL that decides, the message log, operators' queries."""
+"""The database: tables, SQL statements, the message log, and operators' queries."""
 
 from __future__ import annotations
 

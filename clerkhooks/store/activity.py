@@ -1,4 +1,4 @@
-"""Figures for operators. Each is read from an index, and none counts more than MAX_COUNT rows."""
+"""Figures for operators. Each uses an index, and none counts more than MAX_COUNT rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
     """
     Return the number of messages of each outcome received since *since*.
 
-    If they are more than MAX_COUNT, only the newest are counted.
+    If there are more than MAX_COUNT, only the newest are counted.
     """
     columns = store.messages.c
     newest = (
@@ -78,7 +78,7 @@ def count_failures(store: Store, since: datetime | None = None) -> int:
 
 
 def count_unfilled(store: Store, older_than: timedelta = timedelta()) -> int:
-    """Return the number of rows older than *older_than* that nothing has filled in."""
+    """Return the number of rows older than *older_than* that still have no profile."""
     users, latest = store.users, datetime.now(UTC) - older_than
     return _count(store, users, is_unfilled(users), users.c.created_at < latest)
 

@@ -1,7 +1,7 @@
 """
 Group commit: calls that arrive together become one statement and one commit.
 
-For reads the pattern is known as a data loader. Without it, a service on PostgreSQL with two
+For reads, this pattern is known as a data loader. Without it, a service on PostgreSQL with two
 workers reached 0.72 of its deliveries per second and 0.78 of its calls.
 """
 
@@ -73,7 +73,7 @@ class Batcher(Generic[T, R]):
         return result
 
     def _join(self, item: T) -> tuple[_Batch[T, R], int]:
-        """Add *item* to the open batch, or open another; return the batch and the item's place."""
+        """Add *item* to the open batch, or open a new one; return the batch and an index."""
         keys = self._keys(item)
         with self._guard:
             batch = self._open
@@ -84,16 +84,16 @@ class Batcher(Generic[T, R]):
             return batch, len(batch.items) - 1
 
     def _lead(self, batch: _Batch[T, R]) -> None:
-        """Execute *batch* once the previous one has ended. It takes items until then."""
+        """Execute *batch* once the previous one has ended. The batch accepts items until then."""
         has_turn = False
         try:
             has_turn = self._turn.acquire(timeout=MAX_WAIT)
-            sleep(0)  # let callers that are about to arrive join
+            sleep(0)  # yield, so that callers that are about to arrive can join
             self._close(batch)
             batch.results = self._execute(batch.items)
         except Exception as error:  # noqa: BLE001  # each caller raises it, or retries alone
             batch.error = error
-        finally:  # also if this caller is killed: then the others retry alone
+        finally:  # even if this caller is killed; the others then retry alone
             self._close(batch)
             if has_turn:
                 self._turn.release()

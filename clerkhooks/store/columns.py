@@ -1,4 +1,4 @@
-"""Declared columns: which values a column can store, and how they are sent to the database."""
+"""Declared columns: which values they can store, and how these are sent to the database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_INDEXED = 2000  # bytes: a btree index refuses rows over some 2.7 kB
 MAX_DIGITS = 2000  # of a number, before and after the point: far below PostgreSQL's 16,383
 MAX_SINGLE_PRECISION = 24  # bits: PostgreSQL makes FLOAT(24) and below REAL, of four bytes
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38
-MAX_DEPTH = 200  # levels of JSON, far below what a server's stack allows
+MAX_DEPTH = 200  # levels of JSON nesting, far below the limit of a server's stack
 _EXACT = Context(prec=1000)
 _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 
@@ -47,7 +47,7 @@ def _read_field(
         return _normalize(column.type, value, dialect)
     except ValueError:
         return None
-    except Exception as error:  # noqa: BLE001  # the application's code, fed with a user's input
+    except Exception as error:  # noqa: BLE001  # application code that processes user input
         # The error's text is not logged, because it may quote the value.
         extra = {"column": column.name, "error": type(error).__name__}
         logger.warning("column_not_parsed", extra=extra)
@@ -55,7 +55,7 @@ def _read_field(
 
 
 def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
-    """Return *value* as it will be read back, so that comparing it with the row works."""
+    """Return *value* as it will be read back, so that it can be compared with the row."""
     if isinstance(type_, sa.DateTime) and isinstance(value, datetime) and value.tzinfo is not None:
         value = value.astimezone(UTC)  # SQLite stores no zone
         keeps_zone = type_.timezone and dialect.name != "sqlite"
@@ -230,5 +230,5 @@ def _is_storable_json(value: Any, depth: int = 0) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """Return *value* as JSON text without escapes, which the database's encoding may not have."""
+    """Return *value* as JSON text without escapes that the database's encoding may lack."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The private engine: separate connections, on which every statement commits by itself."""
+"""The private engine: separate connections in AUTOCOMMIT mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clerkhooks.store import postgresql
 from clerkhooks.store.pool import OrderedPool
 from clerkhooks.store.postgresql import Pooler
 
-BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's one write lock
+BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's write lock
 POOL_TIMEOUT = 2.0  # seconds that a request waits for a connection
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
@@ -32,9 +32,9 @@ class Database:
     """
     An application's database, through a private engine.
 
-    Every statement commits by itself (AUTOCOMMIT), whatever the application does with its own
-    engine. Waits are bounded: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen
-    server, and 4 s for SQLite's write lock. A forked process gets a new pool.
+    Every statement commits by itself (AUTOCOMMIT), independent of the application's engine. Waits
+    are bounded: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen server, and 4 s
+    for SQLite's write lock. A forked process gets a new pool.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tables of other programs, under names that clerkhooks needs."""
+"""Tables of other programs that have the names of clerkhooks' tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FoundTable:
     missing: frozenset[str]
 
     def describe(self) -> str:
-        """Return a sentence without its subject, the database."""
+        """Return a sentence whose subject, the database, is omitted."""
         place = f" in the schema {self.schema}" if self.schema else ""
         listed = ", ".join(self.columns[:MAX_COLUMNS])
         rest = ", …" if len(self.columns) > MAX_COLUMNS else ""
@@ -50,7 +50,7 @@ def find_table(connection: sa.Connection) -> FoundTable | None:
     """Return the first table under one of our names where migrations would create ours."""
     inspector = sa.inspect(connection)
     schema = None
-    if connection.dialect.name == "postgresql":  # tables of further schemas are in nobody's way
+    if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict
         schema = connection.scalar(sa.select(sa.func.current_schema()))
     needed = {
         "users": OWN_COLUMNS,

@@ -44,7 +44,7 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
 
 def is_unanswered(error: Exception) -> bool:
     """
-    Return whether PostgreSQL did not answer, SQLite stayed locked, or the pool was exhausted.
+    Return whether PostgreSQL was silent, SQLite stayed locked, or the pool was exhausted.
 
     These are not the message's fault; retrying now would only time out again.
     """
@@ -60,7 +60,7 @@ def is_locked(error: Exception) -> bool:
 
 def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     """
-    Delete messages that were received and processed before *before*; yield the size of each batch.
+    Delete messages received and processed before *before*; yield the size of each batch.
 
     Each batch is a separate transaction and skips rows that a delivery has locked, so that no
     writer waits long. Users are not changed. If a pruned message is delivered again, its version

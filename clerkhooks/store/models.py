@@ -25,7 +25,7 @@ _FIELD = "clerkhooks.field"
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """An aware time in UTC on every database, whatever the session's time zone."""
+    """An aware time in UTC on every database, independent of the session's time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -50,7 +50,7 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
 # sa.DateTime(timezone=True) and needs no import from clerkhooks.
 UTCDateTime.__module__ = "sqlalchemy.types"
 
-# Where order decides, compare bytes: linguistic collations differ between servers.
+# Compare bytes where order matters: linguistic collations differ between servers.
 Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
@@ -196,7 +196,7 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 
 def add_indexes(users: sa.Table) -> None:
-    """Add the indexes that operators' queries need, whatever ``__table_args__`` the model has."""
+    """Add the indexes for operators' queries, independent of the model's ``__table_args__``."""
     wanted = {
         "created_at": None,
         "unfilled": sa.text("version_updated_at IS NULL AND deleted_at IS NULL"),

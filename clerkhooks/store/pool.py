@@ -1,4 +1,4 @@
-"""Waiting in order, and not in vain: callers that could not be served in time are refused."""
+"""A fair queue for connections that refuses callers it cannot serve in time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from clerkhooks.errors import RequestError
 
-RETRY_AFTER = 1  # seconds. Svix never retries sooner because of it, and people wait for a call
+RETRY_AFTER = 1  # seconds; short, because users wait for calls, and Svix keeps to its own schedule
 _CHECK_INTERVAL = 0.1  # seconds
-_WEIGHT = 0.2  # of the latest use in the average duration
+_WEIGHT = 0.2  # the weight of the latest use in the average duration
 
 
 class Overloaded(RequestError, sa.exc.TimeoutError):
-    """More callers than can be served in time: nothing was tried, and a retry helps."""
+    """The request cannot be served in time. Nothing was tried; retry later."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after = RETRY_AFTER
@@ -97,7 +97,7 @@ class Slots:
         self._serve()  # a use may have ended in the meantime
         try:
             self._wait(turn)
-        except BaseException:  # also if this caller is killed
+        except BaseException:  # even if this caller is killed
             self._leave(turn)
             raise
 

@@ -1,4 +1,4 @@
-"""The private engine's connections to PostgreSQL: limits, poolers, failovers, silent networks."""
+"""The private engine's PostgreSQL connections: limits, poolers, failovers, dead networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sqlalchemy import event
 
 Pooler = Literal["session", "transaction"]
 LOCK_TIMEOUT, STATEMENT_TIMEOUT = "2s", "3s"
-MAX_IDLE = 30.0  # seconds, less than any network remembers an idle connection
+MAX_IDLE = 30.0  # seconds; networks keep idle connections for longer
 READ_ONLY = "25006"
 _LIMITS = {"lock_timeout": LOCK_TIMEOUT, "statement_timeout": STATEMENT_TIMEOUT, "timezone": "UTC"}
 _SESSION_LIMITS = _LIMITS | {"idle_in_transaction_session_timeout": "15s"}
@@ -32,7 +32,7 @@ def _set_config(limits: Mapping[str, str], *, is_local: bool) -> bytes:
 
 class TimeoutConnection(psycopg.Connection[Any]):
     """
-    A connection that gives up on a server that does not answer at all.
+    A connection that times out if the server does not answer at all.
 
     A frozen server does not enforce its own timeouts and keeps its sockets open, so TCP notices
     nothing.
@@ -58,7 +58,7 @@ class LocalLimitsCursor(psycopg.ClientCursor[Any]):
     """
     A cursor for a pooler that gives each transaction another server connection.
 
-    A session's settings and prepared statements would end up with strangers. So the limits are sent
+    Session settings and prepared statements would affect other clients. So the limits are sent
     with each statement, in one message and one implicit transaction, and end with it.
     """
 
@@ -104,7 +104,7 @@ def listen(engine: sa.Engine) -> None:
 
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
-    """Do the same for *engine* with connections of our own class, and drop stale ones."""
+    """Like ``listen``, but with ``TimeoutConnection``, and also drop stale connections."""
 
     @event.listens_for(engine, "do_connect")
     def connect(
@@ -152,7 +152,7 @@ def _make_poll() -> select.poll:
 
 
 def _replace_stale(connection: TimeoutConnection, record: Any, _proxy: object) -> None:
-    """Have the pool replace a connection that the server closed or a network may have forgotten."""
+    """Have the pool replace a connection that the server or a network may have dropped."""
     is_old = monotonic() - record.info.get(_CHECKED_IN, monotonic()) > MAX_IDLE
     # An idle connection with readable data has been closed by the server. No round trip needed.
     poll = _make_poll()  # select() cannot watch descriptors above 1,024

@@ -30,7 +30,7 @@ def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
 
 
 class Cursor(NamedTuple):
-    """The end of a page that lists the newest rows first: the time and the key of its last row."""
+    """The end of a page of rows, newest first: the time and the key of its last row."""
 
     at: datetime
     key: str
@@ -222,7 +222,7 @@ def list_users(
 
 
 def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
-    """Return the condition that the name, or the part after its first space, begins with *text*."""
+    """Return the condition that the name, or its part after a space, begins with *text*."""
     name = store.users.c.name
     beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
     find = sa.func.strpos if store.database.dialect_name == "postgresql" else sa.func.instr
@@ -238,7 +238,7 @@ def list_messages(
     user_id: str | None = None,
     event_type: str | None = None,
 ) -> Listing[MessageReport]:
-    """List messages, received at *since* or later. A filter that is None selects every message."""
+    """List messages received at *since* or later. A filter that is None matches every message."""
     columns = store.messages.c
     conditions: Conditions = []
     filters: Conditions = []

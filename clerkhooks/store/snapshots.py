@@ -17,8 +17,7 @@ class Snapshot:
     """
     A copy of the columns of one row, read only.
 
-    Properties and methods of the model work on it as long as they only read columns; relationships
-    do not.
+    Properties and methods of the model work if they only read columns. Relationships do not work.
     """
 
     _model: type[ClerkUser]

@@ -1,5 +1,5 @@
 """
-The SQL that writes and reads users, and decides which of two states wins.
+The SQL that writes and reads users, and decides which of two versions wins.
 
 The comparison is inside the statement, so no other worker can come between reading and writing. The
 same text serves SQLite and PostgreSQL, except for the part that reads rows from one JSON parameter.
@@ -55,7 +55,7 @@ _EVENT_WINS = """
         OR (u.version_updated_at, u.version_timestamp, u.version_message_id)
          < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
 
-# A user that the Backend API returns is not deleted, whatever an earlier sync found.
+# A user that the Backend API returns is not deleted, even if an earlier sync missed it.
 _SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
 
 # Each message is processed once. The retry of a failed message replaces its row.
@@ -115,7 +115,7 @@ RETURNING {every_column}
 """
 
 # One index lookup for each id. Without OFFSET, a connection may keep a plan from when the table was
-# small, which reads all of a table that is large by now.
+# small, and scan the whole table after it has grown.
 _SELECT_ON_POSTGRESQL = """
 SELECT {every_column_of_found}
 FROM json_to_recordset(CAST(:rows AS json)) AS r (id text),

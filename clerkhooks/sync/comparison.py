@@ -1,4 +1,4 @@
-"""Comparison of a user of the Backend API with the stored row."""
+"""Comparison of a user from the Backend API with the stored row."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Comparison:
 
     @property
     def result(self) -> Result:
-        """The result of writing the snapshot, unless a webhook brings something newer."""
+        """The result of writing the snapshot, unless a webhook writes newer data first."""
         if self.row is None:
             return Result.CREATED
         if self.kind == "differs" and not self.fields:

@@ -16,7 +16,7 @@ from clerkhooks.store.postgresql import allow_longer_statements
 
 # A lock timeout, a deadlock, a serialization failure, or SQLite's write lock.
 _BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-_LOCK = 7_233_190_213  # any number, the same in every release, and not that of migrations
+_LOCK = 7_233_190_213  # arbitrary, fixed for all releases, and not the migrations' lock
 _STATEMENT_TIMEOUT = 30.0  # seconds
 
 
@@ -75,7 +75,7 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
     writes nothing, so it does not hold back vacuum.
     """
     with store.database.connect() as connection:
-        connection.detach()  # the pool may have one place only
+        connection.detach()  # the pool may have a size of one
         connection.exec_driver_sql("BEGIN")
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         try:
@@ -83,7 +83,7 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
                 raise AlreadyRunning("already_running")
             yield connection
         finally:
-            with suppress(SQLAlchemyError):  # the server would notice a closed connection later
+            with suppress(SQLAlchemyError):  # the server releases the lock on disconnect
                 connection.exec_driver_sql("ROLLBACK")
 
 

@@ -28,7 +28,7 @@ from clerkhooks.sync.listing import id_of, read_all
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
-# The Backend API may not know a user yet whose first call has just created the row.
+# The Backend API may not yet return a user whose first call has just created the row.
 MIN_AGE = timedelta(minutes=10)
 # A run that would delete more than 20 users, and more than a tenth, probably has a wrong key.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
@@ -41,9 +41,9 @@ class Reconciliation:
     One run. With *check* it changes nothing; with *force* it deletes any number of users.
 
     *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
-    finding: the differences that a check finds, and what failed. *begin* receives the name of each
-    part of the run and its number of users, if known, and returns a function that receives the
-    number of users that are done since the last call.
+    finding: a difference that a check found, or a failure. *begin* receives the name of each part
+    of the run and its number of users, if known, and returns a function that receives the number of
+    users processed since the last call.
     """
 
     api: BackendApi
@@ -168,7 +168,7 @@ class Reconciliation:
             unfilled = [each for each in compared if each.lacks_declared]
             changed = self._execute(statements.merge_snapshots, behind)
             changed |= self._execute(statements.fill_declared, unfilled)
-        # Between reading and writing, a webhook may have brought something newer.
+        # Between reading and writing, a webhook may have written newer data.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
         return [
             Result.FRESHER_HERE if each.snapshot.user_id in missed else each.result

@@ -42,7 +42,7 @@ def make_authenticator(settings: Settings) -> Authenticator:
 
 
 def find_keys(settings: Settings) -> ConfiguredKeys | FetchedKeys:
-    """Return the configured keys, else the Frontend API's, else the Backend API's."""
+    """Return the configured keys, or those of the Frontend API, or those of the Backend API."""
     keep_for = settings.jwks_keep_hours * 3600.0
     if settings.jwt_keys:
         return ConfiguredKeys(settings.jwt_keys)
@@ -205,7 +205,7 @@ def _is_guarded(app: Flask, endpoint: str) -> bool:
 
 
 def _mark_protected(view: Callable[..., Any], protected: Callable[..., Any]) -> None:
-    """Mark *view* and what it wraps, so that registering it without its protection is noticed."""
+    """Mark *view* and the functions it wraps, to detect registration without protection."""
     vars(protected).pop(_IS_PROTECTED, None)  # wraps() has copied it from a view protected twice
     inner: Any = view
     while inner is not None:

@@ -41,7 +41,7 @@ def add_metrics(blueprint: Blueprint) -> None:
 
 
 def healthz() -> Response:
-    """Answer that the process serves. A restart cannot help a database, so it is not queried."""
+    """Answer that the process serves. No query: a restart would not repair the database."""
     return json_response({"status": "ok"})
 
 
@@ -79,12 +79,12 @@ def find_fault(store: Store) -> str | None:
 
 def _is_read_only(connection: sa.Connection) -> bool:
     if connection.dialect.name == "postgresql":
-        # On a standby, and on a server or for a role that is set to read-only.
+        # Read-only: a standby, or a server or role with default_transaction_read_only.
         return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
     try:
         begin_immediate(connection, timeout=0)
         try:
-            # Even a read-only file can be locked; only a write fails.
+            # Even a read-only file can be locked, so only a write shows the problem.
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
             connection.exec_driver_sql(f"PRAGMA user_version = {version}")
         finally:
@@ -115,7 +115,7 @@ def metrics() -> Response:
         abort(404)
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))
-    from prometheus_client import generate_latest  # here, because it is optional
+    from prometheus_client import generate_latest  # imported here because it is optional
 
     text = generate_latest(state.metrics)
     response = Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")

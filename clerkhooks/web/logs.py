@@ -1,5 +1,5 @@
 """
-Log lines: their formats and their fields.
+The formats and fields of log lines.
 
 All of them go to the logger ``clerkhooks``, and an application decides where they are written. The
 service prints one line per request to stdout, as text on a terminal and as JSON elsewhere.
@@ -91,7 +91,7 @@ class ServiceHandler(logging.StreamHandler[Any]):
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:
     """
-    Log every request of *app* once, when its response is ready, and print the lines to stdout.
+    Log every request of *app* when its response is ready, and print the lines to stdout.
 
     If the root logger has a handler already, that one prints the lines, as for Flask's own logger.
     """

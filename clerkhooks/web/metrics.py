@@ -100,7 +100,7 @@ class Metrics:
         self.connections.inc()
 
     def _count_checkin(self, _connection: object, record: Any) -> None:
-        # In an outage the pool also checks in connections that failed before their checkout.
+        # In an outage, the pool also checks in connections that failed before checkout.
         if record.record_info.pop(_IN_USE, False):
             self.connections.dec()
 
@@ -127,7 +127,7 @@ def init_metrics(state: State) -> None:
 
 
 def is_shared() -> bool:
-    """Return whether several processes count together. This one may then not serve requests."""
+    """Return whether several processes share metrics; this one may then not serve requests."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 

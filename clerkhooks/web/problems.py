@@ -39,7 +39,7 @@ def problem(
 
 
 def answered(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Decorate a view so that its errors become problems, bypassing the application's handlers."""
+    """Decorate a view so that its errors become problems, without the application's handlers."""
 
     @wraps(view)
     def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
@@ -60,7 +60,7 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
 
 def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     """
-    Return the body of the current request, up to 1 MiB whatever limit the application has.
+    Return the body of the current request, up to 1 MiB despite the application's limit.
 
     Raises:
         BodyTooLarge: the body is longer.

@@ -1,4 +1,4 @@
-"""Finds the session token of a request, and the session and user that it proves."""
+"""Authentication of a request: finding the token, its session and its user."""
 
 from __future__ import annotations
 
@@ -99,6 +99,6 @@ def _find_bearer() -> str | None:
 
 
 def _has_own_origin(authenticator: Authenticator) -> bool:
-    """Return whether a page of ours sent the request; safe methods need no such proof."""
+    """Return whether an authorized page sent the request; safe methods need no proof."""
     origin = request.headers.get("Origin")
     return request.method in SAFE_METHODS or origin in authenticator.authorized_parties

@@ -43,7 +43,7 @@ def receive_webhook() -> Response:
 def apply_delivery() -> Response:
     """Verify, parse and apply the delivery of the current request."""
     state, now = current_state(), time.time()
-    body = read_body(unreadable=SignatureError)  # what cannot be read cannot be verified
+    body = read_body(unreadable=SignatureError)  # an unreadable body cannot be verified
     headers = {name: request.headers.get(name, "") for name in HEADERS}
     message = verify_signature(headers, body, state.secrets, now)
     annotate(message_id=message.message_id)

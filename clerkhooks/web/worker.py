@@ -24,11 +24,11 @@ from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, and for a part of a response to leave
-MAX_DESCRIPTORS = 65_536  # asked for at most, even if more are allowed
-CLOSE_IDLE_FROM = 0.9  # of the connections; gunicorn accepts no further ones at 1
+MAX_DESCRIPTORS = 65_536  # the maximum to request, even if more are allowed
+CLOSE_IDLE_FROM = 0.9  # share of the connection limit; at 1, gunicorn stops accepting
 REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
-MAX_PIECE = 65_536  # bytes received at once; gunicorn copies the rest of a piece for each KiB of it
+MAX_PIECE = 65_536  # bytes per read; for each KiB of a piece, gunicorn copies the remainder
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
 _QUOTING = (
     errors.InvalidRequestLine,
@@ -40,11 +40,11 @@ _QUOTING = (
     errors.ChunkMissingTerminator,
     errors.UnsupportedTransferCoding,
 )
-"""Errors of a client whose text, which gunicorn logs, may be a token or a part of a body."""
+"""Client errors that gunicorn logs with a text that may contain a token or part of a body."""
 
 
 class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
-    """An error in place of one that quotes the request."""
+    """An error that replaces one that quotes the request."""
 
     def __str__(self) -> str:
         return f"The request is malformed: {self.hdr}"
@@ -75,12 +75,12 @@ class Connection(socket):  # type: ignore[misc]
         """Receive; from the first byte on, the rest of the request has REQUEST_TIMEOUT."""
         size = min(size, MAX_PIECE)
         if self._has_more and time.monotonic() >= self.deadline:
-            return b""  # a client that never pauses is never waited for
+            return b""  # if the client never pauses, there is no wait that could time out
         self._waiting[self] = None
         try:
             received: bytes = super().recv(size, *flags)
             self._has_more = len(received) == size
-            if self._has_more:  # other connections have their turn
+            if self._has_more:  # yield to other connections
                 gevent.sleep(0.00001)
         finally:
             self._waiting.pop(self, None)
@@ -111,7 +111,7 @@ class Connection(socket):  # type: ignore[misc]
             return
         if self._held is not None:
             data, self._held = self._held + data, None
-        with suppress(BlockingIOError):  # most responses need no wait
+        with suppress(BlockingIOError):  # most responses are sent without waiting
             data = data[self._sock.send(data, *flags) :]
         self.is_idle = False
         if not data:
@@ -128,7 +128,7 @@ class Connection(socket):  # type: ignore[misc]
     def end_wait(self) -> None:
         """End the wait: a receive returns what has arrived, then no more; a send fails."""
         self._waiting.pop(self, None)
-        with suppress(OSError):  # the client was faster
+        with suppress(OSError):  # the client has closed the connection
             # gevent's own shutdown() would raise in the greenlet that waits.
             self._sock.shutdown(SHUT_RDWR if self.is_sending else SHUT_RD)
 
@@ -153,7 +153,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().run()
 
     def server_class(self, listener: Any, *, spawn: Any, **options: Any) -> StreamServer:
-        """Return what accepts connections; gunicorn calls this in the place of a class."""
+        """Return the server that accepts connections; gunicorn calls this as it would a class."""
         tls = {"ssl_context": options["ssl_context"]} if "ssl_context" in options else {}
 
         def serve(client: Any, address: Any) -> None:
@@ -218,7 +218,7 @@ class _Server(StreamServer):  # type: ignore[misc]
     """
     Accepts one connection per iteration of the event loop, and more in a busy worker.
 
-    An idle worker leaves others their share; the iterations of a busy one take long.
+    An idle worker leaves connections to others; a busy worker's iterations take long.
     """
 
     def __init__(

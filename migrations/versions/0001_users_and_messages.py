@@ -66,10 +66,10 @@ def upgrade() -> None:
 
 def refuse_tables_of_others() -> None:
     """
-    Check that no table has the name of one of ours.
+    Check that clerkhooks' table names are not in use.
 
     Raises:
-        CommandError: one has, which is left unchanged.
+        CommandError: a table has one of these names. It is left unchanged.
     """
     if op.get_context().as_sql:
         return
