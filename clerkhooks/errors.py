@@ -114,7 +114,7 @@ _BACKEND_API_REMEDIES = {
     "in production, 100 in development. Try again later.",
     "api_unreachable": "Check https://status.clerk.com, this machine's network, and "
     "CLERK_API_URL if it is set. Then try again.",
-    "answer_unusable": "That is not how Clerk answers. Leave CLERK_API_URL unset to use "
+    "answer_unusable": "The answer is not one of Clerk's. Leave CLERK_API_URL unset to use "
     "https://api.clerk.com, and check for a proxy that answers instead of Clerk.",
     "proxy_invalid": PROXY_REMEDY,
 }

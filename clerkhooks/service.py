@@ -92,5 +92,5 @@ def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
         is_default = str(url) == DEFAULT_DATABASE_URL
         what = "is not set, and its default is" if is_default else "is"
         problem = f"{what} a SQLite file in {folder}, where this user cannot write."
-        remedy = "Name a file elsewhere, such as sqlite:////path/to/clerkhooks.db, or a PostgreSQL."
+        remedy = "Use another file, such as sqlite:////path/to/clerkhooks.db, or use PostgreSQL."
         raise SettingsError([Fault("DATABASE_URL", problem, remedy)])

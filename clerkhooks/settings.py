@@ -55,7 +55,7 @@ EPHEMERAL_PLATFORMS = {
     "FLY_APP_NAME": "Fly",
     "K_SERVICE": "Cloud Run",
 }
-"""The variables that platforms set whose file system does not last."""
+"""Variables that identify platforms with an ephemeral file system."""
 Parsers = Mapping[str, tuple[str, Callable[[str], Any]]]
 # The variable of each field, and its parser. Settings handles the signing secrets and the
 # publishable key separately.
@@ -148,7 +148,7 @@ class ServiceSettings(Settings):
         platforms = [EPHEMERAL_PLATFORMS[name] for name in EPHEMERAL_PLATFORMS if read.text(name)]
         is_lost = platforms and not os.path.ismount(PROJECT / "instance")
         if is_lost and not read.text("DATABASE_URL"):
-            problem = f"is not set, and files on {platforms[0]} do not last. Attach a PostgreSQL."
+            problem = f"is not set, and files on {platforms[0]} do not persist. Attach PostgreSQL."
             read.add_fault("DATABASE_URL", problem)
         own = {name: read(*variable) for name, variable in _SERVICE_PARSERS.items()}
         return super()._read(read) | own

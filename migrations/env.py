@@ -1,4 +1,4 @@
-"""Run migrations on the service's own database: each run is one transaction, one run at a time."""
+"""Run migrations on the service's database, in one transaction and one run at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask import current_app
 from clerkhooks.settings import VERSION_TABLE
 from clerkhooks.store.foreign import find_table
 
-LOCK = 7_233_190_212  # any number, the same in every release
+LOCK = 7_233_190_212  # arbitrary, the same in every release
 
 migrate = current_app.extensions["migrate"]
 
@@ -18,22 +18,22 @@ migrate = current_app.extensions["migrate"]
 def begin_alone(connection: sa.Connection) -> None:
     """Let a second release wait until the first one has migrated, however long that takes."""
     if connection.dialect.name == "sqlite":
-        # A property of the file: with a write-ahead log, readers never wait for the writer.
+        # Stored in the file. With a write-ahead log, readers never wait for the writer.
         if not is_of_others(connection):
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return
     if connection.exec_driver_sql("SELECT current_schema()").scalar() is None:
         remedy = "Create one first, such as: CREATE SCHEMA clerkhooks"
-        raise CommandError(f"The search_path names no schema that exists.\n{remedy}")
+        raise CommandError(f"The search_path has no existing schema.\n{remedy}")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
-    # From here on a migration that has to wait gives up soon: behind its lock every request queues.
+    # Requests queue behind a migration that waits for a lock, so it soon gives up.
     connection.exec_driver_sql("SET LOCAL lock_timeout = '4s'")
 
 
 def is_of_others(connection: sa.Connection) -> bool:
     """Return whether there are tables that no migration has recorded."""
-    # In this order: another process may be migrating.
+    # Look for the table first: another process may be migrating.
     is_found = find_table(connection) is not None
     return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)
 

@@ -240,6 +240,6 @@ def test_explain_a_schema_that_does_not_exist(
     result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
-        "Error: The search_path names no schema that exists.",
+        "Error: The search_path has no existing schema.",
         "Create one first, such as: CREATE SCHEMA clerkhooks",
     ]

@@ -361,7 +361,7 @@ PLATFORMS = ("DYNO", "RENDER", "RAILWAY_PROJECT_ID", "FLY_APP_NAME", "K_SERVICE"
 @pytest.mark.parametrize("variable", PLATFORMS)
 def test_needs_a_database_on_a_platform(variable: str) -> None:
     """On an ephemeral file system, a SQLite file is lost at the next restart."""
-    assert "do not last" in faults(**{variable: "x"})["DATABASE_URL"]
+    assert "do not persist" in faults(**{variable: "x"})["DATABASE_URL"]
     assert "is not a database URL" in faults(**{variable: "x"}, DATABASE_URL="x")["DATABASE_URL"]
     assert read(**{variable: "x"}, DATABASE_URL="sqlite:////tmp/x.db").database_url
 

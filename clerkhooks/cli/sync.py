@@ -58,8 +58,9 @@ def sync(
     continue meanwhile: newer data is kept, and a user deleted by Clerk's webhook stays deleted. You
     can interrupt it at any time and run it again. Needs CLERK_SECRET_KEY.
 
-    Without --force, nobody is deleted if more than 20 users and more than a tenth of all are gone
-    at Clerk, or all of them. With --json, a finding has its fields, and the summary is last.
+    Without --force, no user is deleted if all users, or more than 20 and more than a tenth, are
+    missing at Clerk. With --json, findings include the values of fields, and the summary comes
+    last.
 
     Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
     withheld, a named user is unknown, or --check found a difference; 2 if the sync could not run.

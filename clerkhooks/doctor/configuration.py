@@ -102,7 +102,7 @@ def _check_issuers(issuers: Sequence[str], publishable: str | None) -> Iterator[
     if own is not None and own not in issuers:
         what = f"CLERK_ISSUER is {listed}, but the publishable key's issuer is {own}."
         remedy = (
-            "Unset CLERK_ISSUER unless Clerk is behind a proxy of your own. Tokens of any other "
+            "Unset CLERK_ISSUER unless Clerk is behind your own proxy. Tokens of any other "
             "issuer are refused."
         )
         yield Finding("issuer_differs", Level.WARNING, subject, what, remedy)

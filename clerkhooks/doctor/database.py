@@ -50,8 +50,8 @@ def check_database_url(case: Case) -> Iterator[Finding]:
         return
     is_sqlite = _is_sqlite(make_url(case.settings.database_url))
     if is_sqlite and any(map(case.text, EPHEMERAL_PLATFORMS)):
-        what = "The SQLite file is on this platform's disk, which does not outlast a restart."
-        remedy = "Attach a PostgreSQL. Most platforms then set DATABASE_URL."
+        what = "The SQLite file is on this platform's disk, which does not survive a restart."
+        remedy = "Attach a PostgreSQL database. Most platforms then set DATABASE_URL."
         yield Finding("sqlite_on_platform", Level.ERROR, "database", what, remedy)
 
 

@@ -23,7 +23,7 @@ BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's write lock
 POOL_TIMEOUT = 2.0  # seconds that a request waits for a connection
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
-    "keeps SQLite in memory, where each connection would have a database of its own.",
+    "keeps SQLite in memory, where each connection would have a separate database.",
     "Use a file, also in tests: sqlite:////tmp/test.db",
 )
 

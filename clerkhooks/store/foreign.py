@@ -11,9 +11,9 @@ from clerkhooks.store.models import MESSAGES, OWN_COLUMNS, make_messages_table
 MAX_COLUMNS = 12  # that are listed
 _OTHER_FILE = "Use another file, such as sqlite:////path/to/clerkhooks.db, in DATABASE_URL."
 _OTHER_SCHEMA = (
-    "Use another database, or a schema of its own: CREATE SCHEMA clerkhooks, and append "
+    "Use another database, or a separate schema: CREATE SCHEMA clerkhooks, and append "
     "{separator}options=-csearch_path%3Dclerkhooks to DATABASE_URL. Poolers may refuse that: then "
-    "use a role of its own, with ALTER ROLE name SET search_path = clerkhooks."
+    "use a separate role, with ALTER ROLE name SET search_path = clerkhooks."
 )
 
 
