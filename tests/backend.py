@@ -1,4 +1,4 @@
-"""A fake of Clerk's Backend API over HTTP that can also misbehave."""
+"""A fake Backend API over HTTP that can also misbehave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import join
 
 WINDOW = 10.0  # seconds in which requests are counted
 TIMEOUT = 20  # seconds
-# A production key: with any other the client sends at most 90 requests in ten seconds.
+# A production key. With any other key, the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"
 Query = dict[str, list[str]]
 Behaviour = Callable[["Backend", BaseHTTPRequestHandler], None]
@@ -37,7 +37,7 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
-        # A body of another length than announced ends with the connection.
+        # A body whose length differs from Content-Length ends with the connection.
         request.close_connection |= "Content_Length" in headers
 
     return behave
@@ -113,9 +113,9 @@ class Backend:
     if it is set. *before* is called before a request is answered: it may sign users up, delete
     them, deliver webhooks, or set behaviours.
 
-    With *inclusive*, ``created_at_after`` includes its own millisecond; Clerk does not document
-    this. With *shuffles_ties*, users of one millisecond are listed in a different order each time.
-    Of *max_requests* in ten seconds, further ones are answered 429.
+    With *inclusive*, ``created_at_after`` includes the given millisecond; Clerk does not document
+    this. With *shuffles_ties*, users created in the same millisecond are listed in random order.
+    Beyond *max_requests* in ten seconds, requests are answered 429.
     """
 
     def __init__(

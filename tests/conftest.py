@@ -54,7 +54,7 @@ MakeDatabase = Callable[[str], str]
 
 @contextmanager
 def _deadline(item: pytest.Item) -> Iterator[None]:
-    """Fail *item* if the block takes too long, whatever it waits for."""
+    """Fail *item* if the block takes too long, regardless of the cause."""
     seconds = TIMEOUT * (4 if item.get_closest_marker("slow") else 1)
     if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
         seconds *= 30

@@ -1,5 +1,5 @@
 """
-Deliver as Svix does while workers, the whole server and PostgreSQL are killed.
+Deliver like Svix while workers, the whole server and PostgreSQL are killed.
 
 Each message is retried until it is answered 200. A long run:
 ``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
@@ -77,7 +77,7 @@ class Svix:
             time.sleep(RETRY_PAUSE)
 
     def stop(self) -> None:
-        """Start no further history."""
+        """Do not start another history."""
         self.deadline = time.monotonic() + DRAIN_TIMEOUT
         self.stopped.set()
 
@@ -135,7 +135,7 @@ class Svix:
 
 
 class Auditor:
-    """Compares the tables with what was acknowledged."""
+    """Compares the tables with the acknowledged messages."""
 
     def __init__(self, database_url: str, svix: Svix) -> None:
         self.database_url, self.svix = database_url, svix

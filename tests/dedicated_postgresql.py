@@ -84,7 +84,7 @@ class DedicatedPostgreSQL:
 @contextmanager
 def dedicated_postgresql() -> Iterator[DedicatedPostgreSQL]:
     """Run a PostgreSQL server until the block ends."""
-    # Not in pytest's folder: other runs may remove that, and another system user owns the data.
+    # Not in pytest's folder, which other runs may remove, because another user owns the data.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     server = get_server(home)
     try:

@@ -131,7 +131,7 @@ class Sender:
         """
         Send *requests* and wait until each is answered or has timed out.
 
-        The run ends: *requests* is finite and each request takes ``SVIX_TIMEOUT`` at most.
+        *requests* is finite, and each request takes ``SVIX_TIMEOUT`` at most.
         """
         self._sent, following, began = Sent(), iter(requests), time.monotonic()
         more = True

@@ -26,7 +26,7 @@ def history(rng: random.Random) -> list[Message]:
     """
     Return a user's creation, up to five updates, and in three of ten cases the deletion.
 
-    Updates may share their times.
+    Updates may have equal times.
     """
     user_id = _id(rng, "user")
     types = (

@@ -82,7 +82,7 @@ class Sent:
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
     """
-    Return the row after *events*, whatever their order and repetition.
+    Return the row after *events* in any order, with any repetitions.
 
     *called* is true if the user called before any deletion.
     """
@@ -156,7 +156,7 @@ ATTEMPTS = st.integers(-200, 200)  # seconds from now
 _times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])
 # A linguistic collation orders these letters differently from their bytes.
 _letters = st.sampled_from("aAbB09")
-# Two addresses only, so that they move between users.
+# Only two addresses, so that they move between users.
 _emails = st.sampled_from([None, "ada@example.org", "bob@example.org"])
 _rest = (_times, _times, _letters, _emails)
 _users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, to get ties

@@ -1,4 +1,4 @@
-"""A proxy that records its requests, and answers for the hosts behind it over real TLS."""
+"""A proxy that records requests and stands in for the hosts behind it, over real TLS."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""
-Deterministic races: one request is paused at a chosen point while another one runs.
-
-No test sleeps and hopes for an interleaving.
-"""
+"""Deterministic races: one request is paused at a chosen point while another one runs."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from clerkhooks.events import Handler
 from tests.support import Service, ThreadPool
 
 Request = Callable[[], TestResponse]
-TIMEOUT = 20  # seconds, after which a broken test fails instead of hanging
+TIMEOUT = 20  # seconds; a broken test then fails instead of hanging
 
 
 def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:

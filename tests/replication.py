@@ -1,7 +1,7 @@
 """
 A primary and a synchronous standby behind one address, and failovers between them.
 
-``python -m tests.replication 20`` runs 20 failovers under deliveries and prints what was lost.
+``python -m tests.replication 20`` runs 20 failovers under deliveries and prints the losses.
 """
 
 from __future__ import annotations

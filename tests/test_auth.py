@@ -259,7 +259,7 @@ def by_cookie(
 
 
 def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
-    """The instance's own cookie and the plain one count; those of other instances do not."""
+    """The instance's and the plain cookie are accepted; cookies of other instances are not."""
     own = f"__session_{cookie_suffix(service)}"
     assert by_cookie(service, own) == by_cookie(service, "__session") == 200
     assert by_cookie(service, "__session_AAAAAAAA") == by_cookie(service, "__client") == 401
@@ -277,7 +277,7 @@ def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
 
 
 def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
-    """An invalid bearer token wins as well. A proxy's ``Basic`` does not hide the cookie."""
+    """An invalid bearer token also wins. A proxy's ``Basic`` does not hide the cookie."""
     for authorization in ("Bearer a.b.c", "bearer x", "Bearer", "Bearer "):
         assert by_cookie(service, "__session", headers={"Authorization": authorization}) == 401
     for authorization in ("Basic x", "", "Digest"):
@@ -285,7 +285,7 @@ def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
 
 
 def test_treats_an_expired_cookie_as_anonymous_if_optional(service: Service) -> None:
-    """Clerk's cookie outlives its token. A forged one, or an expired bearer token, is refused."""
+    """Clerk's cookie outlives its token. Forged cookies and expired bearer tokens are refused."""
     path = add_view(service, require_auth(optional=True))
     http = service.app.test_client(use_cookies=False)
     expired = service.clerk.session_token(clerk_id("user"), exp=1)
@@ -304,7 +304,7 @@ def test_treats_an_expired_cookie_as_anonymous_if_optional(service: Service) -> 
 
 
 def test_admits_native_apps(make_service: MakeService) -> None:
-    """Their bearer tokens have no ``azp``. A cookie without one is always refused."""
+    """Native apps' bearer tokens have no ``azp``. A cookie without ``azp`` is always refused."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"native {ORIGIN}")
     assert service.call(clerk_id("user"), azp=None).status_code == 200
     assert service.call(clerk_id("user"), azp="https://evil.example.com").status_code == 401
@@ -330,7 +330,7 @@ def test_requires_an_origin_for_an_unsafe_method_by_cookie(
 
 
 def test_ignores_cookies_without_authorized_parties(make_service: MakeService) -> None:
-    """Without them, nothing shows which site's page sent the request."""
+    """Without authorized parties, nothing shows which site sent the request."""
     assert by_cookie(make_service(CLERK_AUTHORIZED_PARTIES=None), "__session") == 401
 
 

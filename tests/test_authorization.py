@@ -42,7 +42,7 @@ def test_answers_as_clerks_sdk_does(number: int) -> None:
 
 
 def test_reads_the_organization_as_clerks_sdk_does() -> None:
-    """Id, role, slug and permissions agree; permissions that are not a list do not count."""
+    """Id, role, slug and permissions agree; permissions that are not a list are ignored."""
     compared = [case for case in CASES if "raises" not in case and case["has"] in (True, False)]
     assert len(compared) > len(CASES) / 2
     for case in compared:
@@ -58,7 +58,7 @@ def test_reads_the_organization_as_clerks_sdk_does() -> None:
 
 
 def test_reads_the_packed_permissions() -> None:
-    """``fpm`` counts the organization's features only: ``u:ai`` has no number in it."""
+    """``fpm`` has numbers for the organization's features only, so ``u:ai`` has none."""
     assert parse_organization(PRO) == Organization(
         "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
     )
@@ -76,7 +76,7 @@ BREAKING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("claims", BREAKING)
 def test_denies_everything_if_the_sdk_throws(claims: dict[str, Any]) -> None:
-    """Claims of an odd shape grant nothing, and raise nothing in ``has()``."""
+    """Malformed claims grant nothing, and ``has()`` does not raise."""
     odd = PRO | claims
     with pytest.raises(MalformedClaims):
         parse_organization(odd)

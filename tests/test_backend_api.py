@@ -91,7 +91,7 @@ def ids(users: list[Any]) -> list[str]:
 
 
 def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
-    """The number is Clerk's own, not the length of a page."""
+    """The number comes from Clerk and is not the length of a page."""
     sign_up(backend, 11)
     assert api.count_users() == 11
 
@@ -222,7 +222,7 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
 def test_does_not_retry_a_permanent_error(
     api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str
 ) -> None:
-    """The error says what to do. Redirects are not followed."""
+    """The error has a remedy. Redirects are not followed."""
     backend.behaviours = [behaviour]
     error = failure_of(lambda: api.list_users(None, 0))
     assert (error.reason, len(backend.requests)) == (reason, 1)
@@ -270,7 +270,7 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
 
 @pytest.mark.parametrize(("behaviour", "reason"), PASSING.values(), ids=PASSING)
 def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reason: str) -> None:
-    """One failure costs a second request; one that lasts is raised with its reason."""
+    """One failure causes a second request; a lasting failure is raised with its reason."""
     ids_ = sign_up(backend, 2)
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         backend.behaviours = [behaviour]
@@ -310,7 +310,7 @@ def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
 
 
 def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
-    """Pages are large and compress well."""
+    """Pages are large, so they are compressed."""
     backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]
     assert api.list_users(None, 0) == [{"id": 1}]
 
@@ -352,7 +352,7 @@ def test_honours_retry_after(backend: Backend, status: int) -> None:
 
 
 def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
-    """The call still ends when its time is up."""
+    """The call still ends at its timeout."""
     backend.always = limiting("999999999")
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.003) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -560,7 +560,7 @@ class TestTheFake:
         )
 
     def test_limits_requests(self) -> None:
-        """Over the limit it answers 429 with Retry-After, which the client honours."""
+        """Above the limit, it answers 429 with Retry-After, which the client respects."""
         with (
             Backend(max_requests=2).open() as backend,
             BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,

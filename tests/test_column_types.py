@@ -1,4 +1,4 @@
-"""Types of declared columns: any value is accepted, and stored values are unchanged."""
+"""Types of declared columns: any value is accepted, and stored values do not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Lower(sa.types.TypeDecorator[str]):
 
 
 class Renamed(sa.types.TypeDecorator[str]):
-    """A custom type that only changes the name of another."""
+    """A custom type that only renames another type."""
 
     impl = Lower
     cache_ok = True

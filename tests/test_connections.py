@@ -1,4 +1,4 @@
-"""The private engine's PostgreSQL connections after a failover or a dropped NAT entry."""
+"""The private engine's connections to PostgreSQL after a failover or a dropped NAT entry."""
 
 from __future__ import annotations
 

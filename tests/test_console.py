@@ -181,7 +181,7 @@ def test_refuses_other_paths_and_methods(
 
 @pytest.mark.parametrize("path", ["/console/users/nobody", "/console/static/nothing.css"])
 def test_answers_404_with_strict_headers(console: Console, path: str) -> None:
-    """The console's own answers have its headers, also for what does not exist."""
+    """The console's answers have its headers, including 404 answers."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
     assert_strict(answer)
@@ -292,7 +292,7 @@ def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
 def test_answers_unexpected_errors_as_problems(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A defect is a 500 without inner detail, and is logged without the error's text."""
+    """A bug is answered 500 without internal details, and logged without the error's text."""
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("hidden")
@@ -435,7 +435,7 @@ def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> Non
 def test_reports_that_the_database_is_not_migrated(
     make_database: MakeDatabase, make_service: MakeService, database_url: str
 ) -> None:
-    """The overview names the command that migrates it."""
+    """The overview shows the command that migrates the database."""
     kind = make_url(database_url).get_backend_name()
     console = Console(make_service(DATABASE_URL=make_database(kind), CONSOLE_PASSWORD=PASSWORD))
     words = console.read("/console")
@@ -861,7 +861,7 @@ def test_logs_neither_searches_nor_the_password(
 
 
 def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A larger number is not counted, and the figures by outcome are of the newest messages."""
+    """Counting stops at the limit; the figures by outcome are those of the newest messages."""
     for number in range(5):
         console.service.deliver(user_event(clerk_id("user"), at=NOW_MS + number))
     store = find_store(console.service)
@@ -913,7 +913,7 @@ def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
     ],
 )
 def test_formats_a_duration(seconds: float, text: str) -> None:
-    """The unit suits the length."""
+    """The unit depends on the length."""
     assert texts.duration(seconds) == text
 
 

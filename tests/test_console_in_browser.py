@@ -199,7 +199,7 @@ def test_explains_the_source_of_a_row(visit: Open, story: Story) -> None:
 
 
 def test_pages_through_a_search(visit: Open, story: Story) -> None:
-    """The search leads to the oldest match, and is in no URL."""
+    """The search leads to the oldest match, and no URL contains the search."""
     page, seen = visit("/users"), set[str]()
     page.get_by_role("searchbox").fill("lovelace")
     follow(page, page.get_by_role("button", name="Search"))
@@ -338,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """A name runs no script, does not reverse the text around it, and is shown in full."""
+    """A name cannot run a script or reverse the text around it, and is shown in full."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):

@@ -1,4 +1,4 @@
-"""The users table depends only on the set of events, not on their order or repetition."""
+"""The users table depends only on the set of events, not on their order or on repetitions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Run:
         self.log[event.message_id] = (outcome, was[1] + 1)
 
     def fail(self, event: Sent) -> None:
-        """Deliver while processing fails: only the log changes, and only if it is no duplicate."""
+        """Deliver while processing fails. Only the log changes; a duplicate changes nothing."""
         outcome, attempts = self.log.get(event.message_id, ("failed", 0))
         with registered_handler(self.service.app, raise_always):
             status = self.service.deliver(event.body, event.message_id).status_code

@@ -243,7 +243,7 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """Each connection would open a separate database, so the error recommends a file."""
+    """Each connection would open a separate database. The error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI keeps SQLite in memory" in str(raised.value)
@@ -255,7 +255,7 @@ def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
 def test_limits_its_pool_to_the_configured_size(
     make_application: MakeApplication, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Further callers wait for a connection, up to the pool's timeout."""
+    """Additional callers wait for a connection, up to the pool's timeout."""
     monkeypatch.setattr(database, "POOL_TIMEOUT", 0.2)
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
     with application.database.connect(), application.database.connect():

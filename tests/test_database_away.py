@@ -1,4 +1,4 @@
-"""The database stops, freezes or is locked, and comes back: nothing hangs or is lost."""
+"""The database stops, freezes or is locked, and recovers. No request hangs or is lost."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def restored() -> Iterator[None]:
     """Restore the signal handlers, which a run in this process replaces."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    logging.disable(logging.NOTSET)  # as at the end of a demonstration
+    logging.disable(logging.NOTSET)  # the state at the end of a demonstration
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -145,7 +145,7 @@ def test_passes_every_check_and_ends_with_0(
 
 
 def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script can rely on the status."""
+    """The exit status is 1, so that a script can detect the failure."""
     monkeypatch.setattr(demonstration, "_QUERY", "SELECT 1 WHERE false")
     result = CliRunner().invoke(main, ["dev", "--once", "--port", "0"])
     assert result.exit_code == 1
@@ -272,7 +272,7 @@ def test_can_run_twice_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_names_a_port_that_is_taken(temporary: Path) -> None:
-    """It ends with status 2 and suggests another port."""
+    """The command ends with status 2 and suggests another port."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -301,7 +301,7 @@ def test_survives_a_closed_terminal_under_nohup() -> None:
 
 @pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "✓✗"), ("ascii", "+x")])
 def test_prints_what_the_terminal_can_show(encoding: str, marks: str) -> None:
-    """If the encoding has no tick or cross, an ASCII character replaces it."""
+    """If the encoding lacks a tick or a cross, an ASCII character replaces it."""
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)):
         shown = mark(True) + mark(False)
     assert shown == marks
@@ -329,7 +329,7 @@ def test_prints_no_colour_if_asked_to(
     "arguments", [["dev", "--port", "65536"], ["dev", "--nonsense"], ["nonsense"]]
 )
 def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
-    """A script can detect wrong use by the status."""
+    """The exit status is 2, so that a script can detect wrong use."""
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 

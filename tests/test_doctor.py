@@ -183,7 +183,7 @@ def test_finds_each_mistake(
 def test_compares_the_clock(
     clerk: FakeClerk, backend: Backend, seconds: int, expected: str
 ) -> None:
-    """Clerk's clock is the Date header of its response."""
+    """Clerk's time is the Date header of a response."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
     def answer(_backend: Any, request: Any) -> None:
@@ -212,7 +212,7 @@ PUBLISHED = [
 def test_compares_the_instances_of_both_keys(
     correct: dict[str, str], backend: Backend, keys: list[Any], code: str, level: str
 ) -> None:
-    """The Backend API and the Frontend API publish a key in common if both are of one instance."""
+    """The Backend API and the Frontend API of one instance publish a common key."""
     backend.jwks = key_set(*keys)
     found = find(correct)
     codes = {"keys_of_one_instance", "keys_of_two_instances", "instances_not_compared"}
@@ -230,7 +230,7 @@ def test_compares_the_instances_of_both_keys(
 def test_says_why_instances_are_not_compared(
     correct: dict[str, str], changes: dict[str, str], reason: str
 ) -> None:
-    """The host that does not answer is named."""
+    """The finding names the host that does not answer."""
     found = find(correct | changes)["instances_not_compared"]
     assert found.level == "skipped"
     assert found.what == f"Not compared: no key could be fetched from 127.0.0.1 ({reason})."
@@ -249,13 +249,13 @@ def test_says_why_instances_are_not_compared(
 def test_compares_no_instances_without_both_keys(
     correct: dict[str, str], backend: Backend, changes: dict[str, str]
 ) -> None:
-    """Nothing is asked for a key that is missing, invalid, or of the other kind of instance."""
+    """No request is sent if a key is missing, invalid, or of another kind of instance."""
     find(correct | changes)
     assert "/v1/jwks" not in [path for path, _ in backend.requests]
 
 
 def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: MakeService) -> None:
-    """Failed messages are errors, as are users without a profile; a long silence is a warning."""
+    """Failed messages and users without a profile are errors; a long silence is a warning."""
     service = make_service(**correct)
     assert levels(correct)["webhook_never_received"] == "warning"
     with broken_users(service):
@@ -319,7 +319,7 @@ def test_reports_a_read_only_database(
 def test_gives_up_on_a_database_that_does_not_answer(
     correct: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check ends, however long the database takes."""
+    """The check ends even if the database never answers."""
     may_end = threading.Event()
     monkeypatch.setattr(Database, "connect", lambda _database: may_end.wait(20))
     monkeypatch.setattr(doctor.database, "DATABASE_TIMEOUT", 0.1)

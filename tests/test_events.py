@@ -178,13 +178,13 @@ def test_recognizes_a_user_id(user_id: str) -> None:
 )
 @pytest.mark.parametrize("data", [None, {"id": 5}, {"id": USER_ID}])
 def test_parses_other_events_without_a_user(event_type: str, data: Any) -> None:
-    """An event of another type is valid whatever its data, and has no user."""
+    """An event of another type is valid with any data, and has no user."""
     parsed = event({"type": event_type, "data": data})
     assert (parsed.type, parsed.user_id, parsed.profile) == (event_type, None, None)
 
 
 def test_cleans_ids_and_types_for_the_database() -> None:
-    """Both may be any text, and must not break a statement."""
+    """Ids and types may be any text, and must not break a statement."""
     parsed = event({"type": "é\x00\ud800" + "x" * 300}, message_id="\x00" + "m" * 300)
     assert parsed.type == "é\ufffd\ufffd" + "x" * 252
     assert parsed.message_id == parsed.version.message_id
@@ -195,7 +195,7 @@ def test_cleans_ids_and_types_for_the_database() -> None:
 
 @pytest.mark.parametrize(("length", "kept"), [(254, 254), (255, 255), (256, 255)])
 def test_cuts_a_label_at_255(length: int, kept: int) -> None:
-    """That is the length of the columns of ids and types."""
+    """The columns of ids and types have this length."""
     assert storable("x" * length) == "x" * kept
 
 
@@ -236,7 +236,7 @@ def test_treats_an_odd_field_as_absent(value: Any) -> None:
 
 @pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
 def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
-    """Half an address or half a URL would be useless."""
+    """A truncated address or URL would be useless, so it is dropped."""
     fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
     assert getattr(profile(**{field: fitting}), field) == fitting
     assert getattr(profile(**{field: long}), field) is None
@@ -281,7 +281,7 @@ def test_derives_a_name(data: dict[str, Any], name: str) -> None:
     "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
 )
 def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
-    """If one is missing or odd, the other replaces it. An event with neither ranks lowest."""
+    """If one is malformed, the other replaces it. An event without times ranks lowest."""
     assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
     assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
     timeless = user_event({"updated_at": odd}, timestamp=odd)

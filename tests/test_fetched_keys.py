@@ -54,7 +54,7 @@ def test_fetches_before_the_first_call(issuer: Issuer, clerkhooks_config: Config
 
 
 def test_answers_503_without_a_key(issuer: Issuer, clerkhooks_config: Config) -> None:
-    """The caller is not at fault: the answer is never 401 or 500, and has Retry-After."""
+    """The caller is not at fault, so the answer is 503 with Retry-After, never 401 or 500."""
     issuer.behaviour = answering(b"", 500)
     app = make_app(clerkhooks_config, CLERK_JWKS_URL=issuer.url)
     for authorization in (
@@ -75,7 +75,7 @@ def test_answers_503_without_a_key(issuer: Issuer, clerkhooks_config: Config) ->
 def test_fetches_from_the_backend_api_with_the_secret_key(
     issuer: Issuer, clerkhooks_config: Config
 ) -> None:
-    """The secret key is used if no publishable key is set, and never shown."""
+    """The secret key is used if no publishable key is set, and is never shown."""
     variables = {"CLERK_SECRET_KEY": "sk_test_abc", "CLERK_API_URL": issuer.origin}
     unset = {"CLERK_JWT_KEY": "", "CLERK_PUBLISHABLE_KEY": ""}
     keys = find_keys(Settings.from_mapping(clerkhooks_config | variables | unset))

@@ -477,7 +477,7 @@ def test_fails_the_message_with_an_error_of_any_class(
     error: Exception,
     expected: str,
 ) -> None:
-    """Any exception of a handler, clerkhooks' own included, is answered 500 and recorded."""
+    """Any exception of a handler, including clerkhooks' own, is answered 500 and recorded."""
 
     @application.hooks.on("*")
     def fail(_event: Event) -> None:

@@ -76,7 +76,7 @@ def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
 def test_is_not_ready_before_the_first_migration(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """An empty database is behind, before the first upgrade and after a downgrade to base."""
+    """An empty database is behind, both before an upgrade and after a downgrade to base."""
     service = make_service(DATABASE_URL=make_database(kind))
     assert reason(service) == "schema_behind"
     with service.app.app_context():

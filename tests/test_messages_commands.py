@@ -1,4 +1,4 @@
-"""``log``, ``send`` and ``prune``: the commands for messages."""
+"""The commands ``log``, ``send`` and ``prune``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
 
 @pytest.mark.parametrize("since", ["0001-01-01T00:00+01:00", "9999-12-31T23:59-01:00"])
 def test_refuses_a_time_that_is_out_of_range(service: Service, since: str) -> None:
-    """In UTC it is before the first year or after the last."""
+    """In UTC, the time is before year 1 or after year 9999."""
     result = run(service, "log", "--since", since)
     assert (result.exit_code, "is out of range" in result.output) == (2, True), result.output
 
@@ -138,7 +138,7 @@ def logged(service: Service, *arguments: str) -> list[str]:
 
 
 def test_lists_the_latest_messages(service: Service, delivered: dict[str, str]) -> None:
-    """The newest is last. Options select failures, a user, a type or a time."""
+    """The newest message is last. Options select failures, a user, a type or a time."""
     assert logged(service) == ["msg_failed", "msg_applied", "msg_stale", "msg_ignored"]
     assert logged(service, "--limit", "2") == ["msg_stale", "msg_ignored"]
     assert logged(service, "--failed") == ["msg_failed"]
@@ -313,7 +313,7 @@ def test_refuses_to_send_with_invalid_options(
 
 
 def test_refuses_to_send_a_file_that_is_nested_too_deeply(service: Service, tmp_path: Path) -> None:
-    """Python's parser raises RecursionError for it, which is not a ValueError."""
+    """Python's parser raises RecursionError, which is not a ValueError."""
     file = tmp_path / "deep.json"
     file.write_text("[" * 100_000)
     result = run(service, "send", "user.created", "--file", str(file))

@@ -1,4 +1,4 @@
-"""``/metrics``: its figures, its protection, and totals across all workers."""
+"""``/metrics``: values, access, and totals across all workers."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_counts_users_without_a_profile(counted: Service) -> None:
 
 
 def test_reports_an_unavailable_database(make_unreachable: MakeService) -> None:
-    """All other metrics are still reported."""
+    """All metrics other than those from the database are still reported."""
     service = make_unreachable(METRICS_TOKEN=TOKEN)
     service.http.get("/api/me")
     found = scrape(service)
@@ -247,7 +247,7 @@ def test_is_disabled_without_a_configured_token(service: Service) -> None:
 
 
 def test_loads_no_library_when_disabled(clerk: FakeClerk, tmp_path: Path) -> None:
-    """Metrics that are not configured add nothing to the start-up time."""
+    """Without METRICS_TOKEN, prometheus-client is not imported."""
     code = "import sys, wsgi; sys.exit('prometheus_client' in sys.modules)"
     variables = environ(**clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
     assert (

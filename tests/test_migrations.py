@@ -52,7 +52,7 @@ def test_name_every_constraint_and_index(service: Service) -> None:
 
 
 def test_order_by_bytes(service: Service) -> None:
-    """Ids that decide an order are compared by bytes, whatever the server's collation is."""
+    """Ids that decide an order are compared by bytes, independent of the server's collation."""
     with service.app.app_context():
         columns = {
             (table, column["name"]): getattr(column["type"], "collation", None)
@@ -196,7 +196,7 @@ def _content(url: str) -> object:
 def test_record_tables_that_were_copied(
     make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, kind: str
 ) -> None:
-    """A copy of our tables without the record of migrations is recognized, and can be recorded."""
+    """Copied tables without a record of migrations are recognized, and can be recorded."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context():
         upgrade()
@@ -234,7 +234,7 @@ def test_use_a_schema_of_their_own(
 def test_explain_a_schema_that_does_not_exist(
     make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """One message says which statement is missing."""
+    """One message shows the missing statement."""
     url = make_url(make_database("postgresql"))
     url = url.update_query_dict({"options": "-csearch_path=nowhere"})
     result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)

@@ -131,7 +131,7 @@ def test_ends_with_the_newest_version(application: Application) -> None:
 
 @pytest.mark.usefixtures("teams")
 def test_fills_a_row_without_a_version(application: Application) -> None:
-    """A row that the application inserted accepts the first event, however old it is."""
+    """A row that the application inserted accepts the first event, even an old one."""
     application.rows("INSERT INTO teams (tenant, id, name) VALUES ('t', 'org_1', 'Own')")
     assert application.outcome(event_body("organization.created", {"id": "org_1"}, 0)) == "applied"
     assert application.rows(TEAMS) == [("t", "org_1", None, None, 0)]

@@ -249,7 +249,7 @@ def test_serve_migrates_and_becomes_gunicorn(
 def test_serve_reports_a_database_that_is_away(
     clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:
-    """Without a traceback, and nothing is served."""
+    """``serve`` ends without a traceback and serves nothing."""
     monkeypatch.chdir(PROJECT)
     (tmp_path / "file").mkdir()
     for name, value in (clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/file"}).items():

@@ -132,7 +132,7 @@ def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
-    """The next caller gets the turn of a killed one."""
+    """The turn of a killed caller goes to the next one."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     began_at = slots.begin()
     turn = threading.Lock()
@@ -147,7 +147,7 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
 
 
 def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
-    """The third of two is refused, and admitted once a place is free."""
+    """With two slots, the third caller is refused, and admitted once a slot is free."""
     slots = Slots(2, 0)
     with slots.use():
         with slots.use(), pytest.raises(Overloaded), slots.use():

@@ -1,4 +1,4 @@
-"""Errors: the responses they produce, and the lines they log."""
+"""Errors: their responses and log lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROBLEM = "application/problem+json"
 
 @pytest.fixture
 def written() -> Iterator[list[str]]:
-    """The lines logged, as JSON."""
+    """The logged lines, as JSON."""
     with captured_lines(JsonFormatter()) as written:
         yield written
 

@@ -1,4 +1,4 @@
-"""Clerk is asked through the proxy that the environment names, and this machine is not."""
+"""Requests to Clerk use the environment's proxy; requests to loopback addresses do not."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_reports_a_proxy_that_does_not_connect(
 def test_reports_an_unusable_password(
     monkeypatch: pytest.MonkeyPatch, make_proxy: MakeProxy
 ) -> None:
-    """SOCKS cannot send a password of over 255 bytes, and no proxy has an empty label."""
+    """SOCKS cannot send a password of over 255 bytes, and a host name has no empty label."""
     through = make_proxy(proxy.socks_password)
     for url in (f"socks5://user:{'x' * 300}@{through.address}", "socks5://a..b:1080"):
         monkeypatch.setenv("ALL_PROXY", url)
@@ -221,7 +221,7 @@ COMMANDS = [
 def test_commands_explain_an_invalid_proxy(
     configured: dict[str, str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
 ) -> None:
-    """One message, and the command's usual status."""
+    """The command prints one message and ends with its usual status."""
     assert configured
     monkeypatch.setenv("HTTPS_PROXY", INVALID[0])
     result = run(*arguments)
@@ -259,7 +259,7 @@ def test_send_asks_no_proxy_for_this_machine(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """A proxy does not see what a developer sends to the service on the same machine."""
+    """Requests to the service on the same machine do not use the proxy."""
     through = make_proxy(proxy.connect)
     monkeypatch.setenv("http_proxy", f"http://{through.address}")
     for name, value in (clerk.environ | {"DATABASE_URL": database_url}).items():
@@ -278,7 +278,7 @@ def test_send_reports_a_proxy_that_refuses(
     monkeypatch: pytest.MonkeyPatch,
     tunnel: Tunnel,
 ) -> None:
-    """One message, and status 2."""
+    """The command prints one message and ends with status 2."""
     assert configured
     through = make_proxy(tunnel)
     scheme = "http" if tunnel is proxy.refuse else "socks5"
@@ -290,7 +290,7 @@ def test_send_reports_a_proxy_that_refuses(
 
 @SQLITE
 def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """Webhooks are served; one line of the log names the error, and calls are answered 503."""
+    """Webhooks are served, one log line has the error, and calls are answered 503."""
     variables = {"CLERK_JWT_KEY": "", "https_proxy": INVALID[0], "WEB_CONCURRENCY": "1"}
     log = tmp_path / "server.log"
     with serving(database_url, clerk, log, **variables) as server:

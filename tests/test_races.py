@@ -238,7 +238,7 @@ def test_never_records_a_failure_over_a_success(service: Service, committed: boo
 
 @plain
 def test_applies_a_retry_that_waits_for_a_failing_attempt(service: Service, plain: bool) -> None:
-    """The retry is applied, whichever of the two is recorded first."""
+    """The retry is applied, in either order of recording."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     answers = run_contending(service, attempt, attempt, fails=True, plain=plain)

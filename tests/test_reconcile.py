@@ -1,4 +1,4 @@
-"""Reconciliation: the table ends in Clerk's state, whatever webhooks arrive or are lost."""
+"""Reconciliation: the table ends in Clerk's state, even if webhooks are late or lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class World:
     """
     Clerk, the messages that it sent, and the service.
 
-    All share one clock, because a tombstone made by a run gives way only to later events.
+    All share one clock, because only later events replace a tombstone written by a run.
     """
 
     service: Service
@@ -150,7 +150,7 @@ def test_ends_in_clerks_state(
     syncing: Service, backend: Backend, steps: list[Step], order: Any
 ) -> None:
     """
-    After any interleaving of changes, webhooks, calls and runs, the table is repaired.
+    A run repairs the table after any interleaving of changes, webhooks, calls and runs.
 
     All webhooks together repair the rows, except those of users whom a run did not find because of
     an outage. A last run repairs these as well.
@@ -198,7 +198,7 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
             """
             Return a page; then let a user sign up, or delete one.
 
-            Half a page may be deleted: the listing tolerates so many of the same millisecond.
+            At most half a page is deleted, which the listing tolerates within one millisecond.
             """
             after = -1 if created_at_after is None else created_at_after - inclusive
             found = sorted((at, user_id) for user_id, at in created_at.items() if at > after)
@@ -526,7 +526,7 @@ def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) ->
 
 
 def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
-    """A proxy drops the query or has cached a page: the run fails."""
+    """If a proxy drops the query or has cached a page, the run fails."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     whole = answering_json(200, list(backend.users.values()))

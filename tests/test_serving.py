@@ -295,7 +295,7 @@ def test_refuses_to_start_with_an_invalid_variable(
 
 
 def test_lists_every_invalid_variable_at_once() -> None:
-    """The first start reports everything that needs to be corrected."""
+    """The first start reports all variables that need to be corrected."""
     ended = run(web_command(), environ(**WRONG))
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -343,7 +343,7 @@ def test_reports_an_invalid_worker_count_in_commands(
 def test_serve_checks_the_settings_before_gunicorn_does(
     clerk: FakeClerk, tmp_path: Path, name: str, options: list[str]
 ) -> None:
-    """One message and status 2, also for what gunicorn reads when it is imported."""
+    """One message and status 2, including for variables that gunicorn reads on import."""
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", *options]
     ended = run(command, environ(**right | {name: "hidden"}))

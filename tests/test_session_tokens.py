@@ -1,4 +1,4 @@
-"""Verification of session tokens: Clerk's checks and order, never looser than its SDK."""
+"""Verification of session tokens: in Clerk's order, and never looser than its SDK."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """No verdict is looser here; stricter ones have a reason that the recorded case allows."""
+    """No result is looser than the SDK's; stricter results have a reason that the case allows."""
     assert len(SDK["cases"]) == 400
     compared = [
         case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])
@@ -201,7 +201,7 @@ def test_detects_impersonation(act: Any, actor: Any) -> None:
     ],
 )
 def test_refuses_a_malformed_token(text: str) -> None:
-    """A token is three parts of base64url, and nothing around them."""
+    """A token is three base64url parts with nothing before or after them."""
     assert reason_of(text) == "token_malformed"
 
 
@@ -228,7 +228,7 @@ def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
     "raw", [b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000]
 )
 def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
-    """Header and payload are JSON objects in UTF-8."""
+    """Header and payload must be JSON objects in UTF-8."""
     assert reason_of(raw_token(raw, as_json(CLAIMS))) == "token_malformed"
     assert reason_of(raw_token(as_json(HEADER), raw)) == "token_malformed"
 
@@ -268,7 +268,7 @@ def test_accepts_deeply_nested_claims() -> None:
 
 
 def test_checks_in_clerks_order() -> None:
-    """Form, header, signature, claims: an unsigned token reveals no check of its claims."""
+    """Form, header, signature, claims: an unsigned token cannot probe the claim checks."""
     header, payload, signature = token({"alg": "none"}, sub=5).split(".")
     assert reason_of(f"{header}.{payload}.A") == "token_malformed"
     assert reason_of(f"{header}.{payload}.AAAA") == "token_algorithm_refused"
@@ -329,7 +329,7 @@ def test_accepts_each_configured_key_and_no_other() -> None:
     ],
 )
 def test_checks_the_claims(name: str, values: list[Any], reason: str | None) -> None:
-    """Each claim must have the form that Clerk gives it; a template's token has no ``sid``."""
+    """Each claim must have Clerk's form; a token from a template has no ``sid``."""
     assert {reason_of(token(**{name: value})) for value in values} == {reason}
 
 
@@ -365,7 +365,7 @@ def test_enforces_configured_rules_only() -> None:
 def test_tolerates_five_seconds_of_clock_skew(
     name: str, good: list[Any], bad: list[Any], reason: str
 ) -> None:
-    """Fractions of a token's seconds are cut, as in JavaScript."""
+    """Fractions of seconds in a token are truncated, as in JavaScript."""
     assert [reason_of(token(**{name: time})) for time in good] == [None] * len(good)
     assert [reason_of(token(**{name: time})) for time in bad] == [reason] * len(bad)
 
@@ -416,7 +416,7 @@ raw_tokens = st.builds(
     "text", ["", " ", " a.b.c", "a.b.c\x85", "a.b.c\xa0", "\x1ca.b.c", "a.b.c"]
 )
 def test_reads_the_token_of_a_header_unchanged(text: str) -> None:
-    """Python's strip() would accept what Clerk's SDK refuses."""
+    """Python's strip() would accept tokens that Clerk's SDK refuses."""
     authenticator = Authenticator(SessionVerifier(ConfiguredKeys((KEY,)), RULES), frozenset(), ())
     with Flask(__name__).test_request_context(
         environ_overrides={"HTTP_AUTHORIZATION": f"bearer {text}"}

@@ -339,14 +339,14 @@ BAD = {
     ],
 )
 def test_refuses_an_invalid_value(variable: str, problem: str, value: str) -> None:
-    """There is one fault, which names the variable and the problem."""
+    """One fault has the variable and the problem."""
     found = faults(**{variable: value})
     assert list(found) == [variable]
     assert problem in found[variable]
 
 
 def test_refuses_a_folder_that_it_may_not_look_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is reported as any other fault."""
+    """The folder is reported like any other fault."""
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
@@ -636,7 +636,7 @@ def settings_of(application: Application) -> Settings:
 def test_reads_an_application_before_the_environment(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``app.config`` wins, the environment adds to it, and None and empty values are unset."""
+    """``app.config`` takes precedence over the environment; None and empty values are unset."""
     environment.setenv("CLERK_ISSUER", "https://environment.example")
     environment.setenv("CLERK_AUDIENCE", "environment")
     environment.setenv("CLERK_JWKS_KEEP_HOURS", "24")
@@ -721,7 +721,7 @@ def test_sizes_its_own_pool(make_service: MakeService, size: str) -> None:
 
 
 def test_accepts_every_issuer(make_service: MakeService) -> None:
-    """Tokens of each listed issuer are accepted, and those of others are refused."""
+    """Tokens of each listed issuer are accepted; tokens of other issuers are refused."""
     both = make_service(CLERK_ISSUER="https://a.example, https://b.example")
     for issuer, status in (("https://a.example", 200), ("https://b.example", 200), (None, 401)):
         assert both.call("user_2abc", iss=issuer).status_code == status

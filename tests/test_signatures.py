@@ -1,4 +1,4 @@
-"""Verification of webhooks: Svix's scheme, with the verdicts of Clerk's own SDK."""
+"""Verification of webhooks: Svix's scheme, with the same results as Clerk's SDK."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def is_accepted(case: dict[str, Any]) -> bool:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """No verdict is looser than the SDK's recorded one, and only marked ones are stricter."""
+    """No result is looser than the SDK's recorded result, and only marked cases are stricter."""
     assert len(SDK["cases"]) == 300
     differing = [case for case in SDK["cases"] if is_accepted(case) is not case["accept"]]
     assert [case["name"] for case in differing if not case["accept"]] == []
@@ -64,7 +64,7 @@ def test_gives_every_verdict_of_clerks_sdk() -> None:
 
 
 def test_returns_what_was_signed(clerk: FakeClerk) -> None:
-    """A verified message has the signed id and time, and the text as it arrived."""
+    """A verified message has the signed id and time, and the unchanged text."""
     body = '{"name": "Zoë",  "x": 1.0}'.encode()
     message = verify_signature(signed(clerk, body), body, [SigningSecret(clerk.secret)], NOW)
     assert message == VerifiedMessage("msg_1", NOW, body.decode())
@@ -98,7 +98,7 @@ def test_refuses_a_missing_header(clerk: FakeClerk, name: str, value: str | None
     ],
 )
 def test_refuses_a_timestamp_that_is_not_digits(clerk: FakeClerk, value: str) -> None:
-    """Svix sends whole seconds in digits, and no other spelling of a number counts."""
+    """Svix sends whole seconds in digits; other number formats are refused."""
     assert reason_of(signed(clerk) | {"svix-timestamp": value}, clerk) == "timestamp_malformed"
 
 
@@ -116,12 +116,12 @@ def test_refuses_a_timestamp_that_is_not_digits(clerk: FakeClerk, value: str) ->
 def test_tolerates_five_minutes(
     clerk: FakeClerk, age: int, fraction: float, reason: str | None
 ) -> None:
-    """A message may be 300 whole seconds old, or ahead."""
+    """A timestamp may be up to 300 seconds in the past or in the future."""
     assert reason_of(signed(clerk, at=NOW - age), clerk, now=NOW + fraction) == reason
 
 
 def test_refuses_a_body_changed_after_signing(clerk: FakeClerk) -> None:
-    """One more byte is another message."""
+    """Adding one byte to the body invalidates the signature."""
     assert reason_of(signed(clerk), clerk, BODY + b" ") == "signature_mismatch"
 
 
@@ -270,7 +270,7 @@ def test_raises_nothing_but_its_own_error(headers: dict[str, str], body: bytes, 
     st.lists(texts),
 )
 def test_verifies_anything_that_was_signed(body: str, message_id: str, garbage: list[str]) -> None:
-    """Any body under any id verifies, with any garbage around its signature."""
+    """Any signed body with any id verifies, with any garbage around its signature."""
     message_id = f"m{message_id}m"
     signature = SDK_SECRET.sign(message_id, datetime.fromtimestamp(NOW, UTC), body)
     signatures = [*garbage, signature, *garbage]

@@ -49,7 +49,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
-    """Calls during a fetch wait for that one (single flight)."""
+    """Calls during a fetch wait for its result (single flight)."""
     keys, barrier = FetchedKeys(issuer.url), threading.Barrier(17)
     issuer.behaviour = stalling_then_publishing(jwk(CLERK))
 
@@ -159,7 +159,7 @@ def test_keeps_good_keys_after_any_bad_answer(
 
 
 def test_skips_unusable_keys(issuer: Issuer) -> None:
-    """An odd key does not affect the good one beside it."""
+    """An unusable key does not affect a valid key in the same set."""
     issuer.publish(
         {"kid": "ec", "kty": "EC"},
         jwk(OTHER, "enc", use="enc"),
@@ -193,7 +193,7 @@ def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock)
 
 
 def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> None:
-    """The key of a known ``kid`` is not fetched again, whatever the signature."""
+    """The key of a known ``kid`` is not fetched again if the signature is invalid."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     assert {refusal_reason(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
     wait_for_fetches()

@@ -116,7 +116,7 @@ def test_has_the_columns_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", ["version_updated_at", "version_timestamp", "version_message_id"])
 def test_has_no_version_columns(name: str) -> None:
-    """Version columns serve the ordering of events only."""
+    """Version columns are internal and not part of the copy."""
     assert name not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=name):
         getattr(snapshot(), name)
@@ -149,7 +149,7 @@ def test_cannot_be_written_by_the_models_own_methods() -> None:
 
 
 def test_has_the_properties_and_methods_of_the_model() -> None:
-    """Properties and methods work on the copy as on the row."""
+    """Properties and methods work on the copy as they do on the row."""
     free, paying = snapshot(), snapshot(plan="pro")
     assert (free.greeting, free.initial) == ("Hello Ada", "A")
     assert [user.is_paying for user in (free, paying)] == [False, True]

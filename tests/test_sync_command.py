@@ -1,4 +1,4 @@
-"""``clerkhooks sync``, run by an operator or a scheduler."""
+"""The command ``clerkhooks sync``, run by an operator or a scheduler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def objects(result: Result) -> list[Any]:
 
 
 def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
-    """Text has a line for each result, JSON one object. Progress is printed to stderr."""
+    """Text has a line for each result; JSON is one object. Progress is printed to stderr."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     first = run(syncing)
@@ -52,7 +52,7 @@ def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
-    """The status is 1 if anything differs. Text names users and fields; JSON has the values."""
+    """The status is 1 if anything differs. Text shows users and fields; JSON adds values."""
     ids = [backend.sign_up(at=LONG_AGO + number) for number in range(2)]
     syncing.clerk_service.deliver("user.created", backend.users[ids[0]])
     backend.update(ids[0], first_name="Grace", updated_at=LONG_AGO + 10)
@@ -86,7 +86,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
-    """Others are not read. The status is 1 if a user is neither in the table nor at Clerk."""
+    """Other users are not read. The status is 1 if neither the table nor Clerk has a user."""
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
     assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (

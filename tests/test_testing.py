@@ -36,7 +36,7 @@ listed = st.none() | st.builds("{}{}".format, st.sampled_from(["", "org:", "user
 def test_packs_permissions_without_loss(
     granted: list[str], asked: list[str], feature: str | None, plan: str | None
 ) -> None:
-    """A session has the permissions that it was given, each once, and no other."""
+    """A session has exactly the permissions that it was given, each once."""
     claims = {"v": 2} | session_claims(
         "org_1", role="org:admin", permissions=granted, feature=feature, plan=plan
     )
@@ -129,7 +129,7 @@ def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkServi
 
 
 class CountingClient(FlaskClient):
-    """A test client of an application's own, which counts its requests."""
+    """An application's custom test client, which counts its requests."""
 
     count = 0
 
@@ -183,7 +183,7 @@ def test_takes_any_claims(
 
 
 def test_uses_one_organization_by_default(clerk_service: ClerkService) -> None:
-    """Claims of an organization refer to the same one by default; others refer to none."""
+    """Claims about an organization use the default one; other claims use none."""
 
     @clerk_service.app.get("/where")
     @require_auth

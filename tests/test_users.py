@@ -35,7 +35,7 @@ def test_leaves_a_newer_row_alone(service: Service) -> None:
 
 def test_breaks_ties_by_the_bytes_of_the_message_id(service: Service) -> None:
     """
-    Message ids decide between events of one millisecond, in either order.
+    Message ids decide between events of the same millisecond, in either order.
 
     They are compared by bytes: capitals come before small letters on every database.
     """
@@ -225,7 +225,7 @@ def test_is_online_only_while_seen(service: Service) -> None:
 
 
 def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
-    """A deletion between verification and write wins."""
+    """A deletion between verification and write takes precedence."""
     user_id = clerk_id("user")
     service.outcome(deletion(user_id))
     with service.app.app_context(), pytest.raises(Unauthenticated, match="user_deleted"):

@@ -45,7 +45,7 @@ def test_answers_the_documented_shape(service: Service) -> None:
 
 
 def test_processes_a_message_once(service: Service) -> None:
-    """A redelivery, with the timestamp of its own attempt, is a duplicate and changes nothing."""
+    """A redelivery, which has a new timestamp, is a duplicate and changes nothing."""
     user_id = clerk_id("user")
     body = user_event(user_id)
     assert service.outcome(body, "msg_1") == "applied"
@@ -146,7 +146,7 @@ BAD_EVENTS = {
 def test_answers_a_verified_message_that_is_not_an_event_with_400(
     service: Service, body: bytes
 ) -> None:
-    """Svix retries such a message, and nothing is written."""
+    """Nothing is written, and Svix retries."""
     response = service.deliver(body)
     assert (response.status_code, response.get_json()["reason"]) == (400, BAD_EVENTS[body])
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
@@ -162,7 +162,7 @@ def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
 
 
 def test_reads_chunked_bodies(service: Service) -> None:
-    """A body without Content-Length has the same limit, and is read completely up to it."""
+    """A body without Content-Length has the same limit, and is read completely within it."""
     body = user_event(clerk_id("user"))
     padded = body + b" " * (1024 * 1024 - len(body))
     for extra, status in ((b"", 200), (b" ", 413), (b" " * 100_000, 413)):
@@ -237,7 +237,7 @@ FIELDS = (
 def test_accepts_a_user_with_any_optional_fields(
     service: Service, data: dict[str, object], timestamp: object
 ) -> None:
-    """A user event with a valid user id is answered 200, whatever its other fields contain."""
+    """A user event with a valid user id is answered 200, even if other fields are malformed."""
     envelope = {
         "type": "user.updated",
         "timestamp": timestamp,

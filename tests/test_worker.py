@@ -139,7 +139,7 @@ while True:
     ],
 )
 def test_serves_others_beside_a_client_that_never_pauses(framing: bytes, piece: bytes) -> None:
-    """A body that nobody reads is dropped for a while, and then its connection is closed."""
+    """A body that the application does not read is discarded, then the connection is closed."""
     head = b"POST / HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n"
     arguments = [sys.executable, "-c", SENDER, head.hex(), piece.hex()]
     run(
@@ -181,7 +181,7 @@ stop()
     ],
 )
 def test_quotes_nothing_of_a_malformed_request(sent: bytes) -> None:
-    """It is answered 400, not 501, and what it holds is neither logged nor sent back."""
+    """The answer is 400, not 501, and the content is neither logged nor sent back."""
     run(
         f"SENT = {sent!r}"
         + """

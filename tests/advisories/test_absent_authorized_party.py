@@ -24,11 +24,11 @@ from tests.advisories import CLERK, RULES, refusal, sound_token
 )
 @pytest.mark.parametrize("native", [False, True])
 def test_refuses_a_token_of_another_origin(azp: str, native: bool) -> None:
-    """With authorized parties configured, ``azp`` must be one of them, letter by letter."""
+    """With authorized parties configured, ``azp`` must equal one of them exactly."""
     rules = replace(RULES, native=native)
     assert refusal(sound_token(azp=azp), rules=rules) == "token_authorized_party_mismatch"
 
 
 def test_refuses_a_token_without_an_origin() -> None:
-    """Only ``native`` admits such a token."""
+    """Only ``native`` admits a token without ``azp``."""
     assert refusal(sound_token(azp=None)) == "token_authorized_party_missing"

@@ -25,7 +25,7 @@ def test_matches_users_by_id_alone(service: Service) -> None:
 
 
 def test_ignores_an_email_address_in_the_token(service: Service) -> None:
-    """The first call of an unknown user creates a new row, whatever its claims say."""
+    """The first call of an unknown user creates a new row, regardless of its claims."""
     victim, stranger = clerk_id("user"), clerk_id("user")
     service.outcome(user_event(victim))
     shown = service.call(stranger, email="ada@example.org").get_json()

@@ -14,6 +14,6 @@ from tests.advisories import forged_token, refusal
 
 @pytest.mark.parametrize("alg", ["none", "None", "nOnE", "NONE", "", None, ["RS256"]])
 def test_refuses_a_token_without_a_signature(alg: object) -> None:
-    """In every spelling, with or without something in the signature's place."""
+    """Every spelling of "none" is refused, with or without text in place of the signature."""
     assert refusal(forged_token({"alg": alg}, lambda _: b"anything")) == "token_algorithm_refused"
     assert refusal(forged_token({"alg": alg}, lambda _: b"")) == "token_malformed"

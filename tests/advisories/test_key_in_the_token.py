@@ -1,5 +1,5 @@
 """
-A token's header names the key to verify it with.
+A token's header specifies the key to verify it with.
 
 Affected Cisco's node-jose (CVE-2018-0114), which trusted an embedded ``jwk``, and others through
 ``jku`` and ``x5u``, which made the verifier fetch the attacker's key.
@@ -16,7 +16,7 @@ from tests.issuer import Issuer, jwk
 
 @pytest.mark.parametrize("kid", ["ins_fake", "attacker"])
 def test_ignores_a_key_in_the_token(kid: str) -> None:
-    """It is not used, and nothing is fetched from the URL that the token names."""
+    """The key is not used, and nothing is fetched from a URL in the token."""
     with Issuer(jwk(CLERK)).open() as issuer, Issuer(jwk(ATTACKER, kid)).open() as trap:
         for member in (
             {"jwk": jwk(ATTACKER, kid)},

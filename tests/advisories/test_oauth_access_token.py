@@ -18,6 +18,6 @@ GRANT: dict[str, Any] = {"sid": None, "azp": None, "client_id": "client_1", "sco
 
 @pytest.mark.parametrize("typ", ["at+jwt", "AT+JWT", "application/at+jwt"])
 def test_refuses_an_oauth_access_token(typ: str) -> None:
-    """It is refused for its type, even if it has all claims of a session."""
+    """An OAuth token is refused for its type, even if it has all claims of a session."""
     assert refusal(sound_token(header={"typ": typ}, **GRANT)) == "token_type_mismatch"
     assert refusal(sound_token(header={"typ": typ})) == "token_type_mismatch"

@@ -17,7 +17,7 @@ NEIGHBOUR = replace(CLERK, frontend_api="clerk.example.net")
 
 
 def test_refuses_a_token_of_another_instance_with_the_same_key() -> None:
-    """The signature is valid, the issuer is not."""
+    """The signature is valid, but the issuer is not."""
     assert refusal(sound_token(NEIGHBOUR)) == "token_issuer_mismatch"
 
 
@@ -32,5 +32,5 @@ def test_refuses_a_token_of_another_instance_with_the_same_key() -> None:
     ],
 )
 def test_refuses_an_issuer_that_only_resembles_its_own(iss: object) -> None:
-    """The whole text is compared."""
+    """The issuer is compared as a whole, not by prefix."""
     assert refusal(sound_token(iss=iss)) == "token_issuer_mismatch"

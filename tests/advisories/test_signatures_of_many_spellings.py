@@ -27,7 +27,7 @@ def test_refuses_a_trivial_signature(signature: bytes) -> None:
 
 
 def test_accepts_one_spelling_of_a_token_only() -> None:
-    """Another text for the same bytes, or for the same number, is refused."""
+    """Another encoding of the same bytes or number is refused."""
     token = sound_token()
     signed, _, signature = token.rpartition(".")
     raw = base64.urlsafe_b64decode(signature + "==")

@@ -10,7 +10,7 @@ from tests.advisories import refusal, sound_token
 
 
 def test_refuses_a_template_token() -> None:
-    """It has a category of its own, and without one it still has no session id."""
+    """A template token has a separate category; even without a category, it has no session id."""
     marked = sound_token(header={"cat": "cl_B7d4PD222AAA"}, sid=None, sts=None, v=None)
     assert refusal(marked) == "token_category_mismatch"
     assert refusal(sound_token(sid=None, sts=None, v=None)) == "token_session_missing"

@@ -1,1 +1,1 @@
-"""Small applications in common styles; each behaves with clerkhooks as it does without."""
+"""Small applications in common styles, which behave the same with and without clerkhooks."""

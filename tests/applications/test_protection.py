@@ -38,7 +38,7 @@ def above_a_route(app: Flask) -> None:
 
 
 def above_a_blueprints_route(app: Flask) -> None:
-    """Apply it above a blueprint's route, with a condition."""
+    """Apply ``require_auth`` above a blueprint's route, with a condition."""
     blueprint = Blueprint("secrets", __name__)
 
     @require_auth(role="org:admin")
@@ -50,7 +50,7 @@ def above_a_blueprints_route(app: Flask) -> None:
 
 
 def above_another_decorator(app: Flask) -> None:
-    """Apply it above the route, with another decorator in between."""
+    """Apply ``require_auth`` above the route, with another decorator in between."""
 
     @require_auth
     @shout
@@ -106,7 +106,7 @@ def test_refuses_to_start_with_a_view_protected_too_late(
 
 
 def test_serves_every_valid_use(clerk: FakeClerk, sqlite_url: str) -> None:
-    """It works below a route, on classes and methods, before a blueprint, and twice."""
+    """``require_auth`` works below a route, on classes and methods, on a blueprint, and twice."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

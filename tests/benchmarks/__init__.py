@@ -1,1 +1,1 @@
-"""Benchmarks to run by hand. Each prints a table; no test asserts a duration."""
+"""Benchmarks that are run manually. Each prints a table; no test asserts a duration."""

@@ -3,7 +3,7 @@ Measure the service with thousands of connections, a sender like Svix, and new c
 
     python -m tests.benchmarks.flood [--messages 50000] [--held 5000]
 
-First it delivers as Svix does: 500 messages at a time over up to 2,400 persistent connections. Then
+First it delivers like Svix: 500 messages at a time over up to 2,400 persistent connections. Then
 it alternates between deliveries with and without additional held connections. The load is generated
 on the same machine.
 """

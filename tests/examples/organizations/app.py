@@ -81,7 +81,7 @@ def keep_membership(event: Event) -> None:
 
 
 def keep(model: type[Kept], event: Event, **values: Any) -> None:
-    """Write a row unless the stored one is newer. A deletion is final, even if it is first."""
+    """Write a row unless the stored row is newer. A deletion is final in any order."""
     if event.type.endswith(".deleted"):
         # No event has a higher version, so none can restore the row, even in a race.
         event = replace(event, version=event.version._replace(updated_at=2**63 - 1))

@@ -72,7 +72,7 @@ def forget(app: Flask) -> None:
 
 
 def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
-    """The newest name is stored, whatever the order of arrival."""
+    """The newest name is stored, in any order of arrival."""
     names = ("Acne", "Acme", "Acme Inc")
     events = [organization("updated", at, name=name) for at, name in enumerate(names)]
     for order in permutations(events):
