@@ -151,7 +151,7 @@ class ClerkHooks(Generic[U]):
 
     def include_name(self, name: str | None, type_: str, parent_names: Any) -> bool:
         """
-        Let ``flask db migrate`` look only at tables of *db*, in a database that others share.
+        Restrict ``flask db migrate`` to the tables of *db* in a shared database.
 
         Use it as ``Migrate(app, db, include_name=hooks.include_name)``. Otherwise Alembic drops
         every table of the database that is not in the metadata.

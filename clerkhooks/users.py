@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries per process, and concurrent calls per process
 BATCH_LOCK_TIMEOUT = "50ms"  # then each event of the batch is applied alone
 SINGLE_LOCK_TIMEOUT = "1ms"  # then an event waits in a slot for its locked row
-TABLE_LOCKED_AFTER = 1.0  # seconds; a table's lock is waited for without our timeout
+TABLE_LOCKED_AFTER = 1.0  # seconds; our lock timeout does not apply to table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
 
@@ -55,9 +55,9 @@ class Users:
         """
         Apply *event*, unless the database already has a newer version.
 
-        Deliveries may repeat and arrive out of order; the row ends the same. The user, the message
-        and what handlers write are one transaction, always in this order, so that two deliveries
-        may wait for each other but never deadlock.
+        Deliveries may repeat and arrive out of order; the resulting row is the same. The user, the
+        message and what handlers write are one transaction, always in this order, so that two
+        deliveries may wait for each other but never deadlock.
 
         Raises:
             Overloaded: nothing was tried.

@@ -16,7 +16,7 @@ from clerkhooks.store.models import VERSION_COLUMNS, Versioned
 
 def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
     """
-    Write a row of one of the application's tables, unless a newer version is there.
+    Write a row of one of the application's tables, unless it has a newer version.
 
     *values* hold the primary key and the other columns. The row is inserted, or updated if its
     version is older than that of *event*. Return whether the row was written. Call it in a handler:

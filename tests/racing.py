@@ -172,7 +172,7 @@ def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]
     writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
     with ThreadPool(1) as pool, on_statement(service, writes, writing.set):
         answer = pool.submit(request)
-        # SQLite does not show its lock queue, but a writer gets no further than this.
+        # SQLite does not show its lock queue, but a blocked writer stops at this statement.
         assert writing.wait(TIMEOUT), "the request wrote nothing"
         wait_until_blocked(service, answer)
         yield answer

@@ -42,7 +42,7 @@ from tests.backend import (
 )
 from tests.racing import TIMEOUT, eventually
 
-PACE = 0.001  # a call takes at most an eighth of a second, and a pause some milliseconds
+PACE = 0.001  # a call takes at most an eighth of a second, and a pause takes milliseconds
 BORN = 1_700_000_000_000
 
 
@@ -414,7 +414,7 @@ def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
 
 
 def test_keeps_within_the_limit() -> None:
-    """Each request of a development instance waits for a ninth of a second after the last."""
+    """Requests of a development instance start at least a ninth of a second apart."""
     key = SECRET_KEY.replace("live", "test")
     with (
         Backend(secret_key=key).open() as backend,

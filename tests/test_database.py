@@ -61,7 +61,7 @@ def test_combines_url_options_with_its_own_limits(
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_raises_sqlalchemy_errors(service: Service) -> None:
-    """An error has SQLAlchemy's class and a SQLSTATE, and quotes no parameter."""
+    """An error has SQLAlchemy's class and a SQLSTATE, and does not quote parameters."""
     database = database_of(service)
     statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
     with pytest.raises(DBAPIError) as raised:

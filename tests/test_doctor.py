@@ -401,7 +401,7 @@ def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
 
 
 def test_continues_after_a_check_that_fails() -> None:
-    """The failed check is named, without the error's text."""
+    """The finding names the failed check and omits the error's text."""
 
     def check_broken(_case: doctor.Case) -> Iterator[doctor.Finding]:
         raise RuntimeError("hidden")

@@ -1,4 +1,4 @@
-"""Fetched keys in the service: fetched when a worker starts, and 503 without any."""
+"""Fetched keys in the service: each worker fetches them when it starts; 503 without keys."""
 
 from __future__ import annotations
 

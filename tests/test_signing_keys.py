@@ -201,7 +201,7 @@ def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> 
 
 
 def test_drops_a_key_that_is_no_longer_published(issuer: Issuer) -> None:
-    """Clerk removes a key that leaked. Tokens that it signed are refused then."""
+    """Clerk removes a leaked key. Tokens signed with that key are then refused."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     verifier.verify(token, time.time())

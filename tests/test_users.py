@@ -58,7 +58,7 @@ def test_replaces_a_missing_time_by_the_other(
     """
     An event with one time uses it for both.
 
-    An event with neither ranks below all others, ordered by the time of its delivery attempt.
+    An event without times ranks below all others, by the time of its delivery attempt.
     """
     user_id = clerk_id("user")
     body = json.dumps(

@@ -97,7 +97,7 @@ def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
 
 def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -> bool:
     """
-    Return whether the session meets every condition, and there is at least one.
+    Return whether there are conditions and the session meets all of them.
 
     Missing or malformed claims deny.
 

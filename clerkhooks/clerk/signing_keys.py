@@ -153,7 +153,7 @@ def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKe
     Return the RS256 keys of the JWKS at *url* by their ids, skipping other keys.
 
     Raises:
-        ValueError: the status is not 200, it is not a JWKS, or holds no such key.
+        ValueError: the status is not 200, or the body is not a JWKS with an RS256 key.
         TimeoutError, httpx.HTTPError, UnusableAnswer: there is no usable answer in time.
 
     Source: RFC 7517.

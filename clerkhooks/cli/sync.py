@@ -143,7 +143,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
 
 
 def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
-    """Show a new progress bar on stderr, or one line if that is not a terminal; end the last."""
+    """End the previous progress bar, and show a new one, or a line if stderr is no terminal."""
     bars.close()
     bar = click.progressbar(repeat(None), total, label, file=sys.stderr, show_pos=True)
     return bars.enter_context(bar).update

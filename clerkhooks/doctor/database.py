@@ -128,7 +128,7 @@ def _resolve(url: sa.URL) -> sa.URL:
 
 
 def _name_database(case: Case) -> str:
-    """Return kind, host and name of the service's database, without user and password."""
+    """Return the kind, host and name of the service's database, without credentials."""
     url = make_url(cast("ServiceSettings", case.settings).database_url)
     if _is_sqlite(url):
         return f"SQLite in {(url.database or '').partition('?')[0]}"

@@ -165,7 +165,7 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
 
 
 def compare_instances(case: Case) -> Iterator[Finding]:
-    """Check by their key ids that secret key and publishable key belong to one instance."""
+    """Compare key ids to check that both API keys belong to one instance."""
     settings = case.settings
     publishable, secret, url = settings.publishable_key, settings.secret_key, settings.jwks_url
     if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):

@@ -53,7 +53,7 @@ class Batcher(Generic[T, R]):
 
     def __call__(self, item: T) -> R:
         """
-        Return what *execute* gives for *item*.
+        Return the result of *execute* for *item*.
 
         Raises:
             Exception: what *execute* raises, as a separate object for each caller.

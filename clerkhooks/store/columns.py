@@ -18,7 +18,7 @@ from clerkhooks.clerk.events import UNSTORABLE
 from clerkhooks.clerk.fields import Field
 
 logger = logging.getLogger(__name__)
-MAX_INDEXED = 2000  # bytes: a btree index refuses rows over some 2.7 kB
+MAX_INDEXED = 2000  # bytes: a btree index refuses rows over about 2.7 kB
 MAX_DIGITS = 2000  # of a number, before and after the point: far below PostgreSQL's 16,383
 MAX_SINGLE_PRECISION = 24  # bits: PostgreSQL makes FLOAT(24) and below REAL, of four bytes
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38

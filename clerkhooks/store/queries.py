@@ -41,7 +41,7 @@ class Cursor(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """
-        Return the cursor that was printed as *text*.
+        Parse a cursor from *text*.
 
         Raises:
             ValueError: *text* is not a cursor.

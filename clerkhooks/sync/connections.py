@@ -71,7 +71,7 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
     """
     Hold a lock in an open transaction of a separate connection.
 
-    A session's lock would stay behind in a pooler in transaction mode. The transaction reads and
+    Behind a pooler in transaction mode, a session-level lock would leak. The transaction reads and
     writes nothing, so it does not hold back vacuum.
     """
     with store.database.connect() as connection:

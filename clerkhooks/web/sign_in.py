@@ -71,8 +71,8 @@ def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
     """
     Yield each unverified token of the current request, and whether it came in a cookie.
 
-    A bearer token wins over every cookie, even if it is bad. Another scheme does not hide the
-    cookies.
+    A bearer token takes precedence over cookies, even if it is invalid. Another scheme does not
+    hide the cookies.
     """
     bearer = _find_bearer()
     if bearer is not None:

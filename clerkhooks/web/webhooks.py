@@ -54,7 +54,7 @@ def apply_delivery() -> Response:
     except Overloaded:
         raise
     except (RequestError, HTTPException) as error:
-        # Raised by a handler, for instance by abort(404): not an answer for Clerk.
+        # Raised by a handler, for instance by abort(404). Clerk must not get this answer.
         log_failure(error)
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
     lag = time.time() - event.occurred_at.timestamp() if event.occurred_at else None

@@ -216,7 +216,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 class _Server(StreamServer):  # type: ignore[misc]
     """
-    Accepts one connection per iteration of the event loop, and more in a busy worker.
+    Accepts one connection per iteration of the event loop, or several if the worker is busy.
 
     An idle worker leaves connections to others; a busy worker's iterations take long.
     """
