@@ -156,7 +156,7 @@ class ServiceSettings(Settings):
 
 def merge_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """Return *environ* with the variables of ``app.config``, which win unless they are empty."""
-    own = {name: config[name] for name in VARIABLES if _as_text(config.get(name))}
+    own = {name: config[name] for name in VARIABLES if as_text(config.get(name))}
     return dict(environ) | own
 
 
@@ -210,13 +210,13 @@ class _Reader:
 
     def text(self, variable: str) -> str:
         """Return a value as text, which is empty if the variable is unset."""
-        return _as_text(self._values.get(variable))
+        return as_text(self._values.get(variable))
 
     def add_fault(self, variable: str, problem: str) -> None:
         self.faults.append(Fault(variable, problem, VARIABLES[variable]))
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return *value*, which may be a list or a number in ``app.config``, as a variable's text."""
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return ",".join(map(str, value)).strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from clerkhooks.errors import Fault
-from clerkhooks.settings import ServiceSettings, Settings
+from clerkhooks.settings import ServiceSettings, Settings, as_text
 
 T = TypeVar("T")
 TIMEOUT = 5.0  # seconds, for one request to another machine
@@ -79,11 +79,8 @@ class Case:
         return frozenset(fault.variable for fault in self.faults)
 
     def text(self, variable: str) -> str:
-        """Return a value as text, empty if it is unset; ``app.config`` may hold lists."""
-        value = self.values.get(variable)
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-            return ",".join(map(str, value)).strip()
-        return "" if value is None else str(value).strip()
+        """Return a value as text, which is empty if the variable is unset."""
+        return as_text(self.values.get(variable))
 
 
 def count(number: int, noun: str) -> str:
