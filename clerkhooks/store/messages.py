@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: datetime) -> None:
     """
-    Record in a separate transaction that *event* failed. A failure never overwrites a success.
+    Record in a separate transaction that *event* failed.
 
-    If the database is unavailable, log a warning instead: Svix retries in any case.
+    A failure never overwrites a success. If the database is unavailable, log a warning instead:
+    Svix retries in any case.
     """
     row = {
         "message_id": event.message_id,

@@ -115,7 +115,7 @@ def metrics() -> Response:
         abort(404)
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))
-    from prometheus_client import generate_latest  # imported here because it is optional
+    from prometheus_client import generate_latest  # loaded only if metrics are enabled
 
     text = generate_latest(state.metrics)
     response = Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
