@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,8 @@ class Case:
     faults: tuple[Fault, ...]
     project: Path
     program: Program = SERVICE
+    key_sets: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
+    """The key sets that were fetched for earlier checks, or the errors."""
 
     @cached_property
     def invalid(self) -> frozenset[str]:

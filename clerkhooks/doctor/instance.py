@@ -41,13 +41,13 @@ def check_keys(case: Case) -> Iterator[Finding]:
     """Check that session tokens can be verified, with keys of this instance."""
     keys, subject = find_keys(case.settings), "session keys"
     if isinstance(keys, FetchedKeys):
-        yield _judge_fetch(keys)
+        yield _judge_fetch(case, keys)
     elif keys.keys:
         found = count(len(keys.keys), "key")
         what = f"Tokens are verified without network access: {found} configured."
         yield Finding("jwt_keys_configured", Level.OK, subject, what)
         if case.settings.jwks_url:
-            yield _compare_keys(case.settings.jwks_url, keys.keys)
+            yield _compare_keys(case, case.settings.jwks_url, keys.keys)
     elif invalid := [name for name in KEY_VARIABLES if name in case.invalid]:
         verb = "is" if len(invalid) == 1 else "are"
         what = f"No session key could be loaded: {', '.join(invalid)} {verb} malformed."
@@ -58,10 +58,10 @@ def check_keys(case: Case) -> Iterator[Finding]:
         yield Finding("keys_not_configured", Level.WARNING, subject, what, remedy)
 
 
-def _judge_fetch(keys: FetchedKeys) -> Finding:
+def _judge_fetch(case: Case, keys: FetchedKeys) -> Finding:
     subject = "session keys"
     try:
-        found = _fetch_keys(keys.url, keys.headers)
+        found = _fetch_keys(case, keys.url, keys.headers)
     except _NotFetchedError as error:
         what = f"Session tokens cannot be verified: {error}."
         remedy = (
@@ -73,10 +73,10 @@ def _judge_fetch(keys: FetchedKeys) -> Finding:
     return Finding("keys_fetched", Level.OK, subject, what)
 
 
-def _compare_keys(url: str, keys: Sequence[RSAPublicKey]) -> Finding:
+def _compare_keys(case: Case, url: str, keys: Sequence[RSAPublicKey]) -> Finding:
     host, subject = urlsplit(url).hostname, "CLERK_JWT_KEY"
     try:
-        found = _fetch_keys(url, {})
+        found = _fetch_keys(case, url, {})
     except _NotFetchedError as error:
         what = f"Not compared with the instance's keys: {error}."
         return Finding("jwt_keys_not_compared", Level.SKIPPED, subject, what)
@@ -92,14 +92,32 @@ class _NotFetchedError(Exception):
     """No key could be fetched. The text says from where and why."""
 
 
-def _fetch_keys(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
+def _fetch_keys(case: Case, url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
+    """
+    Return the key set at *url*, which is fetched once per diagnosis.
+
+    Raises:
+        _NotFetchedError: there is no usable answer.
+    """
+    request = (url, *headers.items())
+    if request not in case.key_sets:
+        case.key_sets[request] = _try_to_fetch(url, headers)
+    found: dict[str, RSAPublicKey] | _NotFetchedError = case.key_sets[request]
+    if isinstance(found, _NotFetchedError):
+        raise found
+    return found
+
+
+def _try_to_fetch(
+    url: str, headers: Mapping[str, str]
+) -> dict[str, RSAPublicKey] | _NotFetchedError:
     try:
         return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
     except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
         # A ValueError may be a parser's, whose text quotes its input.
         cause = "no key set" if isinstance(error, ValueError) else describe(error)
-        where = urlsplit(url).hostname
-        raise _NotFetchedError(f"no key could be fetched from {where} ({cause})") from None
+        host = urlsplit(url).hostname
+        return _NotFetchedError(f"no key could be fetched from {host} ({cause})")
 
 
 def check_clock(case: Case) -> Iterator[Finding]:
@@ -172,14 +190,17 @@ def compare_instances(case: Case) -> Iterator[Finding]:
         return
     # The keys of production and development always differ, so no request is needed.
     if publishable[3:7] == secret[3:7]:
-        yield _compare_key_ids(f"{settings.api_url}/v1/jwks", secret, url)
+        headers = {"Authorization": f"Bearer {secret}"}
+        yield _compare_key_ids(case, f"{settings.api_url}/v1/jwks", headers, url)
 
 
-def _compare_key_ids(secret_url: str, secret_key: str, publishable_url: str) -> Finding:
+def _compare_key_ids(
+    case: Case, secret_url: str, headers: Mapping[str, str], publishable_url: str
+) -> Finding:
     subject = "API keys"
     try:
-        secret_keys = _fetch_keys(secret_url, {"Authorization": f"Bearer {secret_key}"})
-        publishable_keys = _fetch_keys(publishable_url, {})
+        secret_keys = _fetch_keys(case, secret_url, headers)
+        publishable_keys = _fetch_keys(case, publishable_url, {})
     except _NotFetchedError as error:
         return Finding("instances_not_compared", Level.SKIPPED, subject, f"Not compared: {error}.")
     if secret_keys.keys().isdisjoint(publishable_keys):
