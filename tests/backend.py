@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from clerkhooks.clerk.fake import clerk_id, user_data
-from tests.support import join
+from tests.support import serving_in_thread
 
 WINDOW = 10.0  # seconds in which requests are counted
 TIMEOUT = 20  # seconds
@@ -185,16 +185,8 @@ class Backend:
     @contextmanager
     def open(self) -> Iterator[Backend]:
         """Serve until the block ends."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
+        with serving_in_thread(self._server, self.released):
             yield self
-        finally:
-            self.released.set()
-            self._server.shutdown()
-            join(thread)
-            self._server.hang_up()
-            self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Answer as Clerk does."""
@@ -313,8 +305,9 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, _request: Any, _client_address: Any) -> None:
         """Ignore a client that has closed its connection, or whose connection was closed."""
 
-    def hang_up(self) -> None:
-        """Shut down the connections that are still open."""
+    def server_close(self) -> None:
+        """Shut down the connections that are still open, and close the server."""
         for connection in list(self._open):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,9 +15,8 @@ from typing import Self
 import psutil  # type: ignore[import-untyped]
 
 from clerkhooks.clerk.fake import FakeClerk
-from clerkhooks.settings import PROJECT
 from tests.dedicated_postgresql import DedicatedPostgreSQL
-from tests.server import Response, Server, environ, free_port, wait_until_healthy, web_command
+from tests.server import Response, free_port, start_server, wait_until_healthy
 
 
 class RestartableServer:
@@ -30,21 +28,7 @@ class RestartableServer:
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
-        variables = self.clerk.environ | {
-            "DATABASE_URL": self.database_url,
-            "PORT": str(self.port),
-            "WEB_CONCURRENCY": "2",
-        }
-        with self.log.open("ab") as out:
-            process = subprocess.Popen(
-                web_command(),
-                cwd=PROJECT,
-                env=environ(**variables),
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-        self.server = Server(process, self.database_url, self.port, self.log, self.clerk)
+        self.server = start_server(self.database_url, self.clerk, self.port, self.log)
         wait_until_healthy(self.server)
 
     def kill(self) -> None:

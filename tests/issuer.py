@@ -17,7 +17,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.clerk.session_tokens import SessionVerifier, TokenRules
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.errors import KeysUnavailable, Unauthenticated
-from tests.support import join
+from tests.support import join, serving_in_thread
 
 TIMEOUT = 20  # seconds
 KID = "ins_fake"
@@ -144,15 +144,8 @@ class Issuer:
     @contextmanager
     def open(self) -> Iterator[Issuer]:
         """Serve until the block ends."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
+        with serving_in_thread(self._server, self.released):
             yield self
-        finally:
-            self.released.set()
-            self._server.shutdown()
-            join(thread)
-            self._server.server_close()
 
     def _request_handler(self) -> type[BaseHTTPRequestHandler]:
         issuer = self

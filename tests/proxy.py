@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.support import serving_in_thread
+
 TIMEOUT = 10.0  # seconds until a connection of a proxy ends
 Tunnel = Callable[["Proxy", socket.socket], bool]
 """Reads a client's request for a tunnel; returns whether it was opened."""
@@ -113,15 +115,8 @@ class Proxy:
     @contextmanager
     def open(self) -> Iterator[Proxy]:
         """Serve until the block ends."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
+        with serving_in_thread(self._server, self.released):
             yield self
-        finally:
-            self.released.set()
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
     def _make_handler(self) -> type[BaseRequestHandler]:
         proxy = self

@@ -98,22 +98,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) -> Iterator[Server]:
-    """Run the server with two workers until the block ends."""
-    port = free_port()
+def start_server(
+    database_url: str, clerk: FakeClerk, port: int, log: Path, **variables: str
+) -> Server:
+    """Start the server with two workers, which append to *log*, and return it at once."""
     own = {"DATABASE_URL": database_url, "PORT": str(port), "WEB_CONCURRENCY": "2"}
-    variables = clerk.environ | own | variables
-    with log.open("wb") as out:
+    with log.open("ab") as out:
         process = subprocess.Popen(
             web_command(),
             cwd=PROJECT,
-            env=environ(**variables),
+            env=environ(**(clerk.environ | own | variables)),
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
-    server = Server(process, database_url, port, log, clerk)
+    return Server(process, database_url, port, log, clerk)
+
+
+@contextmanager
+def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) -> Iterator[Server]:
+    """Run the server with two workers until the block ends."""
+    log.unlink(missing_ok=True)
+    server = start_server(database_url, clerk, free_port(), log, **variables)
+    process = server.process
     try:
         wait_until_healthy(server)
         yield server

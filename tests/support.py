@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from threading import Thread
+from socketserver import BaseServer
+from threading import Event, Thread
 from typing import Any, Protocol
 
 import psycopg
@@ -41,6 +42,20 @@ def join(*threads: Thread, seconds: float = JOIN_TIMEOUT) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
     running = [thread.name for thread in threads if thread.is_alive()]
     assert not running, f"still running after {seconds} s: {running}"
+
+
+@contextmanager
+def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
+    """Run *server* until the block ends; *released* then ends the answers that wait for it."""
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        server.shutdown()
+        join(thread)
+        server.server_close()
 
 
 class ThreadPool(ThreadPoolExecutor):

@@ -217,12 +217,12 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.usefixtures("configured")
 @pytest.mark.parametrize(("arguments", "status"), COMMANDS)
 def test_commands_explain_an_invalid_proxy(
-    configured: dict[str, str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
 ) -> None:
     """The command prints one message and ends with its usual status."""
-    assert configured
     monkeypatch.setenv("HTTPS_PROXY", INVALID[0])
     result = run(*arguments)
     assert result.exit_code == status, result.output
@@ -232,23 +232,26 @@ def test_commands_explain_an_invalid_proxy(
     assert "hidden" not in result.output
 
 
-@pytest.mark.parametrize("tunnel", [proxy.connect, proxy.socks])
-def test_commands_use_the_proxy(
-    configured: dict[str, str],
-    make_proxy: MakeProxy,
-    monkeypatch: pytest.MonkeyPatch,
-    tunnel: Tunnel,
-) -> None:
-    """``sync`` and ``send`` reach other machines through the proxy."""
-    assert configured
-    through = make_proxy(tunnel)
-    scheme = "http" if tunnel is proxy.connect else "socks5"
+@pytest.fixture
+def named_proxy(
+    request: pytest.FixtureRequest, make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> Proxy:
+    """A proxy that behaves as the parameter, named by ALL_PROXY."""
+    through = make_proxy(request.param)
+    scheme = "http" if request.param in (proxy.connect, proxy.refuse) else "socks5"
     monkeypatch.setenv("ALL_PROXY", f"{scheme}://{through.address}")
+    return through
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("named_proxy", [proxy.connect, proxy.socks], indirect=True)
+def test_commands_use_the_proxy(named_proxy: Proxy) -> None:
+    """``sync`` and ``send`` reach other machines through the proxy."""
     assert run("sync", "--check").exit_code == 0
     sent = run("send", "user.created", "--to", f"{API}/webhooks", "--json")
     answer = {"status": 200, "body": '{"outcome": "applied"}'}
     assert json.loads(sent.output)["answers"] == [answer]
-    assert len(through.targets) == 4
+    assert len(named_proxy.targets) == 4
 
 
 @SQLITE
@@ -271,18 +274,10 @@ def test_send_asks_no_proxy_for_this_machine(
     assert through.targets == []
 
 
-@pytest.mark.parametrize("tunnel", [proxy.refuse, proxy.socks_refusing])
-def test_send_reports_a_proxy_that_refuses(
-    configured: dict[str, str],
-    make_proxy: MakeProxy,
-    monkeypatch: pytest.MonkeyPatch,
-    tunnel: Tunnel,
-) -> None:
+@pytest.mark.usefixtures("configured", "named_proxy")
+@pytest.mark.parametrize("named_proxy", [proxy.refuse, proxy.socks_refusing], indirect=True)
+def test_send_reports_a_proxy_that_refuses() -> None:
     """The command prints one message and ends with status 2."""
-    assert configured
-    through = make_proxy(tunnel)
-    scheme = "http" if tunnel is proxy.refuse else "socks5"
-    monkeypatch.setenv("ALL_PROXY", f"{scheme}://{through.address}")
     result = run("send", "user.created", "--to", f"{API}/webhooks")
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
     assert "does not respond (ProxyError)" in result.output
