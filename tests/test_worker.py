@@ -239,7 +239,7 @@ stop()
 def test_sends_what_follows_a_held_header_in_order() -> None:
     """A body, no body, a file and a stream follow the header, without a wait for the end."""
     run("""
-import tempfile
+import struct, sys, tempfile
 file = tempfile.TemporaryFile()
 file.write(b"of a file")
 released = gevent.event.Event()
@@ -267,6 +267,11 @@ connection = connect(b"GET /stream HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
 assert connection.recv(65536).endswith(b"\\r\\n\\r\\n5\\r\\nbegun\\r\\n")
 released.set()
 assert connection.recv(65536).startswith(b"5\\r\\nended\\r\\n")
+if sys.platform == "linux":  # a short answer is one segment
+    connection = connect(b"GET /short HTTP/1.0\\r\\n\\r\\n")
+    assert seconds_until_end(connection)[1].endswith(b"short")
+    counters = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    assert struct.unpack_from("I", counters, 152) == (1,)  # tcpi_data_segs_in
 stop()
 """)
 
