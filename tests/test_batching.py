@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.settings import PROJECT
 from clerkhooks.store import batching
 from clerkhooks.store.batching import Batcher
 from tests.racing import TIMEOUT, call, delivery, eventually, on_statement, paused, paused_before
@@ -403,3 +406,57 @@ def test_waits_once_for_a_locked_table(service: Service) -> None:
         assert time.monotonic() - began_at < 8
         logged = "SELECT DISTINCT outcome, error FROM webhook_messages"
         assert rows(service.database_url, logged) == [("failed", "OperationalError 55P03")]
+
+
+WITH_GEVENT = """
+import gevent.monkey; gevent.monkey.patch_all()
+import socket, sys
+import gevent
+from clerkhooks.store import batching
+
+batching.MAX_IDLE_WAIT = float(sys.argv[1])
+batches = []
+
+def execute(items):
+    batches.append(list(items))
+    return items
+
+batcher = batching.Batcher(execute, concerns_all=lambda error: False)
+client, server = socket.socketpair()
+
+def receive_and_call():
+    server.recv(1)
+    batcher("second")
+
+def stay_busy():
+    while len(batches) == 0:
+        gevent.sleep(0)
+
+receiver = gevent.spawn(receive_and_call)
+gevent.sleep(0.05)
+client.send(b"x")
+if sys.argv[2:]:
+    gevent.spawn(stay_busy)
+with gevent.Timeout(20):
+    batcher("first")
+    receiver.join()
+print(batches)
+"""
+
+
+def run_with_gevent(*arguments: str) -> str:
+    """Return what WITH_GEVENT prints; its *arguments* are MAX_IDLE_WAIT and "busy"."""
+    command = [sys.executable, "-c", WITH_GEVENT, *arguments]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_waits_for_a_caller_whose_request_has_arrived() -> None:
+    """With gevent, a request that is ready to be read joins the batch of an earlier one."""
+    assert run_with_gevent("10") == "[['first', 'second']]\n"
+
+
+def test_does_not_wait_for_a_loop_that_is_always_busy() -> None:
+    """A batch is executed after MAX_IDLE_WAIT although the event loop is never idle."""
+    assert "first" in run_with_gevent("0.05", "busy")
