@@ -147,6 +147,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._connections: dict[Any, Connection] = {}  # by greenlet
         self._waiting: dict[Connection, None] = {}  # the longest wait first
 
+    def init_process(self) -> None:
+        """Initialize the forked process, then serve."""
+        # gunicorn looks up about 30 settings for each request, each in three calls. As attributes
+        # of the instance they are found before Config.__getattr__ is called: 5 % of a request.
+        self.cfg.__dict__.update((name, one.get()) for name, one in self.cfg.settings.items())
+        super().init_process()
+
     def run(self) -> None:
         """Serve until the worker is told to stop."""
         gevent.spawn(self._watch_deadlines)
