@@ -215,11 +215,12 @@ def _mark_protected(view: Callable[..., Any], protected: Callable[..., Any]) -> 
 
 
 def _state() -> Any:
-    if not has_request_context() or not request_state().is_authenticated:
+    state = request_state() if has_request_context() else None
+    if state is None or not state.is_authenticated:
         raise RuntimeError(
             "There is no signed-in user here. Put @require_auth below the route of this view."
         )
-    return request_state()
+    return state
 
 
 def get_user() -> ClerkUser:

@@ -76,17 +76,13 @@ class ServiceHandler(logging.StreamHandler[Any]):
         usual = formatters["text" if sys.stdout.isatty() else "json"]
         self._formatters = {"auto": usual, **formatters}
 
-    def filter(self, record: logging.LogRecord) -> Any:
+    def emit(self, record: logging.LogRecord) -> None:
         """Skip other applications' lines, and all lines if the root logger has a handler."""
-        if logging.getLogger().handlers:  # added later, as by logging.basicConfig
-            return False
         state = _find_state()
-        return super().filter(record) if state is None or state.logs_requests else False
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format as the application of the line asked."""
-        state = _find_state()
-        return self._formatters[state.log_format if state else "auto"].format(record)
+        is_ours = state is None or state.logs_requests
+        if is_ours and not logging.getLogger().handlers:  # added later, as by logging.basicConfig
+            self.formatter = self._formatters[state.log_format if state else "auto"]
+            super().emit(record)
 
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:

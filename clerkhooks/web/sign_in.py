@@ -9,7 +9,7 @@ from flask import request
 
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.errors import Forbidden, Unauthenticated
-from clerkhooks.web.state import Authenticator, annotate, current_state, request_state
+from clerkhooks.web.state import Authenticator, current_state, request_state
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -25,7 +25,7 @@ def sign_in(*, optional: bool) -> Session | None:
     if not state.is_authenticated or (state.session is None and not optional):
         session = _authenticate(optional=optional)
         if session is not None:
-            annotate(user_id=session.user_id)
+            state.fields["user_id"] = session.user_id
             app = current_state()
             state.user, created = app.users.get_authenticated(
                 session.user_id, impersonated=session.impersonated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from http import HTTPStatus
+from typing import Any
 
 from flask import Blueprint, Response, request
 from werkzeug.exceptions import HTTPException
@@ -14,7 +15,7 @@ from clerkhooks.errors import RequestError, SignatureError
 from clerkhooks.store.pool import Overloaded
 from clerkhooks.web.logs import log_delivery, log_failure
 from clerkhooks.web.problems import answered, json_response, problem, read_body
-from clerkhooks.web.state import annotate, current_state, request_state
+from clerkhooks.web.state import State, current_state, request_state
 
 
 def add_routes(blueprint: Blueprint) -> None:
@@ -31,7 +32,7 @@ def add_routes(blueprint: Blueprint) -> None:
 def receive_webhook() -> Response:
     """Answer one delivery, then count and log it."""
     delivery, state = request_state(), current_state()
-    response = apply_delivery()
+    response = apply_delivery(delivery.fields, state)
     if state.metrics is not None:
         state.metrics.count_delivery(response.status_code, delivery.fields, delivery.seconds)
     if not state.logs_requests:
@@ -40,15 +41,15 @@ def receive_webhook() -> Response:
 
 
 @answered
-def apply_delivery() -> Response:
-    """Verify, parse and apply the delivery of the current request."""
-    state, now = current_state(), time.time()
+def apply_delivery(fields: dict[str, Any], state: State) -> Response:
+    """Verify, parse and apply the delivery of the current request; add to *fields* for its log."""
+    now = time.time()
     body = read_body(unreadable=SignatureError)  # an unreadable body cannot be verified
     headers = {name: request.headers.get(name, "") for name in HEADERS}
     message = verify_signature(headers, body, state.secrets, now)
-    annotate(message_id=message.message_id)
+    fields["message_id"] = message.message_id
     event = parse_event(message)
-    annotate(message_id=event.message_id, event_type=event.type, user_id=event.user_id)
+    fields |= {"message_id": event.message_id, "event_type": event.type, "user_id": event.user_id}
     try:
         outcome = state.users.apply(event)
     except Overloaded:
@@ -58,5 +59,5 @@ def apply_delivery() -> Response:
         log_failure(error)
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
     lag = time.time() - event.occurred_at.timestamp() if event.occurred_at else None
-    annotate(outcome=outcome, lag_s=None if lag is None else round(lag, 3))
+    fields |= {"outcome": outcome, "lag_s": None if lag is None else round(lag, 3)}
     return json_response({"outcome": outcome, "messageId": message.message_id})
