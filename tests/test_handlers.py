@@ -1,4 +1,4 @@
-"""Handlers of an application: when they are called, and how their errors affect a message."""
+"""An application's handlers: when they are called, and how their errors affect a message."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def new_row(application: Application, user_id: str, name: str) -> Any:
-    """Return a new user, which a handler may add."""
+    """Return a new user for a handler to add."""
     found = application.db.session.get_one(application.model, user_id)
     times = {key: getattr(found, key) for key in ("last_seen", "created_at", "updated_at")}
     return application.model(id=clerk_id("user"), name=name, is_online=False, **times)
@@ -66,7 +66,7 @@ def test_gets_the_event_once(
     pattern: str,
 ) -> None:
     """
-    A handler registered by type, family or for all types gets each message once.
+    A handler registered for a type, a family or all types gets each message once.
 
     The event has the message's data and version. Registering a handler twice has no effect, and
     the decorator returns the handler itself, so that other code can call it.
@@ -94,7 +94,7 @@ def test_gets_the_event_once(
     ["organization", "organization.deleted", "organizationMembership.*", "organization.created.*"],
 )
 def test_ignores_other_types(application: Application, pattern: str) -> None:
-    """A type without a handler is ignored, even if a pattern is a prefix of it."""
+    """A type without a handler is ignored, even if a pattern is a prefix of the type."""
     recorder = Recorder()
     application.hooks.on(pattern)(recorder)
     application.hooks.on(pattern, after_commit=True)(recorder)
@@ -113,16 +113,16 @@ def test_refuses_a_malformed_pattern(application: Application, pattern: str) -> 
 
 
 async def asynchronous(_event: Event) -> None:
-    """Do nothing; a synchronous caller would never await it."""
+    """Do nothing. A synchronous caller would never await this coroutine."""
 
 
 async def asynchronous_generator(_event: Event) -> AsyncIterator[None]:
-    """Do nothing; a caller would never iterate over it."""
+    """Do nothing. A caller would never iterate over this generator."""
     yield
 
 
 def generator(_event: Event) -> Iterator[None]:
-    """Do nothing; a caller would never iterate over it."""
+    """Do nothing. A caller would never iterate over this generator."""
     yield
 
 
@@ -181,7 +181,7 @@ def test_fails_the_message_if_the_handler_cannot_run(
     handler: Any,
 ) -> None:
     """
-    A handler that returns a generator or takes no event fails its first message.
+    A message fails if its handler returns a generator or takes no event.
 
     The answer is 500, the message is recorded as failed, and its changes are rolled back.
     """
@@ -210,7 +210,7 @@ def test_holds_handlers_strongly(application: Application) -> None:
 
 
 def test_calls_a_method_once(application: Application) -> None:
-    """A bound method that is registered for three patterns is one handler."""
+    """A bound method registered for three patterns is called once per message."""
     recorder = Recorder()
     for pattern in ("*", "user.*", "user.updated"):
         application.hooks.on(pattern)(recorder.record)
@@ -255,7 +255,7 @@ def test_shares_handlers_between_applications_of_one_object(
     clerk: FakeClerk,
 ) -> None:
     """
-    Handlers serve every application created with the same ``ClerkHooks``.
+    All applications created with the same ``ClerkHooks`` share its handlers.
 
     Test suites call an application factory several times.
     """
@@ -273,7 +273,7 @@ def test_shares_handlers_between_applications_of_one_object(
 
 
 def test_gets_the_outcome_of_user_events(application: Application) -> None:
-    """A stale event reaches the handler once: the application's own tables may need it."""
+    """A stale event reaches the handlers, too: the application's own tables may need it."""
     inside, after = Recorder(), Recorder()
     application.hooks.on("user.*")(inside)
     application.hooks.on("user.*", after_commit=True)(after)
@@ -366,13 +366,13 @@ def test_calls_every_handler_again_on_retry(application: Application) -> None:
 
 
 def swallow(application: Application) -> None:
-    """Run a statement that fails, and ignore the error without a savepoint."""
+    """Run a failing statement without a savepoint, and ignore the error."""
     with suppress(DBAPIError):
         application.db.session.execute(sa.text("INSERT INTO users (id) VALUES ('user_x')"))
 
 
 def swallow_flush(application: Application) -> None:
-    """Flush an object that is invalid, and ignore the error without a savepoint."""
+    """Flush an invalid object without a savepoint, and ignore the error."""
     application.db.session.add(application.model(id="user_x"))
     with suppress(IntegrityError):
         application.db.session.flush()
@@ -417,7 +417,7 @@ def test_loses_nothing_to_a_handler_that_ends_the_transaction(
     """
     A handler that commits, rolls back or breaks the transaction causes a 500.
 
-    Nothing of the message is committed, and a retry without that handler is applied.
+    None of the message's changes are committed. A retry is applied once the handler behaves.
     """
     user_id, recorder, misbehaving = clerk_id("user"), Recorder(), [True]
     body = user_event(user_id)
@@ -461,7 +461,7 @@ def test_lets_a_handler_use_a_savepoint(application: Application) -> None:
 
 
 class OperationalError(Exception):
-    """An error of another library, such as a message broker's client."""
+    """An error from another library, such as a message broker's client."""
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_fails_the_message_with_an_error_of_any_class(
     error: Exception,
     expected: str,
 ) -> None:
-    """Any exception of a handler, including clerkhooks' own, is answered 500 and recorded."""
+    """Any exception from a handler, even clerkhooks' own, is answered with 500 and recorded."""
 
     @application.hooks.on("*")
     def fail(_event: Event) -> None:
@@ -494,7 +494,7 @@ def test_fails_the_message_if_a_handler_aborts(
     caplog: pytest.LogCaptureFixture,
     status: int,
 ) -> None:
-    """``abort`` and ``get_or_404`` in a handler are answered 500, and the failure is logged."""
+    """``abort`` or ``get_or_404`` in a handler leads to a 500, and the failure is logged."""
     application.hooks.on("*")(lambda _: abort(status))
     with caplog.at_level(logging.ERROR, logger="clerkhooks"):
         assert application.deliver(organization(), "msg_1").status_code == 500
@@ -513,7 +513,7 @@ def test_is_called_after_the_commit(
     failure: BaseException,
 ) -> None:
     """
-    With ``after_commit``, a handler runs when everything has been committed.
+    With ``after_commit``, a handler runs once everything has been committed.
 
     Its exception is logged and does not change the answer.
     """
@@ -544,7 +544,7 @@ def test_is_called_after_the_commit(
 
 
 def test_may_commit_after_the_commit(application: Application) -> None:
-    """A handler that runs after the commit has its own transaction and commits it itself."""
+    """A handler that runs after the commit has its own transaction, which it may commit."""
     user_id = clerk_id("user")
 
     @application.hooks.on("user.*", after_commit=True)
@@ -584,9 +584,9 @@ def test_does_not_limit_statements_of_handlers(
     expected: tuple[str, ...],
 ) -> None:
     """
-    The timeouts of clerkhooks do not apply to a handler's own statements.
+    A handler's own statements are not subject to clerkhooks' timeouts.
 
-    Inside the handler the application's timeouts are in effect.
+    Inside the handler, the application's timeouts are in effect.
     """
     arguments = {"connect_args": {"options": options}} if options else {}
     application = make_application(make_database("postgresql"), SQLALCHEMY_ENGINE_OPTIONS=arguments)
@@ -629,7 +629,7 @@ def test_limits_its_own_wait_for_a_row_lock(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """With handlers as well, a locked row leads to a 500 and a message recorded as failed."""
+    """Even with handlers, a locked row leads to a 500, and the message is recorded as failed."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("*")(Recorder())
     user_id = clerk_id("user")
@@ -645,7 +645,7 @@ def test_limits_its_own_wait_for_a_row_lock(
 def test_detects_a_commit_that_rolled_back(
     make_application: MakeApplication, make_database: MakeDatabase
 ) -> None:
-    """A listener that swallows an error during the commit does not lead to a 200."""
+    """If a listener swallows an error during the commit, the answer is 500, not 200."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("user.created")(lambda _event: None)
     session = application.db.session

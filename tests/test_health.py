@@ -1,4 +1,4 @@
-"""``/healthz`` and ``/readyz``, as platforms call them."""
+"""The health checks ``/healthz`` and ``/readyz``, as platforms use them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
 def test_is_not_ready_before_the_first_migration(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """An empty database is behind, both before an upgrade and after a downgrade to base."""
+    """An empty database is reported as behind, before an upgrade and after a downgrade."""
     service = make_service(DATABASE_URL=make_database(kind))
     assert reason(service) == "schema_behind"
     with service.app.app_context():
@@ -88,7 +88,7 @@ def test_is_not_ready_before_the_first_migration(
 
 
 def test_is_not_ready_while_postgresql_refuses_writes(service: Service) -> None:
-    """After a failover a session can be open and read-only; such a process gets no traffic."""
+    """After a failover, a session may be open but read-only; its process gets no traffic."""
     if service.database_url.startswith("sqlite"):
         pytest.skip("a file has no standby")
     name = service.database_url.partition("?")[0].rpartition("/")[2]
@@ -121,7 +121,7 @@ def test_is_not_ready_while_a_file_refuses_writes(
 def test_is_ready_while_another_process_writes(
     migrated_url: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
-    """If another process holds SQLite's write lock, the database accepts writes."""
+    """While another process holds SQLite's write lock, the database counts as writable."""
     file = tmp_path / "file.db"
     shutil.copy(migrated_url("sqlite").removeprefix("sqlite:///"), file)
     service = make_service(DATABASE_URL=f"sqlite:///{file}")

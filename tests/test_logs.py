@@ -56,7 +56,7 @@ def test_gives_an_aborted_request_an_id(service: Service) -> None:
 
 
 def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
-    """The lines of a failure have the request's id as well."""
+    """The log lines of a failure also have the request's id."""
     body = user_event(clerk_id("user"))
     headers = service.clerk.headers(body) | {"X-Request-ID": "of-the-proxy"}
     with captured_lines(JsonFormatter()) as written, broken_users(service):
@@ -68,7 +68,7 @@ def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
 
 
 def test_adds_the_id_to_the_line_of_a_failing_handler(application: Application) -> None:
-    """A failure after the commit can be found by the id in the platform's router log."""
+    """A failure after the commit can be traced by the id in the platform's router log."""
 
     @application.hooks.on("user.updated", after_commit=True)
     def fail(_event: object) -> None:
@@ -86,7 +86,7 @@ def test_adds_the_id_to_the_line_of_a_failing_handler(application: Application) 
 
 @pytest.mark.parametrize("sent", ["a", "A.b_c:/+=-9" * 11, "x" * 128])
 def test_keeps_an_incoming_id(service: Service, sent: str) -> None:
-    """The id connects a line with the log of the platform's router."""
+    """The id links a log line to the log of the platform's router."""
     answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
     assert answer.headers["X-Request-ID"] == sent
 
@@ -117,7 +117,7 @@ def test_is_readable_on_a_terminal(service: Service) -> None:
 
 
 def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Colours are used on a terminal only, and never with NO_COLOR."""
+    """Colours are used only on a terminal, and never with NO_COLOR."""
     record = logging.makeLogRecord({"levelname": "ERROR", "msg": "request_failed"})
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
     assert "\x1b" not in TextFormatter().format(record)
@@ -243,7 +243,7 @@ app.test_client().get("/api/me")
 def test_prints_each_line_once_beside_a_root_logger(
     clerk: FakeClerk, tmp_path: Path, before: bool
 ) -> None:
-    """With ``logging.basicConfig``, before or after, only the root handler prints the lines."""
+    """Only the root handler prints the lines, whenever ``logging.basicConfig`` is called."""
     printed = run_script(ROOT_LOGGER.format(before=before), clerk, tmp_path)
     assert printed.splitlines() == ["root request"] * 2
 
@@ -270,7 +270,7 @@ def test_prints_nothing_for_an_application(clerk: FakeClerk, tmp_path: Path) -> 
     """
     The service's handler prints only the service's lines.
 
-    An application without log handlers prints no warnings through Python's last resort.
+    An application without log handlers prints no warnings through ``logging.lastResort``.
     """
     printed = run_script(APPLICATION_BESIDE_A_SERVICE, clerk, tmp_path).splitlines()
     paths = [json.loads(line)["path"] for line in printed if line.startswith("{")]
@@ -278,7 +278,7 @@ def test_prints_nothing_for_an_application(clerk: FakeClerk, tmp_path: Path) -> 
 
 
 def test_describes_an_exception_that_flask_logs(service: Service) -> None:
-    """A view's exception is logged with its class and frames, without its text."""
+    """A view's exception is logged with its class and frames, but without its text."""
 
     def fail() -> str:
         raise RuntimeError("Failing row contains (ada@example.org)")

@@ -1,4 +1,4 @@
-"""``/api/me`` and its presence, as a browser uses them."""
+"""``/api/me`` and ``/api/me/presence``, as a browser uses them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shows_the_user(service: Service) -> None:
 
 
 def test_sets_and_shows_presence(service: Service) -> None:
-    """The presence that was set is returned by later calls."""
+    """Later calls return the presence that was set."""
     user_id = clerk_id("user")
     for is_online in (True, False):
         assert (
@@ -62,7 +62,7 @@ def test_sets_and_shows_presence(service: Service) -> None:
     (b'{"isOnline": true}' + b" " * 2**20, "body_too_large"),
 ])  # fmt: skip
 def test_refuses_a_malformed_presence(service: Service, body: bytes, reason: str) -> None:
-    """A body without a boolean is answered 400, or 413 if too large, and changes nothing."""
+    """A body without a boolean gets a 400, or a 413 if it is too large. Nothing changes."""
     user_id = clerk_id("user")
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
     response = service.http.put(
@@ -121,7 +121,7 @@ def test_accepts_the_scheme_in_any_case(service: Service, scheme: str) -> None:
     ({"header": {"typ": "at+jwt"}}, "token_type_mismatch"),
 ])  # fmt: skip
 def test_refuses_an_invalid_token(service: Service, claims: dict[str, object], reason: str) -> None:
-    """Each token is answered 401 with its reason, and creates no user."""
+    """Each token is answered with 401 and its reason, and creates no user."""
     response = service.call(clerk_id("user"), **claims)  # type: ignore[arg-type]
     assert (response.status_code, response.get_json()["reason"]) == (401, reason)
     assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -129,7 +129,7 @@ def test_refuses_an_invalid_token(service: Service, claims: dict[str, object], r
 
 
 def test_refuses_a_token_of_a_deleted_user(service: Service) -> None:
-    """A deleted user's valid token is answered 401 and does not restore the user."""
+    """A deleted user's valid token is answered with 401 and does not restore the user."""
     user_id = clerk_id("user")
     service.outcome(deletion(user_id))
     for method, path in (("GET", "/api/me"), ("PUT", "/api/me/presence")):
@@ -158,7 +158,7 @@ def test_never_answers_a_stranger_with_a_5xx(
 
 
 def test_answers_503_without_keys(make_service: MakeService) -> None:
-    """Without a session key, webhooks work and protected routes are answered 503."""
+    """Without a session key, webhooks work, and protected routes answer with 503."""
     bare = make_service(
         CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None, CLERK_AUTHORIZED_PARTIES=None
     )
@@ -207,7 +207,7 @@ def test_allows_no_other_origin(service: Service, origin: str) -> None:
 
 
 def test_sends_one_cors_header_beside_flask_cors(service: Service) -> None:
-    """With ``CORS(app)`` as well, there is still one Access-Control-Allow-Origin header."""
+    """Even with ``CORS(app)``, there is only one Access-Control-Allow-Origin header."""
     CORS(service.app)
     service.app.add_url_rule("/open", view_func=lambda: "open")
     answers = {
@@ -228,7 +228,7 @@ def test_does_not_allow_native_as_an_origin(make_service: MakeService) -> None:
 
 
 def test_protects_views_of_an_application(service: Service) -> None:
-    """A protected view has the user and the session, and keeps its name and arguments."""
+    """A protected view can read the user and the session, and keeps its name and arguments."""
 
     @service.app.get("/notes/<int:number>")
     @require_auth

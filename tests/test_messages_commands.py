@@ -27,7 +27,7 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def age(service: Service, message_id: str, **days: float) -> None:
-    """Make a message's times older."""
+    """Set each named time of a message to that number of days ago."""
     state: State = service.app.extensions["clerkhooks"]
     values = {name: datetime.now(UTC) - timedelta(days=number) for name, number in days.items()}
     table = state.store.messages
@@ -37,9 +37,10 @@ def age(service: Service, message_id: str, **days: float) -> None:
 
 def test_deletes_old_messages_and_no_users(service: Service) -> None:
     """
-    Messages older than the given age are deleted; retried messages and users are kept.
+    Messages older than the given age are deleted.
 
-    A deleted message that is delivered again is stale.
+    Messages that have been retried since then are kept, as are users. A deleted message that is
+    delivered again is stale.
     """
     user_id = clerk_id("user")
     bodies = {
@@ -90,7 +91,7 @@ def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
 
 @pytest.mark.parametrize("since", ["0001-01-01T00:00+01:00", "9999-12-31T23:59-01:00"])
 def test_refuses_a_time_that_is_out_of_range(service: Service, since: str) -> None:
-    """In UTC, the time is before year 1 or after year 9999."""
+    """In UTC, the time would be before year 1 or after year 9999."""
     result = run(service, "log", "--since", since)
     assert (result.exit_code, "is out of range" in result.output) == (2, True), result.output
 
@@ -162,9 +163,9 @@ def test_follows_the_log(
     service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     """
-    Each new message is printed once, and a failed one again after its retry.
+    Each new message is printed once, and a failed message again after its retry.
 
-    Ctrl-C ends it with status 0.
+    Ctrl-C ends the command with status 0.
     """
     user_id = clerk_id("user")
     body = user_event(user_id)
@@ -189,7 +190,7 @@ def test_follows_the_log(
 
 
 def sent(server: Server, *arguments: str) -> tuple[int, Any]:
-    """Send to *server*; return the exit status and the printed JSON."""
+    """Send an event to *server*; return the exit status and the printed JSON."""
     app = create_app(
         server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
     )
@@ -200,9 +201,9 @@ def sent(server: Server, *arguments: str) -> tuple[int, Any]:
 
 def test_sends_signed_events(server: Server) -> None:
     """
-    Sign-ups, updates, repetitions and deletions are applied.
+    Sign-ups, updates and deletions are applied, and a repetition is a duplicate.
 
-    A tampered or old message is refused, with status 1.
+    If a message has been tampered with or is too old, it is refused, and the status is 1.
     """
     user_id = clerk_id("user")
     status, printed = sent(
@@ -255,7 +256,7 @@ def test_sends_signed_events(server: Server) -> None:
     ],
 )
 def test_sends_any_type(server: Server, event_type: str) -> None:
-    """The data is an object of the type, with at least the fields that all types share."""
+    """For any event type, the data is an object of the matching kind."""
     status, printed = sent(server, event_type)
     event = json.loads(printed["request"]["body"])
     assert (status, event["type"], event["data"]["object"]) == (
@@ -266,7 +267,7 @@ def test_sends_any_type(server: Server, event_type: str) -> None:
 
 
 def test_sends_a_file(server: Server, tmp_path: Path) -> None:
-    """A file holds a whole event, or only its data."""
+    """A file may contain a whole event or only its data."""
     user_id = clerk_id("user")
     for number, content in enumerate(
         ({"id": user_id}, {"data": {"id": user_id, "first_name": "Grace"}, "type": "user.updated"})
@@ -277,7 +278,7 @@ def test_sends_a_file(server: Server, tmp_path: Path) -> None:
 
 
 def test_prints_the_request_without_the_secret(server: Server) -> None:
-    """Request and response are printed as text."""
+    """The request and the response are printed as text."""
     app = create_app(
         server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
     )

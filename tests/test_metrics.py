@@ -35,7 +35,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def samples(text: str) -> Samples:
-    """Return each sample by name, without prefix, and label values (type before outcome)."""
+    """Return the samples by name (without prefix) and label values (type before outcome)."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -45,7 +45,7 @@ def samples(text: str) -> Samples:
 
 
 def scrape(service: Service) -> Samples:
-    """Return the response of ``/metrics``."""
+    """Return the samples that ``/metrics`` reports."""
     response = service.http.get("/metrics", headers=AUTHORIZED)
     assert response.status_code == 200
     assert response.headers["Cache-Control"] == "no-store"
@@ -59,7 +59,11 @@ def counted(make_service: MakeService) -> Service:
 
 
 def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
-    """Each outcome is counted once, with its duration and delay."""
+    """
+    Each outcome is counted with its duration.
+
+    The delay is recorded for applied and stale events only.
+    """
     user_id = clerk_id("user")
     with broken_users(counted):
         counted.deliver(user_event(clerk_id("user"), "user.created"))
@@ -86,7 +90,7 @@ def test_counts_deliveries_by_type_and_outcome(counted: Service) -> None:
 
 
 def test_counts_refusals_by_reason(counted: Service) -> None:
-    """Refused deliveries and calls are counted; refusals by the application's views are not."""
+    """Refused deliveries and session tokens are counted; other client errors are not."""
     counted.http.post("/webhooks/clerk", data=b"{}")
     counted.deliver(b"[]")
     counted.http.get("/api/me")
@@ -111,7 +115,7 @@ def test_counts_refusals_by_reason(counted: Service) -> None:
 
 def test_counts_users_without_a_profile(counted: Service) -> None:
     """
-    Users created by a first call are counted, as are those that still have no profile.
+    Users created by a first call are counted, as are users who still have no profile.
 
     The age of the last webhook is reported once a webhook has arrived.
     """
@@ -134,7 +138,7 @@ def test_counts_users_without_a_profile(counted: Service) -> None:
 
 
 def test_reports_an_unavailable_database(make_unreachable: MakeService) -> None:
-    """All metrics other than those from the database are still reported."""
+    """All metrics that do not come from the database are still reported."""
     service = make_unreachable(METRICS_TOKEN=TOKEN)
     service.http.get("/api/me")
     found = scrape(service)
@@ -148,7 +152,7 @@ def test_counts_connections_right_after_an_outage(
     """
     Failed attempts to connect do not change the number of connections in use.
 
-    SQLAlchemy's pool checks in even a connection that could not be opened.
+    SQLAlchemy's pool checks in even connections that could not be opened.
     """
     url = make_database("postgresql")
     migrate(url, clerk)
@@ -199,7 +203,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
-        # Not in the thread that the keys started, so its result comes too late.
+        # This fetch does not run in the thread of the latest one, so its result counts as late.
         keys._fetch_now()
     found = scrape(service)
     assert keys.age is None
@@ -226,7 +230,7 @@ def test_refuses_other_methods(counted: Service, service: Service, method: str) 
     """
     A caller with the token gets 405 for another method.
 
-    Without the token, or without METRICS_TOKEN, every method is answered 404.
+    Without the token, or without METRICS_TOKEN, every method is answered with 404.
     """
     answer = counted.http.open("/metrics", method=method, headers=AUTHORIZED)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
@@ -296,7 +300,7 @@ def test_ignores_deliveries_that_the_application_refuses(counted: Service) -> No
 
 
 def test_moves_with_its_prefix(clerk: FakeClerk, tmp_path: Path) -> None:
-    """With ``url_prefix`` the metrics move below the prefix, with the same protection."""
+    """With ``url_prefix``, the metrics move under the prefix and stay protected."""
     app, own_db = Flask("guest"), SQLAlchemy()
     url = f"sqlite:///{tmp_path}/x.db"
     app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url, METRICS_TOKEN=TOKEN)
@@ -351,7 +355,7 @@ def scrape_once_both_serve(server: Server) -> Samples:
 
 def test_adds_up_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
     """
-    Counters of two workers add up, even after one of them was killed.
+    The counters of two workers are added up, even after one of them was killed.
 
     A killed worker's gauges disappear, and the server removes its files when it stops.
     """

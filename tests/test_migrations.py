@@ -31,7 +31,7 @@ def test_agree_with_the_models(service: Service) -> None:
 
 
 def test_name_every_constraint_and_index(service: Service) -> None:
-    """Names are the same on both databases, so that a later migration can drop them."""
+    """Names are the same on both databases, so a later migration can drop objects by name."""
     with service.app.app_context():
         inspector = sa.inspect(db.engine)
         names = {
@@ -52,7 +52,7 @@ def test_name_every_constraint_and_index(service: Service) -> None:
 
 
 def test_order_by_bytes(service: Service) -> None:
-    """Ids that decide an order are compared by bytes, independent of the server's collation."""
+    """Ids used for ordering are compared by bytes, independently of the server's collation."""
     with service.app.app_context():
         columns = {
             (table, column["name"]): getattr(column["type"], "collation", None)
@@ -107,7 +107,7 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
 def test_leave_the_tables_of_others_alone(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """Tables and the version of another program in the same database are not changed."""
+    """Another program's tables and migration version in the database are not changed."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context(), db.engine.connect() as connection:
         for statement in (
@@ -185,7 +185,7 @@ def test_refuse_a_table_of_others(
 
 
 def _content(url: str) -> object:
-    """Return all that a migration could change."""
+    """Return everything that a migration could change."""
     if url.startswith("sqlite"):
         return Path(url.removeprefix("sqlite:///")).read_bytes()
     query = "SELECT table_schema, table_name, column_name FROM information_schema.columns"
@@ -196,7 +196,7 @@ def _content(url: str) -> object:
 def test_record_tables_that_were_copied(
     make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, kind: str
 ) -> None:
-    """Copied tables without a record of migrations are recognized, and can be recorded."""
+    """Tables copied without their migration version are recognized and can be stamped."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context():
         upgrade()
@@ -212,7 +212,7 @@ def test_record_tables_that_were_copied(
 def test_use_a_schema_of_their_own(
     make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, path: str
 ) -> None:
-    """With ``options`` in the URL, all tables are in that schema, beside other programs'."""
+    """If ``options`` in the URL names a schema, all tables are created in it."""
     url = make_database("postgresql")
     rows(url, "CREATE TABLE users (id INTEGER PRIMARY KEY, nickname TEXT)")
     own = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})
@@ -234,7 +234,7 @@ def test_use_a_schema_of_their_own(
 def test_explain_a_schema_that_does_not_exist(
     make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """One message shows the missing statement."""
+    """The message shows a statement that creates a schema."""
     url = make_url(make_database("postgresql"))
     url = url.update_query_dict({"options": "-csearch_path=nowhere"})
     result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)

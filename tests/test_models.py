@@ -1,4 +1,4 @@
-"""Models of users, and the guarded write for an application's own tables."""
+"""User models, and the guarded write for an application's own tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatab
 
 
 def declare(db: SQLAlchemy, name: str = "User", **attributes: Any) -> type[Any]:
-    """Declare a model of users."""
+    """Declare a user model."""
     parents: tuple[Any, ...] = (ClerkUser, db.Model)
     return type(name, parents, {"__module__": __name__, **attributes})
 
@@ -59,7 +59,7 @@ def test_refuses_a_model_without_the_mixin() -> None:
 
 
 def test_refuses_a_table_that_is_already_declared() -> None:
-    """If the table exists, the error says to derive the model and use one ``ClerkHooks``."""
+    """The error says to derive the model from ``ClerkUser`` or to use one ``ClerkHooks``."""
     db = SQLAlchemy()
     model = declare(db)
     with pytest.raises(ValueError, match=r"Let its model derive from ClerkUser"):
@@ -70,7 +70,7 @@ def test_refuses_a_table_that_is_already_declared() -> None:
 
 
 def test_refuses_an_application_that_is_not_ready(application: Application) -> None:
-    """``hooks.init_app`` needs ``db.init_app`` before it and may be called once."""
+    """``hooks.init_app`` must be called after ``db.init_app``, once per application."""
     with pytest.raises(RuntimeError, match=r"Call db.init_app\(app\) before"):
         application.hooks.init_app(Flask("second"))
     with pytest.raises(RuntimeError, match="already called"):
@@ -80,9 +80,9 @@ def test_refuses_an_application_that_is_not_ready(application: Application) -> N
 @pytest.fixture
 def teams(application: Application) -> type[Any]:
     """
-    A table that the application owns, with a composite key.
+    A model of the application's own, with a composite key.
 
-    One key column has another attribute name in Python.
+    The column ``name`` has another attribute name.
     """
     attributes = {
         "__module__": __name__,
@@ -110,14 +110,18 @@ TEAMS = "SELECT tenant, id, name, note, version_updated_at FROM teams"
 
 
 def team(at: int, name: str | None, **data: Any) -> bytes:
-    """Return an event of an organization."""
+    """Return an ``organization.updated`` event."""
     whole = {"id": "org_1", "name": name, "updated_at": NOW_MS + at} | data
     return event_body("organization.updated", whole, NOW_MS + at)
 
 
 @pytest.mark.usefixtures("teams")
 def test_ends_with_the_newest_version(application: Application) -> None:
-    """In every order, ``upsert`` returns whether it wrote and leaves other columns unchanged."""
+    """
+    The newest version wins in every order.
+
+    ``upsert`` returns whether it wrote, and leaves other columns unchanged.
+    """
     events = {at: team(at, f"Name {at}") for at in (1, 2, 3)}
     for order in permutations(events):
         application.rows("DELETE FROM teams")
@@ -153,7 +157,7 @@ def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams:
     """
     An unversioned model, an incomplete key or an unknown column raises an error.
 
-    The delivery is answered 500.
+    The delivery is answered with 500.
     """
     errors: list[Exception] = []
 

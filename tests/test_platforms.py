@@ -69,7 +69,7 @@ def variables_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [*FILES, "compose.yaml"])
 def test_sets_only_variables_that_are_read(name: str) -> None:
-    """Deployment files set no variable that is misspelt and would be ignored."""
+    """Deployment files contain no misspelt variables, which the service would ignore."""
     assert variables_of(name) - OF_POSTGRES <= set(VARIABLES)
 
 
@@ -233,7 +233,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_serve_migrates_and_becomes_gunicorn(
     clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:
-    """``serve --migrate`` migrates and executes gunicorn with the remaining arguments."""
+    """``serve --migrate`` migrates, then executes gunicorn with the remaining arguments."""
     monkeypatch.chdir(PROJECT)
     url = f"sqlite:///{tmp_path}/served.db"
     for name, value in (clerk.environ | {"DATABASE_URL": url}).items():

@@ -37,7 +37,7 @@ def use(slots: Slots, log: list[int], number: int, seconds: float = 0.0) -> None
 
 
 def queue(threads: ThreadPool, slots: Slots, log: list[int], count: int) -> list[Future[None]]:
-    """Start *count* callers, each once the previous one waits."""
+    """Start *count* callers, each after the previous one has begun to wait."""
     queued = []
     for number in range(count):
         queued.append(threads.submit(use, slots, log, number))
@@ -89,12 +89,12 @@ def test_refuses_at_once_if_uses_take_long() -> None:
         with pytest.raises(Overloaded), slots.use():
             pass
         assert time.monotonic() - began < 0.5
-    with slots.use():  # a free slot is given regardless of earlier durations
+    with slots.use():  # a free slot is assigned regardless of earlier durations
         pass
 
 
 def test_refuses_the_last_first(threads: ThreadPool) -> None:
-    """While no slot becomes free, the last callers are refused first and the first waits."""
+    """While no slot becomes free, the last callers are refused and the first keeps waiting."""
     slots, log = Slots(1, 1.5), list[int]()
     with slots.use():
         queued = queue(threads, slots, log, 5)
@@ -110,7 +110,7 @@ class Killed(BaseException):
 
 
 def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No slot is lost if a caller is killed while it waits, or when it has just got its turn."""
+    """No slot is lost if a caller is killed while it waits or just after it gets its turn."""
     slots = Slots(1, TIMEOUT)
     began_at = slots.begin()
 
@@ -132,7 +132,7 @@ def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
-    """The turn of a killed caller goes to the next one."""
+    """The turn of a killed caller passes to the next caller."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     began_at = slots.begin()
     turn = threading.Lock()
@@ -157,7 +157,7 @@ def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
 
 
 def test_overloaded_is_a_request_error_and_a_database_error() -> None:
-    """Code that catches database errors catches ``Overloaded``, too; it can be copied."""
+    """Code that catches database errors also catches ``Overloaded``, which can be copied."""
     error = copy.copy(Overloaded())
     assert isinstance(error, RequestError)
     assert isinstance(error, sa.exc.SQLAlchemyError)
@@ -165,7 +165,7 @@ def test_overloaded_is_a_request_error_and_a_database_error() -> None:
 
 
 def test_returns_a_slot_if_connecting_fails() -> None:
-    """Failed connects and invalidated, garbage-collected or detached connections free a slot."""
+    """Failed, invalidated, garbage-collected and detached connections free their slots."""
     fails = [True, True, False]
 
     def connect() -> object:
@@ -202,7 +202,7 @@ def test_returns_a_slot_if_connecting_fails() -> None:
 def test_answers_503_above_the_bound(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch, limited: str
 ) -> None:
-    """A delivery or call above the bound is refused, counted, and not recorded as failed."""
+    """A delivery or call over the limit is refused and counted, but not recorded as failed."""
     monkeypatch.setattr(users, "MAX_CALLERS", 1)
     service = make_service(METRICS_TOKEN="x" * 20)
     bound = getattr(service.app.extensions["clerkhooks"].users, limited)
@@ -227,7 +227,7 @@ def count(service: Service, what: str) -> float:
 
 
 def test_answers_503_if_no_connection_is_free(make_service: MakeService) -> None:
-    """With an exhausted pool, a delivery and a call are 503, and a later retry succeeds."""
+    """With an exhausted pool, deliveries and calls get a 503; a later retry succeeds."""
     service = make_service(DATABASE_POOL_SIZE="1")
     database = service.app.extensions["clerkhooks"].store.database
     database.engine.pool._slots.timeout = 0.2
