@@ -25,7 +25,7 @@ from tests.support import NOW_MS, Service, ThreadPool, deletion, user_event
 from tests.syncing import store_of, sync
 
 pytestmark = pytest.mark.slow
-# Other tests use the same server at the same time, so both queries look at one database.
+# Other tests use the same server at the same time, so both queries select one database.
 ADVISORY_LOCKS = (
     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
     " (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -50,7 +50,7 @@ def empty_url(make_database: MakeDatabase) -> str:
 
 @contextmanager
 def serving(clerk: FakeClerk, url: str, direct_url: str, pooler: str) -> Iterator[Service]:
-    """Migrate and create the service at *url*; tests read the database at *direct_url*."""
+    """Migrate the database, and create the service at *url*; tests read at *direct_url*."""
     variables = {"DATABASE_POOLER": pooler} if pooler else {}
     clerk_environ = clerk.environ | variables
     migrate(url, clerk, **variables)
@@ -85,7 +85,7 @@ def use(service: Service, rounds: int) -> set[int]:
 
 
 def limits_of(service: Service) -> tuple[str, str, str]:
-    """Return the settings on the server under which the service's statements run."""
+    """Return the server settings in effect for the service's statements."""
     names = ("lock_timeout", "statement_timeout", "timezone")
     with service.app.extensions["clerkhooks"].store.database.connect() as connection:
         found = [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
@@ -110,7 +110,7 @@ def check_times(service: Service) -> None:
 def test_works_in_session_mode(
     clerk: FakeClerk, empty_url: str, options: dict[str, str], pooler: str
 ) -> None:
-    """PgBouncer's default configuration accepts the service, and the limits apply."""
+    """The service works with PgBouncer's default configuration, and its limits apply."""
     with (
         pgbouncer(empty_url, "session", **options) as url,
         serving(clerk, url, empty_url, pooler) as service,
@@ -147,7 +147,7 @@ def test_leaves_no_state_on_server_connections(clerk: FakeClerk, empty_url: str)
 
 
 def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
-    """A locked row fails a delivery after two seconds, and no statement keeps waiting."""
+    """A delivery for a locked row fails after two seconds, and no statement keeps waiting."""
     user_id = clerk_id("user")
     with (
         pgbouncer(empty_url, "transaction") as url,
@@ -185,7 +185,7 @@ def test_lets_doctor_recognize_a_transaction_pooler(
 def test_allows_one_sync_at_a_time_through_a_transaction_pooler(
     clerk: FakeClerk, empty_url: str, backend: Backend
 ) -> None:
-    """The lock of a sync works through the pooler and is released when the sync ends."""
+    """A sync's lock works through the pooler and is released when the sync ends."""
     user_id = backend.sign_up(at=1_700_000_000_000)
     with (
         pgbouncer(empty_url, "transaction") as url,
@@ -200,7 +200,7 @@ def test_allows_one_sync_at_a_time_through_a_transaction_pooler(
 
 
 def test_keeps_its_tables_in_the_schema_of_its_role(clerk: FakeClerk, empty_url: str) -> None:
-    """In transaction mode a role's search_path holds; the tables of others are not touched."""
+    """In transaction mode, a role's search_path applies; other tables are not touched."""
     role = f"clerkhooks_{secrets.token_hex(4)}"
     with psycopg.connect(empty_url, autocommit=True) as connection:
         for statement in (

@@ -64,7 +64,7 @@ def test_logs_one_line_per_request(service: Service, written: list[str]) -> None
 
 
 def test_logs_the_caller(service: Service, written: list[str]) -> None:
-    """The line of a call has the user's id. If refused, it has the reason and no token."""
+    """A call's log line has the user's id; a refused call's line has a reason but no token."""
     user_id = clerk_id("user")
     service.call(user_id)
     service.call(user_id, exp=1)
@@ -76,9 +76,9 @@ def test_logs_the_caller(service: Service, written: list[str]) -> None:
 
 def test_answers_a_failure_without_its_text(service: Service, written: list[str]) -> None:
     """
-    A failure's answer, log line and database record do not quote the database's message.
+    A failure's answer, log line and database record do not quote the database's error text.
 
-    That message may contain the row. The retry is processed.
+    That text may contain the row. The retry is processed.
     """
     user_id = clerk_id("user")
     body = user_event(user_id)
@@ -150,7 +150,7 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
 def test_answers_500_if_the_failure_cannot_be_recorded(
     unreachable: Service, written: list[str]
 ) -> None:
-    """Without a database, the log has the message id, the cause and the lost record."""
+    """Without a database, the log has the failure and says that it could not be recorded."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
     not_recorded, failure, _ = shown(written)
     assert not_recorded["event"] == "failure_not_recorded"
@@ -159,7 +159,7 @@ def test_answers_500_if_the_failure_cannot_be_recorded(
 
 
 def add_failing_views(service: Service) -> None:
-    """Add views that raise each kind of error that Flask handles."""
+    """Add a view for each kind of error that Flask handles."""
 
     def raise_own() -> str:
         raise ClerkhooksError("never_translated")
@@ -214,7 +214,7 @@ def test_answers_every_error_of_the_service_as_a_problem(
 
 def test_keeps_the_description_of_an_error(service: Service) -> None:
     """
-    The text passed to ``abort`` is the detail, and headers are kept.
+    The text passed to ``abort`` becomes the detail, and headers are kept.
 
     Werkzeug's default descriptions are omitted.
     """
@@ -246,7 +246,7 @@ class ClientClosed(HTTPException):
 
 @pytest.mark.parametrize("detail", [None, "It waited for 9 s."])
 def test_answers_a_status_without_a_name(service: Service, detail: str | None) -> None:
-    """A custom status code gets a title, a reason and a detail as well."""
+    """A non-standard status code also gets a title, a reason and a detail."""
 
     def raise_closed() -> str:
         raise ClientClosed(detail)
@@ -278,7 +278,7 @@ def test_leaves_the_errors_of_an_application_alone(application: Application) -> 
 
 
 def test_leaves_the_error_handlers_of_an_application_alone(application: Application) -> None:
-    """The application's error handlers, even for Exception, do not handle clerkhooks' routes."""
+    """An application's error handlers, even for Exception, do not affect clerkhooks' routes."""
 
     def answer(error: Exception) -> tuple[str, int]:
         return f"mine: {type(error).__name__}", 599

@@ -38,7 +38,7 @@ MakeProxy = Callable[[Tunnel], Proxy]
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the proxies of the machine that runs the tests."""
+    """Unset the proxy variables of the machine that runs the tests."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
 
@@ -47,7 +47,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_proxy(
     tmp_path: Path, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeProxy]:
-    """Start a proxy, behind which all hosts answer as Clerk's do."""
+    """Start a proxy behind which every host answers as Clerk does."""
     certificate = tmp_path / "certificate.pem"
     proxy.write_certificate(certificate, HOST)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -80,7 +80,7 @@ def test_asks_clerk_through_the_proxy(
     url: str,
     target: str,
 ) -> None:
-    """HTTP and SOCKS proxies carry TLS, whose certificate is verified; names are not resolved."""
+    """TLS through HTTP and SOCKS proxies is verified, and names are not resolved locally."""
     through = make_proxy(tunnel)
     monkeypatch.setenv(variable, url.format(through.address))
     with BackendApi(API, SECRET_KEY, patience=2) as api:
@@ -92,7 +92,7 @@ def test_asks_clerk_through_the_proxy(
 def test_verifies_the_certificate_behind_a_proxy(
     make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy cannot read the secret key of a host that its certificate does not name."""
+    """A certificate for another host or from an unknown authority ends the connection."""
     through = make_proxy(proxy.connect)
     monkeypatch.setenv("https_proxy", f"http://{through.address}")
     with pytest.raises(httpx.ConnectError):
@@ -107,7 +107,7 @@ def test_verifies_the_certificate_behind_a_proxy(
 def test_asks_no_proxy_for_excepted_hosts(
     make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch, excepted: str
 ) -> None:
-    """NO_PROXY lists hosts and domains."""
+    """NO_PROXY may list hosts and domains."""
     through = make_proxy(proxy.connect)
     monkeypatch.setenv("https_proxy", f"http://{through.address}")
     monkeypatch.setenv("NO_PROXY", excepted)
@@ -124,7 +124,7 @@ def test_asks_no_proxy_for_this_machine(
     backend: Backend,
     url: str,
 ) -> None:
-    """Loopback addresses need no proxy, so an invalid one does not matter either."""
+    """Loopback addresses bypass the proxy, so even an invalid proxy URL does no harm."""
     through = make_proxy(proxy.connect)
     for variable in ("http_proxy", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(variable, url.format(through.address))
@@ -146,7 +146,7 @@ NOISY = [(tunnel, scheme) for tunnel in REFUSING for scheme in ("http", "socks5"
 def test_reports_a_proxy_that_does_not_connect(
     make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch, tunnel: Tunnel, scheme: str
 ) -> None:
-    """Every failure is a connection error, and leaves no open socket behind."""
+    """Every failure is reported as ``api_unreachable`` and leaves no socket open."""
     through = make_proxy(tunnel)
     monkeypatch.setenv("https_proxy", f"{scheme}://{through.address}")
     with warnings.catch_warnings(record=True) as warned:
@@ -166,7 +166,7 @@ def test_reports_a_proxy_that_does_not_connect(
 def test_reports_an_unusable_password(
     monkeypatch: pytest.MonkeyPatch, make_proxy: MakeProxy
 ) -> None:
-    """SOCKS cannot send a password of over 255 bytes, and a host name has no empty label."""
+    """A SOCKS password has at most 255 bytes, and a host name has no empty label."""
     through = make_proxy(proxy.socks_password)
     for url in (f"socks5://user:{'x' * 300}@{through.address}", "socks5://a..b:1080"):
         monkeypatch.setenv("ALL_PROXY", url)
@@ -197,7 +197,7 @@ def run(*arguments: str) -> Result:
 def configured(
     migrated_url: MigratedUrl, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """Set the variables of a service whose Clerk is not on this machine."""
+    """Set the variables of a service whose Clerk API is on another machine."""
     variables = clerk.environ | {
         "DATABASE_URL": migrated_url("sqlite"),
         "CLERK_SECRET_KEY": SECRET_KEY,
@@ -222,7 +222,7 @@ COMMANDS = [
 def test_commands_explain_an_invalid_proxy(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
 ) -> None:
-    """The command prints one message and ends with its usual status."""
+    """The command prints one message and ends with its usual error status."""
     monkeypatch.setenv("HTTPS_PROXY", INVALID[0])
     result = run(*arguments)
     assert result.exit_code == status, result.output
@@ -236,7 +236,7 @@ def test_commands_explain_an_invalid_proxy(
 def named_proxy(
     request: pytest.FixtureRequest, make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
 ) -> Proxy:
-    """A proxy that behaves as the parameter, named by ALL_PROXY."""
+    """A proxy of the parametrized kind, configured in ALL_PROXY."""
     through = make_proxy(request.param)
     scheme = "http" if request.param in (proxy.connect, proxy.refuse) else "socks5"
     monkeypatch.setenv("ALL_PROXY", f"{scheme}://{through.address}")
@@ -285,7 +285,7 @@ def test_send_reports_a_proxy_that_refuses() -> None:
 
 @SQLITE
 def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """Webhooks are served, one log line has the error, and calls are answered 503."""
+    """Webhooks are served, one log line has the error, and calls are answered with 503."""
     variables = {"CLERK_JWT_KEY": "", "https_proxy": INVALID[0], "WEB_CONCURRENCY": "1"}
     log = tmp_path / "server.log"
     with serving(database_url, clerk, log, **variables) as server:
@@ -302,7 +302,7 @@ def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_p
 def test_the_server_fetches_keys_through_the_proxy(
     database_url: str, clerk: FakeClerk, make_proxy: MakeProxy, tmp_path: Path
 ) -> None:
-    """The workers' event loop and SOCKS work together."""
+    """A SOCKS proxy works inside a worker's event loop."""
     through = make_proxy(proxy.socks)
     variables = {"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": f"{API}/jwks", "WEB_CONCURRENCY": "1"}
     variables["ALL_PROXY"] = f"socks5://{through.address}"

@@ -54,7 +54,7 @@ events = pytest.mark.parametrize(
 def test_lets_the_newer_of_two_versions_win(
     service: Service, known: bool, plain: bool, newer_first: bool
 ) -> None:
-    """Two versions are delivered at once in either order: the newer one is stored."""
+    """If two versions are delivered at once, in either order, the newer one is stored."""
     user_id = make_user(service, known)
     requests = [
         delivery(service, user_event(user_id, at=1001)),
@@ -79,7 +79,7 @@ def test_lets_the_newer_of_two_versions_win(
 def test_keeps_a_deleted_user_deleted(
     service: Service, known: bool, plain: bool, first: str, second: str, outcome: str
 ) -> None:
-    """The user stays deleted after a deletion and a newer update, or two deletions, at once."""
+    """The user stays deleted if a newer update or another deletion comes at the same time."""
     user_id = make_user(service, known)
     bodies = {"deletion": deletion(user_id, 1001), "update": user_event(user_id, at=1002)}
     requests = [delivery(service, bodies[name]) for name in (first, second)]
@@ -104,7 +104,7 @@ def test_processes_a_message_once(service: Service, plain: bool, failed: bool) -
 
 @pytest.mark.parametrize("plain", [False, True], ids=["with handlers", "without"])
 def test_answers_a_duplicate_without_waiting_for_the_user(service: Service, plain: bool) -> None:
-    """A duplicate is answered while another message of its user is being written."""
+    """A duplicate is answered while another message for the same user is being written."""
     if service.database_url.startswith("sqlite"):
         pytest.skip("SQLite has one writer at a time")
     user_id = clerk_id("user")
@@ -167,7 +167,7 @@ def test_does_not_wait_to_update_last_seen(
 def test_waits_for_the_row_of_an_uncommitted_first_call(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """A webhook waits for a first call that is not committed, then updates or deletes its row."""
+    """A webhook waits for an uncommitted first call, then updates or tombstones its row."""
     user_id = clerk_id("user")
     with (
         uncommitted_first_call(service, user_id) as commit,
@@ -195,7 +195,7 @@ def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
 
 
 def test_updates_last_seen_once_for_two_calls(service: Service) -> None:
-    """Of two calls with an old ``last_seen``, one updates it and the other returns that value."""
+    """If ``last_seen`` is old, one of two calls updates it, and both return the new value."""
     user_id = make_caller(service, LONG_AGO)
     with paused_before(service, "UPDATE users") as point:
         answers = overtake(point, call(service, user_id), call(service, user_id))
@@ -217,7 +217,7 @@ def test_keeps_presence_and_profile_apart(
 
 @pytest.mark.parametrize("committed", [False, True], ids=["while it is written", "after it"])
 def test_never_records_a_failure_over_a_success(service: Service, committed: bool) -> None:
-    """A failure that is recorded during or after a successful retry does not replace it."""
+    """A failure recorded during or after a successful retry does not replace the success."""
     user_id, retry_commit = clerk_id("user"), PausePoint()
     attempt = delivery(service, user_event(user_id), "msg_1")
     failing = FailingHandler(later=None if committed else retry_commit)
@@ -238,7 +238,7 @@ def test_never_records_a_failure_over_a_success(service: Service, committed: boo
 
 @plain
 def test_applies_a_retry_that_waits_for_a_failing_attempt(service: Service, plain: bool) -> None:
-    """The retry is applied, in either order of recording."""
+    """The retry is applied, whichever of the two attempts is recorded first."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     answers = run_contending(service, attempt, attempt, fails=True, plain=plain)
@@ -248,7 +248,7 @@ def test_applies_a_retry_that_waits_for_a_failing_attempt(service: Service, plai
 
 
 def test_counts_two_failures(service: Service) -> None:
-    """Two attempts that fail at once count as two, and no user is stored."""
+    """Two attempts that fail at the same time count as two, and no user is stored."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     with before_failure_record(service, FailingHandler(always=True)) as record:
@@ -268,7 +268,7 @@ def make_user(service: Service, known: bool) -> str:
 
 
 def make_caller(service: Service, seen: str | None) -> str:
-    """Return a user id; create the row of a call at the time *seen* unless it is None."""
+    """Return a user id; if *seen* is given, create a row with that ``last_seen``."""
     user_id = clerk_id("user")
     if seen:
         service.call(user_id)

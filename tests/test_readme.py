@@ -41,7 +41,7 @@ def test_shows_the_complete_example(name: str, file: str) -> None:
 
 
 def test_lists_exactly_the_variables_that_are_read() -> None:
-    """The table of variables has each variable of the settings, and no other."""
+    """The table of variables has every variable of the settings, and no others."""
     cells = rows_after("| variable | default | meaning |")
     assert sorted(name for cell in cells for name in re.findall("`(.+?)`", cell)) == sorted(
         VARIABLES
@@ -49,7 +49,7 @@ def test_lists_exactly_the_variables_that_are_read() -> None:
 
 
 def test_env_example_lists_exactly_the_variables_that_are_read() -> None:
-    """``.env.example`` has each variable once, empty, after a comment of one line."""
+    """``.env.example`` has each variable once, without a value, after a one-line comment."""
     lines = ENV_EXAMPLE.read_text().splitlines()
     names = [line.removesuffix("=") for line in lines if line and not line.startswith("#")]
     assert sorted(names) == sorted(VARIABLES)
@@ -78,7 +78,7 @@ def test_env_example_needs_only_a_signing_secret(clerk: FakeClerk) -> None:
     ],
 )
 def test_env_example_names_the_defaults(variable: str, field: str) -> None:
-    """The comment on a variable states the default of the settings."""
+    """The comment above a variable states its default."""
     lines = ENV_EXAMPLE.read_text().splitlines()
     default = ServiceSettings.__dataclass_fields__[field].default
     assert re.search(
@@ -97,7 +97,7 @@ def test_explains_every_command(command: str) -> None:
 
 
 def test_links_to_files_and_sections_that_exist() -> None:
-    """Every relative link leads to a file of the repository or to a heading."""
+    """Every relative link points to a file in the repository or to a heading."""
     headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
     anchors = {f"#{heading.lower().replace(' ', '-')}" for heading in headings}
     for target in re.findall(r"\]\(([^)]+)\)", README):

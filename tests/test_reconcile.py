@@ -1,4 +1,4 @@
-"""Reconciliation: the table ends in Clerk's state, even if webhooks are late or lost."""
+"""Reconciliation: the table converges to Clerk's state, even if webhooks are lost or late."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class World:
         getattr(self, method)(self.ids[user], number)
 
     def change(self, user_id: str, number: int) -> None:
-        """Sign up, or change the name. Clerk does not reuse the id of a deleted user."""
+        """Sign the user up, or change the name. Clerk does not reuse a deleted user's id."""
         if user_id in self.hidden or any(
             b"user.deleted" in body and user_id.encode() in body for _, body in self.sent
         ):
@@ -65,7 +65,7 @@ class World:
         self._send(event_body("user.updated", self.backend.users[user_id], self.now))
 
     def delete(self, user_id: str, _number: int) -> None:
-        """Delete the user, if there is one."""
+        """Delete the user if it exists."""
         if user_id in self.backend.users:
             self._tick()
             self.backend.delete(user_id)
@@ -78,7 +78,7 @@ class World:
             self.ever_hidden.add(user_id)
 
     def deliver(self, _user: str, number: int) -> None:
-        """Deliver any event, possibly again."""
+        """Deliver one of the events sent so far, possibly again."""
         if self.sent:
             message_id, body = self.sent[number % len(self.sent)]
             assert self.service.deliver(body, message_id).status_code == 200
@@ -89,7 +89,7 @@ class World:
             assert self.service.call(user_id).status_code in (200, 401)
 
     def sync(self, _user: str, number: int) -> None:
-        """Run once; perform the next *number* steps meanwhile, one before each request."""
+        """Run a sync; perform the next *number* steps during it, one before each request."""
         if self.running:  # this step is performed during another run
             with pytest.raises(connections.AlreadyRunning):
                 sync(self.service, self.backend, force=True)
@@ -115,7 +115,7 @@ class World:
             raise failures[0]
 
     def check(self, excluded: AbstractSet[str] = frozenset()) -> None:
-        """Check that Clerk's users have rows with their profiles; other rows are tombstones."""
+        """Check that Clerk's users have rows with their profiles, and others have tombstones."""
         for user_id in set(self.ids) - excluded:
             row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
             data = self.backend.users.get(user_id)
@@ -152,8 +152,8 @@ def test_ends_in_clerks_state(
     """
     A run repairs the table after any interleaving of changes, webhooks, calls and runs.
 
-    All webhooks together repair the rows, except those of users whom a run did not find because of
-    an outage. A last run repairs these as well.
+    Delivering all webhooks repairs every row, except those of users whom a run did not find because
+    of an outage. A final run repairs these as well.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
@@ -177,7 +177,7 @@ def test_ends_in_clerks_state(
 def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
     inclusive: bool, gaps: list[int], changes: list[tuple[bool, int]]
 ) -> None:
-    """Sign-ups and deletions between two pages neither skip nor repeat a user who remains."""
+    """No remaining user is skipped or repeated if others sign up or are deleted in between."""
     times = {number: LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
     ids = [clerk_id("user") for _ in times]
     created_at = {user_id: times[number] for number, user_id in enumerate(ids)}
@@ -198,7 +198,8 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
             """
             Return a page; then let a user sign up, or delete one.
 
-            At most half a page is deleted, which the listing tolerates within one millisecond.
+            At most half a page of users is deleted. The listing tolerates that even if all of them
+            were created in the same millisecond.
             """
             after = -1 if created_at_after is None else created_at_after - inclusive
             found = sorted((at, user_id) for user_id, at in created_at.items() if at > after)
@@ -220,7 +221,7 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
 
 
 def test_reads_on_after_a_short_page(syncing: Service, backend: Backend) -> None:
-    """If Clerk ignores the limit, pages have ten users, and still every user is read."""
+    """Every user is read even if Clerk ignores the limit and returns pages of ten users."""
     for number in range(25):
         backend.sign_up(at=LONG_AGO + number // 12)
 
@@ -269,9 +270,9 @@ def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
 
 def test_revives_an_inferred_tombstone_only(syncing: Service, backend: Backend) -> None:
     """
-    A user whom a run did not find is revived by an event of a later update.
+    A later update revives a user whom a run has marked as deleted.
 
-    An event of an earlier update does not revive the user. A ``user.deleted`` is final.
+    An earlier update does not. A ``user.deleted`` event is final.
     """
     user_id = backend.sign_up(at=LONG_AGO)
     data = backend.users[user_id]
@@ -303,9 +304,10 @@ def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
     """
-    A run that would delete more than 20 users and more than a tenth deletes nobody.
+    A run that would delete more than 20 users and more than a tenth of all deletes nobody.
 
-    Neither does a run that finds no user at Clerk. With ``force`` they are deleted.
+    The same applies to a run that finds none of the users at Clerk. With ``force``, the users are
+    deleted.
     """
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
     sync(syncing, backend)
@@ -369,7 +371,7 @@ def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backe
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
-    """A check finds the fields that differ. After a run, it finds no difference."""
+    """A check finds the fields that differ. After a run, a check finds no differences."""
     users = {
         name: backend.sign_up(at=LONG_AGO + number)
         for number, name in enumerate(("new", "differs", "unfilled", "gone", "moved"))
@@ -400,7 +402,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
-    """Rows without a profile, users of failed messages, or named users are read by id."""
+    """Users without a profile, users of failed messages and named users are read by id."""
     users = {
         name: backend.sign_up(at=LONG_AGO) for name in ("named", "unfilled", "failed", "other")
     }
@@ -420,7 +422,7 @@ def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
 
 
 def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backend) -> None:
-    """A second run is refused while the first one lasts, and accepted as soon as it ends."""
+    """A second run is refused during the first one, and accepted as soon as that has ended."""
     store = store_of(syncing)
     with connections.sole_writer(store):
         with pytest.raises(connections.AlreadyRunning), connections.sole_writer(store):
@@ -434,7 +436,7 @@ def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backen
 
 
 def test_does_not_overwrite_a_concurrent_webhook(syncing: Service, backend: Backend) -> None:
-    """A webhook that is applied between a run's read and write of a row is kept."""
+    """A run does not overwrite a webhook applied between its read and its write of a row."""
     names = ("changed", "deleted", "created")
     users = {name: backend.sign_up(at=LONG_AGO) for name in names}
     syncing.clerk_service.deliver(
@@ -507,7 +509,7 @@ def lock_timeout(service: Service) -> Exception:
 
 
 def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) -> None:
-    """Users who sign up during a run are not read by it, even if one does at every request."""
+    """A run does not read users who sign up during it, even if one does at every request."""
     early = [backend.sign_up(at=LONG_AGO + number) for number in range(3)]
     requests: list[str] = []
 

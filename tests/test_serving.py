@@ -70,7 +70,7 @@ def test_creates_a_user_once_for_many_first_calls(server: Server) -> None:
     """
     Twenty first calls and the webhook arrive together.
 
-    All are answered 200, and the row has the profile.
+    All are answered with 200, and the row has the profile.
     """
     user_id, barrier = clerk_id("user"), threading.Barrier(21)
     headers = {"Authorization": f"Bearer {server.clerk.session_token(user_id)}"}
@@ -134,7 +134,7 @@ def test_serves_async_views_of_an_application(
     database_url: str, clerk: FakeClerk, tmp_path: Path, worker: str
 ) -> None:
     """
-    Concurrent async views each have their own caller, beside deliveries.
+    Concurrent async views each see their own caller while webhooks are delivered.
 
     The application chooses the worker class.
     """
@@ -202,7 +202,7 @@ def test_passes_long_headers_to_the_application(server: Server) -> None:
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
 def test_refuses_a_large_body_before_reading_it(server: Server, framing: str) -> None:
-    """A body announced as 1 GiB is answered 413 before most of it is sent."""
+    """A body over the limit is answered with 413 before it has been sent completely."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(
             f"POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
@@ -237,7 +237,7 @@ def test_refuses_malformed_chunks(server: Server, method: str, path: str, status
 def wait_for_a_waiter(server: Server) -> None:
     """Wait until a request is blocked by a ``write_lock``."""
     if server.database_url.startswith("sqlite"):
-        # SQLite does not show waiting connections. An earlier request has been accepted by now.
+        # SQLite does not show waiting connections. After this answer, the delivery is accepted.
         assert server.request("GET", "/healthz").status == 200
         return
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -343,7 +343,7 @@ def test_reports_an_invalid_worker_count_in_commands(
 def test_serve_checks_the_settings_before_gunicorn_does(
     clerk: FakeClerk, tmp_path: Path, name: str, options: list[str]
 ) -> None:
-    """One message and status 2, including for variables that gunicorn reads on import."""
+    """``serve`` prints one message and ends with status 2 instead of starting gunicorn."""
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", *options]
     ended = run(command, environ(**right | {name: "hidden"}))
@@ -358,7 +358,7 @@ def test_serve_checks_the_settings_before_gunicorn_does(
 def test_serve_counts_an_empty_worker_count_as_unset(
     clerk: FakeClerk, tmp_path: Path, value: str, workers: int
 ) -> None:
-    """Gunicorn alone would end with a traceback."""
+    """Gunicorn itself would end with a traceback."""
     variables = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", "--print-config"]
     ended = run(command, environ(**variables | {"WEB_CONCURRENCY": value}))
@@ -415,7 +415,7 @@ assert psycopg.waiting.wait is not psycopg.waiting.wait_c  # which would block e
 
 @pytest.mark.parametrize("database", ["sqlite:///{}/x.db", "postgresql://user@localhost/name"])
 def test_configures_gunicorn(clerk: FakeClerk, tmp_path: Path, database: str) -> None:
-    """Workers use gevent with every database, and monkey-patching comes before other imports."""
+    """Workers use gevent with every database, and monkey-patching precedes other imports."""
     variables = {"PORT": "8123", "WEB_CONCURRENCY": "3", "DATABASE_URL": database.format(tmp_path)}
     ended = run([sys.executable, "-c", CONFIGURATION], environ(**clerk.environ | variables))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -459,7 +459,7 @@ def test_gives_each_worker_its_own_connections(
     """
     A forked process opens new connections and leaves its parent's open.
 
-    Two processes on one socket would read each other's answers.
+    Two processes that share a socket would read each other's answers.
     """
     url = make_database(kind)
     rows(url, "CREATE TABLE notes (id INTEGER PRIMARY KEY)")
