@@ -1,4 +1,4 @@
-"""Verification of session tokens: in Clerk's order, and never looser than its SDK."""
+"""Verification of session tokens: in Clerk's order, and never looser than Clerk's SDK."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def as_json(value: Any) -> bytes:
 
 
 def raw_token(header: bytes, payload: bytes) -> str:
-    """Return a token of these bytes, signed by the instance."""
+    """Return a token made of these bytes, signed by the instance."""
     signed = f"{base64url(header)}.{base64url(payload)}"
     signature = CLERK.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
     return f"{signed}.{base64url(signature)}"
 
 
 def token(header: dict[str, Any] | None = None, **claims: Any) -> str:
-    """Return a valid token with parameters and claims replaced; ABSENT leaves one out."""
+    """Return a valid token with header fields and claims replaced; ABSENT omits a field."""
     parts = (HEADER | (header or {}), CLAIMS | claims)
     return raw_token(
         *(
@@ -151,7 +151,7 @@ def test_gives_every_verdict_of_clerks_sdk() -> None:
 
 
 def test_differs_from_clerks_sdk_in_the_scheme_and_in_odd_features_only() -> None:
-    """The scheme may have any case and is required; odd features do not end the session."""
+    """The scheme is required but not case-sensitive; a malformed ``fea`` is tolerated."""
     odd = [case for case in SDK["cases"] if {"scheme", "o shape"} & set(case["may_be_stricter"])]
     looser = {case["name"] for case in odd if not case["accept"] and sdk_verdict(case) is None}
     stricter = {case["name"] for case in odd if case["accept"] and sdk_verdict(case) is not None}
@@ -206,7 +206,7 @@ def test_refuses_a_malformed_token(text: str) -> None:
 
 
 def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
-    """Otherwise one signature would have several spellings: 256 bytes leave four unused bits."""
+    """Otherwise a signature could be encoded in several ways: 256 bytes leave 4 bits unused."""
     valid = token()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     stray = valid[:-1] + digits[digits.index(valid[-1]) + 1]
@@ -260,7 +260,7 @@ def test_checks_the_header(name: str, values: list[Any], reason: str | None) -> 
 
 
 def test_accepts_deeply_nested_claims() -> None:
-    """A template of claims may nest as deeply as JSON parsers allow."""
+    """Custom claims may be nested 300 levels deep."""
     deep: list[object] = []
     for _ in range(300):
         deep = [deep]
@@ -277,7 +277,7 @@ def test_checks_in_clerks_order() -> None:
 
 
 def test_accepts_each_configured_key_and_no_other() -> None:
-    """During a rotation both keys verify."""
+    """During a rotation, tokens signed with either key are accepted."""
     other = FakeClerk().private_key.public_key()
     assert verify_session_token(token(), [other, KEY], RULES, NOW).user_id == USER_ID
     with pytest.raises(Unauthenticated, match="token_signature_mismatch"):

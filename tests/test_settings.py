@@ -1,4 +1,4 @@
-"""Configuration: all invalid variables are reported at once, and never their values."""
+"""Configuration: all invalid variables are reported at once, without their values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def whsec(length: int, byte: bytes = b"s") -> str:
 
 
 def publishable(text: str, kind: str = "live") -> str:
-    """Return a publishable key that holds *text*."""
+    """Return a publishable key that encodes *text*."""
     return f"pk_{kind}_" + base64.b64encode(text.encode()).decode()
 
 
@@ -339,14 +339,14 @@ BAD = {
     ],
 )
 def test_refuses_an_invalid_value(variable: str, problem: str, value: str) -> None:
-    """One fault has the variable and the problem."""
+    """There is one fault, which has the variable and the problem."""
     found = faults(**{variable: value})
     assert list(found) == [variable]
     assert problem in found[variable]
 
 
 def test_refuses_a_folder_that_it_may_not_look_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is reported like any other fault."""
+    """An inaccessible folder is reported like any other fault."""
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
@@ -400,7 +400,7 @@ def test_translates_other_spellings_of_a_database_url(spelling: str) -> None:
 
 
 def test_lists_every_fault_at_once() -> None:
-    """One message has the problem of each variable and where to find the right value."""
+    """One message has each variable's problem and says where to find the right value."""
     environ = {variable: next(iter(kinds.values()))[0] for variable, kinds in BAD.items()}
     with pytest.raises(SettingsError) as refused:
         ServiceSettings.from_mapping(environ)
@@ -418,7 +418,7 @@ def test_names_the_missing_secret() -> None:
 
 
 def test_names_the_variable_that_was_read() -> None:
-    """If the value comes from the fallback variable, the fault names that one."""
+    """If the value comes from the fallback variable, the fault names that variable."""
     assert list(faults(CLERK_WEBHOOK_SECRET="", CLERK_WEBHOOK_SIGNING_SECRET="x")) == [
         "CLERK_WEBHOOK_SIGNING_SECRET"
     ]
@@ -448,7 +448,7 @@ def test_reads_a_key_with_changed_line_breaks(text: str) -> None:
     "mangle", [str, lambda pem: pem.replace("\n", ""), lambda pem: pem.replace("\n", "\\n")]
 )
 def test_reads_several_keys(separator: str, mangle: Any) -> None:
-    """During a rotation, several keys follow one another."""
+    """During a rotation, the variable contains several keys."""
     keys = read(CLERK_JWT_KEY=mangle(PEM) + separator + mangle(OTHER_PEM)).jwt_keys
     assert keys == (CLERK.private_key.public_key(), OTHER.private_key.public_key())
 
@@ -499,7 +499,7 @@ marked = st.tuples(
 
 @given(st.dictionaries(st.sampled_from(sorted(VARIABLES)), marked.map("Zq7Xj9".join)))
 def test_never_shows_a_value(environ: dict[str, str]) -> None:
-    """No message quotes a value, and no exception but SettingsError is raised."""
+    """No message quotes a value, and no exception other than SettingsError is raised."""
     try:
         ServiceSettings.from_mapping(environ)
     except SettingsError as error:
@@ -509,7 +509,7 @@ def test_never_shows_a_value(environ: dict[str, str]) -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """An environment without any of our variables, and a project without a .env file."""
+    """An environment without clerkhooks' variables, and a project without a .env file."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -518,7 +518,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
 
 
 def exit_message(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the message with which ``create_app()`` ends the process, with status 2."""
+    """Return the message that ``create_app()`` prints before it exits with status 2."""
     with pytest.raises(SystemExit) as end:
         create_app()
     shown = capsys.readouterr()
@@ -558,7 +558,7 @@ def test_needs_no_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_creates_the_service_from_the_environment(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``create_app()`` reads the environment, and the .env in addition."""
+    """``create_app()`` reads both the environment and the .env file."""
     (tmp_path / ".env").write_text(f"CLERK_WEBHOOK_SECRET={whsec(24)}\nDATABASE_POOL_SIZE=3\n")
     environment.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/x.db")
     app = create_app()
@@ -593,7 +593,7 @@ def test_explains_an_env_file_that_is_not_text(
     content: bytes | None,
     problem: str,
 ) -> None:
-    """A file in another encoding, or one that cannot be opened, is named without a traceback."""
+    """A file that is not UTF-8, or cannot be opened, is reported without a traceback."""
     environment.setenv("PORT", "1")
     if content is None:  # root can read a file without permissions
         environment.setattr("clerkhooks.settings.dotenv_values", refuse)
@@ -603,7 +603,7 @@ def test_explains_an_env_file_that_is_not_text(
 
 
 def refuse(_path: Path) -> dict[str, str | None]:
-    """Stand in for a file without read permission."""
+    """Raise the error of a file without read permission."""
     raise PermissionError
 
 
@@ -636,7 +636,7 @@ def settings_of(application: Application) -> Settings:
 def test_reads_an_application_before_the_environment(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``app.config`` takes precedence over the environment; None and empty values are unset."""
+    """``app.config`` takes precedence over the environment, unless a value is None or empty."""
     environment.setenv("CLERK_ISSUER", "https://environment.example")
     environment.setenv("CLERK_AUDIENCE", "environment")
     environment.setenv("CLERK_JWKS_KEEP_HOURS", "24")
@@ -714,14 +714,14 @@ def test_reads_nothing_but_its_variables_from_an_application() -> None:
 
 @pytest.mark.parametrize("size", ["1", "4"])
 def test_sizes_its_own_pool(make_service: MakeService, size: str) -> None:
-    """DATABASE_POOL_SIZE limits the private pool, which never grows beyond it."""
+    """DATABASE_POOL_SIZE is the size of the private pool, which has no overflow."""
     state: State = make_service(DATABASE_POOL_SIZE=size).app.extensions["clerkhooks"]
     pool: Any = state.store.database.engine.pool
     assert (pool.size(), pool._max_overflow) == (int(size), 0)
 
 
 def test_accepts_every_issuer(make_service: MakeService) -> None:
-    """Tokens of each listed issuer are accepted; tokens of other issuers are refused."""
+    """Tokens from each listed issuer are accepted; tokens from other issuers are refused."""
     both = make_service(CLERK_ISSUER="https://a.example, https://b.example")
     for issuer, status in (("https://a.example", 200), ("https://b.example", 200), (None, 401)):
         assert both.call("user_2abc", iss=issuer).status_code == status
@@ -773,7 +773,11 @@ def run_python(code: str, folder: Path, **variables: str) -> subprocess.Complete
 
 
 def test_has_no_side_effect_when_it_is_imported(tmp_path: Path) -> None:
-    """An import reads no variable, adds no handler, starts no thread, loads no large library."""
+    """
+    An import reads no variables and loads no large libraries.
+
+    It adds no log handlers and starts no threads.
+    """
     ended = run_python(IMPORT, tmp_path, **dict.fromkeys(VARIABLES, "wrong"))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ BODY = b'{"type":"user.created","data":{}}'
 
 
 def signed(clerk: FakeClerk, body: bytes = BODY, at: int = NOW) -> dict[str, str]:
-    """Return Svix's headers as the service passes them on: by lower-case name."""
+    """Return Svix's headers as the service passes them on, by lower-case name."""
     return {name.lower(): value for name, value in clerk.headers(body, "msg_1", at).items()}
 
 
@@ -73,7 +73,7 @@ def test_returns_what_was_signed(clerk: FakeClerk) -> None:
 @pytest.mark.parametrize("name", ["svix-id", "svix-timestamp", "svix-signature"])
 @pytest.mark.parametrize("value", [None, "", " ", "\t", "\N{NO-BREAK SPACE}"])
 def test_refuses_a_missing_header(clerk: FakeClerk, name: str, value: str | None) -> None:
-    """A header that is absent or blank is missing."""
+    """A header that is absent or blank counts as missing."""
     headers = signed(clerk)
     del headers[name]
     assert (
@@ -127,7 +127,7 @@ def test_refuses_a_body_changed_after_signing(clerk: FakeClerk) -> None:
 
 @pytest.mark.parametrize("header", ["svix-id", "svix-timestamp"])
 def test_refuses_a_header_changed_after_signing(clerk: FakeClerk, header: str) -> None:
-    """Id and time are signed as well."""
+    """The id and the timestamp are signed as well."""
     value = {"svix-id": "msg_2", "svix-timestamp": str(NOW + 1)}[header]
     assert reason_of(signed(clerk) | {header: value}, clerk) == "signature_mismatch"
 
@@ -145,7 +145,7 @@ def test_refuses_a_stranger(clerk: FakeClerk) -> None:
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_accepts_every_secret_of_a_rotation(clerk: FakeClerk, position: int) -> None:
-    """During a rotation old and new secrets verify, in any order."""
+    """During a rotation, signatures with any of the secrets verify, in any order."""
     secrets = [SigningSecret(b"a" * 24), SigningSecret(b"b" * 24)]
     secrets.insert(position, SigningSecret(clerk.secret))
     assert verify_signature(signed(clerk), BODY, secrets, NOW).message_id == "msg_1"
@@ -158,14 +158,14 @@ def test_accepts_every_secret_of_a_rotation(clerk: FakeClerk, position: int) -> 
     st.integers(0, 10**10),
 )
 def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) -> None:
-    """The library of Svix's senders gives the same signature."""
+    """Svix's own library makes the same signature."""
     moment = datetime.fromtimestamp(at, UTC)
     theirs = Webhook(secret).sign(message_id, moment, body)
     assert SigningSecret(secret).sign(message_id, moment, body) == theirs
 
 
 def test_does_not_load_the_client_of_svix() -> None:
-    """The client would cost each worker 16 MB of memory and 0.2 s at the start."""
+    """The client would cost each worker 16 MB of memory and 0.2 s at startup."""
     code = "import sys, clerkhooks.service; sys.exit('svix' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
 
@@ -222,7 +222,7 @@ def test_refuses_another_version(clerk: FakeClerk, version: str) -> None:
 
 
 def test_refuses_lenient_base64(clerk: FakeClerk) -> None:
-    """A text that only a lenient decoder decodes to the same bytes is not the signature."""
+    """A signature that only a lenient base64 decoder accepts is refused."""
     good = signed(clerk)["svix-signature"]
     digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
     stray_bits = good[:-2] + digits[digits.index(good[-2]) + 1] + "="
@@ -259,7 +259,7 @@ texts = st.text() | st.sampled_from(["v1,", " ", str(NOW), "msg_1", "v1,abc v1,Ã
     st.floats(0, 1e11),
 )
 def test_raises_nothing_but_its_own_error(headers: dict[str, str], body: bytes, now: float) -> None:
-    """Any input raises SignatureError and nothing else."""
+    """Arbitrary input raises SignatureError and nothing else."""
     with pytest.raises(SignatureError):
         verify_signature(headers, body, [SDK_SECRET], now)
 

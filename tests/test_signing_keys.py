@@ -67,7 +67,7 @@ def test_fetches_once_for_many_threads(issuer: Issuer) -> None:
 
 
 def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Clock) -> None:
-    """No call waits for the refresh, including the one that starts it."""
+    """No call waits for the refresh, not even the call that starts it."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.behaviour, clock.now = stalling, clock.now + 300
     assert refusal_reason(keys, CLERK) is None
@@ -82,7 +82,7 @@ def test_serves_a_known_key_while_a_fetch_is_stalled(issuer: Issuer, clock: Cloc
 def test_refreshes_in_the_background_after_five_minutes(
     issuer: Issuer, clock: Clock, age: float, requests: int
 ) -> None:
-    """The first call after five minutes starts the refresh, and no earlier one does."""
+    """The first call after five minutes starts the refresh; earlier calls do not."""
     keys = fetched(FetchedKeys(issuer.url))
     clock.now += age
     assert refusal_reason(keys, CLERK) is None
@@ -92,7 +92,7 @@ def test_refreshes_in_the_background_after_five_minutes(
 
 
 def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) -> None:
-    """The keys verify tokens for twelve hours. Then calls are answered 503."""
+    """The keys verify tokens for twelve hours. Then calls are answered with 503."""
     keys = fetched(FetchedKeys(issuer.url))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     issuer.behaviour, start = answering(b"", 500), clock.now
@@ -108,7 +108,7 @@ def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) 
 
 
 def test_accepts_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
-    """If a key is published five minutes before its first use, no call with it is refused."""
+    """If a key is published five minutes before its first use, none of its tokens is refused."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.publish(jwk(CLERK), jwk(OTHER, "ins_new"))
     for _ in range(11):
@@ -145,7 +145,7 @@ def test_keeps_good_keys_after_any_bad_answer(
     caplog: pytest.LogCaptureFixture,
     behaviour: Behaviour,
 ) -> None:
-    """Only a good answer replaces keys. Any other ends within the timeout, with a warning."""
+    """Only a valid key set replaces the keys. Other fetches end in time and log a warning."""
     keys = fetched(FetchedKeys(issuer.url))
     monkeypatch.setattr(signing_keys, "TIMEOUT", 0.6)
     issuer.behaviour, clock.now = behaviour, clock.now + 300
@@ -201,7 +201,7 @@ def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> 
 
 
 def test_drops_a_key_that_is_no_longer_published(issuer: Issuer) -> None:
-    """Clerk removes a leaked key. Tokens signed with that key are then refused."""
+    """Once Clerk removes a leaked key, tokens signed with that key are refused."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     verifier.verify(token, time.time())
@@ -214,7 +214,7 @@ def test_drops_a_key_that_is_no_longer_published(issuer: Issuer) -> None:
 def test_abandons_a_fetch_that_never_ends(
     issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the cooldown another starts, and the late result of the first is ignored."""
+    """After the cooldown, another fetch starts, and the first one's late result is ignored."""
     monkeypatch.setattr(signing_keys, "TIMEOUT", 20)
     keys = FetchedKeys(issuer.url)
     issuer.behaviour = stalling_then_publishing(jwk(OTHER))

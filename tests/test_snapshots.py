@@ -62,7 +62,7 @@ class User(ClerkUser, Base):
         return len(self.notes)
 
     def may_write(self, count: int) -> bool:
-        """Call another property, and a class attribute."""
+        """Read another property and a class attribute."""
         return self.is_paying or count < self.limits[self.plan]
 
     @hybrid_property
@@ -72,21 +72,21 @@ class User(ClerkUser, Base):
 
     @hybrid_method
     def has_plan(self, plan: str) -> bool:
-        """A hybrid method."""
+        """Compare a column, as a hybrid method."""
         return self.plan == plan
 
     @classmethod
     def table_name(cls) -> str:
-        """A class method."""
+        """Return a class attribute, as a class method."""
         return str(cls.__tablename__)
 
     @staticmethod
     def shout(text: str) -> str:
-        """A static method."""
+        """Return *text* in capitals, as a static method."""
         return text.upper()
 
     def rename(self) -> None:
-        """A method that writes."""
+        """Write to a column."""
         self.name = "Eve"
 
 
@@ -123,7 +123,7 @@ def test_has_no_version_columns(name: str) -> None:
 
 
 def test_does_not_load_deferred_columns() -> None:
-    """A deferred column is not read at each call."""
+    """A deferred column is not loaded with each call."""
     assert "biography" not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=ADVICE):
         _ = snapshot().biography
@@ -184,7 +184,7 @@ def test_compares_by_all_columns() -> None:
     """
     Copies with equal columns are equal and have the same hash.
 
-    A row, or a copy of another state or user, is not equal.
+    A copy is not equal to a row, or to a copy of another state or user.
     """
     user = snapshot()
     assert user == snapshot()

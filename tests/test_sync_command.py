@@ -30,12 +30,16 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def objects(result: Result) -> list[Any]:
-    """Return what was printed with ``--json``."""
+    """Return the objects that were printed with ``--json``."""
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
-    """Text has a line for each result; JSON is one object. Progress is printed to stderr."""
+    """
+    The text output has a line for each result; the JSON output is one object.
+
+    Progress is printed to stderr.
+    """
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     first = run(syncing)
@@ -86,7 +90,11 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
-    """Other users are not read. The status is 1 if neither the table nor Clerk has a user."""
+    """
+    Other users are not read.
+
+    The status is 1 if a named user exists neither in the table nor at Clerk.
+    """
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
     assert (result.exit_code, syncing.user(named, ("name",)), syncing.user(other)) == (
@@ -124,7 +132,7 @@ def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backen
 
 
 def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) -> None:
-    """The message has the id if there is one. The status is 1; other users are synced."""
+    """The message has the user's id, if any. The status is 1; other users are synced."""
     backend.sign_up(at=LONG_AGO)
     odd = backend.sign_up(at=LONG_AGO, updated_at=None)
     backend.users["odd"] = None
@@ -169,7 +177,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """If runs of a scheduler overlap, the second one ends with status 2."""
+    """If scheduled runs overlap, the second one ends with status 2."""
     with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
@@ -198,7 +206,7 @@ def test_reports_a_database_failure(make_service: MakeService, backend: Backend)
 def test_can_be_interrupted_and_run_again(
     syncing: Service, backend: Backend, command: list[str]
 ) -> None:
-    """Ctrl-C ends it at once, even while Clerk does not respond; the next run completes it."""
+    """Ctrl-C ends a sync at once, even if Clerk does not respond; the next one completes."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     count = iter(range(100))

@@ -45,7 +45,7 @@ def test_packs_permissions_without_loss(
     assert (organization.id, organization.role) == ("org_1", "org:admin")
     assert sorted(organization.permissions) == sorted(set(granted))
     for permission in asked:
-        # Clerk's SDK reduces repeated "org:" to one, so a permission of a feature that is called
+        # Clerk's SDK collapses a repeated "org:" into one, so a permission of a feature named
         # "org" never matches.
         assert is_authorized(claims, permission=permission) is (
             re.sub("^(org:)*", "org:", permission) in granted
@@ -73,7 +73,7 @@ def test_refuses_to_grant_what_clerk_cannot_grant(
 
 
 def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[str, Any]) -> None:
-    """The row has the data of the event, whose fields can be replaced."""
+    """The row has the data of the event, and a test can choose the event's fields."""
     user_id = clerk_service.sign_up(
         email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None
     )
@@ -111,7 +111,7 @@ def test_delivers_events_in_their_order(clerk_service: ClerkService) -> None:
 
 
 def test_signs_in_with_a_fresh_token_for_every_request(clerk_service: ClerkService) -> None:
-    """One client is one session, whose tokens differ; two clients are two sessions."""
+    """A client is one session with a new token per request; two clients are two sessions."""
     seen = []
 
     @clerk_service.app.get("/seen")
@@ -142,7 +142,7 @@ class CountingClient(FlaskClient):
 def test_signs_in_with_the_applications_own_client(
     clerk_service: ClerkService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client is one of ``app.test_client_class``, with its methods."""
+    """A client is an instance of ``app.test_client_class`` and has its methods."""
     monkeypatch.setattr(clerk_service.app, "test_client_class", CountingClient)
     client = clerk_service.client("user_1")
     assert isinstance(client, CountingClient)
@@ -173,7 +173,7 @@ def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService)
 def test_takes_any_claims(
     clerk_service: ClerkService, claims: dict[str, object], status: int
 ) -> None:
-    """Claims that a test passes are signed unchanged, and verified as any others."""
+    """Claims that a test passes are signed unchanged, and verified like any others."""
     preset: Preset = "strict"
     clerk_service.app.add_url_rule(
         "/strict", view_func=require_auth(reverification=preset)(lambda: "done")
@@ -183,7 +183,7 @@ def test_takes_any_claims(
 
 
 def test_uses_one_organization_by_default(clerk_service: ClerkService) -> None:
-    """Claims about an organization use the default one; other claims use none."""
+    """Claims about an organization use the default organization; other claims use none."""
 
     @clerk_service.app.get("/where")
     @require_auth

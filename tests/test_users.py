@@ -37,7 +37,7 @@ def test_breaks_ties_by_the_bytes_of_the_message_id(service: Service) -> None:
     """
     Message ids decide between events of the same millisecond, in either order.
 
-    They are compared by bytes: capitals come before small letters on every database.
+    They are compared by bytes: on every database, capitals come before lower-case letters.
     """
     for first, second in (("msg_a", "msg_B"), ("msg_B", "msg_a")):
         user_id = clerk_id("user")
@@ -56,9 +56,9 @@ def test_replaces_a_missing_time_by_the_other(
     service: Service, data: dict[str, int], timestamp: int | None, version: tuple[int, int]
 ) -> None:
     """
-    An event with one time uses it for both.
+    An event with only one time uses it for both.
 
-    An event without times ranks below all others, by the time of its delivery attempt.
+    Events without times rank below all others, in the order of their delivery attempts.
     """
     user_id = clerk_id("user")
     body = json.dumps(
@@ -145,9 +145,9 @@ def test_ends_the_same_in_every_order(
     service: Service, events: list[tuple[str, int | None, int | None]], data: st.DataObject
 ) -> None:
     """
-    The same events end in equal rows.
+    The same events lead to equal rows for two users.
 
-    They are delivered twice, shuffled and repeated, with calls in between.
+    Each user's events are shuffled and repeated, with a call among them.
     """
     ends: list[tuple[object, ...]] = []
     run = clerk_id("msg")
@@ -211,7 +211,7 @@ def test_does_not_move_last_seen_for_an_impersonator(service: Service) -> None:
 
 
 def test_is_online_only_while_seen(service: Service) -> None:
-    """``isOnline`` is false from five minutes after the last call."""
+    """``isOnline`` becomes false five minutes after the last call."""
     now, user_id = datetime.now(UTC), clerk_id("user")
     service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
     for ago, present in ((timedelta(minutes=4, seconds=59), True), (timedelta(minutes=5), False)):
@@ -234,7 +234,7 @@ def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
 
 
 def test_refuses_times_without_a_zone(service: Service) -> None:
-    """A naive datetime raises an error before any SQL, and times that are read are aware."""
+    """Loaded times are aware, and a naive datetime raises an error before any SQL runs."""
     user_id = clerk_id("user")
     service.call(user_id)
     with service.app.app_context():
@@ -247,7 +247,7 @@ def test_refuses_times_without_a_zone(service: Service) -> None:
 
 
 def set_last_seen(service: Service, user_id: str, moment: datetime) -> datetime:
-    """Set ``last_seen`` in the database, with the milliseconds that the API shows."""
+    """Set ``last_seen`` in the database to *moment* in whole seconds, and return it."""
     moment = moment.replace(microsecond=0)
     with service.app.app_context():
         db.session.execute(

@@ -66,7 +66,7 @@ def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> Non
 def test_finds_by_id_email_and_beginning_of_the_name(
     service: Service, people: dict[str, str]
 ) -> None:
-    """The last name counts as well. Case is ignored, and a percent sign is no wildcard."""
+    """The last name counts, too. Case is ignored, and a percent sign is not a wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -76,7 +76,7 @@ def test_finds_by_id_email_and_beginning_of_the_name(
 
 
 def test_reports_characters_that_cannot_be_stored(service: Service) -> None:
-    """A byte of an argument that is not UTF-8 arrives as a lone surrogate."""
+    """Python decodes a byte of an argument that is not UTF-8 as a lone surrogate."""
     ended = run(service, "users", "\udcff")
     assert ended.exit_code == 2
     assert "Some characters cannot be represented in the database's encoding" in ended.output
@@ -162,7 +162,7 @@ def test_shows_hostile_names_as_text(service: Service) -> None:
 def test_cuts_lines_to_the_width_of_the_terminal(
     is_terminal: bool, printed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines that are printed to a pipe or file are not cut."""
+    """Lines printed to a pipe or a file are not cut."""
     monkeypatch.setenv("COLUMNS", "11")
     with redirect_stdout(io.StringIO()) as output:
         monkeypatch.setattr(output, "isatty", lambda: is_terminal)
@@ -231,7 +231,7 @@ def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
 
 
 def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path) -> None:
-    """The commands use the application's model, and print commands as ``flask clerk …``."""
+    """The commands use the application's model, and suggest commands as ``flask clerk …``."""
     user_id = clerk_id("user")
     unknown = flask_clerk("user", user_id)
     assert (unknown.returncode, unknown.stderr) == (1, "")

@@ -32,7 +32,7 @@ def test_creates_updates_and_deletes(service: Service) -> None:
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_applies_every_documented_payload(service: Service, name: str) -> None:
-    """Each example of Clerk's documentation is applied to an empty table."""
+    """Each example from Clerk's documentation is applied to an empty table."""
     body = (DATA / name).read_bytes()
     assert service.outcome(body) == "applied"
     assert service.rows("SELECT count(*) FROM users") == [(1,)]
@@ -65,7 +65,7 @@ def test_ignores_other_types(service: Service) -> None:
 
 
 def test_keeps_long_message_ids_apart(service: Service) -> None:
-    """Two ids that differ beyond the stored length are two messages, each with its duplicates."""
+    """Ids that differ only beyond the stored length identify different messages."""
     for message_id in ("msg_" + "x" * 900 + "1", "msg_" + "x" * 900 + "2"):
         body = user_event(clerk_id("user"))
         answer = service.deliver(body, message_id).get_json()
@@ -93,7 +93,7 @@ def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_refuses_other_methods(service: Service, method: str) -> None:
-    """Methods other than POST are answered 405, with ``Allow``."""
+    """Methods other than POST are answered with 405 and ``Allow``."""
     response = service.http.open("/webhooks/clerk", method=method)
     assert response.status_code == 405
     assert response.headers["Allow"] == "POST"
@@ -117,7 +117,7 @@ def test_answers_a_bad_signature_with_401(service: Service) -> None:
 
 
 def test_answers_missing_headers_with_401(service: Service) -> None:
-    """A request without Svix's headers is refused, even if its body is malformed."""
+    """A request without Svix's headers is refused before its body is decoded."""
     response = service.http.post("/webhooks/clerk", data=b"\xff")
     assert (response.status_code, response.get_json()["reason"]) == (
         401,
@@ -153,7 +153,7 @@ def test_answers_a_verified_message_that_is_not_an_event_with_400(
 
 
 def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
-    """A body of 1 MiB is processed; one byte more is answered 413."""
+    """A body of 1 MiB is processed; one byte more is answered with 413."""
     body = user_event(clerk_id("user"), public_metadata={"x": ""})
     padded = body.replace(b'"x":""', b'"x":"' + b"y" * (1024 * 1024 - len(body)) + b'"')
     assert service.outcome(padded) == "applied"
@@ -162,7 +162,7 @@ def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
 
 
 def test_reads_chunked_bodies(service: Service) -> None:
-    """A body without Content-Length has the same limit, and is read completely within it."""
+    """A body without Content-Length has the same limit, and is read completely up to it."""
     body = user_event(clerk_id("user"))
     padded = body + b" " * (1024 * 1024 - len(body))
     for extra, status in ((b"", 200), (b" ", 413), (b" " * 100_000, 413)):
@@ -208,7 +208,7 @@ HEADER_VALUES = st.text(
 def test_never_answers_a_stranger_with_a_5xx(
     unreachable: Service, headers: dict[str, str], body: bytes
 ) -> None:
-    """Hostile headers and bodies are answered 401 without a query."""
+    """Hostile headers and bodies are answered with 401, without a query."""
     response = unreachable.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 401
 
@@ -237,7 +237,7 @@ FIELDS = (
 def test_accepts_a_user_with_any_optional_fields(
     service: Service, data: dict[str, object], timestamp: object
 ) -> None:
-    """A user event with a valid user id is answered 200, even if other fields are malformed."""
+    """A user event with a valid user id is accepted, even if other fields are malformed."""
     envelope = {
         "type": "user.updated",
         "timestamp": timestamp,

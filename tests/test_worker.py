@@ -9,7 +9,7 @@ import pytest
 
 from clerkhooks.settings import PROJECT
 
-# Runs in a separate process: gevent's event loop belongs to a thread, and limits to a process.
+# Runs in a separate process: event loops are per thread, and resource limits per process.
 SETUP = """
 import resource, socket, time
 import gevent
@@ -69,7 +69,7 @@ HEAD = b"POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: "
 
 
 def run(script: str, **options: object) -> None:
-    """Run SETUP and *script*, which has the assertions, in a new process."""
+    """Run SETUP and *script*, which contains the assertions, in a new process."""
     code = SETUP.replace("OPTIONS", repr(options)) + script
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -83,7 +83,7 @@ def run(script: str, **options: object) -> None:
 
 
 def test_keeps_a_connection_open_while_it_is_used() -> None:
-    """Sequential and pipelined requests share a connection, which keepalive then closes."""
+    """Sequential and pipelined requests share a connection until the keepalive timeout."""
     run("""
 connection = connect(HEAD + b"1\\r\\n\\r\\na" + HEAD + b"2\\r\\n\\r\\nbc")
 gevent.sleep(1)
@@ -99,7 +99,7 @@ stop()
 @pytest.mark.parametrize("keepalive", [0, 2])
 @pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
 def test_gives_a_request_a_deadline(sent: str, keepalive: int) -> None:
-    """The deadline counts from the first byte, for a slow head and for a slow body."""
+    """The deadline counts from the first byte, whether the head or the body is slow."""
     run(
         f"""
 connection = connect({sent})
@@ -197,7 +197,7 @@ stop()
 
 
 def test_closes_idle_connections_near_its_limit() -> None:
-    """With a limit of ten, nine are kept; further ones replace the longest idle."""
+    """With a limit of ten, nine connections stay open; a new one replaces the longest idle."""
     run("""
 connections = [connect() for _ in range(9)]
 gevent.sleep(0.3)
@@ -237,7 +237,11 @@ stop()
 
 
 def test_sends_what_follows_a_held_header_in_order() -> None:
-    """A body, no body, a file and a stream follow the header, without a wait for the end."""
+    """
+    A held header is sent before a body, a file or a stream, or alone without a body.
+
+    The parts of a stream are not held back.
+    """
     run("""
 import struct, sys, tempfile
 file = tempfile.TemporaryFile()
@@ -277,7 +281,7 @@ stop()
 
 
 def test_serves_tls_like_its_base_class() -> None:
-    """A TLS connection is left to gunicorn's gevent worker, with its timeout."""
+    """A TLS connection is served by gunicorn's gevent worker, with its own timeout."""
     run("""
 import ssl
 from gunicorn.workers.ggevent import GeventWorker
@@ -295,7 +299,7 @@ stop()
 
 
 def test_raises_the_descriptor_limit_as_far_as_allowed() -> None:
-    """The limit is raised to the hard limit or 65,536, and never lowered."""
+    """The limit is raised to the hard limit, at most to 65,536, and never lowered."""
     run("""
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 hard = limits[1]
