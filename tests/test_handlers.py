@@ -68,7 +68,7 @@ def test_gets_the_event_once(
     """
     A handler registered for a type, a family or all types gets each message once.
 
-    The event has the message's data and version. Registering a handler twice has no effect, and
+    The event carries the message's data and version. Registering a handler twice has no effect, and
     the decorator returns the handler itself, so that other code can call it.
     """
     recorder = Recorder()
@@ -273,7 +273,7 @@ def test_shares_handlers_between_applications_of_one_object(
 
 
 def test_gets_the_outcome_of_user_events(application: Application) -> None:
-    """A stale event reaches the handlers, too: the application's own tables may need it."""
+    """A stale event also reaches the handlers once; the application's tables may need it."""
     inside, after = Recorder(), Recorder()
     application.hooks.on("user.*")(inside)
     application.hooks.on("user.*", after_commit=True)(after)

@@ -39,7 +39,7 @@ def test_is_not_ready_without_a_database(unreachable: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/healthz/", "/readyz/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """A platform's check counts a redirect as a failure."""
+    """A platform's health check counts a redirect as a failure."""
     assert service.http.get(path).get_json() == {"status": "ok"}
 
 
@@ -76,7 +76,7 @@ def test_is_not_ready_without_a_column(service: Service, table: str) -> None:
 def test_is_not_ready_before_the_first_migration(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """An empty database is reported as behind, before an upgrade and after a downgrade."""
+    """``schema_behind`` is reported before the first upgrade and after a downgrade to base."""
     service = make_service(DATABASE_URL=make_database(kind))
     assert reason(service) == "schema_behind"
     with service.app.app_context():

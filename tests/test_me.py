@@ -20,7 +20,7 @@ ORIGIN = "https://app.example.com"
 
 
 def test_shows_the_user(service: Service) -> None:
-    """The answer has the row's values under the front end's names."""
+    """The answer contains the row's values under the names that the front end uses."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     response = service.call(user_id)

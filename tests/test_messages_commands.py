@@ -83,7 +83,7 @@ def test_needs_force_to_delete_recent_messages(service: Service, older_than: str
 
 @pytest.mark.parametrize("older_than", ["30", "d", "-1d", "1y", "99999w", ""])
 def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
-    """The status is 2, and the message gives examples."""
+    """The exit status is 2, and the message gives examples."""
     result = run(service, "prune", "--older-than", older_than)
     assert result.exit_code == 2
     assert "12h, 30d or 8w" in result.output
@@ -106,7 +106,7 @@ def test_explains_itself(service: Service) -> None:
 
 
 def test_reports_a_database_failure(unreachable: Service) -> None:
-    """The status is 2, without a traceback or the database's own message."""
+    """The exit status is 2, and no traceback or database message is printed."""
     for command in ("prune", "log"):
         result = run(unreachable, command)
         assert result.exit_code == 2
@@ -203,7 +203,7 @@ def test_sends_signed_events(server: Server) -> None:
     """
     Sign-ups, updates and deletions are applied, and a repetition is a duplicate.
 
-    If a message has been tampered with or is too old, it is refused, and the status is 1.
+    If a message has been tampered with or is too old, it is refused, and the exit status is 1.
     """
     user_id = clerk_id("user")
     status, printed = sent(
@@ -308,7 +308,7 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
 def test_refuses_to_send_with_invalid_options(
     service: Service, arguments: list[str], message: str
 ) -> None:
-    """The status is 2, and the message names the problem."""
+    """The exit status is 2, and the message names the problem."""
     result = run(service, "send", "user.created", *arguments)
     assert (result.exit_code, message in result.output) == (2, True), result.output
 

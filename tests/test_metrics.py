@@ -203,7 +203,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
-        # This fetch does not run in the thread of the latest one, so its result counts as late.
+        # Only the result of the thread that the keys started last counts; this one is too late.
         keys._fetch_now()
     found = scrape(service)
     assert keys.age is None
@@ -242,7 +242,7 @@ def test_refuses_other_methods(counted: Service, service: Service, method: str) 
 
 
 def test_is_disabled_without_a_configured_token(service: Service) -> None:
-    """An empty METRICS_TOKEN disables the route as well."""
+    """An empty METRICS_TOKEN also disables the route."""
     for token in ("", "None", TOKEN):
         assert (
             service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code
@@ -317,7 +317,7 @@ def test_moves_with_its_prefix(clerk: FakeClerk, tmp_path: Path) -> None:
 
 
 def test_counts_each_application_separately(make_service: MakeService) -> None:
-    """Two applications in one process share no metric."""
+    """Two applications in one process share no metrics."""
     first, second = make_service(METRICS_TOKEN=TOKEN), make_service(METRICS_TOKEN=TOKEN)
     first.outcome(user_event(clerk_id("user")))
     assert scrape(first)[("webhooks_total", "user.updated", "applied")] == 1
@@ -439,7 +439,7 @@ def test_starts_from_zero_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None
     """
     own = {"METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": "/nowhere", "TMPDIR": str(tmp_path)}
     variables = environ(**clerk.environ, **own, DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
-    # In a separate process, because the configuration monkey-patches the standard library.
+    # This runs in a separate process: the configuration monkey-patches the standard library.
     ended = subprocess.run(
         [sys.executable, "-c", BOOTS],
         cwd=PROJECT,

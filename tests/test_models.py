@@ -80,9 +80,9 @@ def test_refuses_an_application_that_is_not_ready(application: Application) -> N
 @pytest.fixture
 def teams(application: Application) -> type[Any]:
     """
-    A model of the application's own, with a composite key.
+    A model that the application defines, with a composite key.
 
-    The column ``name`` has another attribute name.
+    The attribute for the column ``name`` is called ``title``.
     """
     attributes = {
         "__module__": __name__,

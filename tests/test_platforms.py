@@ -95,7 +95,7 @@ def test_serves_and_migrates_with_the_same_commands_everywhere() -> None:
 
 
 def test_runs_commands_that_exist() -> None:
-    """Scheduled jobs run commands of clerkhooks."""
+    """Scheduled jobs run existing clerkhooks commands."""
     scheduled = [one["command"] for one in load("app.json")["cron"]]
     scheduled += [one["startCommand"] for one in load("render.yaml")["services"][1:]]
     for command in scheduled:

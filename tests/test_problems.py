@@ -36,12 +36,12 @@ def written() -> Iterator[list[str]]:
 
 
 def shown(written: list[str]) -> list[dict[str, Any]]:
-    """Return the lines, parsed."""
+    """Return the parsed lines."""
     return [json.loads(line) for line in written]
 
 
 def test_logs_one_line_per_request(service: Service, written: list[str]) -> None:
-    """The line of a delivery has the fields that an operator needs, and no profile data."""
+    """A delivery's line contains the fields that an operator needs, and no profile data."""
     user_id = clerk_id("user")
     service.deliver(user_event(user_id, private_metadata={"iban": "DE00"}), "msg_1")
     [line] = shown(written)
@@ -64,7 +64,11 @@ def test_logs_one_line_per_request(service: Service, written: list[str]) -> None
 
 
 def test_logs_the_caller(service: Service, written: list[str]) -> None:
-    """A call's log line has the user's id; a refused call's line has a reason but no token."""
+    """
+    A call's line contains the user's id.
+
+    A refused call's line contains the reason, but not the token.
+    """
     user_id = clerk_id("user")
     service.call(user_id)
     service.call(user_id, exp=1)
@@ -118,7 +122,7 @@ def fail_twice() -> None:
 def test_logs_frames_without_the_text_of_an_error(
     application: Application, written: list[str]
 ) -> None:
-    """Frames have file, line and function. The texts of an error and its cause are omitted."""
+    """Each frame has a file, line and function; the texts of the errors are omitted."""
     application.hooks.on("user.*")(lambda event: fail_twice())
     response = application.deliver(user_event(clerk_id("user")), "msg_1")
     assert (response.status_code, response.get_json()["reason"]) == (500, "internal_error")
@@ -150,7 +154,7 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
 def test_answers_500_if_the_failure_cannot_be_recorded(
     unreachable: Service, written: list[str]
 ) -> None:
-    """Without a database, the log has the failure and says that it could not be recorded."""
+    """Without a database, the log reports the failure and that it could not be recorded."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
     not_recorded, failure, _ = shown(written)
     assert not_recorded["event"] == "failure_not_recorded"
@@ -198,7 +202,7 @@ def add_failing_views(service: Service) -> None:
 def test_answers_every_error_of_the_service_as_a_problem(
     service: Service, path: str, status: int, reason: str
 ) -> None:
-    """All errors share one format, without the text of an exception."""
+    """All errors share one format, which omits an exception's text."""
     add_failing_views(service)
     response = service.http.get(path)
     problem = response.get_json()
@@ -298,7 +302,7 @@ def test_leaves_the_error_handlers_of_an_application_alone(application: Applicat
 
 
 def test_describes_errors_by_class_and_state_only(service: Service) -> None:
-    """``describe`` gives an exception's class and the database's error code, nothing else."""
+    """``describe`` returns only an exception's class and the database's error code."""
     with service.app.app_context(), pytest.raises(DBAPIError) as caught:
         db.session.execute(text(f"SELECT '{SECRET}' FROM nowhere"))
     expected = ("OperationalError SQLITE_ERROR", "ProgrammingError 42P01")

@@ -222,7 +222,7 @@ COMMANDS = [
 def test_commands_explain_an_invalid_proxy(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
 ) -> None:
-    """The command prints one message and ends with its usual error status."""
+    """The command prints one message and exits with its usual error status."""
     monkeypatch.setenv("HTTPS_PROXY", INVALID[0])
     result = run(*arguments)
     assert result.exit_code == status, result.output
@@ -277,7 +277,7 @@ def test_send_asks_no_proxy_for_this_machine(
 @pytest.mark.usefixtures("configured", "named_proxy")
 @pytest.mark.parametrize("named_proxy", [proxy.refuse, proxy.socks_refusing], indirect=True)
 def test_send_reports_a_proxy_that_refuses() -> None:
-    """The command prints one message and ends with status 2."""
+    """The command prints one message and exits with status 2."""
     result = run("send", "user.created", "--to", f"{API}/webhooks")
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
     assert "does not respond (ProxyError)" in result.output
@@ -285,7 +285,7 @@ def test_send_reports_a_proxy_that_refuses() -> None:
 
 @SQLITE
 def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """Webhooks are served, one log line has the error, and calls are answered with 503."""
+    """Webhooks are served, one log line reports the error, and calls get a 503."""
     variables = {"CLERK_JWT_KEY": "", "https_proxy": INVALID[0], "WEB_CONCURRENCY": "1"}
     log = tmp_path / "server.log"
     with serving(database_url, clerk, log, **variables) as server:

@@ -41,7 +41,7 @@ def test_shows_the_complete_example(name: str, file: str) -> None:
 
 
 def test_lists_exactly_the_variables_that_are_read() -> None:
-    """The table of variables has every variable of the settings, and no others."""
+    """The table of variables lists every variable of the settings, and no others."""
     cells = rows_after("| variable | default | meaning |")
     assert sorted(name for cell in cells for name in re.findall("`(.+?)`", cell)) == sorted(
         VARIABLES
@@ -49,7 +49,7 @@ def test_lists_exactly_the_variables_that_are_read() -> None:
 
 
 def test_env_example_lists_exactly_the_variables_that_are_read() -> None:
-    """``.env.example`` has each variable once, without a value, after a one-line comment."""
+    """``.env.example`` lists each variable once, without a value, after a one-line comment."""
     lines = ENV_EXAMPLE.read_text().splitlines()
     names = [line.removesuffix("=") for line in lines if line and not line.startswith("#")]
     assert sorted(names) == sorted(VARIABLES)

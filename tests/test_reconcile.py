@@ -115,7 +115,7 @@ class World:
             raise failures[0]
 
     def check(self, excluded: AbstractSet[str] = frozenset()) -> None:
-        """Check that Clerk's users have rows with their profiles, and others have tombstones."""
+        """Check that Clerk's users have rows with their profiles; other rows are tombstones."""
         for user_id in set(self.ids) - excluded:
             row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
             data = self.backend.users.get(user_id)
@@ -304,7 +304,7 @@ def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
     """
-    A run that would delete more than 20 users and more than a tenth of all deletes nobody.
+    A run deletes nobody if it would delete over 20 users and over a tenth of all users.
 
     The same applies to a run that finds none of the users at Clerk. With ``force``, the users are
     deleted.
@@ -402,7 +402,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
-    """Users without a profile, users of failed messages and named users are read by id."""
+    """Users without a profile, users whose messages failed and named users are read by id."""
     users = {
         name: backend.sign_up(at=LONG_AGO) for name in ("named", "unfilled", "failed", "other")
     }
@@ -422,7 +422,7 @@ def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
 
 
 def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backend) -> None:
-    """A second run is refused during the first one, and accepted as soon as that has ended."""
+    """A second run is refused during the first, and accepted as soon as the first has ended."""
     store = store_of(syncing)
     with connections.sole_writer(store):
         with pytest.raises(connections.AlreadyRunning), connections.sole_writer(store):

@@ -283,7 +283,11 @@ def test_has_an_invalid_value_for_every_variable() -> None:
 def test_refuses_to_start_with_an_invalid_variable(
     clerk: FakeClerk, tmp_path: Path, variable: str
 ) -> None:
-    """One message names the variable without its value; the status is 2, without a traceback."""
+    """
+    One message names the variable without its value.
+
+    The exit status is 2, and there is no traceback.
+    """
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     ended = run(web_command(), environ(**right | {variable: WRONG[variable]}))
     assert ended.returncode == 2
@@ -343,7 +347,7 @@ def test_reports_an_invalid_worker_count_in_commands(
 def test_serve_checks_the_settings_before_gunicorn_does(
     clerk: FakeClerk, tmp_path: Path, name: str, options: list[str]
 ) -> None:
-    """``serve`` prints one message and ends with status 2 instead of starting gunicorn."""
+    """``serve`` prints one message and exits with status 2 instead of starting gunicorn."""
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", *options]
     ended = run(command, environ(**right | {name: "hidden"}))
@@ -358,7 +362,7 @@ def test_serve_checks_the_settings_before_gunicorn_does(
 def test_serve_counts_an_empty_worker_count_as_unset(
     clerk: FakeClerk, tmp_path: Path, value: str, workers: int
 ) -> None:
-    """Gunicorn itself would end with a traceback."""
+    """Gunicorn itself would exit with a traceback."""
     variables = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", "--print-config"]
     ended = run(command, environ(**variables | {"WEB_CONCURRENCY": value}))

@@ -122,7 +122,7 @@ def reason_of(
 
 
 def sdk_verdict(case: dict[str, Any]) -> str | None:
-    """Return why a case of the SDK is refused here, or None if it is accepted."""
+    """Return why a recorded case of the SDK is refused here, or None if it is accepted."""
     scheme, _, text = case["authorization"].partition(" ")
     if scheme.lower() != "bearer":
         return "token_missing"
@@ -159,7 +159,7 @@ def test_differs_from_clerks_sdk_in_the_scheme_and_in_odd_features_only() -> Non
 
 
 def test_returns_the_session() -> None:
-    """The session has the user's id, its own id and all claims."""
+    """The session contains its own id, the user's id and all claims."""
     session = verify_session_token(token(org_role="admin"), [KEY], RULES, NOW)
     assert (session.id, session.user_id, session.actor, session.impersonated) == (
         "sess_1",

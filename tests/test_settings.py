@@ -339,7 +339,7 @@ BAD = {
     ],
 )
 def test_refuses_an_invalid_value(variable: str, problem: str, value: str) -> None:
-    """There is one fault, which has the variable and the problem."""
+    """The only fault names the variable and states the problem."""
     found = faults(**{variable: value})
     assert list(found) == [variable]
     assert problem in found[variable]
@@ -400,7 +400,7 @@ def test_translates_other_spellings_of_a_database_url(spelling: str) -> None:
 
 
 def test_lists_every_fault_at_once() -> None:
-    """One message has each variable's problem and says where to find the right value."""
+    """One message states each variable's problem and where to find the right value."""
     environ = {variable: next(iter(kinds.values()))[0] for variable, kinds in BAD.items()}
     with pytest.raises(SettingsError) as refused:
         ServiceSettings.from_mapping(environ)
@@ -784,7 +784,7 @@ def test_has_no_side_effect_when_it_is_imported(tmp_path: Path) -> None:
 
 
 def test_loads_its_modules_on_first_use(tmp_path: Path) -> None:
-    """``import clerkhooks`` loads no submodule: gunicorn.conf.py must monkey-patch first."""
+    """``import clerkhooks`` loads no submodules: gunicorn.conf.py must monkey-patch first."""
     code = "import sys, clerkhooks; print([n for n in sys.modules if n.startswith('clerkhooks.')])"
     ended = run_python(code, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[]\n", "")

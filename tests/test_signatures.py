@@ -44,7 +44,7 @@ def reason_of(
 
 
 def is_accepted(case: dict[str, Any]) -> bool:
-    """Return whether a case of the SDK passes. The SDK parses the body while it verifies."""
+    """Return whether a recorded case of the SDK passes. The SDK parses the body as well."""
     body = base64.b64decode(case["body_base64"])
     try:
         message = verify_signature(case["headers"], body, [SDK_SECRET], SDK["now"])
@@ -64,7 +64,7 @@ def test_gives_every_verdict_of_clerks_sdk() -> None:
 
 
 def test_returns_what_was_signed(clerk: FakeClerk) -> None:
-    """A verified message has the signed id and time, and the unchanged text."""
+    """A verified message contains the signed id, the timestamp and the unchanged text."""
     body = '{"name": "Zoë",  "x": 1.0}'.encode()
     message = verify_signature(signed(clerk, body), body, [SigningSecret(clerk.secret)], NOW)
     assert message == VerifiedMessage("msg_1", NOW, body.decode())
@@ -158,7 +158,7 @@ def test_accepts_every_secret_of_a_rotation(clerk: FakeClerk, position: int) -> 
     st.integers(0, 10**10),
 )
 def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) -> None:
-    """Svix's own library makes the same signature."""
+    """Svix's own library produces the same signature."""
     moment = datetime.fromtimestamp(at, UTC)
     theirs = Webhook(secret).sign(message_id, moment, body)
     assert SigningSecret(secret).sign(message_id, moment, body) == theirs

@@ -102,7 +102,7 @@ def snapshot(**values: Any) -> Any:
 
 
 def test_has_the_columns_of_the_model() -> None:
-    """The snapshot has declared columns and the application's own, by attribute name."""
+    """The snapshot contains declared and application columns under their attribute names."""
     user = snapshot(username="ada", email="ada@example.org")
     assert (user.id, user.name, user.email, user.username, user.plan) == (
         USER_ID,
@@ -175,7 +175,7 @@ def test_refuses_an_unknown_attribute(name: str) -> None:
 
 
 def test_shows_its_id_only() -> None:
-    """The representation has no profile data, because it may reach a log."""
+    """The representation contains no profile data, because it may reach a log."""
     user = snapshot(email="ada@example.org", username="ada")
     assert repr(user) == str(user) == f"{user}" == f"<User {USER_ID}>"
 

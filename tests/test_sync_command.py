@@ -56,7 +56,11 @@ def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
-    """The status is 1 if anything differs. Text shows users and fields; JSON adds values."""
+    """
+    The exit status is 1 if anything differs.
+
+    The text output shows users and fields; the JSON output adds the values.
+    """
     ids = [backend.sign_up(at=LONG_AGO + number) for number in range(2)]
     syncing.clerk_service.deliver("user.created", backend.users[ids[0]])
     backend.update(ids[0], first_name="Grace", updated_at=LONG_AGO + 10)
@@ -93,7 +97,7 @@ def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
     """
     Other users are not read.
 
-    The status is 1 if a named user exists neither in the table nor at Clerk.
+    The exit status is 1 if a named user exists neither in the table nor at Clerk.
     """
     named, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     result = run(syncing, named)
@@ -108,7 +112,7 @@ def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
 
 @pytest.mark.parametrize("which", ["--missing", "--failed"])
 def test_syncs_only_selected_users(syncing: Service, backend: Backend, which: str) -> None:
-    """Options select rows without a profile, or users of failed messages."""
+    """Options select rows without a profile, or users whose messages failed."""
     user_id = backend.sign_up(at=LONG_AGO)
     syncing.call(user_id)
     result = run(syncing, which, "--json")
@@ -132,7 +136,11 @@ def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backen
 
 
 def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) -> None:
-    """The message has the user's id, if any. The status is 1; other users are synced."""
+    """
+    The message includes the user's id, if any.
+
+    The exit status is 1, and the other users are synced.
+    """
     backend.sign_up(at=LONG_AGO)
     odd = backend.sign_up(at=LONG_AGO, updated_at=None)
     backend.users["odd"] = None
@@ -152,7 +160,7 @@ def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) 
     ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], message: str) -> None:
-    """The status is 2, and the message names the mistake."""
+    """The exit status is 2, and the message names the mistake."""
     result = run(service, *arguments)
     assert (result.exit_code, message in result.output) == (2, True)
 
@@ -167,7 +175,7 @@ def test_asks_for_the_key(service: Service) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, status: int) -> None:
-    """The status is 2, and the message does not contain the key."""
+    """The exit status is 2, and the message does not contain the key."""
     backend.behaviours.append(refusing(status, "clerk_key_invalid"))
     result = run(syncing)
     assert result.exit_code == 2
@@ -177,7 +185,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """If scheduled runs overlap, the second one ends with status 2."""
+    """If scheduled runs overlap, the second one exits with status 2."""
     with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
@@ -185,7 +193,7 @@ def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
 
 
 def test_reports_a_database_failure(make_service: MakeService, backend: Backend) -> None:
-    """The status is 2, without a traceback or the database's own message."""
+    """The exit status is 2, and no traceback or database message is printed."""
     service = make_service(**backend.environ)
     service.rows("ALTER TABLE users RENAME TO elsewhere")
     try:

@@ -73,7 +73,7 @@ def test_refuses_to_grant_what_clerk_cannot_grant(
 
 
 def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[str, Any]) -> None:
-    """The row has the data of the event, and a test can choose the event's fields."""
+    """The row contains the event's data, and a test can choose the event's fields."""
     user_id = clerk_service.sign_up(
         email="grace@example.org", first_name="Grace", last_name="Hopper", image_url=None
     )

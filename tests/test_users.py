@@ -234,7 +234,7 @@ def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
 
 
 def test_refuses_times_without_a_zone(service: Service) -> None:
-    """Loaded times are aware, and a naive datetime raises an error before any SQL runs."""
+    """Loaded times are time-zone-aware; a naive datetime raises an error before any SQL."""
     user_id = clerk_id("user")
     service.call(user_id)
     with service.app.app_context():

@@ -44,7 +44,7 @@ def listed(service: Service, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def people(service: Service) -> dict[str, str]:
-    """Create a user of each kind, the oldest first."""
+    """Create one user of each kind, oldest first."""
     ids = {name: clerk_id("user") for name in ("ada", "grace", "unfilled", "deleted")}
     service.outcome(user_event(ids["ada"]))
     service.outcome(
@@ -136,7 +136,7 @@ def test_names_the_source_of_each_row(service: Service, people: dict[str, str]) 
 
 
 def test_reports_an_unknown_user(service: Service) -> None:
-    """The status is 1, and the text says how to fetch the user from Clerk."""
+    """The exit status is 1, and the text says how to fetch the user from Clerk."""
     user_id = clerk_id("user")
     text, as_json = run(service, "user", user_id), run(service, "user", user_id, "--json")
     assert (text.exit_code, as_json.exit_code) == (1, 1)
@@ -171,7 +171,7 @@ def test_cuts_lines_to_the_width_of_the_terminal(
 
 
 def test_reports_a_database_failure(unreachable: Service) -> None:
-    """The status is 2, without a traceback or the database's own message."""
+    """The exit status is 2, and no traceback or database message is printed."""
     for arguments in (["users"], ["user", clerk_id("user")]):
         result = run(unreachable, *arguments)
         assert result.exit_code == 2
@@ -265,7 +265,7 @@ def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> 
 def test_ends_with_one_message_if_the_settings_are_invalid(
     flask_clerk: RunProcess, command: str
 ) -> None:
-    """The application's ``SettingsError`` is printed without a traceback; the status is 2."""
+    """The ``SettingsError`` is printed without a traceback, and the exit status is 2."""
     ended = flask_clerk(command, CLERK_WEBHOOK_SECRET="whsec_hidden!", CLERK_JWT_KEY="hidden!")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "CLERK_WEBHOOK_SECRET is not a signing secret" in ended.stderr

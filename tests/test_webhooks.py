@@ -39,7 +39,7 @@ def test_applies_every_documented_payload(service: Service, name: str) -> None:
 
 
 def test_answers_the_documented_shape(service: Service) -> None:
-    """The answer has the outcome and the message id."""
+    """The answer contains the outcome and the message id."""
     response = service.deliver(user_event(clerk_id("user")), "msg_1")
     assert response.get_json() == {"outcome": "applied", "messageId": "msg_1"}
 
@@ -75,7 +75,7 @@ def test_keeps_long_message_ids_apart(service: Service) -> None:
 
 
 def test_ignores_types_that_no_database_could_store(service: Service) -> None:
-    """A type or message id that is too long or has hostile characters causes no error."""
+    """An overlong type or message id, or one with hostile characters, causes no error."""
     body = event_body("user.created\x00\ud800" + "x" * 5000, {}, NOW_MS)
     assert service.outcome(body, "msg_" + "ü" * 900) == "ignored"
     [(event_type, message_id)] = service.rows("SELECT event_type, message_id FROM webhook_messages")
