@@ -166,7 +166,7 @@ def test_reports_a_proxy_that_does_not_connect(
 def test_reports_an_unusable_password(
     monkeypatch: pytest.MonkeyPatch, make_proxy: MakeProxy
 ) -> None:
-    """A SOCKS password has at most 255 bytes, and a host name has no empty label."""
+    """A SOCKS password is limited to 255 bytes, and a host name cannot have an empty label."""
     through = make_proxy(proxy.socks_password)
     for url in (f"socks5://user:{'x' * 300}@{through.address}", "socks5://a..b:1080"):
         monkeypatch.setenv("ALL_PROXY", url)

@@ -608,7 +608,7 @@ def refuse(_path: Path) -> dict[str, str | None]:
 
 
 def test_raises_for_a_mapping(environment: pytest.MonkeyPatch) -> None:
-    """A caller that passes a configuration gets an exception and keeps running."""
+    """A caller that passes a configuration gets an exception; the process does not exit."""
     with pytest.raises(SettingsError, match="PORT must be a number"):
         create_app({"CLERK_WEBHOOK_SECRET": whsec(24), "PORT": "x"})
     assert SettingsError.__mro__[1].__name__ == "ClerkhooksError"

@@ -96,7 +96,7 @@ make = make_snapshots(MAPPER, COLUMNS)
 
 
 def snapshot(**values: Any) -> Any:
-    """Return a snapshot of a row with these values, by attribute."""
+    """Return a snapshot of a row with these values, keyed by attribute name."""
     row = {"id": USER_ID, "name": "Ada", "plan": "free"} | values
     return make([row.get(MAPPER.get_property_by_column(column).key) for column in COLUMNS])
 
