@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def fill(url: str, counts: dict[str, int]) -> None:
-    """Insert users and messages in bulk, and give some of them other states."""
+    """Insert users and messages in bulk, and change the state of some of them."""
     with psycopg.connect(url, autocommit=True) as connection:
         for statement in (USERS, MESSAGES):
             connection.execute(statement, counts)
@@ -106,7 +106,7 @@ def fill(url: str, counts: dict[str, int]) -> None:
 
 
 def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
-    """Yield the name, path and search of each page, including pages with old rows."""
+    """Yield the name, path and search text of each page, including pages with old rows."""
     with state.store.database.connect() as connection:
         user_id, email = connection.execute(sa.text(A_USER)).one()
         message_id = connection.execute(sa.text(A_MESSAGE)).scalar_one()

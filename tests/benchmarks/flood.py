@@ -3,8 +3,8 @@ Measure the service with thousands of connections, a sender like Svix, and new c
 
     python -m tests.benchmarks.flood [--messages 50000] [--held 5000]
 
-First it delivers like Svix: 500 messages at a time over up to 2,400 persistent connections. Then
-it alternates between deliveries with and without additional held connections. The load is generated
+It first delivers as Svix does: 500 messages at a time over up to 2,400 persistent connections. It
+then alternates between rounds with and without additional held connections. The load is generated
 on the same machine.
 """
 
@@ -75,7 +75,7 @@ def _hold(port: int, count: int, kind: Kind, ready: object, ended: object) -> No
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,8 +2,8 @@
 A minimal WSGI application that does the same work as the service.
 
 It verifies the same signatures and tokens and executes the same statements in the same batches,
-under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no pool and no
-log, and does not answer invalid requests. The difference from the service is the cost of these
+under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no pool, writes
+no log and does not handle invalid requests. The difference in throughput shows the cost of these
 features.
 """
 
@@ -38,7 +38,7 @@ LOCAL = threading.local()
 
 
 def compile_statement(statement: sa.ClauseElement) -> str:
-    """Return *statement* in the driver's syntax."""
+    """Return *statement* as SQL in the driver's syntax."""
     return str(statement.compile(dialect=STORE.database.dialect))
 
 
@@ -86,7 +86,7 @@ READS = Batcher(read, keys=lambda user_id: (user_id,), concerns_all=bool)
 
 
 def write_to_sqlite(event: ReceivedEvent) -> str:
-    """Write user and message in one transaction."""
+    """Write a user and a message in one transaction."""
     assert event.user_id is not None
     if not hasattr(LOCAL, "connection"):
         LOCAL.connection = connect(Path(str(STORE.database.engine.url.database)))
@@ -95,7 +95,7 @@ def write_to_sqlite(event: ReceivedEvent) -> str:
 
 
 def get_me(environ: dict[str, Any]) -> dict[str, Any]:
-    """Answer one call."""
+    """Answer one call of ``/api/me``."""
     token = environ["HTTP_AUTHORIZATION"].removeprefix("Bearer ")
     row = READS(VERIFIER.verify(token, time.time()).user_id)
     names = ("id", "email", "name", "imageUrl", "isOnline", "lastSeen")

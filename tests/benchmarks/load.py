@@ -39,7 +39,7 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """The number of missing or failed answers."""
+        """The number of missing answers and server errors."""
         return sum(count for status, count in self.statuses.items() if status == 0 or status >= 500)
 
 
@@ -80,7 +80,7 @@ def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
 
 
 def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
-    """Generate API calls of these users, ten with each token."""
+    """Generate API calls by *users*, ten with each token."""
     for number in itertools.count():
         token = clerk.session_token(users[number % len(users)])
         yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
@@ -89,7 +89,7 @@ def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
 def apply_load(
     port: int, requests: Iterator[bytes], seconds: float, connections: int = 8
 ) -> Result:
-    """Send *requests*, prepared in advance, over *connections* for *seconds*."""
+    """Prepare *requests*, then send them over *connections* for *seconds*."""
     prepared = list(itertools.islice(requests, int(seconds * 4000)))
     result, guard, ends = Result(), threading.Lock(), time.monotonic() + seconds
     following = iter(prepared)
@@ -119,7 +119,7 @@ def apply_load(
 
 
 def _ask(connection: socket.socket, request: bytes) -> int:
-    """Return the status of the answer, or 0 without a valid answer."""
+    """Return the status of the answer, or 0 if there is no valid answer."""
     try:
         connection.sendall(request)
         answer = b""
@@ -138,5 +138,5 @@ def _ask(connection: socket.socket, request: bytes) -> int:
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median of the ratios per round, which cancels out the machine's drift."""
+    """Return the median of the per-round ratios, to cancel out drift of the machine."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))

@@ -83,7 +83,7 @@ def measure_floor(folder: Path) -> None:
 @contextlib.contextmanager
 def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
     port = free_port()
-    # gunicorn.conf.py has the service's hooks; this package contains no settings.
+    # Use this package as an empty configuration: gunicorn.conf.py has the service's hooks.
     options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
     options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["floor", "scale", "sqlite", "start", "memory", "overload"]
     )
-    parser.add_argument("--largest", type=int, default=1_000_000, help="the most users of scale")
+    parser.add_argument("--largest", type=int, default=1_000_000, help="largest number of users")
     parser.add_argument(
         "--thorough", action="store_true", help="200,000 requests for memory, a minute of overload"
     )

@@ -3,9 +3,9 @@ Compare ways to verify a session token.
 
     python -m tests.benchmarks.session_tokens
 
-Clerk's own SDK is included if it is installed: ``pip install clerk-backend-api``. It is not in any
-extra. The rounds of all rows are interleaved, so a busy machine slows them equally. The figures are
-medians of the rounds.
+Clerk's own SDK is included if it is installed: ``pip install clerk-backend-api``. No extra contains
+it. The rounds of all functions are interleaved, so that other load on the machine slows them
+equally. The figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RULES = TokenRules(frozenset([ISSUER]), frozenset([CLERK.authorized_party]))
 
 
 def subjects() -> dict[str, Callable[[], object]]:
-    """Return the functions to measure by name. Each call verifies one user's token."""
+    """Return the functions to measure, by name. Each call verifies one user's token."""
     tokens = [CLERK.session_token(clerk_id("user"), lifetime=3600) for _ in range(CALLS)]
     token, keys, now = tokens[0], ConfiguredKeys((KEY,)), time.time()
     verifier, form = SessionVerifier(keys, RULES), parse_form(token)
@@ -64,7 +64,7 @@ def subjects() -> dict[str, Callable[[], object]]:
 
 
 def jwk() -> dict[str, Any]:
-    """Return the instance's public key."""
+    """Return the instance's public key as a JWK."""
     return {
         "kid": "ins_fake",
         "alg": "RS256",
@@ -73,7 +73,7 @@ def jwk() -> dict[str, Any]:
 
 
 def clerks_sdk(token: str) -> dict[str, Callable[[], object]]:
-    """Return a call of Clerk's SDK without network access, if the SDK is installed."""
+    """Return a function that verifies *token* offline with Clerk's SDK, if installed."""
     try:
         security = import_module("clerk_backend_api.security")
         types = import_module("clerk_backend_api.security.types")
@@ -99,7 +99,7 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table with a row for each function and its ratio to every other one."""
+    """Print each function's duration and its ratio to every other function's."""
     times = measure(subjects())
     print(f"{'':30}{'µs':>9}" + "".join(f"{'/ ' + name:>32}" for name in times))
     for name, own in times.items():

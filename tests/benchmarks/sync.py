@@ -1,5 +1,5 @@
 """
-Measure users per second and memory of ``clerkhooks sync`` with a fast Backend API.
+Measure the speed and memory use of ``clerkhooks sync`` with a fast Backend API.
 
     python -m tests.benchmarks.sync [--users 1000000]
 
@@ -35,7 +35,7 @@ TEMPLATE = json.dumps(
 
 
 class Api(BaseHTTPRequestHandler):
-    """Generates users by number. The number is in the id and in the time of creation."""
+    """Generates users from numbers. A user's id and creation time contain the number."""
 
     protocol_version = "HTTP/1.1"
     count = 0
@@ -89,7 +89,7 @@ def serve(port: int, count: int) -> None:
 
 
 def main() -> None:
-    """Sync into an empty table, then into a full one, and print the figures of both."""
+    """Sync into an empty table, then into a full one, and print the figures for both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     count = parser.parse_args().users
@@ -126,7 +126,7 @@ def run(state: str, variables: dict[str, str], count: int) -> None:
     watchdog.daemon = True
     watchdog.start()
     parts = {}
-    for line in process.stderr:  # the last line of each part of the run replaces earlier ones
+    for line in process.stderr:  # keep the last progress line of each part of the run
         parts[line.split(":")[0]] = line.strip()
     summary = process.stdout.read().splitlines()[-1]
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,1 +1,1 @@
-"""Example applications that use clerkhooks, each a package to copy."""
+"""Examples to copy: applications that use clerkhooks, a script and alert rules."""

@@ -1,7 +1,7 @@
 """
 Copy all rows from one database to another, such as from SQLite to PostgreSQL.
 
-Stop the service first, and migrate the new database. Both URLs are in SQLAlchemy's spelling::
+Stop the service first, and migrate the new database. Both URLs are SQLAlchemy URLs::
 
     python copy_tables.py sqlite:////path/to/clerkhooks.db postgresql+psycopg://user:password@host/name
 """

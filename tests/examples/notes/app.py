@@ -1,4 +1,4 @@
-"""Notes: everyone keeps their own, and an organization's admins delete any of its notes."""
+"""Notes: users keep their own, and an organization's admins may delete any of its notes."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,20 @@ class Base(DeclarativeBase):
 
 db = SQLAlchemy(model_class=Base)
 if TYPE_CHECKING:
-    Model = Base  # what db.Model is to a type checker
+    Model = Base  # db.Model as a type checker sees it
 else:
     Model = db.Model
 
 
 class User(ClerkUser, Model):
-    """A Clerk user, with a field of Clerk's and a column of the application's own."""
+    """A Clerk user, with an additional field from Clerk and a column of the application."""
 
     username: Mapped[str | None] = from_clerk("username")
     plan: Mapped[str] = mapped_column(server_default="free")
 
 
 class Note(Model):
-    """A text that a user wrote, in the organization that was active then."""
+    """A text written by a user, with the organization that was active at the time."""
 
     __tablename__ = "notes"
 

@@ -1,4 +1,4 @@
-"""What the notes application refuses, and whom it admits."""
+"""Requests that the notes application accepts or refuses."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from tests.examples.notes.app import create_app
 
 @pytest.fixture
 def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
-    """The application under test."""
+    """Create the application under test."""
     return create_app(clerkhooks_config)
 
 
 def test_takes_a_note_before_the_webhook(clerk_service: ClerkService) -> None:
-    """A user can write before the webhook has arrived."""
+    """A user can add a note before the webhook has arrived."""
     early = clerk_service.client("user_2early")
     assert early.post("/notes/", json={"text": "First!"}).status_code == 201
     assert [note["text"] for note in early.get("/notes/").get_json()] == ["First!"]
@@ -30,7 +30,7 @@ def test_refuses_a_body_without_a_text(clerk_service: ClerkService, body: object
 
 
 def test_lets_only_admins_delete_a_note(clerk_service: ClerkService) -> None:
-    """Its author may not without the role, and neither may an admin of another organization."""
+    """An author without the role may not delete a note, nor may another organization's admin."""
     author = clerk_service.client(clerk_service.sign_up(), role="org:member")
     admin = clerk_service.client(clerk_service.sign_up(), role="org:admin")
     stranger = clerk_service.client(

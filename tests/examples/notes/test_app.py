@@ -11,12 +11,12 @@ from tests.examples.notes.app import create_app
 
 @pytest.fixture
 def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
-    """The application under test."""
+    """Create the application under test."""
     return create_app(clerkhooks_config)
 
 
 def test_keeps_the_notes_of_each_user(clerk_service: ClerkService) -> None:
-    """A user sees their own notes only."""
+    """A user sees only their own notes."""
     ada = clerk_service.client(clerk_service.sign_up(first_name="Ada"))
     grace = clerk_service.client(clerk_service.sign_up(first_name="Grace"))
     assert ada.post("/notes/", json={"text": "Poetical science"}).status_code == 201

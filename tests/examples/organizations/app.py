@@ -21,7 +21,7 @@ class Base(DeclarativeBase):
 
 db = SQLAlchemy(model_class=Base)
 if TYPE_CHECKING:
-    Model = Base  # what db.Model is to a type checker
+    Model = Base  # db.Model as a type checker sees it
 else:
     Model = db.Model
 
@@ -83,7 +83,7 @@ def keep_membership(event: Event) -> None:
 def keep(model: type[Kept], event: Event, **values: Any) -> None:
     """Write a row unless the stored row is newer. A deletion is final in any order."""
     if event.type.endswith(".deleted"):
-        # No event has a higher version, so none can restore the row, even in a race.
+        # No event has a higher version, so no event can restore the row, even in a race.
         event = replace(event, version=event.version._replace(updated_at=2**63 - 1))
         values = dict.fromkeys(values) | {"deleted_at": datetime.now(UTC)}
     upsert(model, event, id=event.data["id"], **values)
