@@ -1,1 +1,1 @@
-"""Small applications in common styles, which behave the same with and without clerkhooks."""
+"""Small applications in common styles. Each behaves the same with and without clerkhooks."""

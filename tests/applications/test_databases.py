@@ -219,7 +219,7 @@ def test_commits_every_delivery_despite_changed_connections(
             assert (
                 service.client(f"user_{number}").get("/api/me").get_json()["name"] == "Ada Lovelace"
             )
-        # A separate connection sees committed rows only.
+        # A separate connection sees only committed rows.
         assert rows(url, "SELECT count(*) FROM users") == [(5,)]
         assert rows(url, "SELECT count(*) FROM webhook_messages") == [(5,)]
         service.http.get("/use")
@@ -234,7 +234,7 @@ def test_commits_every_delivery_despite_changed_connections(
 
 
 def test_limits_only_its_own_statements(clerk: FakeClerk, postgresql_url: str) -> None:
-    """A query of the application may take longer than clerkhooks' statement timeout."""
+    """An application's query may take longer than clerkhooks' statement timeout."""
     db = make_db()
     app = create_app(clerk, postgresql_url, db)
 
@@ -282,7 +282,7 @@ def test_keeps_working_while_a_view_holds_every_connection(clerk: FakeClerk, url
 
 
 def test_resolves_a_relative_path_in_the_instance_folder(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``sqlite:///shop.db`` is one file in the instance folder for both engines."""
+    """For both engines, ``sqlite:///shop.db`` is the same file in the instance folder."""
     db = make_db()
     app = Flask(__name__, instance_path=str(tmp_path / "instance"))
     app.config.update(configuration(clerk, "sqlite:///shop.db"))

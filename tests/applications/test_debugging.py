@@ -81,7 +81,7 @@ def test_logs_the_applications_bugs_with_their_traceback(
 
 
 def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The application's own answers stay, and clerkhooks' 405 looks like the application's."""
+    """The application's answers are unchanged, and clerkhooks' 405 looks like its own."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         client = app.test_client()
@@ -93,7 +93,7 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
 
 
 def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With ``problems=True``, every error is a problem and keeps the text given to ``abort``."""
+    """With ``problems=True``, every error is a problem with the text given to ``abort``."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()
@@ -107,7 +107,7 @@ def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
 def test_answers_problems_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """Handlers for codes, HTTPException or Exception receive the application's errors only."""
+    """Handlers for codes, HTTPException or Exception receive only the application's errors."""
     app = create_app(clerk, sqlite_url)
 
     def answer(error: Exception) -> ResponseReturnValue:
@@ -134,7 +134,7 @@ def test_answers_problems_despite_the_applications_error_handlers(
 def test_logs_a_failed_delivery_once_with_its_frames(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A handler's exception is a 500 with one log line: message id and frames, no text."""
+    """A handler's exception gives a 500 and one log line with its frames but not its text."""
     app = create_app(clerk, sqlite_url, TESTING=True)
     with tables(app), caplog.at_level(logging.INFO, "clerkhooks"):
         body = event_body("organization.created", {"id": "org_1"}, 1_700_000_000_000)
@@ -164,7 +164,7 @@ def test_finds_the_applications_templates(
 
 
 def register_handlers(app: Flask) -> None:
-    """Add a blueprint, and error handlers of every kind."""
+    """Add a blueprint with error handlers, and routes that fail in several ways."""
     blueprint = Blueprint("shop", __name__, url_prefix="/shop")
 
     @blueprint.errorhandler(404)
@@ -249,7 +249,7 @@ def test_handles_errors_as_plain_flask_does(
 
 
 def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
-    """Return the answer to a request of *path*, or the exception that it raises."""
+    """Return the answer to a request for *path*, or the exception that it raises."""
     try:
         response = app.test_client().get(path)
     except Exception as error:  # noqa: BLE001  # any exception that Flask propagates

@@ -24,7 +24,7 @@ class People(ModelView):  # type: ignore[misc]  # untyped
 
 
 def test_lists_and_edits_users(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The model works as any other, and a webhook keeps the application's own column."""
+    """The model works like any other, and webhooks do not change the application's column."""
     app, db = Flask(__name__), make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

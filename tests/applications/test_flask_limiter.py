@@ -43,7 +43,7 @@ def test_limits_the_applications_routes_and_exempts_clerkhooks(
 
 
 def test_limits_each_user_behind_require_auth(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A limit below ``require_auth`` can count by user, because it runs after authentication."""
+    """A limit below ``require_auth`` can count per user, as it runs after authentication."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

@@ -1,4 +1,4 @@
-"""An application that generates its own migrations, beside other programs' tables."""
+"""An application that generates its own migrations in a database shared with others."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(checkout: Checkout) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bookshop"] = module  # where its annotations are looked up
+    sys.modules["bookshop"] = module  # SQLAlchemy looks up annotations there
     try:
         spec.loader.exec_module(module)
     finally:
@@ -106,7 +106,7 @@ def test_generates_migrations_that_run_unedited(
     """
     ``flask db init``, ``migrate`` and ``upgrade`` succeed without edits.
 
-    No difference is left, and a column declared later is migrated and filled.
+    No difference is left. A column declared later is migrated, and filled by a sync.
     """
     checkout.flask("db", "init")
     checkout.flask("db", "migrate", "-m", "first")

@@ -1,4 +1,4 @@
-"""Applications that use ``require_auth`` in wrong places, and in all valid ones."""
+"""Applications that use ``require_auth`` in wrong and in valid places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import MakeDatabase
 
 
 def shout(view: Callable[..., str]) -> Callable[..., str]:
-    """Decorate a view as an application's own decorator does."""
+    """Decorate a view: an example of an application's own decorator."""
 
     @wraps(view)
     def shouted(*args: Any, **kwargs: Any) -> str:
@@ -60,7 +60,7 @@ def above_another_decorator(app: Flask) -> None:
 
 
 def between_two_routes(app: Flask) -> None:
-    """Protect the upper route and not the lower one."""
+    """Protect the upper route but not the lower one."""
 
     @app.get("/protected", endpoint="protected")
     @require_auth
@@ -96,7 +96,7 @@ def test_never_serves_a_view_protected_too_late(
 def test_refuses_to_start_with_a_view_protected_too_late(
     clerk: FakeClerk, sqlite_url: str, register: Callable[[Flask], None]
 ) -> None:
-    """``init_app`` raises an error if such a route is already registered."""
+    """``init_app`` raises an error if a view was registered before it was protected."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -168,7 +168,7 @@ def page() -> str:
 
 
 def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: MakeDatabase) -> None:
-    """Two applications can each protect and serve a view of their common module."""
+    """Two applications can each protect and serve a view from a module that they share."""
     apps = []
     for _ in range(2):
         app, db = Flask(__name__), make_db()

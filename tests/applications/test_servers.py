@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server]:
-    """Run the bookshop under a server of this kind until the block exits."""
+    """Run the bookshop under a server of this kind until the block ends."""
     port = free_port()
     command = [part.format(port=port, kind=kind) for part in COMMANDS[kind]]
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
@@ -154,7 +154,7 @@ def test_serves_under_every_server(
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["waitress", "gthread"])
 def test_accepts_a_chunked_body(kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """A chunked body without a length is accepted, and refused above 1 MiB."""
+    """A chunked body without a length is accepted up to 1 MiB and refused above."""
     user_id = clerk_id("user")
     with serving(kind, shop_url, clerk, tmp_path / "server.log") as server:
         large = user_event(user_id, public_metadata={"text": "x" * 1024 * 1024})

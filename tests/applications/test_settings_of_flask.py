@@ -34,7 +34,7 @@ class Provider(DefaultJSONProvider):
 
 
 def sort_keys(app: Flask) -> None:
-    """Sort the keys of JSON, which is Flask's default."""
+    """Sort JSON keys, as Flask does by default."""
     app.json.sort_keys = True  # type: ignore[attr-defined]
 
 
@@ -56,7 +56,7 @@ def match_leniently(app: Flask) -> None:
 
 
 def never_redirect(app: Flask) -> None:
-    """Do not redirect to a route's defaults."""
+    """Do not redirect to a route's defaults; trap HTTP exceptions."""
     app.url_map.redirect_defaults = False
     app.config["TRAP_HTTP_EXCEPTIONS"] = True
     app.config["TRAP_BAD_REQUEST_ERRORS"] = True
@@ -154,7 +154,7 @@ def test_leaves_every_setting_unchanged(
 def test_answers_the_same_under_every_setting(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """Routes of clerkhooks accept a trailing slash, never redirect, and keep their key order."""
+    """Our routes accept a trailing slash, never redirect, and do not sort JSON keys."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     with tables(app):
         check_users_stay_correct(app, clerk)

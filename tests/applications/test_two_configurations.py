@@ -101,7 +101,7 @@ def test_logs_only_to_the_applications_handlers(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An application's deliveries log one line each, which a service does not print."""
+    """Each delivery to an application logs one line, which a service beside it does not print."""
     url = make_database("sqlite")
     service = create_app(clerk.environ | {"DATABASE_URL": url, "LOG_FORMAT": "json"})
     app, _ = make_application(clerk, make_database("sqlite"))

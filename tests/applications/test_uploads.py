@@ -48,7 +48,7 @@ def create_app(clerk: FakeClerk, url: str, **more: Any) -> Flask:
 
 
 def multipart(content: bytes) -> bytes:
-    """Return a form with one file."""
+    """Return a multipart form with one file."""
     head = b'--xx\r\nContent-Disposition: form-data; name="file"; filename="file.bin"\r\n\r\n'
     return head + content + b"\r\n--xx--\r\n"
 
@@ -59,7 +59,7 @@ def multipart(content: bytes) -> bytes:
 def test_limits_deliveries_only(
     clerk: FakeClerk, sqlite_url: str, limit: int | None, answers: tuple[int, int]
 ) -> None:
-    """Uploads have the application's limit and deliveries have 1 MiB, whichever is greater."""
+    """The application's limit applies only to uploads; for deliveries it is always 1 MiB."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=limit)
     with tables(app):
         check_users_stay_correct(app, clerk)
@@ -79,7 +79,7 @@ def test_limits_deliveries_only(
 
 
 def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A too large upload gets the application's page; a too large delivery gets a problem."""
+    """An oversized upload gets the application's page; an oversized delivery gets a problem."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=MIB)
     app.register_error_handler(413, lambda error: ("Please send less.", 413))
     with tables(app):
@@ -90,7 +90,7 @@ def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -
 
 
 def test_ignores_a_limit_set_for_every_route(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A limit that a ``before_request`` sets for every route does not apply to deliveries."""
+    """A limit set for every route by a ``before_request`` does not apply to deliveries."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=8, MAX_FORM_MEMORY_SIZE=8)
 
     @app.before_request
