@@ -100,7 +100,7 @@ def test_protects_a_method_view(service: Service) -> None:
     "guard", [require_auth(), require_auth(role="org:admin")], ids=["called", "with a role"]
 )
 def test_protects_a_blueprint(service: Service, guard: Any) -> None:
-    """A preflight needs no token, and a view inside may require more than the blueprint."""
+    """A preflight needs no token, and a view may require more than its blueprint."""
     blueprint = Blueprint("guarded", __name__, url_prefix="/api/guarded")
     blueprint.before_request(guard)
     blueprint.add_url_rule("/", view_func=view)
@@ -118,7 +118,7 @@ def test_protects_a_blueprint(service: Service, guard: Any) -> None:
 
 
 def test_admits_an_anonymous_caller_of_an_optional_view(service: Service) -> None:
-    """A call without a token has no user; one with an invalid bearer token is refused."""
+    """A call without a token has no user; a call with an invalid bearer token is refused."""
     path = add_view(service, require_auth(optional=True))
     user_id = clerk_id("user")
     assert service.http.get(path).get_json() == {"user": None, "session": None}
@@ -154,7 +154,7 @@ def test_requires_a_session_inside_an_optional_blueprint(service: Service) -> No
 def test_refuses_an_insufficient_session(
     service: Service, condition: dict[str, str], enough: dict[str, Any]
 ) -> None:
-    """401 without a session, 403 if ``has()`` is false, 200 if it is true."""
+    """The status is 401 without a session, 403 if ``has()`` is false, and 200 if it is true."""
     path = add_view(service, require_auth(**condition))  # type: ignore[call-overload]
     user_id = clerk_id("user")
     assert service.http.get(path).status_code == 401
@@ -168,7 +168,7 @@ def test_refuses_an_insufficient_session(
 
 
 def test_requests_reverification_in_clerks_format(service: Service) -> None:
-    """Clerk's front-end libraries act on the body. A missing role is reported first."""
+    """Clerk's front-end libraries act on the body. A missing role takes precedence."""
     plain = add_view(service, require_auth(reverification="strict"))
     both = add_view(
         service,
@@ -259,7 +259,7 @@ def by_cookie(
 
 
 def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
-    """The instance's and the plain cookie are accepted; cookies of other instances are not."""
+    """The instance's own cookie and the plain one are accepted; other cookies are not."""
     own = f"__session_{cookie_suffix(service)}"
     assert by_cookie(service, own) == by_cookie(service, "__session") == 200
     assert by_cookie(service, "__session_AAAAAAAA") == by_cookie(service, "__client") == 401
@@ -277,7 +277,7 @@ def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
 
 
 def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
-    """An invalid bearer token also wins. A proxy's ``Basic`` does not hide the cookie."""
+    """Even an invalid bearer token wins. A proxy's ``Basic`` header does not hide the cookie."""
     for authorization in ("Bearer a.b.c", "bearer x", "Bearer", "Bearer "):
         assert by_cookie(service, "__session", headers={"Authorization": authorization}) == 401
     for authorization in ("Basic x", "", "Digest"):
@@ -323,7 +323,7 @@ def test_admits_native_apps(make_service: MakeService) -> None:
 def test_requires_an_origin_for_an_unsafe_method_by_cookie(
     service: Service, origin: str | None, status: int
 ) -> None:
-    """Browsers send the cookie with a forged request as well, and its ``azp`` is valid."""
+    """Browsers also send the cookie with a forged request, and the token's ``azp`` is valid."""
     headers = {"Origin": origin} if origin else {}
     assert by_cookie(service, "__session", "PUT", headers) == status
     assert by_cookie(service, "__session", "GET", headers) == 200
@@ -341,7 +341,7 @@ def test_accepts_the_plain_cookie_without_a_publishable_key(make_service: MakeSe
 
 
 def test_leaves_the_transaction_to_the_view(service: Service) -> None:
-    """Authentication neither begins nor commits a transaction of ``db.session``."""
+    """Authentication neither begins nor commits a transaction in ``db.session``."""
 
     def write() -> dict[str, Any]:
         assert not db.session().in_transaction()
@@ -356,7 +356,7 @@ def test_leaves_the_transaction_to_the_view(service: Service) -> None:
 
 
 def test_queries_the_database_once(service: Service) -> None:
-    """A call of a known, recently seen user costs one statement."""
+    """A call by a known, recently seen user executes one statement."""
     user_id = clerk_id("user")
     service.call(user_id)
     statements: list[None] = []

@@ -36,7 +36,7 @@ def session(claims: dict[str, Any]) -> Session:
 
 @pytest.mark.parametrize("number", range(0, len(CASES), 100))
 def test_answers_as_clerks_sdk_does(number: int) -> None:
-    """Each answer of ``has()`` is the SDK's, or no if the SDK throws."""
+    """``has()`` answers as the SDK does, and is false if the SDK throws."""
     for case in CASES[number : number + 100]:
         assert session(case["claims"]).has(**case["question"]) is (case["has"] is True), case
 
@@ -120,7 +120,7 @@ names = st.sampled_from(
 
 @given(st.dictionaries(names, values | st.just(2)))
 def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
-    """For any claims each property of a session can be read, and ``has()`` is a bool."""
+    """With any claims, each property of a session can be read and ``has()`` returns a bool."""
     held = session(claims)
     assert held.organization is None or held.organization.id
     assert (held.actor is None) or held.impersonated
@@ -162,7 +162,7 @@ def test_refuses_an_impossible_condition(
 
 
 def test_refuses_an_unknown_condition() -> None:
-    """A misspelt condition raises, even if it is None: ignoring it would grant too much."""
+    """A misspelt condition is an error, even if it is None: ignoring it would grant too much."""
     for misspelt in ({"rolle": "org:admin"}, {"role": "org:admin", "rolle": None}):
         with pytest.raises(TypeError, match="'rolle' is not a condition"):
             check_conditions(misspelt)

@@ -48,13 +48,13 @@ BORN = 1_700_000_000_000
 
 @pytest.fixture
 def api(backend: Backend) -> Iterator[BackendApi]:
-    """The client, with short timeouts and pauses."""
+    """Create a client with short timeouts and pauses."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api:
         yield api
 
 
 def answering_raw(text: bytes) -> Behaviour:
-    """Answer with exactly these bytes, which need not be HTTP."""
+    """Return a behaviour that sends exactly *text*, which need not be HTTP."""
 
     def behave(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(text)
@@ -74,7 +74,7 @@ def dripping_headers(backend: Backend, request: BaseHTTPRequestHandler) -> None:
 
 
 def failure_of(call: Callable[[], object]) -> BackendApiError:
-    """Return what *call* raises."""
+    """Return the error that *call* raises."""
     with pytest.raises(BackendApiError) as caught:
         call()
     return caught.value
@@ -122,7 +122,7 @@ def test_lists_users_after_a_time(inclusive: bool) -> None:
 
 
 def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
-    """One request with its limit set finds a hundred users; missing ones are left out."""
+    """One request with a limit finds a hundred users; unknown ids are left out."""
     ids_ = sign_up(backend, 99)
     assert sorted(ids(api.find_users([*ids_, "user_2nobody"]))) == sorted(ids_)
     assert backend.requests[0][1]["limit"] == ["100"]
@@ -142,7 +142,7 @@ def test_finds_no_user_without_ids(api: BackendApi, backend: Backend) -> None:
 
 
 def test_returns_odd_users_unchanged(api: BackendApi, backend: Backend) -> None:
-    """A user that cannot be parsed does not fail the page: the caller checks each."""
+    """A user that cannot be parsed does not fail the page: the caller checks each user."""
     odd = [None, 5, {"id": 7}, {}]
     backend.behaviours = [answering_json(200, odd), answering_json(200, odd)]
     assert api.list_users(None, 0) == api.find_users(["user_2a"]) == odd
@@ -158,7 +158,7 @@ def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None
 
 
 def test_escapes_an_id_in_the_path(api: BackendApi, backend: Backend) -> None:
-    """Otherwise the 404 of another path could prove that a user is gone."""
+    """Without escaping, a 404 for another path could count as proof that the user is gone."""
     assert api.is_gone("user_2a/../count?") is True
     assert backend.requests == [("/v1/users/user_2a%2F..%2Fcount%3F", {})]
 
@@ -182,7 +182,7 @@ UNPROVEN: dict[str, Behaviour] = {
 def test_accepts_no_other_answer_as_proof(
     api: BackendApi, backend: Backend, behaviour: Behaviour
 ) -> None:
-    """A proxy's 404, or that of a wrong API, must not delete a user."""
+    """A 404 from a proxy or from a wrong API must not delete a user."""
     user_id = backend.sign_up()
     backend.behaviours = [behaviour]
     assert failure_of(lambda: api.is_gone(user_id)).reason == "answer_unusable"
@@ -222,7 +222,7 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
 def test_does_not_retry_a_permanent_error(
     api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str
 ) -> None:
-    """The error has a remedy. Redirects are not followed."""
+    """The error names a remedy. Redirects are not followed."""
     backend.behaviours = [behaviour]
     error = failure_of(lambda: api.list_users(None, 0))
     assert (error.reason, len(backend.requests)) == (reason, 1)
@@ -283,7 +283,7 @@ def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reaso
 
 
 def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -> None:
-    """The deadline covers headers and body of each request, not only of a connection's first."""
+    """The deadline covers every request in full, not only the first one on a connection."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         api.count_users()
         for behaviour in (dripping_headers, dripping):
@@ -304,7 +304,7 @@ def test_reports_a_refused_connection() -> None:
 
 @pytest.mark.parametrize("url", ["https://xn--.com", "https://[v1.x]", f"https://{'a' * 64}.com"])
 def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
-    """The error is not a traceback of the HTTP library."""
+    """The HTTP library's exception becomes a BackendApiError."""
     with BackendApi(url, SECRET_KEY, pace=PACE) as api:
         assert failure_of(api.count_users).reason == "api_unreachable"
 
@@ -361,7 +361,7 @@ def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
 
 
 def test_ends_within_the_time_it_is_given(backend: Backend) -> None:
-    """A caller with only seconds does not wait a minute for Retry-After."""
+    """A caller that allows only seconds does not wait a minute for Retry-After."""
     backend.always = limiting(50)
     with BackendApi(backend.api_url, SECRET_KEY, patience=10, pace=0.01) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -408,7 +408,7 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
 
 @pytest.mark.parametrize(("kind", "rate"), [("sk_test_", 9), ("sk_live_", 90), ("sk_new_", 9)])
 def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
-    """Development instances allow a tenth of production's; a tenth is for the application."""
+    """The development rate is a tenth of production's; clerkhooks uses nine tenths of either."""
     with BackendApi("http://127.0.0.1:9", f"{kind}abc") as api:
         assert api._rate_limit._interval == 1 / rate
 
@@ -426,18 +426,18 @@ def test_keeps_within_the_limit() -> None:
 
 
 class Clock:
-    """A clock that sleeping moves, by the full time or by less."""
+    """A clock that ``sleep`` advances, by the full time or by less."""
 
     def __init__(self, wakes_early: bool) -> None:
         self.now = 0
         self._wakes_early = wakes_early
 
     def monotonic(self) -> int:
-        """Return whole seconds."""
+        """Return the time in whole seconds."""
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         assert seconds > 0
         self.now += max(1, int(seconds) // 2) if self._wakes_early else int(seconds)
 
@@ -449,7 +449,7 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 def test_never_exceeds_a_rate(
     steps: list[tuple[str, int]], interval: int, wakes_early: bool
 ) -> None:
-    """No two requests begin too close, none begins during a hold, and none waits too long."""
+    """Requests start far enough apart, not during a hold, and no later than necessary."""
     clock, limit = Clock(wakes_early), RateLimit(interval)
     free_at = held_until = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -500,7 +500,7 @@ LOUD: dict[str, Behaviour] = {
 def test_shows_neither_the_key_nor_the_answer(
     api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Errors, logs and the client's repr have neither; httpcore's trace has no key."""
+    """Errors, logs and the client's repr show neither; httpcore's debug log omits the key."""
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
     error = failure_of(lambda: api.list_users(None, 0))
@@ -544,14 +544,14 @@ class TestTheFake:
         return ids(response.json()) if response.status_code == 200 else response.status_code
 
     def test_ignores_a_limit_over_500(self, backend: Backend) -> None:
-        """Such a limit, or a missing one, silently gives ten rows. The newest come first."""
+        """A limit over 500, or none, silently gives ten rows. The newest come first."""
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]
         assert self.get(backend, "/users?order_by=created_at&limit=2&offset=1") == newest[::-1][1:3]
 
     def test_refuses_more_than_100_ids(self, backend: Backend) -> None:
-        """More are an error; ids without a limit give ten users."""
+        """More than 100 ids are an error; without a limit, ten users are returned."""
         query = [f"user_id={user_id}" for user_id in sign_up(backend, 101)]
         assert self.get(backend, f"/users?limit=100&{'&'.join(query)}") == 422
         assert len(self.get(backend, f"/users?{'&'.join(query[:100])}")) == 10
@@ -569,7 +569,7 @@ class TestTheFake:
             assert failure_of(api.count_users).reason == "rate_limited"
 
     def test_shuffles_ties(self) -> None:
-        """The order of users of the same millisecond is undefined."""
+        """Users created in the same millisecond have no defined order."""
         with Backend(shuffles_ties=True).open() as backend:
             first, *ties = (
                 backend.sign_up(at=BORN),

@@ -27,7 +27,7 @@ from tests.support import NOW_MS, Service, ThreadPool, deletion, rows, user_even
 
 class Work:
     """
-    The function that executes a batch. The first batch blocks until it is released.
+    A function that executes batches. The first batch blocks until it is released.
 
     Batches with *bad* items fail.
     """
@@ -59,7 +59,7 @@ def make_batcher(
 
 
 def count_callers(batcher: Batcher[Any, Any]) -> Callable[[int], None]:
-    """Return a function that waits until *n* more callers have joined a batch."""
+    """Return a function that waits until that many callers have joined since this call."""
     joined: list[object] = []
     join = batcher._join
 
@@ -77,7 +77,7 @@ def called_together(
     batcher: Batcher[str, str], work: Work, *items: str
 ) -> Iterator[list[Future[str]]]:
     """
-    Call with "first", and during its execution with each of *items*, in this order.
+    Call *batcher* with "first" and, while that runs, with each of *items* in order.
 
     Then release the first call.
     """
@@ -96,7 +96,7 @@ def called_together(
 
 @pytest.fixture
 def no_overtaking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a batch wait for the previous one until the test releases it."""
+    """Keep batches from overtaking a blocked one, so that they wait until its release."""
     monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
 
 
@@ -217,7 +217,7 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
 def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the leader is killed before it executes anything, the others of its batch retry."""
+    """If the leader is killed before it executes anything, the others in its batch retry."""
     work, joined = Work(), threading.Event()
     batcher = make_batcher(work)
     work.released.set()
@@ -298,7 +298,7 @@ def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
-    """Eleven calls of two users that arrive during a read share one more statement."""
+    """Eleven calls by two users, arriving during a read, share one statement."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
@@ -324,7 +324,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
 def test_does_not_let_a_locked_row_delay_others(
     service: Service, body_of: Callable[..., bytes]
 ) -> None:
-    """Other deliveries of the batch are answered while the row is still locked."""
+    """Other deliveries in the batch are answered while the row is still locked."""
     locked_id = clerk_id("user")
     assert service.outcome(user_event(locked_id)) == "applied"
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
@@ -349,7 +349,7 @@ def test_does_not_let_a_locked_row_delay_others(
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
-    # The first delivery, the batch, each of its nine alone, the locked one.
+    # The first delivery, the batch, each of its nine deliveries alone, and the locked one again.
     assert len(written) == 12
     assert took < 1.5, "waited for the lock timeout of two seconds"
 
@@ -359,7 +359,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
     """
     After a batch times out on a row that is being inserted, each delivery is retried alone.
 
-    No query shows such a row before its transaction commits.
+    No query shows this row before its transaction commits.
     """
     inserted_id = clerk_id("user")
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
@@ -388,7 +388,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_waits_once_for_a_locked_table(service: Service) -> None:
-    """If the whole table is locked, each delivery of the batch fails without a second wait."""
+    """If the whole table is locked, each delivery in the batch fails without a second wait."""
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
     with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:

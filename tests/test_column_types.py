@@ -91,7 +91,7 @@ def rows_of(application: Application) -> list[Any]:
 
 
 def deliver(application: Application, **data: Any) -> Any:
-    """Deliver a new user, which must be applied, and return the row."""
+    """Deliver a new user's event, which must be applied, and return the row."""
     user_id = clerk_id("user")
     assert application.outcome(user_event(user_id, **data)) == "applied"
     [row] = [row for row in rows_of(application) if row.id == user_id]
@@ -139,7 +139,7 @@ PARSED: dict[str, Any] = {
 def test_never_fails_an_event(
     make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
 ) -> None:
-    """Any value from a user, or from *parse*, is answered 200, and every row stays readable."""
+    """An event with any value, even one from *parse*, is applied, and rows stay readable."""
     columns = {"value": from_clerk("value", type_, parse=parse)}
     application = make_application(empty_database, columns)
     values: list[Any] = list(PARSED) if parse else ODD
@@ -180,7 +180,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 def test_reads_values_back_unchanged(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """Values that a webhook or sync stored are unchanged, and a check finds no difference."""
+    """Values stored by a webhook or sync are unchanged, and a check finds no difference."""
     columns = {name: from_clerk(name, TYPES[name], parse=GOOD[name][1]) for name in GOOD}
     application = make_application(empty_database, columns, **backend.environ)
     data = {name: sent for name, (sent, _, _) in GOOD.items()}
@@ -215,7 +215,7 @@ def test_reads_values_back_unchanged(
 def test_counts_other_values_as_absent(
     make_application: MakeApplication, empty_database: str, name: str, values: list[Any]
 ) -> None:
-    """A value beyond the limits of the type, or of another type without *parse*, is absent."""
+    """Values beyond a type's limits, or of another type without *parse*, count as absent."""
     application = make_application(empty_database, {"value": from_clerk("value", TYPES[name])})
     for value in values:
         assert deliver(application, value=value).value is None, value
@@ -225,9 +225,9 @@ def test_limits_texts_by_the_size_of_an_index(
     make_application: MakeApplication, empty_database: str
 ) -> None:
     """
-    Columns share the maximum size of an index entry.
+    The columns of an index share the maximum size of an entry.
 
-    Incompressible texts up to that size are stored; a longer text counts as absent.
+    Incompressible texts up to a column's share are stored; a longer text counts as absent.
     """
     columns = {
         "one": from_clerk("one", sa.Text),
@@ -264,7 +264,7 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
     """Declare a model with a column of each type, and create ``ClerkHooks`` with it."""
 
     class Base(DeclarativeBase):
-        """The application's own base."""
+        """The application's declarative base."""
 
     db = SQLAlchemy(model_class=Base)
     columns = {name: from_clerk("value", type_) for name, type_ in types.items()}
@@ -285,7 +285,7 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
     ids=repr,
 )
 def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> None:
-    """One value rejected by the database would fail every later event of its user."""
+    """A value that the database rejects would make every later event of its user fail."""
     with pytest.raises(ValueError, match=r"User\.value has an unsupported type"):
         declare({"value": type_})
 

@@ -43,7 +43,7 @@ def parse_moment(milliseconds: Any) -> datetime:
     """
     Return Clerk's time as a datetime.
 
-    Raises TypeError, ValueError or OverflowError for others.
+    Raises TypeError, ValueError or OverflowError for other values.
     """
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
@@ -94,7 +94,7 @@ def make_columns() -> dict[str, Any]:
 def wide(
     request: pytest.FixtureRequest, clerk: FakeClerk, make_database: MakeDatabase
 ) -> Iterator[Application]:
-    """An application with all of these columns, on each kind of database."""
+    """Create an application with all of these columns, on each kind of database."""
     application = Application(clerk, make_database(request.param), make_columns())
     application.create_all()
     yield application
@@ -123,12 +123,12 @@ def patch(path: str, text: str) -> bytes:
 
 
 def user_id_of(body: bytes) -> str:
-    """Return the user of an event."""
+    """Return the id of an event's user."""
     return str(json.loads(body)["data"]["id"])
 
 
 def nested(depth: int) -> str:
-    """Return lists in lists, as JSON."""
+    """Return *depth* nested lists as JSON."""
     return "[" * depth + "]" * depth
 
 
@@ -239,7 +239,7 @@ CASES: list[tuple[str, str, str, Any]] = [
 
 
 def shorten(value: object) -> str:
-    """Return the id of a case."""
+    """Return *value* as a short test id."""
     return str(value)[:24]
 
 
@@ -250,7 +250,7 @@ def test_stores_valid_values(
     """
     A value that the column cannot store counts as absent and causes no error.
 
-    The profile is kept, and a sync afterwards finds nothing to change.
+    The profile is stored in any case, and a later sync finds nothing to change.
     """
     body = patch(path, text)
     user_id = user_id_of(body)
@@ -278,7 +278,7 @@ def test_logs_parser_errors_without_the_value(
     """
     ValueError means absent. Other exceptions are logged by class, without their text.
 
-    ``Decimal`` raises such an exception.
+    ``Decimal`` raises InvalidOperation, which is not a ValueError.
     """
     with caplog.at_level(logging.WARNING, logger="clerkhooks"):
         assert wide.outcome(patch("public_metadata.clumsy", '"value"')) == "applied"
@@ -373,7 +373,7 @@ def test_gives_columns_to_views(wide: Application) -> None:
 
 
 def vars_of(user: Any, *names: str) -> tuple[Any, ...]:
-    """Return the values of some attributes."""
+    """Return the values of the named attributes."""
     return tuple(getattr(user, name) for name in names)
 
 
@@ -400,7 +400,7 @@ def test_fills_a_column_declared_later(
     """
     A sync fills the column if Clerk's ``updated_at`` is not older than the row's.
 
-    The row keeps its version.
+    Afterwards, older events are still stale and newer ones are applied.
     """
     user_id = backend.sign_up(at=1000, public_metadata={"plan": "pro"})
     before = make_application(empty_database)
@@ -429,7 +429,7 @@ def test_fills_a_column_declared_later(
 def test_does_not_overwrite_a_newer_webhook(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """A field that was cleared in the meantime stays empty, and a deleted user erased."""
+    """A field cleared meanwhile stays empty, and a user deleted meanwhile stays erased."""
     ids = [backend.sign_up(at=1000, public_metadata={"plan": "pro"}) for _ in range(2)]
     application = make_application(
         empty_database, {"plan": from_clerk("public_metadata.plan", sa.Text)}
