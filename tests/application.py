@@ -1,7 +1,7 @@
 """
 An application that uses ``ClerkHooks``, with fixtures for the tests of the extension.
 
-A test module enables the fixtures by ``pytest_plugins = ["tests.application"]``.
+A test module enables the fixtures with ``pytest_plugins = ["tests.application"]``.
 PYTEST_DONT_REWRITE: a test module may import from here before pytest loads the plugin.
 """
 
@@ -36,7 +36,7 @@ class Application(Service):
         """Create the application. *columns* are added to its user model."""
 
         class Base(DeclarativeBase):
-            """The application's own base."""
+            """The application's declarative base."""
 
         self.db = SQLAlchemy(model_class=Base)
         parents: tuple[Any, ...] = (ClerkUser, self.db.Model)
@@ -76,7 +76,7 @@ MakeApplication = Callable[..., Application]
 
 @pytest.fixture(params=KINDS)
 def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
-    """Return the URL of a database without tables, of each kind in turn."""
+    """Return the URL of a database without tables; the test runs once per kind."""
     return make_database(request.param)
 
 

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from clerkhooks.clerk.fake import clerk_id, user_data
 from tests.support import serving_in_thread
 
-WINDOW = 10.0  # seconds in which requests are counted
+WINDOW = 10.0  # seconds over which requests are counted
 TIMEOUT = 20  # seconds
 # A production key. With any other key, the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"
@@ -29,7 +29,7 @@ Behaviour = Callable[["Backend", BaseHTTPRequestHandler], None]
 
 
 def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
-    """Return a behaviour that answers with these bytes."""
+    """Return a behaviour that answers with *status* and *body*."""
 
     def behave(_backend: Backend | None, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -37,7 +37,7 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
-        # A body whose length differs from Content-Length ends with the connection.
+        # If Content-Length is wrong, only closing the connection ends the body.
         request.close_connection |= "Content_Length" in headers
 
     return behave
@@ -106,16 +106,16 @@ CUT_SHORT = answering(200, b"[]", Content_Length="9999")
 
 class Backend:
     """
-    The users of an instance.
+    A fake Clerk instance with its users.
 
-    *requests* holds the path and query of each request, *arrivals* the monotonic time of each in
-    seconds. Each request takes the next of *behaviours*; once these are used up, *always* applies
+    *requests* holds the path and query of each request, *arrivals* its monotonic time in seconds.
+    Each request takes the next of *behaviours*; once these are used up, *always* applies
     if it is set. *before* is called before a request is answered: it may sign users up, delete
     them, deliver webhooks, or set behaviours.
 
-    With *inclusive*, ``created_at_after`` includes the given millisecond; Clerk does not document
-    this. With *shuffles_ties*, users created in the same millisecond are listed in random order.
-    Beyond *max_requests* in ten seconds, requests are answered 429.
+    With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
+    does not document whether it does. With *shuffles_ties*, users created in the same millisecond
+    are listed in random order. Requests beyond *max_requests* in ten seconds are answered 429.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class Backend:
 
     def sign_up(self, user_id: str | None = None, *, at: int | None = None, **data: Any) -> str:
         """
-        Create a user at that time (milliseconds), by default now; return the id.
+        Create a user who signed up *at* (milliseconds; by default now); return the id.
 
-        *data* replaces fields, also with values that Clerk never sends.
+        *data* replaces fields, and may contain values that Clerk never sends.
         """
         with self._arrived:
             user_id = user_id or clerk_id("user")
@@ -167,7 +167,7 @@ class Backend:
         return user_id
 
     def update(self, user_id: str, **data: Any) -> None:
-        """Replace fields of a user. ``updated_at`` is now unless *data* has it."""
+        """Replace fields of a user. ``updated_at`` becomes the current time unless given."""
         with self._arrived:
             self.users[user_id] = self.users[user_id] | {"updated_at": self._now()} | data
 
@@ -232,7 +232,7 @@ class Backend:
 
     def _list(self, query: Query) -> Behaviour:
         limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
-        # The plus of +created_at arrives as a space if the client does not encode it.
+        # The plus sign of +created_at arrives as a space if the client does not encode it.
         order = query.get("order_by", ["-created_at"])[0].replace(" ", "+")
         if order.lstrip("+-") != "created_at" or limit < 1 or offset < 0:
             return refusing(422, "form_param_value_invalid")
@@ -262,7 +262,7 @@ class Backend:
         return created_at if type(created_at) is int else self._created_ms.get(user_id, 0)
 
     def _now(self) -> int:
-        """Return the time in milliseconds, later than any returned before."""
+        """Return the current time in milliseconds, always later than the last one returned."""
         self._latest = max(self._latest + 1, int(time.time() * 1000))
         return self._latest
 
@@ -271,9 +271,9 @@ class Backend:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            # Headers and body in one packet; otherwise the client's delayed ACK costs 40 ms.
+            # Send headers and body in one packet; otherwise the client's delayed ACK costs 40 ms.
             wbufsize = -1
-            timeout = 60  # seconds for which a client may be silent
+            timeout = 60  # seconds that a client may stay silent
 
             def do_GET(self) -> None:
                 with suppress(ConnectionError):
@@ -286,7 +286,7 @@ class Backend:
 
 
 class _Server(ThreadingHTTPServer):
-    """A server that can stop although clients keep connections alive."""
+    """A server that can stop while clients keep connections alive."""
 
     daemon_threads = False
 
@@ -303,7 +303,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: Any, _client_address: Any) -> None:
-        """Ignore a client that has closed its connection, or whose connection was closed."""
+        """Ignore the error: the client or ``server_close`` has closed the connection."""
 
     def server_close(self) -> None:
         """Shut down the connections that are still open, and close the server."""

@@ -1,5 +1,5 @@
 """
-Databases, services and a deadline for every test.
+Fixtures for databases and services, and a deadline for every test.
 
 The databases are SQLite files and a PostgreSQL server. The server is started here unless
 ``TEST_DATABASE_URL`` names one.
@@ -63,7 +63,7 @@ def _deadline(item: pytest.Item) -> Iterator[None]:
         pytest.fail(f"did not end within {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, fail)
-    # The interval interrupts a clean-up that hangs, too.
+    # The timer repeats, so that it also interrupts a clean-up that hangs.
     signal.setitimer(signal.ITIMER_REAL, seconds, 30)
     try:
         yield
@@ -74,7 +74,7 @@ def _deadline(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Limit the duration of the fixtures of a test."""
+    """Limit the duration of a test's fixtures."""
     with _deadline(item):
         yield
 
@@ -94,7 +94,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_unconfigure() -> None:
-    """Kill the process if it cannot exit: the interpreter waits for every thread."""
+    """Kill the process if a running thread keeps it from exiting."""
     if "PYTEST_XDIST_WORKER" in os.environ:  # the controller ends its workers
         return
     stderr = 2
@@ -115,7 +115,7 @@ def postgresql() -> Iterator[str]:
 @contextmanager
 def started_postgresql() -> Iterator[str]:
     """Run a PostgreSQL server until the block ends; yield its URL."""
-    # Not needed with TEST_DATABASE_URL.
+    # Imported here because it is not needed with TEST_DATABASE_URL.
     from tests.dedicated_postgresql import dedicated_postgresql
 
     with dedicated_postgresql() as started:
@@ -190,7 +190,7 @@ def server(
 
 @pytest.fixture(params=KINDS)
 def database_url(request: pytest.FixtureRequest, migrated_url: MigratedUrl, tmp_path: Path) -> str:
-    """Return the URL of a migrated, empty database, of each kind in turn."""
+    """Return the URL of a migrated, empty database; the test runs once per kind."""
     url = migrated_url(request.param)
     if request.param == "sqlite":
         copy = tmp_path / "clerkhooks.db"
@@ -228,7 +228,7 @@ def service(make_service: MakeService) -> Service:
 
 @pytest.fixture
 def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
-    """Create services without a reachable database, with variables replaced."""
+    """Create services whose database is unreachable, with variables replaced."""
 
     def make(**variables: str) -> Service:
         folder = tmp_path / "gone"
@@ -243,13 +243,13 @@ def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
 
 @pytest.fixture
 def unreachable(make_unreachable: MakeService) -> Service:
-    """Create the service without a reachable database."""
+    """Create a service whose database is unreachable."""
     return make_unreachable()
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    """Serve a Backend API without users over HTTP."""
+    """Serve a fake Backend API over HTTP. It has no users yet."""
     with Backend().open() as backend:
         yield backend
 

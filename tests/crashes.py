@@ -1,7 +1,7 @@
 """
-Deliver like Svix while workers, the whole server and PostgreSQL are killed.
+Deliver messages as Svix does while workers, the whole server and PostgreSQL are killed.
 
-Each message is retried until it is answered 200. A long run:
+Each message is retried until it is answered 200. To run it for longer:
 ``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
 """
 
@@ -28,10 +28,10 @@ from tests.histories import Message, expected_row, history
 from tests.support import ThreadPool, rows
 
 SENDERS = 8
-MAX_OPEN = 60  # unacknowledged messages, which interleaves the histories of many users
+MAX_OPEN = 60  # unacknowledged messages; interleaves the histories of many users
 RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5
 MIN_FAULTS = 3
-DRAIN_TIMEOUT = 60  # seconds after the last fault within which the rest must be acknowledged
+DRAIN_TIMEOUT = 60  # seconds after the last fault in which all must be acknowledged
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Svix:
             time.sleep(RETRY_PAUSE)
 
     def stop(self) -> None:
-        """Do not start another history."""
+        """Start no new histories, and set a deadline for the remaining messages."""
         self.deadline = time.monotonic() + DRAIN_TIMEOUT
         self.stopped.set()
 
@@ -99,7 +99,7 @@ class Svix:
         """
         Deliver once and return whether it was acknowledged.
 
-        One in five attempts follows a call of the user; one in ten successes is repeated.
+        One in five attempts comes after an API call by the user; one in ten successes is repeated.
         """
         with self._lock:
             calls, repeats = self.rng.random() < 0.2, self.rng.random() < 0.1
@@ -122,7 +122,7 @@ class Svix:
     def _request(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[str, str]:
-        """Return the status, or the name of the connection's error, and the outcome if any."""
+        """Return the status, or the name of the connection error, and the outcome if any."""
         try:
             answer = self.server.request(method, path, body, headers)
             return str(answer.status), answer.json().get("outcome", "")
@@ -189,8 +189,8 @@ class Auditor:
         assert not orphans, f"users whose message is not in the log: {orphans}"
 
 
-# Users whose message is not in the log as applied. The message of a tombstone is the user's
-# deletion; the message of any other row is the one in its version.
+# Users whose message is not in the log as applied. For a tombstone, this is the user's deletion;
+# for any other row, it is the message named in the row's version.
 ORPHANS = """
 SELECT users.id FROM users WHERE NOT EXISTS (
     SELECT 1 FROM webhook_messages WHERE outcome = 'applied' AND (
@@ -241,7 +241,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run with the options of the command line and print the report."""
+    """Run with the command-line options and print the report."""
     parser = argparse.ArgumentParser(prog="python -m tests.crashes", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="postgresql")

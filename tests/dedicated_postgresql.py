@@ -60,13 +60,13 @@ class DedicatedPostgreSQL:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Suspend all processes: the kernel accepts connections, and nothing answers."""
+        """Suspend all processes: the kernel accepts connections, but nothing answers."""
         postmaster = self._postmaster()
-        postmaster.suspend()  # first, so that it starts no further process
+        postmaster.suspend()  # first, so that it cannot start more processes
         frozen = [postmaster]
         try:
             for process in postmaster.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):  # the client of a backend has just left
+                with suppress(psutil.NoSuchProcess):  # its client has just disconnected
                     process.suspend()
                     frozen.append(process)
             yield
@@ -84,7 +84,7 @@ class DedicatedPostgreSQL:
 @contextmanager
 def dedicated_postgresql() -> Iterator[DedicatedPostgreSQL]:
     """Run a PostgreSQL server until the block ends."""
-    # Not in pytest's folder, which other runs may remove, because another user owns the data.
+    # Not in pytest's folder: other runs may remove it, and a different system user owns the data.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     server = get_server(home)
     try:

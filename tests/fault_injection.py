@@ -70,7 +70,7 @@ class RestartableServer:
 
 
 class FaultInjector:
-    """Kills, stops or reloads at random moments, and restarts what it killed."""
+    """Kills, stops or reloads processes at random moments, and restarts what it stopped."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class FaultInjector:
         """
         Inject faults *until* (monotonic seconds) and yield the name of each afterwards.
 
-        On a slow machine, continue until *at_least* as many have been injected.
+        On a slow machine, continue for longer, until *at_least* faults have been injected.
         """
         for count, fault in enumerate(self._sequence()):
             if time.monotonic() >= until and count >= at_least:
@@ -102,7 +102,7 @@ class FaultInjector:
             yield fault
 
     def _sequence(self) -> Iterator[str]:
-        """Yield faults without end: each once in random order, then each once again."""
+        """Yield faults forever: each of them once in random order, then in a new order."""
         while True:
             yield from self.rng.sample(list(self.faults), len(self.faults))
 

@@ -93,7 +93,7 @@ class Sent:
     """
     The results of requests, with latencies in seconds.
 
-    The status 0 stands for a broken connection and -1 for a timeout.
+    Status 0 means a broken connection, and -1 a timeout.
     """
 
     seconds: float = 0.0
@@ -107,7 +107,7 @@ class Sent:
         self.latencies.setdefault(status, []).append(seconds)
 
     def quantile(self, share: float, status: int = 200) -> float:
-        """Return the quantile *share* of the latencies of answers with *status*, in seconds."""
+        """Return the quantile *share* of the latencies (seconds) of answers with *status*."""
         found = sorted(self.latencies[status])
         return found[min(len(found) - 1, int(share * len(found)))]
 
@@ -116,7 +116,7 @@ class Sender:
     """
     Sends *at_once* requests at a time over persistent connections, as Svix does.
 
-    It sometimes opens a new connection although another one is idle, up to *connections*.
+    It sometimes opens a new connection while another one is idle, up to *connections*.
     """
 
     def __init__(self, port: int, *, at_once: int, connections: int) -> None:
@@ -131,7 +131,7 @@ class Sender:
         """
         Send *requests* and wait until each is answered or has timed out.
 
-        *requests* is finite, and each request takes ``SVIX_TIMEOUT`` at most.
+        *requests* is finite, and each request takes at most ``SVIX_TIMEOUT``.
         """
         self._sent, following, began = Sent(), iter(requests), time.monotonic()
         more = True

@@ -24,9 +24,10 @@ class Message:
 
 def history(rng: random.Random) -> list[Message]:
     """
-    Return a user's creation, up to five updates, and in three of ten cases the deletion.
+    Return the events of one user.
 
-    Updates may have equal times.
+    They are a creation, up to five updates and, in three of ten cases, a deletion. Updates may have
+    equal times.
     """
     user_id = _id(rng, "user")
     types = (
@@ -41,7 +42,7 @@ def expected_row(messages: list[Message]) -> Row:
     """
     Return the row that a user must have after *messages* in any order.
 
-    A deletion wins, otherwise the highest version.
+    A deletion wins; otherwise the highest version does.
     """
     if any(message.version is None for message in messages):
         return (None, "Deleted User", None, None, None, None, True)

@@ -1,4 +1,4 @@
-"""A JWKS endpoint over HTTP that can misbehave and counts its requests."""
+"""A JWKS endpoint over HTTP that records its requests and can misbehave."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def jwk(clerk: FakeClerk, kid: str = KID, **members: Any) -> dict[str, Any]:
 
 
 def key_set(*jwks: Mapping[str, Any]) -> bytes:
-    """Return a JWKS of these keys."""
+    """Return a JWKS with these keys."""
     return json.dumps({"keys": jwks}).encode()
 
 
 def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
-    """Return a behaviour that answers with these bytes."""
+    """Return a behaviour that answers with *status* and *body*."""
 
     def behave(_issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -65,7 +65,7 @@ def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
 
 
 def dripping(start: bytes) -> Behaviour:
-    """Return a behaviour that sends *start* and then single bytes until the release."""
+    """Return a behaviour that sends *start*, then single bytes until the issuer is released."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(start)
@@ -151,7 +151,7 @@ class Issuer:
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = 60  # seconds for which a client may be silent
+            timeout = 60  # seconds that a client may stay silent
 
             def do_GET(self) -> None:
                 with issuer._arrival:
@@ -186,7 +186,7 @@ def wait_for_fetches() -> None:
 
 
 def fetched(keys: FetchedKeys) -> FetchedKeys:
-    """Return *keys* after a fetch."""
+    """Fetch *keys* and return them."""
     keys.fetch_soon()
     wait_for_fetches()
     return keys

@@ -1,5 +1,5 @@
 """
-A model of the service: generated histories of events, and the row each must produce.
+A model of the service: generated histories of events and the rows they must produce.
 
 It shares no code with the service.
 """
@@ -25,7 +25,7 @@ class Sent:
     """
     A message about a user.
 
-    Both times are in milliseconds, and each may be missing.
+    Both times are in milliseconds, or in seconds if below 10**11. Either may be missing.
     """
 
     message_id: str
@@ -42,7 +42,7 @@ class Sent:
         """
         The event as JSON, without fields that are None.
 
-        Clerk omits ``updated_at`` of a deleted user in the same way.
+        Clerk also omits ``updated_at`` when a user is deleted.
         """
         data: dict[str, Any] = {"id": self.user_id, "object": "user", "updated_at": self.updated_at}
         if self.type == "user.deleted":
@@ -67,8 +67,8 @@ class Sent:
         """
         The event's version: two times in milliseconds and the message id.
 
-        Without any time, events are ordered by their delivery attempts, which are not part of the
-        event; the times are then -1 and 0.
+        Events without any time are ordered by the times of their delivery attempts, which are not
+        part of the event. Both versions' times are then -1 and 0.
         """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
@@ -196,7 +196,7 @@ class History:
 
 @st.composite
 def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
-    """Draw a history with each event once or more, in any order, and calls and prunes."""
+    """Draw a history: every event at least once, calls and prunes, in any order."""
     updates, deletions = (
         draw(st.lists(UPDATES, min_size=fewest, max_size=most)),
         draw(st.lists(DELETIONS, max_size=2)),

@@ -23,7 +23,7 @@ TIMEOUT = 20  # seconds
 
 @contextmanager
 def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
-    """Run PgBouncer with its default configuration in *mode*; yield the database's URL."""
+    """Run PgBouncer in *mode*, otherwise with its defaults; yield the URL through it."""
     program = _find_program()
     with psycopg.connect(database_url) as connection:
         parameters = connection.info.get_parameters()

@@ -22,13 +22,13 @@ from cryptography.x509.oid import NameOID
 
 from tests.support import serving_in_thread
 
-TIMEOUT = 10.0  # seconds until a connection of a proxy ends
+TIMEOUT = 10.0  # seconds of silence after which the proxy ends a connection
 Tunnel = Callable[["Proxy", socket.socket], bool]
 """Reads a client's request for a tunnel; returns whether it was opened."""
 
 
 def connect(proxy: Proxy, client: socket.socket) -> bool:
-    """Open a tunnel for HTTP's CONNECT."""
+    """Open a tunnel for an HTTP CONNECT request."""
     head = b""
     while not head.endswith(b"\r\n\r\n") and (piece := client.recv(1)):
         head += piece
@@ -39,7 +39,7 @@ def connect(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def refuse(proxy: Proxy, client: socket.socket) -> bool:
-    """Ask for a password."""
+    """Refuse the tunnel: HTTP proxy authentication is required."""
     proxy.targets.append(client.recv(4096).decode().partition(" HTTP")[0])
     client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
     return False
@@ -101,7 +101,11 @@ def stalling(proxy: Proxy, _client: socket.socket) -> bool:
 
 
 class Proxy:
-    """A proxy; *answers* are JSON values by path, of any host; *targets* the requests so far."""
+    """
+    A proxy that answers for every host behind it.
+
+    *answers* maps paths to JSON values; *targets* lists the requests so far.
+    """
 
     def __init__(self, tunnel: Tunnel, certificate: Path, answers: dict[str, Any]) -> None:
         self.answers, self.targets = answers, list[str]()
@@ -148,7 +152,7 @@ class Proxy:
 
 
 def write_certificate(file: Path, *hosts: str) -> None:
-    """Write a key and a self-signed certificate of *hosts* into one PEM file."""
+    """Write a key and a self-signed certificate for *hosts* into one PEM file."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "clerkhooks tests")])
     names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])

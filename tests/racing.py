@@ -31,14 +31,14 @@ def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> Non
 
 
 class PausePoint:
-    """A point where the first thread waits until it is released; later ones pass."""
+    """A point at which the first thread waits until it is released; later threads pass."""
 
     def __init__(self) -> None:
         self.reached, self.released = threading.Event(), threading.Event()
         self.taken = threading.Lock()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Wait or pass. The point can be a handler, or come before a statement."""
+        """Wait or pass. Can be registered as a handler, or called before a statement."""
         if self.taken.acquire(blocking=False):
             self.reached.set()
             assert self.released.wait(TIMEOUT), "the paused request was not released"
@@ -46,9 +46,9 @@ class PausePoint:
 
 class FailingHandler:
     """
-    A handler that raises for the first message, or for each one with *always*.
+    A handler that raises for the first message, or with *always* for every message.
 
-    Before it raises it waits at *meanwhile*; messages for which it does not raise wait at *later*.
+    It waits at *meanwhile* before it raises, and at *later* when it does not raise.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ def call(
     path: str = "/api/me",
     body: object = None,
 ) -> Request:
-    """Return a function that calls as a signed-in user with a new client."""
+    """Return a function that calls the API as a signed-in user with a new client."""
     return lambda: _with_new_client(service).call(user_id, method, path, body=body)
 
 
@@ -133,7 +133,7 @@ def before_failure_record(service: Service, failing: FailingHandler) -> Iterator
 def on_statement(
     service: Service, beginning: str | tuple[str, ...], then: Callable[[], object]
 ) -> Iterator[None]:
-    """Call *then* before each statement with *beginning*, in the thread that executes it."""
+    """Call *then*, in the same thread, before each statement that starts with *beginning*."""
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         if statement.lstrip().startswith(beginning):
@@ -179,7 +179,7 @@ def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]
 
 
 def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
-    """Wait until PostgreSQL shows that the request of *answer* waits for a lock."""
+    """Wait until PostgreSQL shows that the request behind *answer* waits for a lock."""
     if not service.database_url.startswith("sqlite"):
         query = (
             "SELECT count(*) FROM pg_stat_activity"
@@ -197,7 +197,7 @@ def run_contending(
     Pause the delivery *first* before its commit until *second* waits for its lock.
 
     Then *first* commits, or rolls back if it *fails*. With *plain*, *second* runs without a
-    handler, which takes the batched path. Return both answers.
+    handler and so takes the batched path. Return both answers.
     """
     point = PausePoint()
     handler = FailingHandler(meanwhile=point) if fails else point
@@ -212,7 +212,7 @@ def run_contending(
 
 
 def overtake(point: PausePoint, first: Request, second: Request) -> list[TestResponse]:
-    """Run *second* from start to end while *first* is paused at *point*; return both answers."""
+    """Run all of *second* while *first* is paused at *point*; return both answers."""
     with paused(point, first) as one:
         two = second()
         point.released.set()

@@ -1,7 +1,8 @@
 """
 A primary and a synchronous standby behind one address, and failovers between them.
 
-``python -m tests.replication 20`` runs 20 failovers under deliveries and prints the losses.
+``python -m tests.replication 20`` runs 20 failovers while messages are delivered, and prints how
+many messages were lost.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Cluster:
             old.execute(
                 "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"
             )
-            time.sleep(0.5)  # transactions in progress end
+            time.sleep(0.5)  # let transactions in progress end
         self.standby.execute("SELECT pg_promote(true, 20)")
         self.address.node = self.primary = self.standby
         self._old = old

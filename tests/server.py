@@ -79,7 +79,7 @@ class Server:
 
 
 def environ(**variables: str) -> dict[str, str]:
-    """Return this process's environment with *variables* as clerkhooks' only variables."""
+    """Return this process's environment, with *variables* as the only settings."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return others | {"PATH": path} | variables
@@ -101,7 +101,7 @@ def free_port() -> int:
 def start_server(
     database_url: str, clerk: FakeClerk, port: int, log: Path, **variables: str
 ) -> Server:
-    """Start the server with two workers, which append to *log*, and return it at once."""
+    """Start the server with two workers that log to *log*; do not wait until it is ready."""
     own = {"DATABASE_URL": database_url, "PORT": str(port), "WEB_CONCURRENCY": "2"}
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -148,7 +148,7 @@ def wait_until_healthy(server: Server, seconds: float = 20) -> None:
 
 @contextmanager
 def write_lock(database_url: str) -> Iterator[None]:
-    """Hold a lock that blocks every write of users until the block ends."""
+    """Hold a lock that blocks every write to users until the block ends."""
     if database_url.startswith("sqlite"):
         path = database_url.removeprefix("sqlite:///")
         with closing(sqlite3.connect(path, isolation_level=None)) as writer:

@@ -1,4 +1,4 @@
-"""Shared by the tests: signed deliveries, database access, log capture and bounded waits."""
+"""Helpers for tests: signed deliveries, database access, log capture and bounded waits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def join(*threads: Thread, seconds: float = JOIN_TIMEOUT) -> None:
 
 @contextmanager
 def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
-    """Run *server* until the block ends; *released* then ends the answers that wait for it."""
+    """Run *server* until the block ends; then set *released* to end pending answers."""
     thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -59,7 +59,7 @@ def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool that fails if its work has not ended a minute after the block."""
+    """A thread pool that fails if its work has not ended within a minute of the block's end."""
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=False)
@@ -81,7 +81,7 @@ def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
 
 def pending_schema_changes(*own: str) -> list[Any]:
     """
-    Return what ``flask db migrate`` would change in the current application's database.
+    Return the changes that ``flask db migrate`` would make in the current application.
 
     Only clerkhooks' tables and those named in *own* are compared: a run of the whole suite imports
     examples, which add their tables to the same metadata.
@@ -103,7 +103,7 @@ def captured_lines(formatter: logging.Formatter) -> Iterator[list[str]]:
     written: list[str] = []
 
     class Handler(logging.Handler):
-        """Formats each record when it is logged, as a handler that writes does."""
+        """Formats each record when it is logged, as a handler that writes to a file does."""
 
         def emit(self, record: logging.LogRecord) -> None:
             written.append(formatter.format(record))
@@ -132,7 +132,7 @@ def deletion(user_id: str, at: int = NOW_MS) -> bytes:
 
 
 class Service:
-    """The service in this process, with the keys that it trusts."""
+    """The service in this process, and the fake Clerk whose keys it trusts."""
 
     def __init__(self, app: Flask, clerk: FakeClerk, database_url: str) -> None:
         self.app, self.clerk, self.database_url = app, clerk, database_url

@@ -11,11 +11,11 @@ from clerkhooks.sync.comparison import Finding
 from tests.backend import SECRET_KEY, Backend
 from tests.support import Service
 
-PACE = 0.001  # factor by which pauses are shortened
+PACE = 0.001  # factor by which pauses are multiplied
 
 
 def store_of(service: Service) -> Store:
-    """Return the application's tables."""
+    """Return the application's store."""
     store: Store = service.app.extensions["clerkhooks"].store
     return store
 
