@@ -507,7 +507,7 @@ def test_refuses_a_column_that_would_fail_events(columns: dict[str, Any], reason
 
 
 def test_accepts_own_columns_with_a_default_or_null() -> None:
-    """An application's own column is nullable or has a server default. It may be unique."""
+    """An application's own column may be nullable or have a server default, and be unique."""
     declare(
         tier=mapped_column(sa.Text, nullable=False, server_default="free"),
         note=mapped_column(sa.Text, unique=True),

@@ -50,7 +50,7 @@ def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> N
 
 
 def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
-    """``/readyz`` is 503 once for each read-only session and closes the session."""
+    """``/readyz`` answers 503 once for each read-only session, and closes the session."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 1)
     answers = [service.http.get("/readyz") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]
@@ -82,7 +82,7 @@ class ForgetfulNetwork:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def forget(self) -> None:
-        """Discard all further data of the connections that are open now, without closing them."""
+        """Drop all further data on currently open connections, without closing them."""
         self._forgotten.update(self._sockets)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The console in this process: access, the content of each page, and that it is read-only."""
+"""The console in this process: access control, page content and read-only behaviour."""
 
 from __future__ import annotations
 
@@ -83,19 +83,19 @@ def find_store(service: Service) -> Store:
 
 @pytest.fixture(autouse=True)
 def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the doctor by one that sends no request and finds no problem."""
+    """Replace the doctor with one that sends no request and finds no problem."""
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(FINE))
 
 
 @pytest.fixture
 def service(make_service: MakeService) -> Service:
-    """The service, with a console."""
+    """Create the service with a console."""
     return make_service(CONSOLE_PASSWORD=PASSWORD)
 
 
 @pytest.fixture
 def console(service: Service) -> Console:
-    """A client that sends the password."""
+    """Create a client that sends the password."""
     return Console(service)
 
 
@@ -131,7 +131,7 @@ def test_does_not_exist_without_a_configured_password(
     ],
 )
 def test_refuses_requests_without_the_password(service: Service, sent: str | None) -> None:
-    """Any other credentials are 401 on every page and file, with strict headers."""
+    """Other credentials are answered 401 on every page and file, with strict headers."""
     headers = {} if sent is None else {"Authorization": sent}
     for method, path in (
         ("GET", "/console"),
@@ -173,7 +173,7 @@ def test_refuses_requests_without_the_password(service: Service, sent: str | Non
 def test_refuses_other_paths_and_methods(
     console: Console, method: str, path: str, status: int
 ) -> None:
-    """Unknown paths and methods answer a problem."""
+    """Unknown paths and methods are answered with a problem."""
     answer = console.http.open(path, method=method, auth=("operator", PASSWORD))
     assert (answer.status_code, answer.content_type) == (status, "application/problem+json")
     assert ("Allow" in answer.headers) == (status == 405)
@@ -181,7 +181,7 @@ def test_refuses_other_paths_and_methods(
 
 @pytest.mark.parametrize("path", ["/console/users/nobody", "/console/static/nothing.css"])
 def test_answers_404_with_strict_headers(console: Console, path: str) -> None:
-    """The console's answers have its headers, including 404 answers."""
+    """The console also sets its strict headers on 404 answers."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
     assert_strict(answer)
@@ -314,7 +314,7 @@ def test_works_below_a_mount_point(console: Console) -> None:
 
 @pytest.mark.parametrize("password", [PASSWORD, "with:colon:inside", "'quotes\"and%&<>+"])
 def test_admits_requests_with_the_password(make_service: MakeService, password: str) -> None:
-    """The user name does not matter; the password may have any printable ASCII characters."""
+    """Any user name works; the password may contain any printable ASCII characters."""
     service = make_service(CONSOLE_PASSWORD=password)
     for path in PAGES:
         answer = Console(service, password).get(path)
@@ -396,7 +396,7 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
 
 
 def test_reports_errors_and_warnings(console: Console) -> None:
-    """The overview checks the database, with remedies; the most severe findings come first."""
+    """The overview shows findings about the database with remedies, the most severe first."""
     assert "OK, with 1 warning warning webhooks No verified webhook" in console.read("/console")
     body = user_event(clerk_id("user"))
     with broken_users(console.service):
@@ -411,7 +411,7 @@ def test_reports_errors_and_warnings(console: Console) -> None:
 
 
 def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page has the doctor's findings and those of the database, the most severe first."""
+    """The page shows the doctor's findings and those about the database, most severe first."""
     findings = (*FINE, Finding("b", Level.WARNING, "keys", "Old.", "Look."))
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(findings))
     console.service.deliver(user_event(clerk_id("user")))
@@ -481,7 +481,7 @@ def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> Non
 
 
 def test_filters_messages(console: Console) -> None:
-    """Filters by outcome, type, user and time combine; each message links to its user."""
+    """Filters by outcome, type, user and time can be combined; messages link to their users."""
     ada, grace = clerk_id("user"), clerk_id("user")
     console.service.deliver(user_event(ada, at=NOW_MS), "msg_new")
     console.service.deliver(user_event(ada, at=NOW_MS - 5000), "msg_old")
@@ -529,7 +529,7 @@ def test_links_a_failed_message_to_its_user(console: Console) -> None:
 
 
 def test_explains_the_source_of_a_row(console: Console, syncing: Service, backend: Backend) -> None:
-    """A user's page names the winning event, or what else created the row."""
+    """A user's page names the winning event or another source of the row."""
     seen, filled, gone, synced = (clerk_id("user") for _ in range(4))
     console.service.call(seen)
     console.service.deliver(user_event(filled, at=NOW_MS), "msg_winner")
@@ -559,7 +559,7 @@ def test_explains_the_source_of_a_row(console: Console, syncing: Service, backen
 
 
 def test_searches_users(console: Console) -> None:
-    """Id, email and the beginning of a first or last name match; a single match is shown."""
+    """Id, email and the beginning of a first or last name match; a single match is opened."""
     ada, grace, other = (clerk_id("user") for _ in range(3))
     console.service.deliver(user_event(ada))
     changed: dict[str, Any] = {
@@ -610,7 +610,7 @@ def test_pages_through_users(console: Console, monkeypatch: pytest.MonkeyPatch) 
 
 
 def find_users_of(answer: TestResponse, found: list[list[str]], pattern: str) -> str | None:
-    """Add the users on a page to *found*, and return what leads to the next page."""
+    """Add the users on a page to *found*, and return the next page's link or cursor."""
     found.append(re.findall(r'href="/console/users/(\w+)"', answer.text))
     assert len(found) < 9
     following = re.search(pattern, answer.text)
@@ -659,7 +659,7 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
 def test_reports_how_far_back_it_searched(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an index for a filter, a page searches a part of the log; the next continues."""
+    """If no index serves a filter, each page searches only part of the log."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     for number in range(5):
         console.service.deliver(
@@ -680,7 +680,7 @@ def test_reports_how_far_back_it_searched(
 def test_reports_how_far_back_it_searched_users(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search by name examines a part of the table; the next page continues."""
+    """Each page of a search by name examines only part of the table."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     oldest = clerk_id("user")
     console.service.deliver(user_event(oldest, first_name="Grace", last_name=None))
@@ -785,7 +785,7 @@ def test_refuses_malformed_urls(console: Console, path: str) -> None:
     "path", ["/console/messages?user=%00", "/console/messages?type=a%00b", "/console/messages/%00"]
 )
 def test_refuses_characters_that_the_database_refuses(console: Console, path: str) -> None:
-    """PostgreSQL refuses NUL, which is answered 400; on SQLite nothing matches."""
+    """PostgreSQL refuses NUL, so the answer is 400; on SQLite, nothing matches."""
     answer = console.get(path)
     is_sqlite = console.service.database_url.startswith("sqlite")
     assert answer.status_code == (200 if is_sqlite else 400)
@@ -850,7 +850,7 @@ def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeCle
 def test_logs_neither_searches_nor_the_password(
     console: Console, formatter: logging.Formatter
 ) -> None:
-    """A request's log line has its path without the query, and nothing of the body."""
+    """A request's log line has the path without the query, and nothing from the body."""
     with captured_lines(formatter) as written:
         assert console.search("lovelace").request.query_string == b""
         assert console.search("ada@example.org").request.query_string == b""
@@ -890,7 +890,7 @@ def test_counts_the_messages_of_a_day(service: Service) -> None:
 
 
 def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
-    """The lag lasts from the event to the end of its processing."""
+    """The lag is the time from the event to the end of its processing."""
     now = int(time.time() * 1000)
     for seconds in (100, 200, 300):
         service.deliver(user_event(clerk_id("user"), at=now - seconds * 1000))
@@ -913,7 +913,7 @@ def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
     ],
 )
 def test_formats_a_duration(seconds: float, text: str) -> None:
-    """The unit depends on the length."""
+    """The unit depends on the duration."""
     assert texts.duration(seconds) == text
 
 

@@ -69,7 +69,7 @@ def story(
     clerk: FakeClerk,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Story]:
-    """The real server with its console, on a database with some events."""
+    """Run the real server with its console, on a database with some events."""
     url = make_database(request.param)
     migrate(url, clerk)
     log = tmp_path_factory.mktemp("console") / "server.log"
@@ -105,7 +105,7 @@ def story(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A running Chromium."""
+    """Run Chromium."""
     from playwright.sync_api import sync_playwright
 
     with (
@@ -120,7 +120,7 @@ Open = Callable[..., "Page"]
 
 @pytest.fixture
 def visit(browser: Browser, story: Story) -> Iterator[Open]:
-    """Open a page with the password; it must cause no error and no request to another host."""
+    """Open pages with the password; fail on an error or a request to another host."""
     contexts: list[BrowserContext] = []
     problems: list[str] = []
 
@@ -167,13 +167,13 @@ def visit(browser: Browser, story: Story) -> Iterator[Open]:
 
 
 def follow(page: Page, link: Locator) -> None:
-    """Click, and wait until the next page has loaded: a click alone returns before that."""
+    """Click *link* and wait until the next page has loaded; ``click`` does not wait for it."""
     with page.expect_navigation():
         link.click()
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """Three clicks lead from the overview to the user, and three steps back."""
+    """Three clicks lead from the overview to the user; going back three times returns there."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -303,7 +303,7 @@ LOOKS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # the layout does not depend on it
+@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # the layout is the same on both
 @LOOKS
 def test_is_accessible_and_fits(
     visit: Open, story: Story, viewport: dict[str, int], scheme: str
@@ -329,7 +329,7 @@ def test_is_accessible_and_fits(
 
 
 def take_picture(page: Page, name: str) -> None:
-    """Save a screenshot in the folder that the variable PICTURES names."""
+    """Save a screenshot in the folder named by the environment variable PICTURES, if set."""
     if folder := os.environ.get("PICTURES"):
         safe = "".join(
             character if character.isalnum() or character == "-" else "_" for character in name
@@ -338,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """A name cannot run a script or reverse the text around it, and is shown in full."""
+    """A name cannot run a script or reverse the text around it, and is shown as stored."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):

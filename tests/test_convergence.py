@@ -130,7 +130,7 @@ class Run:
         assert {row[0]: tuple(row[1:]) for row in log} == self.log
 
     def read(self, query: str) -> list[Any]:
-        """Execute *query* on a pooled connection, because there are thousands of them."""
+        """Execute *query* on a pooled connection: a run has thousands of queries."""
         with self.service.app.app_context(), db.engine.begin() as connection:
             result = connection.execute(sa.text(query))
             return list(result) if result.returns_rows else []
@@ -161,7 +161,7 @@ def test_ends_as_the_set_of_events_says(
 
 @given(history=histories())
 def test_writes_a_batch_as_its_events_one_by_one(service: Service, history: History) -> None:
-    """Deliveries of several users in one transaction have the same result as one at a time."""
+    """Deliveries of several users in one transaction have the same result as separate ones."""
     run = Run(service)
     events = [draft.sent(run.ids, number) for number, draft in enumerate(history.events)]
     batches: list[list[Sent]] = [[]]
@@ -251,12 +251,12 @@ def test_agrees_with_the_model_at_every_step(service: Service) -> None:
     )
 
 
-# Shrinking is off: a race does not occur again in the same way.
+# Shrinking is off, because a race cannot be reproduced exactly.
 @settings(max_examples=settings().max_examples // 4, phases=[Phase.generate])
 @given(history=histories(fewest=12, most=24))
 def test_ends_the_same_under_16_threads(server: Server, history: History) -> None:
     """
-    Sixteen threads send to two workers: the rows equal the model's.
+    Sixteen threads send to two workers, and the rows equal the model's.
 
     No delivery or call fails, and each message is processed once.
     """

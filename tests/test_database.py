@@ -1,4 +1,4 @@
-"""The private engine, whose commits do not depend on how the application uses its own."""
+"""The private engine: its commits do not depend on the application's engine and sessions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show(database: Database, *names: str) -> list[Any]:
 def test_combines_url_options_with_its_own_limits(
     make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
 ) -> None:
-    """Options of DATABASE_URL apply, except timeouts and the time zone."""
+    """Options in DATABASE_URL apply, except for timeouts and the time zone."""
     url = make_database("postgresql")
     service = make_service(DATABASE_URL=f"{url}{'&' if '?' in url else '?'}{options}")
     names = ("lock_timeout", "statement_timeout", "timezone", "search_path")
@@ -101,7 +101,7 @@ def test_loses_nothing_to_isolation_levels_of_views(
     """
     Isolation levels that views set for their own session do not affect deliveries.
 
-    All of 20 deliveries are committed.
+    All 20 deliveries are committed.
     """
 
     @application.app.get("/report")
@@ -137,7 +137,7 @@ def test_loses_nothing_to_the_isolation_level_of_the_engine(
 
 
 def test_commits_apart_from_the_applications_transaction(application: Application) -> None:
-    """A rollback in a view keeps the user row that authentication created."""
+    """A rollback of the application's transaction keeps the row created by authentication."""
     user_id = clerk_id("user")
 
     @application.app.before_request
@@ -369,7 +369,7 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
 
 @sqlite
 def test_starves_no_writer_on_sqlite(application: Application) -> None:
-    """Concurrent deliveries all succeed, with handlers as well."""
+    """Concurrent deliveries all succeed, with and without handlers."""
     application.hooks.on("session.*")(lambda _: time.sleep(0.002))
     began = threading.Barrier(16)
 

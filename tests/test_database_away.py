@@ -55,7 +55,7 @@ def sqlite_service(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -
 def test_answers_500_while_postgresql_is_away(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Each delivery is soon answered 500 and logged with its message id and no user data."""
+    """Each delivery is answered 500 in time, and logged with its message id and no user data."""
     warm_both_pools(service)
     message_ids = [clerk_id("msg") for _ in range(CONCURRENCY)]
     with postgresql_server.away():
@@ -90,7 +90,7 @@ def test_recovers_without_a_restart(
 
 
 def test_gives_up_on_a_locked_row(service: Server) -> None:
-    """The delivery is answered 500 and recorded as failed; a retry after the lock is applied."""
+    """The delivery is answered 500 and recorded as failed; a retry succeeds after the unlock."""
     user_id, message_id = clerk_id("user"), clerk_id("msg")
     assert service.deliver(user_event(user_id)).status == 200
     later = user_event(user_id, at=NOW_MS + 1, first_name="Augusta")
@@ -111,7 +111,7 @@ def test_gives_up_on_a_locked_row(service: Server) -> None:
 def test_gives_up_on_a_frozen_postgresql(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Deliveries are answered 500 in time although PostgreSQL enforces no timeout itself."""
+    """Deliveries are answered 500 in time, although PostgreSQL cannot enforce its timeouts."""
     warm_both_pools(service)
     with postgresql_server.frozen():
         assert service.request("GET", "/healthz").status == 200
@@ -122,7 +122,7 @@ def test_gives_up_on_a_frozen_postgresql(
 
 
 def test_gives_up_on_a_locked_sqlite_file(sqlite_service: Server) -> None:
-    """While another connection has the write lock, deliveries are 500; retries are applied."""
+    """While another connection has the write lock, deliveries get 500; retries succeed later."""
     messages = [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(CONCURRENCY)]
     with closing(
         sqlite3.connect(
