@@ -44,7 +44,7 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore the logger's handlers, which refer to the output of one test."""
+    """Isolate the logger's handlers, which refer to the output of one test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
 
 
@@ -53,14 +53,14 @@ def restored() -> Iterator[None]:
     """Restore the signal handlers, which a run in this process replaces."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    logging.disable(logging.NOTSET)  # the state at the end of a demonstration
+    logging.disable(logging.NOTSET)  # as at the end of a demonstration
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let temporary files be created in the test's folder, and return that folder."""
+    """Redirect temporary files to a folder of the test, and return that folder."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -155,7 +155,7 @@ def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 def test_shows_the_expected_answer_of_a_failed_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A failed step shows a cross, the answer, and what was expected."""
+    """A failed step shows a cross, the answer and the expected answer."""
     app = dev._create_app(FakeClerk(), tmp_path / "clerkhooks.db", "a-password-of-the-test")
     stranger = FakeClerk()
     assert not Demonstration(app, stranger).run(tmp_path / "clerkhooks.db")
@@ -171,9 +171,9 @@ def test_ignores_the_users_own_configuration(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Environment variables, .env and a proxy have no effect, and no other file is written.
+    Environment variables, .env and a proxy have no effect, and no file is left.
 
-    The package alone is enough: a wheel has neither wsgi.py nor migrations.
+    The package alone is enough: a wheel contains neither wsgi.py nor migrations.
     """
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PROJECT / "clerkhooks", tmp_path / "clerkhooks", ignore=ignored)
@@ -241,7 +241,7 @@ def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
-    """Each signal ends it at once, with status 0, without a traceback, server or file."""
+    """Each signal stops the command and its server with status 0, no traceback and no files."""
     with serving() as (process, printed):
         assert [path.name for path in temporary.glob("*/*.db")] == ["clerkhooks.db"]
         process.send_signal(number)
@@ -285,7 +285,7 @@ def test_names_a_port_that_is_taken(temporary: Path) -> None:
 
 
 def test_says_why_a_port_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operating system may refuse a port for other reasons."""
+    """If the port is refused for another reason, the error names that reason."""
     monkeypatch.setattr(dev, "HOST", "203.0.113.1")
     with pytest.raises(CannotDo, match="Cannot listen on port 8000: Cannot assign"):
         run(8000, once=True)
@@ -313,7 +313,7 @@ def test_prints_what_the_terminal_can_show(encoding: str, marks: str) -> None:
 def test_prints_no_colour_if_asked_to(
     variables: dict[str, str], printed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NO_COLOR has an effect when it is not empty."""
+    """NO_COLOR takes effect unless it is empty."""
 
     def print_red(*_: object, once: bool) -> bool:
         click.secho("text", fg="red")
@@ -336,7 +336,7 @@ def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
 def test_explains_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--help says what it needs and does; python -m clerkhooks is the same command."""
+    """``--help`` says what the command needs and does; ``python -m clerkhooks`` is the same."""
     monkeypatch.setattr(sys, "argv", ["clerkhooks", "dev", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("clerkhooks", run_name="__main__")

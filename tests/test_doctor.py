@@ -32,7 +32,7 @@ from tests.support import Service, broken_users, rows, user_event
 
 @pytest.fixture
 def instance(clerk: FakeClerk) -> Iterator[Issuer]:
-    """The endpoint that publishes the keys of the instance."""
+    """Run the endpoint that publishes the instance's keys."""
     with Issuer(jwk(clerk)).open() as issuer:
         yield issuer
 
@@ -41,7 +41,7 @@ def instance(clerk: FakeClerk) -> Iterator[Issuer]:
 def correct(
     clerk: FakeClerk, database_url: str, instance: Issuer, backend: Backend
 ) -> dict[str, str]:
-    """Correct variables, which refer to servers on this machine."""
+    """Return correct variables that refer to servers on this machine."""
     backend.secret_key = backend.secret_key.replace("live", "test")
     backend.jwks = key_set(jwk(clerk))
     return clerk.environ | {
@@ -183,7 +183,7 @@ def test_finds_each_mistake(
 def test_compares_the_clock(
     clerk: FakeClerk, backend: Backend, seconds: int, expected: str
 ) -> None:
-    """Clerk's time is the Date header of a response."""
+    """Clerk's time is taken from the Date header of a response."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
     def answer(_backend: Any, request: Any) -> None:
@@ -240,7 +240,7 @@ def test_fetches_each_key_set_once(
 def test_says_why_instances_are_not_compared(
     correct: dict[str, str], changes: dict[str, str], reason: str
 ) -> None:
-    """The finding names the host that does not answer."""
+    """The finding names the host and the reason."""
     found = find(correct | changes)["instances_not_compared"]
     assert found.level == "skipped"
     assert found.what == f"Not compared: no key could be fetched from 127.0.0.1 ({reason})."
@@ -259,7 +259,7 @@ def test_says_why_instances_are_not_compared(
 def test_compares_no_instances_without_both_keys(
     correct: dict[str, str], backend: Backend, changes: dict[str, str]
 ) -> None:
-    """No request is sent if a key is missing, invalid, or of another kind of instance."""
+    """No keys are requested if a key is missing, invalid, or for another kind of instance."""
     find(correct | changes)
     assert "/v1/jwks" not in [path for path, _ in backend.requests]
 
@@ -286,7 +286,7 @@ def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: Mak
 def test_compares_the_schema_with_the_code(
     make_database: MakeDatabase, clerk: FakeClerk, kind: str
 ) -> None:
-    """Every table and column that the code needs must exist; others, of a later release, may."""
+    """Every table and column that the code needs must exist; additional ones are accepted."""
     url = make_database(kind)
     values = clerk.environ | {
         "DATABASE_URL": url,
@@ -319,7 +319,7 @@ def test_compares_the_schema_with_the_code(
 def test_reports_a_read_only_database(
     correct: dict[str, str], make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """A standby, or a database that is set to read only, cannot store events."""
+    """A standby, or a database that is set to read-only, cannot store events."""
     url = make_database("postgresql")
     migrate(url, clerk)
     rows(url, f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only TO on")
@@ -341,7 +341,7 @@ def test_gives_up_on_a_database_that_does_not_answer(
 def test_names_the_commands_of_the_service(
     correct: dict[str, str], make_service: MakeService, make_database: MakeDatabase
 ) -> None:
-    """Remedies can be copied to a shell."""
+    """Remedies contain commands that can be pasted into a shell."""
     service = make_service(**correct)
     assert "clerkhooks send user.created" in str(find(correct)["webhook_never_received"].remedy)
     with broken_users(service):
@@ -359,7 +359,7 @@ def test_names_the_commands_of_the_service(
 def test_examines_an_application_by_its_own_settings(
     clerk: FakeClerk, backend: Backend, instance: Issuer, tmp_path: Path
 ) -> None:
-    """The doctor does not check an application's database, logs, server and files."""
+    """In an application, the doctor skips the database, logs, server and files."""
     (tmp_path / ".env").write_text("PORT=8000")
     config: dict[str, Any] = clerk.environ | {
         "CLERK_API_URL": backend.api_url,
@@ -449,7 +449,7 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """Text has a mark per level, and JSON has codes. The status is 1 if there is an error."""
+    """Text shows a mark for each level, and JSON a code. With an error, the status is 1."""
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0

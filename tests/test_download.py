@@ -18,7 +18,7 @@ GOOD = answering(b"{}")
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """An endpoint that ends stalled requests after ten seconds, so that no test can hang."""
+    """Run an endpoint that ends stalled requests after ten seconds, so that tests cannot hang."""
     with Issuer().open() as issuer:
         release = threading.Timer(10, issuer.released.set)
         release.daemon = True
@@ -33,7 +33,7 @@ def issuer() -> Iterator[Issuer]:
     ids=["headers", "body without a length", "status line"],
 )
 def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
-    """A truncated body without a Content-Length looks complete, and is refused as well."""
+    """Even a truncated body without a Content-Length, which looks complete, is refused."""
     issuer.behaviour, start = behaviour, time.monotonic()
     with pytest.raises(TimeoutError):
         download(issuer.url, {}, timeout=0.2, max_size=1_000_000)
@@ -59,7 +59,7 @@ def test_counts_the_time_of_the_resolver(
 
 
 def test_follows_no_redirect(issuer: Issuer) -> None:
-    """The answer is returned with its status and headers."""
+    """A redirect is returned with its status and headers."""
     issuer.behaviour = answering(b"moved", 302, Location="/elsewhere")
     answer = download(issuer.url, {"X-Test": "1"}, timeout=5, max_size=5)
     assert (answer.status, answer.headers["Location"], answer.body) == (302, "/elsewhere", b"moved")

@@ -87,7 +87,7 @@ def profile(email: Any = None, **data: Any) -> Profile:
 def test_parses_clerks_own_payloads(
     name: str, version: tuple[int, int], kept: tuple[str, str, str | None] | None
 ) -> None:
-    """These are the payloads of Clerk's documentation and test suite."""
+    """The payloads come from Clerk's documentation and test suite."""
     body = (DATA / f"{name}.json").read_text()
     parsed = event(body)
     assert (parsed.message_id, parsed.user_id) == ("msg_1", json.loads(body)["data"]["id"])
@@ -129,7 +129,7 @@ def test_parses_every_payload_file() -> None:
     ],
 )
 def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> None:
-    """The reason says what is wrong."""
+    """The error's reason says what is wrong with the body."""
     for body in bodies:
         with pytest.raises(EventError) as refused:
             event(body)
@@ -236,7 +236,7 @@ def test_treats_an_odd_field_as_absent(value: Any) -> None:
 
 @pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
 def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
-    """A truncated address or URL would be useless, so it is dropped."""
+    """A truncated address or URL would be useless, so one that is too long is dropped."""
     fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
     assert getattr(profile(**{field: fitting}), field) == fitting
     assert getattr(profile(**{field: long}), field) is None
@@ -273,7 +273,7 @@ def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
     ],
 )
 def test_derives_a_name(data: dict[str, Any], name: str) -> None:
-    """First and last name, else the email's local part, else the username, else New User."""
+    """The name is the first and last name, else from the email, the username or New User."""
     assert profile(**{"email": "local@example.org"} | data).name == name
 
 
@@ -281,7 +281,7 @@ def test_derives_a_name(data: dict[str, Any], name: str) -> None:
     "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
 )
 def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
-    """If one is malformed, the other replaces it. An event without times ranks lowest."""
+    """If one time is malformed, the other replaces it. An event without times ranks lowest."""
     assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
     assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
     timeless = user_event({"updated_at": odd}, timestamp=odd)
@@ -309,7 +309,7 @@ def test_accepts_seconds_and_milliseconds(time: float, milliseconds: int) -> Non
 
 
 def test_dates_an_event_by_its_envelope() -> None:
-    """``updated_at`` decides the order first; ``timestamp`` is when the event occurred."""
+    """``updated_at`` is compared first; ``timestamp`` is the time when the event occurred."""
     parsed = user_event({"updated_at": 9}, timestamp=5)
     assert parsed.version == Version(9_000, 5_000, "msg_1")
     assert parsed.occurred_at == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Fetched keys in the service: each worker fetches them when it starts; 503 without keys."""
+"""Signing keys that each worker fetches when it starts. Without keys, calls get 503."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Config = dict[str, Any]
 
 
 def make_app(config: Config, **variables: str) -> Flask:
-    """Create the service with its tables, and without a configured key."""
+    """Create the service and its tables, without a configured key."""
     app = create_app(config | {"CLERK_JWT_KEY": ""} | variables)
     with app.app_context():
         db.create_all()
@@ -34,7 +34,7 @@ def make_app(config: Config, **variables: str) -> Flask:
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """A JWKS endpoint that publishes the key of CLERK."""
+    """Run a JWKS endpoint that publishes the key of CLERK."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
     wait_for_fetches()

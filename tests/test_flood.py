@@ -1,4 +1,4 @@
-"""The real server with thousands of connections, or with too much work to do in time."""
+"""The real server with thousands of connections, or more work than it can do in time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_serves_beside_5000_connections_that_send_little(
 def test_serves_a_sender_that_opens_more_connections_than_it_needs(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
 ) -> None:
-    """Of 500 simultaneous messages over 2,400 persistent connections, none times out."""
+    """No message times out with 500 at a time over 2,400 persistent connections."""
     connections = min(2400, descriptors - 1000)
     with serving(database_url, clerk, tmp_path / "log") as server:
         with new_clients(server.port) as health:
@@ -85,7 +85,7 @@ def test_serves_a_sender_that_opens_more_connections_than_it_needs(
 def test_closes_the_longest_idle_connection_for_a_new_one(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """With a limit of 20, the server keeps 18: of 40 idle connections the last stay open."""
+    """With a limit of 20, the server keeps 18 connections and closes those idle for longest."""
     with (
         serving(
             database_url,
@@ -123,7 +123,7 @@ def test_raises_its_limit_of_descriptors(
 def test_gives_up_on_a_request_that_does_not_arrive(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """After ten seconds a slow head is closed without an answer, and a slow body refused."""
+    """After ten seconds, a slow head is cut off without an answer and a slow body is refused."""
     with (
         serving(database_url, clerk, tmp_path / "log", WEB_CONCURRENCY="1") as server,
         connected(server) as head,
@@ -187,7 +187,7 @@ def test_refuses_early_what_it_cannot_process_in_time(
     """
     While 40 deliveries wait for locked rows, most of them are refused with 503.
 
-    Refusals are counted, their retries succeed, and deliveries of other users are processed.
+    Refusals are counted, their retries succeed, and deliveries for other users are processed.
     """
     token = "x" * 20
     with (
@@ -241,13 +241,13 @@ def timed(server: Server, body: bytes, message_id: str) -> tuple[int, float, str
 
 @contextmanager
 def connected(server: Server) -> Iterator[socket.socket]:
-    """Open a connection until the block ends."""
+    """Hold a connection open until the block ends."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         yield connection
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Return whether *connection*, which receives no data, has not been closed."""
+    """Return whether *connection* is still open. It must not receive data."""
     connection.settimeout(0.001)
     try:
         return connection.recv(1) != b""
@@ -258,7 +258,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def send_byte(connection: socket.socket) -> bytes | None:
-    """Send a byte; return the received data, None without any, or b"" if it was closed."""
+    """Send a byte; return received data, None without data, or b"" for a closed connection."""
     connection.settimeout(0.001)
     try:
         connection.sendall(b"x")
