@@ -28,10 +28,10 @@ from tests.histories import Message, expected_row, history
 from tests.support import ThreadPool, rows
 
 SENDERS = 8
-MAX_OPEN = 60  # unacknowledged messages; interleaves the histories of many users
+MAX_OPEN = 60  # unacknowledged messages, to interleave the histories of many users
 RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5
 MIN_FAULTS = 3
-DRAIN_TIMEOUT = 60  # seconds after the last fault in which all must be acknowledged
+DRAIN_TIMEOUT = 60  # seconds after the last fault; by then, all must be acknowledged
 
 
 @dataclass

@@ -120,7 +120,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
 
 
 class Issuer:
-    """The endpoint; *requests* holds the headers and the client of each request so far."""
+    """The endpoint. *requests* holds the headers and client address of each request so far."""
 
     def __init__(self, *jwks: Mapping[str, Any]) -> None:
         self.behaviour = answering(key_set(*jwks))

@@ -68,7 +68,7 @@ class Sent:
         The event's version: two times in milliseconds and the message id.
 
         Events without any time are ordered by the times of their delivery attempts, which are not
-        part of the event. Both versions' times are then -1 and 0.
+        part of the event. Here, they get the times -1 and 0.
         """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
@@ -125,7 +125,7 @@ def _row(
 
 @dataclass(frozen=True)
 class Draft:
-    """An event of a history before it is given ids."""
+    """An event of a history, before ids are assigned."""
 
     user: int
     type: str

@@ -81,7 +81,7 @@ def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
 
 def pending_schema_changes(*own: str) -> list[Any]:
     """
-    Return the changes that ``flask db migrate`` would make in the current application.
+    Return the changes that ``flask db migrate`` would make for the current application.
 
     Only clerkhooks' tables and those named in *own* are compared: a run of the whole suite imports
     examples, which add their tables to the same metadata.
@@ -127,7 +127,7 @@ def user_event(
 
 
 def deletion(user_id: str, at: int = NOW_MS) -> bytes:
-    """Return the event of a user's deletion."""
+    """Return a deletion event for a user."""
     return event_body("user.deleted", {"deleted": True, "id": user_id, "object": "user"}, at)
 
 

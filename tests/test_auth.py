@@ -246,7 +246,7 @@ def by_cookie(
     headers: dict[str, str] | None = None,
     **claims: Any,
 ) -> int:
-    """Call with a token in a cookie only, and return the status."""
+    """Call with a token only in a cookie, and return the status."""
     token = service.clerk.session_token(clerk_id("user"), **claims)
     path = "/api/me" if method == "GET" else "/api/me/presence"
     body = {"isOnline": True} if method == "PUT" else None

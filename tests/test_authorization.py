@@ -58,7 +58,7 @@ def test_reads_the_organization_as_clerks_sdk_does() -> None:
 
 
 def test_reads_the_packed_permissions() -> None:
-    """``fpm`` has numbers for the organization's features only, so ``u:ai`` has none."""
+    """``fpm`` has numbers only for the organization's features, so not for ``u:ai``."""
     assert parse_organization(PRO) == Organization(
         "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
     )

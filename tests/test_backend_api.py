@@ -1,4 +1,4 @@
-"""The client of Clerk's Backend API, with a fake API over HTTP that can misbehave."""
+"""The Backend API client, tested with a fake API over HTTP that can misbehave."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def ids(users: list[Any]) -> list[str]:
 
 
 def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
-    """The number comes from Clerk and is not the length of a page."""
+    """The count comes from Clerk, not from the length of a page."""
     sign_up(backend, 11)
     assert api.count_users() == 11
 
@@ -414,7 +414,7 @@ def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
 
 
 def test_keeps_within_the_limit() -> None:
-    """Requests of a development instance start at least a ninth of a second apart."""
+    """Requests to a development instance start at least a ninth of a second apart."""
     key = SECRET_KEY.replace("live", "test")
     with (
         Backend(secret_key=key).open() as backend,
@@ -544,7 +544,7 @@ class TestTheFake:
         return ids(response.json()) if response.status_code == 200 else response.status_code
 
     def test_ignores_a_limit_over_500(self, backend: Backend) -> None:
-        """A limit over 500, or none, silently gives ten rows. The newest come first."""
+        """A limit over 500, or no limit, silently gives ten rows. The newest come first."""
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]

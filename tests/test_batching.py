@@ -246,7 +246,7 @@ def is_at_rest(batcher: Batcher[Any, Any]) -> bool:
 
 
 def test_overtakes_a_blocked_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that has waited for MAX_WAIT runs beside the one that is blocked."""
+    """A batch that has waited for MAX_WAIT starts while an earlier one is still blocked."""
     monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
     work = Work()
     batcher = make_batcher(work)

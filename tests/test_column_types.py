@@ -139,7 +139,7 @@ PARSED: dict[str, Any] = {
 def test_never_fails_an_event(
     make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
 ) -> None:
-    """An event with any value, even one from *parse*, is applied, and rows stay readable."""
+    """An event with any value from Clerk or *parse* is applied, and rows stay readable."""
     columns = {"value": from_clerk("value", type_, parse=parse)}
     application = make_application(empty_database, columns)
     values: list[Any] = list(PARSED) if parse else ODD
@@ -180,7 +180,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 def test_reads_values_back_unchanged(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """Values stored by a webhook or sync are unchanged, and a check finds no difference."""
+    """Values stored by a webhook or sync are read back unchanged; a check finds no difference."""
     columns = {name: from_clerk(name, TYPES[name], parse=GOOD[name][1]) for name in GOOD}
     application = make_application(empty_database, columns, **backend.environ)
     data = {name: sent for name, (sent, _, _) in GOOD.items()}

@@ -102,7 +102,7 @@ def wide(
 
 
 def read(application: Application, user_id: str) -> Any:
-    """Return a user's row, detached."""
+    """Return a user's row, detached from its session."""
     with application.app.app_context():
         return application.db.session.get_one(application.model, user_id)
 
@@ -276,7 +276,7 @@ def test_logs_parser_errors_without_the_value(
     wide: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    ValueError means absent. Other exceptions are logged by class, without their text.
+    A ValueError makes the value absent. Other exceptions are logged by class, without text.
 
     ``Decimal`` raises InvalidOperation, which is not a ValueError.
     """
@@ -507,7 +507,7 @@ def test_refuses_a_column_that_would_fail_events(columns: dict[str, Any], reason
 
 
 def test_accepts_own_columns_with_a_default_or_null() -> None:
-    """An application's own column may be nullable or have a server default, and be unique."""
+    """An application's own column must be nullable or have a server default; it may be unique."""
     declare(
         tier=mapped_column(sa.Text, nullable=False, server_default="free"),
         note=mapped_column(sa.Text, unique=True),

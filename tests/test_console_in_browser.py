@@ -173,7 +173,7 @@ def follow(page: Page, link: Locator) -> None:
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """Three clicks lead from the overview to the user; going back three times returns there."""
+    """Three clicks lead from the overview to the user, and going back leads to the overview."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))

@@ -47,7 +47,7 @@ from tests.support import Service, ThreadPool
 
 @dataclass
 class Run:
-    """A run of a history on the service and on the model."""
+    """A run of a history against the service and the model."""
 
     service: Service
     ids: list[str] = field(default_factory=lambda: [clerk_id("user") for _ in USERS])
@@ -56,7 +56,7 @@ class Run:
     log: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def deliver(self, event: Sent, attempt: int = 0) -> None:
-        """Deliver *event* with the time *attempt* seconds from now."""
+        """Deliver *event* with a timestamp *attempt* seconds from now."""
         timestamp = int(time.time()) + attempt
         self.expect(event, self.service.outcome(event.body, event.message_id, timestamp))
 
@@ -64,8 +64,8 @@ class Run:
         """
         Check the outcome of a delivery and update the model.
 
-        It is ``duplicate`` if the log has the message, ``applied`` if the event changes the model's
-        row, and ``stale`` otherwise.
+        The outcome must be ``duplicate`` if the log has the message, ``applied`` if the event
+        changes the model's row, and ``stale`` otherwise.
         """
         was, arrived = self.log.get(event.message_id, ("failed", 0)), self.arrived[event.user_id]
         if was[0] != "failed":

@@ -55,7 +55,7 @@ def sqlite_service(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -
 def test_answers_500_while_postgresql_is_away(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Each delivery is answered 500 in time, and logged with its message id and no user data."""
+    """Each delivery is answered 500 in time, and logged with its message id but no user data."""
     warm_both_pools(service)
     message_ids = [clerk_id("msg") for _ in range(CONCURRENCY)]
     with postgresql_server.away():
@@ -90,7 +90,7 @@ def test_recovers_without_a_restart(
 
 
 def test_gives_up_on_a_locked_row(service: Server) -> None:
-    """The delivery is answered 500 and recorded as failed; a retry succeeds after the unlock."""
+    """The delivery gets 500 and is recorded as failed; once the row is free, a retry succeeds."""
     user_id, message_id = clerk_id("user"), clerk_id("msg")
     assert service.deliver(user_event(user_id)).status == 200
     later = user_event(user_id, at=NOW_MS + 1, first_name="Augusta")

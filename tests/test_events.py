@@ -273,7 +273,7 @@ def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
     ],
 )
 def test_derives_a_name(data: dict[str, Any], name: str) -> None:
-    """The name is the first and last name, else from the email, the username or New User."""
+    """Without first and last name, the email's local part, username or New User is used."""
     assert profile(**{"email": "local@example.org"} | data).name == name
 
 

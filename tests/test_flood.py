@@ -51,7 +51,7 @@ def send(server: Server, count: int, *, at_once: int, connections: int) -> Sent:
 def test_serves_beside_5000_connections_that_send_little(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int, kind: Kind
 ) -> None:
-    """All deliveries and new clients are answered 200 beside 5,000 slow or idle connections."""
+    """All deliveries and new clients are answered 200 despite 5,000 slow or idle connections."""
     count = min(5000, descriptors - 1000)  # fewer if the machine does not allow 5,000
     with (
         serving(database_url, clerk, tmp_path / "log") as server,

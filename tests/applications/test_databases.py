@@ -67,7 +67,7 @@ def test_keeps_users_in_a_table_of_any_name(clerk: FakeClerk, url: str) -> None:
 
 
 def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
-    """All tables of clerkhooks are in the model's schema."""
+    """All clerkhooks tables are in the model's schema."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -161,7 +161,7 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
 def test_works_with_every_engine_option(
     clerk: FakeClerk, url: str, options: dict[str, Any]
 ) -> None:
-    """Users stay correct with any options of the application's engine."""
+    """Users stay correct with any engine options of the application."""
     app = create_app(clerk, url, make_db(), SQLALCHEMY_ENGINE_OPTIONS=options)
     with tables(app):
         check_users_stay_correct(app, clerk)

@@ -93,7 +93,7 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
 
 
 def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With ``problems=True``, every error is a problem with the text given to ``abort``."""
+    """With ``problems=True``, all errors become problems, with the text given to ``abort``."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()
@@ -231,7 +231,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_handles_errors_as_plain_flask_does(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None], handlers_first: bool
 ) -> None:
-    """Errors of the application's routes give the same answer or exception as plain Flask."""
+    """Errors in the application's routes give the same answer or exception as in plain Flask."""
     for config in CONFIGS:
         plain, app, db = Flask(__name__), Flask(__name__), make_db()
         app.config.update(configuration(clerk, sqlite_url), **config)

@@ -154,7 +154,7 @@ def test_leaves_every_setting_unchanged(
 def test_answers_the_same_under_every_setting(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """Our routes accept a trailing slash, never redirect, and do not sort JSON keys."""
+    """Routes of clerkhooks accept trailing slashes, never redirect and do not sort JSON keys."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     with tables(app):
         check_users_stay_correct(app, clerk)

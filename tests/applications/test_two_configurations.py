@@ -101,7 +101,7 @@ def test_logs_only_to_the_applications_handlers(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each delivery to an application logs one line, which a service beside it does not print."""
+    """Each delivery logs one line, and a service in the same process does not print it."""
     url = make_database("sqlite")
     service = create_app(clerk.environ | {"DATABASE_URL": url, "LOG_FORMAT": "json"})
     app, _ = make_application(clerk, make_database("sqlite"))

@@ -17,7 +17,7 @@ FORM = "multipart/form-data; boundary=xx"
 
 
 def create_app(clerk: FakeClerk, url: str, **more: Any) -> Flask:
-    """Create the application with two upload routes, one of which sets its own limit."""
+    """Create the application with four upload routes, two of which set their own limits."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, **more))
     db.init_app(app)

@@ -56,7 +56,7 @@ class User(ClerkUser, Model):
 
 
 class Organization(Versioned, Model):
-    """An organization, written by a handler."""
+    """An organization, stored by a handler."""
 
     __tablename__ = "organizations"
 

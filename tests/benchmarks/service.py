@@ -262,7 +262,7 @@ def _megabytes(server: Server) -> float:
 
 
 def measure_overload(folder: Path, seconds: float) -> None:
-    """Send four times the usual load, and unsigned requests beside the usual load."""
+    """Send four times the usual load, then unsigned requests alongside the usual load."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         with serving(url, CLERK, folder / "overload.log") as server:
