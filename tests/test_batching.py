@@ -345,7 +345,7 @@ def test_does_not_let_a_locked_row_delay_others(
             released_at = time.monotonic()
             outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
             took = time.monotonic() - released_at
-        assert not waiting.done(), "answered although the row is locked"
+        assert not waiting.done(), "answered while the row was locked"
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
@@ -380,7 +380,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
             wait_for_callers(5)
             hold.released.set()
             outcomes = {answer.result(TIMEOUT).get_json()["outcome"] for answer in answers}
-        assert not waiting.done(), "answered before the insert has ended"
+        assert not waiting.done(), "answered before the insert had ended"
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}

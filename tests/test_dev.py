@@ -96,7 +96,7 @@ def serving(**options: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
                 printed += line
                 if SERVING in line:
                     break
-            assert SERVING in printed, f"it has ended, or does not serve in time:\n{printed}"
+            assert SERVING in printed, f"the command has ended or does not serve:\n{printed}"
             yield process, printed
         finally:
             watchdog.cancel()

@@ -71,7 +71,7 @@ def main() -> None:
     """Fill a new PostgreSQL database in bulk and print a line for each page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
-    parser.add_argument("--events", type=int, default=10, help="messages for each user")
+    parser.add_argument("--events", type=int, default=10, help="messages per user")
     parser.add_argument(
         "--explain",
         action="store_true",

@@ -45,7 +45,7 @@ def main() -> None:
     """Fill PostgreSQL and a SQLite file in bulk and print the size of each table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
-    parser.add_argument("--events", type=int, default=10, help="messages for each user")
+    parser.add_argument("--events", type=int, default=10, help="messages per user")
     arguments = parser.parse_args()
     with started_postgresql() as url, tempfile.TemporaryDirectory() as folder:
         migrate(url, FakeClerk())
