@@ -246,7 +246,7 @@ def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
     """Each connection would open a separate database. The error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
-    assert "SQLALCHEMY_DATABASE_URI keeps SQLite in memory" in str(raised.value)
+    assert "SQLALCHEMY_DATABASE_URI is an in-memory SQLite database" in str(raised.value)
     assert "Use a file, also in tests: sqlite:////tmp/test.db" in str(raised.value)
     with pytest.raises(SettingsError, match="DATABASE_URL"):
         create_app(clerk.environ | {"DATABASE_URL": url})

@@ -23,7 +23,7 @@ class Store:
         messages: sa.Table,
         fields: dict[sa.Column[Any], Field],
     ) -> None:
-        """Take the table of users from *mapper*; *fields* are its declared columns."""
+        """Use the table of *mapper* for users; *fields* are the model's declared columns."""
         self.database, self.messages, self.fields = database, messages, fields
         self.users = cast("sa.Table", mapper.local_table)
         columns = read_columns(mapper)

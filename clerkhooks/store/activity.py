@@ -1,4 +1,4 @@
-"""Figures for operators. Each uses an index, and none counts more than MAX_COUNT rows."""
+"""Figures for operators. Each query uses an index and stops counting above MAX_COUNT rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Lag(NamedTuple):
 
 
 def find_lag(store: Store, since: datetime) -> Lag | None:
-    """Return the lag of the last thousand messages processed since *since*, or None."""
+    """Return the lag of the newest messages received since *since*, or None."""
     columns = store.messages.c
     query = (
         sa.select(columns.occurred_at, columns.processed_at)
@@ -53,7 +53,7 @@ def find_last_received(store: Store) -> datetime | None:
 
 def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
     """
-    Return the number of messages of each outcome received since *since*.
+    Return the number of messages received since *since*, by outcome.
 
     If there are more than MAX_COUNT, only the newest are counted.
     """
@@ -89,7 +89,7 @@ def count_users(store: Store) -> int:
 
 
 def count_tombstones(store: Store) -> int:
-    """Return the number of users who were deleted, or not found by a sync."""
+    """Return the number of users that were deleted or that a sync did not find."""
     return _count(store, store.users, sa.not_(is_live(store.users)))
 
 

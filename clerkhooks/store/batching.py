@@ -2,7 +2,7 @@
 Group commit: calls that arrive together become one statement and one commit.
 
 For reads, this pattern is known as a data loader. Without it, a service on PostgreSQL with two
-workers reached 0.72 of its deliveries per second and 0.78 of its calls.
+workers processed 28 % fewer deliveries and 22 % fewer calls per second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_WAIT = 0.1  # seconds a batch waits for the previous one, before both run side by side
+MAX_WAIT = 0.1  # seconds that a batch waits for the previous one before both run concurrently
 MAX_BATCH = 64
 MAX_IDLE_WAIT = 0.01  # seconds a batch waits for callers while the event loop is busy
 
@@ -35,10 +35,10 @@ class _Batch(Generic[T, R]):
 
 class Batcher(Generic[T, R]):
     """
-    Execute one item at once, and all items that arrive in the meantime together.
+    Execute an item immediately, and the items that arrive in the meantime as one batch.
 
-    No two items of a batch share one of their *keys*. If a batch fails, each caller retries alone,
-    unless the error is one that *concerns_all*.
+    Items of a batch have no *keys* in common. If a batch fails, each caller retries its item alone,
+    unless *concerns_all* returns true for the error.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Batcher(Generic[T, R]):
         self._execute, self._keys, self._concerns_all = execute, keys, concerns_all
         self._guard, self._turn = threading.Lock(), threading.Lock()
         self._open: _Batch[T, R] | None = None
-        """The batch that still takes items."""
+        """The batch that still accepts items."""
 
     def __call__(self, item: T) -> R:
         """
         Return the result of *execute* for *item*.
 
         Raises:
-            Exception: what *execute* raises, as a separate object for each caller.
+            Exception: the exception of *execute*, as a separate object for each caller.
         """
         batch, place = self._join(item)
         if place == 0:
@@ -69,13 +69,13 @@ class Batcher(Generic[T, R]):
         if batch.results is not None:
             return batch.results[place]
         if batch.error is not None and (len(batch.items) == 1 or self._concerns_all(batch.error)):
-            # One object raised in many callers would collect the frames of all of them.
+            # The traceback of a shared exception would collect the frames of all callers.
             raise batch.error if place == 0 else copy.copy(batch.error)
         [result] = self._execute([item])
         return result
 
     def _join(self, item: T) -> tuple[_Batch[T, R], int]:
-        """Add *item* to the open batch, or open a new one; return the batch and an index."""
+        """Add *item* to the open batch or a new one; return the batch and the item's index."""
         keys = self._keys(item)
         with self._guard:
             batch = self._open
@@ -86,7 +86,7 @@ class Batcher(Generic[T, R]):
             return batch, len(batch.items) - 1
 
     def _lead(self, batch: _Batch[T, R]) -> None:
-        """Execute *batch* once the previous one has ended. The batch accepts items until then."""
+        """Execute *batch* after the previous one or MAX_WAIT. Until then it accepts items."""
         has_turn = False
         try:
             # Only a wait needs a timer, which takes gevent longer than the lock itself.
@@ -94,7 +94,7 @@ class Batcher(Generic[T, R]):
             _wait_for_callers()
             self._close(batch)
             batch.results = self._execute(batch.items)
-        except Exception as error:  # noqa: BLE001  # each caller raises it, or retries alone
+        except Exception as error:  # noqa: BLE001  # each caller raises it or retries alone
             batch.error = error
         finally:  # even if this caller is killed; the others then retry alone
             self._close(batch)

@@ -1,4 +1,4 @@
-"""Declared columns: which values they can store, and how these are sent to the database."""
+"""Declared columns: validation of values, and their encoding for the database."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from clerkhooks.clerk.events import UNSTORABLE
 from clerkhooks.clerk.fields import Field
 
 logger = logging.getLogger(__name__)
-MAX_INDEXED = 2000  # bytes: a btree index refuses rows over about 2.7 kB
-MAX_DIGITS = 2000  # of a number, before and after the point: far below PostgreSQL's 16,383
-MAX_SINGLE_PRECISION = 24  # bits: PostgreSQL makes FLOAT(24) and below REAL, of four bytes
+MAX_INDEXED = 2000  # bytes: a btree index rejects rows over about 2.7 kB
+MAX_DIGITS = 2000  # and the largest exponent; PostgreSQL stores up to 16,383 decimal places
+MAX_SINGLE_PRECISION = 24  # bits: up to FLOAT(24), PostgreSQL uses REAL (four bytes)
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38
-MAX_DEPTH = 200  # levels of JSON nesting, far below the limit of a server's stack
+MAX_DEPTH = 200  # levels of JSON nesting, far below the limits of PostgreSQL and SQLite
 _EXACT = Context(prec=1000)
 _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 
@@ -30,7 +30,7 @@ _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 def read_fields(
     fields: Mapping[sa.Column[Any], Field], data: Mapping[str, Any], dialect: sa.Dialect
 ) -> dict[str, Any]:
-    """Return the declared columns' values in a user object; None if absent or not storable."""
+    """Return the declared columns' values from a user object; None if absent or unstorable."""
     return {
         column.name: _read_field(column, field, data, dialect) for column, field in fields.items()
     }
@@ -90,10 +90,10 @@ def is_supported(type_: sa.types.TypeEngine[Any]) -> bool:
 
 def _is_storable(column: sa.Column[Any], value: Any) -> bool:
     """
-    Return whether *column* can store *value* unchanged, as its type binds it.
+    Return whether *column* can store *value*, a result of ``_bind``.
 
     Raises:
-        ValueError: it cannot, because *value* is malformed.
+        ValueError: *value* is malformed.
     """
     kind = _implementation(column.type)
     check = next(check for type_, check in _CHECKS.items() if isinstance(kind, type_))
@@ -101,7 +101,7 @@ def _is_storable(column: sa.Column[Any], value: Any) -> bool:
 
 
 def _fits_index(column: sa.Column[Any], value: Any) -> bool:
-    """Return whether *value* is short enough for the btree indexes that *column* is in."""
+    """Return whether *value* is short enough for the btree indexes on *column*."""
     sizes = [len(index.columns) for index in column.table.indexes if _is_btree_of(index, column)]
     if not sizes or not isinstance(value, str | dict | list):
         return True
@@ -130,7 +130,7 @@ def _is_storable_integer(kind: sa.Integer, value: Any) -> bool:
 
 
 def _is_storable_float(kind: sa.Float[Any], value: Any) -> bool:
-    if not _is_number(value, int | float) or not abs(value) <= sys.float_info.max:  # not a NaN
+    if not _is_number(value, int | float) or not abs(value) <= sys.float_info.max:  # or NaN
         return False
     is_single = isinstance(kind, sa.REAL) or (kind.precision or 53) <= MAX_SINGLE_PRECISION
     return not is_single or value == 0 or MIN_SINGLE <= abs(value) <= MAX_SINGLE
@@ -175,7 +175,7 @@ _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
     sa.Time: lambda _, value: isinstance(value, time) and value.tzinfo is None,
     sa.Uuid: _is_storable_uuid,
 }
-"""The supported types, subclasses before their bases, and whether each can store a value."""
+"""The supported types and the check of a value for each. Subclasses precede their bases."""
 
 
 def make_encoder(
@@ -230,5 +230,9 @@ def _is_storable_json(value: Any, depth: int = 0) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """Return *value* as JSON text without escapes that the database's encoding may lack."""
+    """
+    Return *value* as JSON text, without escapes for non-ASCII characters.
+
+    PostgreSQL may reject such escapes if the database's encoding is not UTF-8.
+    """
     return json.dumps(value, ensure_ascii=False)

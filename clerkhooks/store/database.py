@@ -23,16 +23,16 @@ BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's write lock
 POOL_TIMEOUT = 2.0  # seconds that a request waits for a connection
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
-    "keeps SQLite in memory, where each connection would have a separate database.",
+    "is an in-memory SQLite database, which is separate for each connection.",
     "Use a file, also in tests: sqlite:////tmp/test.db",
 )
 
 
 class Database:
     """
-    An application's database, through a private engine.
+    Access to an application's database through a private engine.
 
-    Every statement commits by itself (AUTOCOMMIT), independent of the application's engine. Waits
+    Every statement commits by itself (AUTOCOMMIT), independently of the application's engine. Waits
     are bounded: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen server, and 4 s
     for SQLite's write lock. A forked process gets a new pool.
     """
@@ -48,7 +48,7 @@ class Database:
         """
         Derive the private engine from the application's *engine* and its engine *options*.
 
-        *pooler* is the mode of a connection pooler between here and PostgreSQL.
+        *pooler* is the mode of the connection pooler in front of PostgreSQL, if any.
 
         Raises:
             SettingsError: the database is SQLite in memory.
@@ -81,9 +81,9 @@ class Database:
         self.dialect = self.engine.dialect
 
     def connect(self) -> sa.Connection:
-        """Return a connection; leaving its ``with`` block gives it back to the pool."""
+        """Return a connection. The end of its ``with`` block returns it to the pool."""
         if self._pid != os.getpid():
-            # Two processes on one socket would read each other's answers.
+            # Processes that share a socket would read each other's answers.
             self.engine.dispose(close=False)
             self._pid = os.getpid()
         return self.engine.connect()
@@ -91,14 +91,14 @@ class Database:
     def execute(
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
-        """Return the rows of one statement that only reads, or that writes on PostgreSQL."""
+        """Execute a statement that only reads, or writes to PostgreSQL, and return its rows."""
         with self.connect() as connection:
             return connection.execute(statement, parameters).all()
 
     def write(
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
-        """Return the rows of one statement that writes."""
+        """Execute a statement that writes, and return its rows."""
         with self.connect() as connection, sqlite_transaction(connection):
             return connection.execute(statement, parameters).all()
 
@@ -108,7 +108,7 @@ def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
     """
     Run the block's statements in one transaction on SQLite.
 
-    On PostgreSQL each of our statements is written to be a whole transaction by itself.
+    On PostgreSQL, each of our statements is a complete transaction.
     """
     if connection.dialect.name != "sqlite":
         yield
@@ -126,7 +126,7 @@ def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
 
 
 def is_autocommit(connection: sa.Connection) -> bool:
-    """Return whether statements of *connection* commit by themselves. Sends nothing."""
+    """Return whether *connection* is in autocommit mode, without a round trip."""
     driver = connection.connection.driver_connection
     if connection.dialect.name == "sqlite" and getattr(driver, "isolation_level", "") is None:
         return True
@@ -135,7 +135,7 @@ def is_autocommit(connection: sa.Connection) -> bool:
 
 def begin_immediate(connection: sa.Connection, timeout: float = BUSY_TIMEOUT) -> None:
     """
-    Begin a transaction on SQLite and take the write lock at once.
+    Begin a transaction on SQLite and take the write lock immediately.
 
     SQLite's busy handler backs off and is unfair: under contention some writers starve. It also
     blocks every greenlet of the process, even the one that holds the lock. So the lock is polled
@@ -171,7 +171,7 @@ def _refuse_memory(url: sa.URL) -> None:
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # FULL: a commit that was answered 200 must survive a power failure. In WAL mode, NORMAL does
+    # FULL: a message that was answered 200 must survive a power failure. In WAL mode, NORMAL does
     # not sync each commit.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")

@@ -1,4 +1,4 @@
-"""Tables of other programs that have the names of clerkhooks' tables."""
+"""Detection of other programs' tables under the names that clerkhooks uses."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sqlalchemy as sa
 
 from clerkhooks.store.models import MESSAGES, OWN_COLUMNS, make_messages_table
 
-MAX_COLUMNS = 12  # that are listed
+MAX_COLUMNS = 12  # listed in a message
 _OTHER_FILE = "Use another file, such as sqlite:////path/to/clerkhooks.db, in DATABASE_URL."
 _OTHER_SCHEMA = (
-    "Use another database, or a separate schema: CREATE SCHEMA clerkhooks, and append "
-    "{separator}options=-csearch_path%3Dclerkhooks to DATABASE_URL. Poolers may refuse that: then "
-    "use a separate role, with ALTER ROLE name SET search_path = clerkhooks."
+    "Use another database, or a separate schema: run CREATE SCHEMA clerkhooks, and append "
+    "{separator}options=-csearch_path%3Dclerkhooks to DATABASE_URL. If a pooler rejects this "
+    "option, use a separate role instead: ALTER ROLE name SET search_path = clerkhooks."
 )
 
 
 @dataclass(frozen=True)
 class FoundTable:
-    """A table under one of clerkhooks' names; *missing* are the columns that clerkhooks needs."""
+    """A table with a name that clerkhooks uses; *missing* are the columns that it lacks."""
 
     name: str
     schema: str | None
@@ -27,7 +27,7 @@ class FoundTable:
     missing: frozenset[str]
 
     def describe(self) -> str:
-        """Return a sentence whose subject, the database, is omitted."""
+        """Return the end of a sentence whose subject is the database."""
         place = f" in the schema {self.schema}" if self.schema else ""
         listed = ", ".join(self.columns[:MAX_COLUMNS])
         rest = ", …" if len(self.columns) > MAX_COLUMNS else ""
@@ -37,17 +37,20 @@ class FoundTable:
         )
 
     def remedy(self, url: sa.URL) -> str:
-        """Return what to do about it, in the database at *url*."""
+        """Return the advice for users of the database at *url*."""
         is_sqlite = url.get_backend_name() == "sqlite"
         separator = "&" if url.query else "?"
         elsewhere = _OTHER_FILE if is_sqlite else _OTHER_SCHEMA.format(separator=separator)
         if self.missing:
             return elsewhere
-        return f"If it is a copy of clerkhooks' table: flask --app wsgi db stamp head. {elsewhere}"
+        return (
+            "If it is a copy of clerkhooks' table, run: flask --app wsgi db stamp head. Otherwise: "
+            f"{elsewhere}"
+        )
 
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
-    """Return the first table under one of our names where migrations would create ours."""
+    """Return the first table with one of our names in the schema that migrations use."""
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict

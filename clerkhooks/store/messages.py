@@ -1,4 +1,4 @@
-"""The message log: each message is processed once; a failure stays until a retry succeeds."""
+"""The message log. Each message is processed once; a failure stays until a retry succeeds."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     Delete messages received and processed before *before*; yield the size of each batch.
 
     Each batch is a separate transaction and skips rows that a delivery has locked, so that no
-    writer waits long. Users are not changed. If a pruned message is delivered again, its version
-    decides.
+    writer waits long. Users are not changed. If a pruned message is redelivered, its version
+    decides whether it is applied.
     """
     table = store.messages
     old = (
@@ -85,5 +85,5 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
 
 
 def is_failed(table: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition for failed messages, spelled as in the partial index."""
+    """Return the condition for failed messages, in the form that the partial index uses."""
     return table.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")

@@ -25,7 +25,7 @@ _FIELD = "clerkhooks.field"
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """An aware time in UTC on every database, independent of the session's time zone."""
+    """A timezone-aware UTC time on every database, whatever the session's time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -46,7 +46,7 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
         return "DateTime(timezone=True)"
 
 
-# Alembic renders a column's type by its module and repr. With these, a generated migration says
+# Alembic renders a column's type from its module and repr. With these, a generated migration says
 # sa.DateTime(timezone=True) and needs no import from clerkhooks.
 UTCDateTime.__module__ = "sqlalchemy.types"
 
@@ -56,9 +56,9 @@ Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 class Versioned:
     """
-    Version columns, which make a table converge for every order of events; see ``upsert``.
+    Version columns, so that rows converge for any order of events; see ``upsert``.
 
-    They are NULL until an event has filled the row.
+    They are NULL until an event fills the row.
     """
 
     version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
@@ -68,11 +68,11 @@ class Versioned:
 
 class ClerkUser(Versioned):
     """
-    Mixin for the application's model of users, which are matched by Clerk's id alone.
+    Mixin for the application's user model. Users are matched by Clerk's id alone.
 
-    The profile columns depend only on what Clerk sent. Times are in UTC. The version columns are
-    NULL until the row is filled, and again after ``user.deleted``. A tombstone with a version was
-    inferred by a sync that did not find the user; later evidence from Clerk revives it.
+    The profile columns depend only on Clerk's data. Times are in UTC. The version columns are NULL
+    until the row is filled, and again after ``user.deleted``. A tombstone with a version was
+    written by a sync that did not find the user; later evidence from Clerk revives the user.
     """
 
     if TYPE_CHECKING:
@@ -102,16 +102,16 @@ def from_clerk(
     path: str, *column: Any, parse: Callable[[Any], Any] | None = None, **options: Any
 ) -> MappedColumn[Any]:
     """
-    Declare a column that keeps a field of Clerk's user object, ordered like the profile.
+    Declare a column that keeps a field of Clerk's user object, versioned like the profile.
 
     *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
     ``primary_phone_number``. *parse* receives the value, which the user may have chosen, and
-    returns what is stored. If it raises ValueError, or if the column cannot store the value, the
-    value counts as absent. *column* and *options* are those of ``mapped_column``; the column must
-    be nullable. Use ``sa.JSON`` for objects and lists.
+    returns the value to store. If *parse* raises ValueError, or if the column cannot store the
+    value, it counts as absent. *column* and *options* are those of ``mapped_column``; the column
+    must be nullable. Use ``sa.JSON`` for objects and lists.
 
     Raises:
-        ValueError: *path* is malformed, or leads into ``private_metadata``.
+        ValueError: *path* is malformed or leads into ``private_metadata``.
     """
     info = {**options.pop("info", {}), _FIELD: Field(path, parse)}
     return mapped_column(*column, info=info, **options)
@@ -122,7 +122,7 @@ def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
     Return the columns that a model declares with ``from_clerk``.
 
     Raises:
-        ValueError: a column cannot work as declared.
+        ValueError: a column's declaration is invalid.
     """
     found: dict[sa.Column[Any], Field] = {}
     for attribute in mapper.column_attrs:
@@ -145,7 +145,8 @@ def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
 def _check_declared(column: sa.Column[Any], where: str) -> None:
     if not column.nullable:
         raise ValueError(
-            f"{where} must be nullable, because Clerk may have no value for it: Mapped[… | None]."
+            f"{where} must be nullable, because Clerk may have no value for it. "
+            "Use Mapped[… | None]."
         )
     if not is_supported(column.type):
         raise ValueError(
@@ -163,15 +164,15 @@ def _check_declared(column: sa.Column[Any], where: str) -> None:
 
 def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
     """
-    Make the table of the message log. It holds ids, types and outcomes, and no payload.
+    Return the table of the message log. It holds ids, types and outcomes, but no payload.
 
     Raises:
-        ValueError: *metadata* has such a table already.
+        ValueError: *metadata* already has a table of that name.
     """
     key = MESSAGES if schema is None else f"{schema}.{MESSAGES}"
     if key in metadata.tables:
         raise ValueError(
-            f"There is a table {key!r} already. Use one ClerkHooks for each SQLAlchemy object."
+            f"The table {key!r} already exists. Use one ClerkHooks for each SQLAlchemy object."
         )
     failed = sa.text("outcome = 'failed'")
     return sa.Table(
@@ -196,7 +197,7 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 
 def add_indexes(users: sa.Table) -> None:
-    """Add the indexes for operators' queries, independent of the model's ``__table_args__``."""
+    """Add the indexes for operators' queries, whatever the model's ``__table_args__`` are."""
     wanted = {
         "created_at": None,
         "unfilled": sa.text("version_updated_at IS NULL AND deleted_at IS NULL"),

@@ -1,4 +1,4 @@
-"""A fair queue for connections that refuses callers it cannot serve in time."""
+"""A fair queue for connections. It refuses callers that it cannot serve in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from clerkhooks.errors import RequestError
 
-RETRY_AFTER = 1  # seconds; short, because users wait for calls, and Svix keeps to its own schedule
+RETRY_AFTER = 1  # seconds; short, because users wait for calls; Svix retries on its own schedule
 _CHECK_INTERVAL = 0.1  # seconds
 _WEIGHT = 0.2  # the weight of the latest use in the average duration
 
@@ -32,10 +32,11 @@ class Overloaded(RequestError, sa.exc.TimeoutError):
 
 class Slots:
     """
-    At most *size* uses at once; other callers wait in order, for *timeout* seconds at most.
+    A fair semaphore with *size* slots. Callers wait in order, at most *timeout* seconds.
 
-    A caller is refused as soon as the number of those before it, and the time that a use has taken
-    lately, mean that it would wait longer. With a timeout of 0, nobody waits.
+    A caller is refused as soon as its expected wait exceeds the timeout. The estimate depends on
+    the number of callers ahead of it and the duration of recent uses. With a timeout of 0, no
+    caller waits.
     """
 
     def __init__(self, size: int, timeout: float) -> None:
@@ -44,7 +45,7 @@ class Slots:
         self._free = [None] * size  # a list's pop() and append() are atomic, and fast
         self._waiting: deque[threading.Lock] = deque()
         self._duration = 0.0  # seconds that a use takes, on average
-        self._changed_at = monotonic()  # when a use began or ended
+        self._changed_at = monotonic()  # when a use last began or ended
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -73,7 +74,7 @@ class Slots:
         return self._changed_at
 
     def end(self, began_at: float) -> None:
-        """End a use that began at *began_at*: the slot is the next caller's."""
+        """End the use that began at *began_at*, and give its slot to the next caller."""
         self._changed_at = monotonic()
         self._duration += _WEIGHT * (self._changed_at - began_at - self._duration)
         self._free.append(None)
@@ -118,11 +119,11 @@ class Slots:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 return
-        self._free.append(None)  # it was this caller's turn
+        self._free.append(None)  # this caller had just received a slot
         self._serve()
 
     def _refuse_if_late(self, before: int, is_late: bool = False) -> None:
-        # While no use ends, uses take at least as long as that.
+        # If no use has begun or ended for a while, the current uses take at least that long.
         duration = max(self._duration, monotonic() - self._changed_at)
         if is_late or duration * (before + 1) / self.size > self.timeout:
             raise Overloaded
@@ -131,7 +132,7 @@ class Slots:
 class OrderedPool(QueuePool):
     """A pool that serves its callers in order, and refuses those that would wait too long."""
 
-    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # not ours, which the service prints
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # the service prints our loggers
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -34,17 +34,17 @@ class TimeoutConnection(psycopg.Connection[Any]):
     """
     A connection that times out if the server does not answer at all.
 
-    A frozen server does not enforce its own timeouts and keeps its sockets open, so TCP notices
-    nothing.
+    A frozen server does not enforce its own timeouts. Its sockets stay open, so TCP does not
+    detect the failure.
     """
 
     answer_timeout: float | None = 3.5
     """Seconds: longer than STATEMENT_TIMEOUT, so that the server's own error arrives first."""
     statement_timeout = STATEMENT_TIMEOUT
-    """Of statements on a cursor that carries its own limits."""
+    """The statement timeout that ``LocalLimitsCursor`` sends."""
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        """Wait for an answer, but no longer than ``answer_timeout``."""
+        """Wait for an answer, for at most ``answer_timeout`` seconds."""
         try:
             return super().wait(gen, interval, timeout or self.answer_timeout)
         except psycopg.OperationalError:
@@ -56,14 +56,14 @@ class TimeoutConnection(psycopg.Connection[Any]):
 
 class LocalLimitsCursor(psycopg.ClientCursor[Any]):
     """
-    A cursor for a pooler that gives each transaction another server connection.
+    A cursor for a pooler that may use a different server connection for each transaction.
 
     Session settings and prepared statements would affect other clients. So the limits are sent
-    with each statement, in one message and one implicit transaction, and end with it.
+    with each statement, in the same message, and end with its implicit transaction.
     """
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> LocalLimitsCursor:
-        """Execute *query* under the limits; the result is that of *query*."""
+        """Execute *query* with the limits, and keep only the result of *query*."""
         if isinstance(query, Composable):
             query = query.as_bytes(self)
         text = query.encode() if isinstance(query, str) else query
@@ -80,12 +80,12 @@ def connect_arguments(
     """Return the application's connect arguments, such as certificates, and our limits."""
     arguments: dict[str, Any] = {
         "connect_timeout": "2",
-        # Milliseconds and seconds. TCP alone would notice a dead peer after hours.
+        # Milliseconds, then seconds. By default, TCP takes hours to detect a dead peer.
         "tcp_user_timeout": "4000",
         "keepalives_idle": "30",
         "keepalives_interval": "10",
         "keepalives_count": "3",
-        # Then the server, not the driver, rejects text that its encoding cannot represent.
+        # With this, the server, not the driver, rejects text that its encoding cannot represent.
         "client_encoding": "utf8",
     }
     if engine.dialect.driver in _LIBPQ:
@@ -104,7 +104,7 @@ def listen(engine: sa.Engine) -> None:
 
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
-    """Like ``listen``, but with ``TimeoutConnection``, and also drop stale connections."""
+    """Do the same as ``listen``, use ``TimeoutConnection``, and drop stale connections."""
 
     @event.listens_for(engine, "do_connect")
     def connect(
@@ -120,7 +120,7 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
 
 
 def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
-    """Allow statements of *connection* to take *seconds*. Invalidate it afterwards."""
+    """Allow statements on *connection* to take *seconds*. The caller must invalidate it."""
     driver = connection.connection.driver_connection
     timeout = f"{seconds:.0f}s"
     if isinstance(driver, TimeoutConnection):
@@ -131,12 +131,12 @@ def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
 
 
 def _set_limits(connection: Any, _record: object) -> None:
-    # After connecting, because poolers reject limits among the startup parameters.
+    # Set after connecting, because poolers reject limits as startup parameters.
     connection.cursor().execute(_set_config(_SESSION_LIMITS, is_local=False).decode())
 
 
 def _invalidate_read_only(context: sa.ExceptionContext) -> None:
-    """Have the pool replace all connections after a failover left one of them read-only."""
+    """Have the pool replace all connections if a failover has left one of them read-only."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 
@@ -146,7 +146,7 @@ def _note_checkin(_connection: object, record: Any) -> None:
 
 
 def _make_poll() -> select.poll:
-    """Return the system's poll: gevent's would switch greenlets even if it must not wait."""
+    """Return the system's poll: gevent's switches greenlets even with a timeout of 0."""
     monkey = sys.modules.get("gevent.monkey")
     return (monkey.get_original("select", "poll") if monkey else select.poll)()
 
@@ -154,8 +154,8 @@ def _make_poll() -> select.poll:
 def _replace_stale(connection: TimeoutConnection, record: Any, _proxy: object) -> None:
     """Have the pool replace a connection that the server or a network may have dropped."""
     is_old = monotonic() - record.info.get(_CHECKED_IN, monotonic()) > MAX_IDLE
-    # An idle connection with readable data has been closed by the server. No round trip needed.
-    poll = _make_poll()  # select() cannot watch descriptors above 1,024
+    # An idle connection with readable data has been closed by the server. No round trip is needed.
+    poll = _make_poll()  # select() cannot watch descriptors above 1,023
     poll.register(connection.pgconn.socket, select.POLLIN)
     if is_old or poll.poll(0):
         raise sa.exc.DisconnectionError

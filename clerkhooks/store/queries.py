@@ -1,4 +1,4 @@
-"""Operators' queries about users and messages. They change nothing."""
+"""Read-only queries for operators, about users and messages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Conditions = list[sa.ColumnElement[bool]]
 
 
 def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition of a user who is not deleted."""
+    """Return the condition for users that are not deleted."""
     return users.c.deleted_at.is_(None)
 
 
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition of a row that no event and no sync has filled in."""
+    """Return the condition for rows that no event and no sync has filled in."""
     return sa.and_(users.c.version_updated_at.is_(None), is_live(users))
 
 
 class Cursor(NamedTuple):
-    """The end of a page of rows, newest first: the time and the key of its last row."""
+    """The position after a page of rows: the time and the key of its last row."""
 
     at: datetime
     key: str
@@ -44,7 +44,7 @@ class Cursor(NamedTuple):
         Parse a cursor from *text*.
 
         Raises:
-            ValueError: *text* is not a cursor.
+            ValueError: *text* is not a valid cursor.
         """
         at, _, key = text.partition(",")
         moment = datetime.fromisoformat(at)
@@ -57,7 +57,7 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UserReport:
-    """A row of ``users``. The times of the version are in milliseconds."""
+    """A row of ``users``. The version's times are in milliseconds."""
 
     id: str
     email: str | None
@@ -86,7 +86,7 @@ class UserReport:
 
     @property
     def source(self) -> str:
-        """The kind of event that the row's content comes from."""
+        """The source of the row's content, such as a webhook or a sync."""
         if self.version_updated_at is None:
             return "first call" if self.deleted_at is None else "user.deleted"
         if self.deleted_at is not None:
@@ -121,7 +121,7 @@ class Page(NamedTuple, Generic[R]):
     """
     Rows, newest first, and the cursor of the next page.
 
-    If *is_cut*, MAX_EXAMINED rows were examined before the page was full.
+    If *is_cut* is true, MAX_EXAMINED rows were examined before the page was full.
     """
 
     rows: list[R]
@@ -132,9 +132,9 @@ class Page(NamedTuple, Generic[R]):
 @dataclass(frozen=True)
 class Listing(Generic[R]):
     """
-    Rows of a table, newest first; made by ``list_users`` and ``list_messages``.
+    A query for rows of a table, newest first; made by ``list_users`` and ``list_messages``.
 
-    An index serves *conditions*, but not *filters*.
+    *conditions* use an index; *filters* do not.
     """
 
     store: Store
@@ -144,12 +144,12 @@ class Listing(Generic[R]):
     filters: Conditions
 
     def find(self, key: str) -> R | None:
-        """Return the row whose id is *key*."""
+        """Return the row whose id is *key*, or None."""
         found = self._read(self._select().where(self.order[1] == key))
         return found[0] if found else None
 
     def read_page(self, limit: int, before: Cursor | None = None) -> Page[R]:
-        """Return up to *limit* rows after *before*."""
+        """Return a page of up to *limit* rows older than the cursor *before*."""
         at, key = self.order
         query = self._select().where(*self.conditions).order_by(at.desc(), key.desc())
         if before is not None:
@@ -166,7 +166,7 @@ class Listing(Generic[R]):
         return Page(rows, None)
 
     def read_all(self, limit: int, before: Cursor | None = None) -> list[R]:
-        """Return up to *limit* rows after *before*, from as many pages as needed."""
+        """Return up to *limit* rows older than *before*, from as many pages as needed."""
         page = self.read_page(limit, before)
         found = page.rows
         while page.next is not None and len(found) < limit:
@@ -175,7 +175,7 @@ class Listing(Generic[R]):
         return found
 
     def read_new(self, since: datetime, watched: Sequence[str]) -> list[R]:
-        """Return all rows of *since* or later, or with an id in *watched*, oldest first."""
+        """Return rows from *since* on, and rows with an id in *watched*, oldest first."""
         at, key = self.order
         query = self._select().where(*self.conditions, *self.filters)
         return self._read(query.where(sa.or_(at >= since, key.in_(watched))).order_by(at, key))
@@ -201,8 +201,9 @@ def list_users(
     """
     List users.
 
-    *search* is an id, a whole email, or the beginning of the name or of the part after the first
-    name. *deleted* selects tombstones, and *unsynced* rows that no event and no sync has filled in.
+    *search* is an id, a complete email address, or the beginning of the name or of its part after
+    the first space. *deleted* selects tombstones. *unsynced* selects rows that no event and no sync
+    has filled in.
     """
     columns, text = store.users.c, (search or "").strip()
     conditions: Conditions = []
@@ -222,7 +223,7 @@ def list_users(
 
 
 def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
-    """Return the condition that the name, or its part after a space, begins with *text*."""
+    """Return the condition that the name, or its part after a space, starts with *text*."""
     name = store.users.c.name
     beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
     find = sa.func.strpos if store.database.dialect_name == "postgresql" else sa.func.instr

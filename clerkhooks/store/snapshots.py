@@ -15,7 +15,7 @@ _MISSING: Any = object()
 
 class Snapshot:
     """
-    A copy of the columns of one row, read only.
+    A read-only copy of the columns of one row.
 
     Properties and methods of the model work if they only read columns. Relationships do not work.
     """
@@ -41,7 +41,7 @@ class Snapshot:
         if found is _MISSING or isinstance(found, QueryableAttribute) or name.startswith("__"):
             model = self._model.__name__
             raise AttributeError(
-                f"current_user has no column {name!r}. For relationships read the row itself: "
+                f"current_user has no column {name!r}. For relationships, read the row itself: "
                 f"db.session.get({model}, current_user.id)"
             )
         return found.__get__(self, self._model) if hasattr(type(found), "__get__") else found
@@ -57,11 +57,11 @@ class Snapshot:
         return hash((self._model, self.id))
 
     def __repr__(self) -> str:
-        return f"<{self._model.__name__} {self.id}>"  # no profile data: it may be logged
+        return f"<{self._model.__name__} {self.id}>"  # no profile data, because it may be logged
 
 
 def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
-    """Return the columns of a snapshot: all but the version columns and deferred ones."""
+    """Return the columns of a snapshot: all except version columns and deferred columns."""
     properties = _properties(mapper)
     return [
         column
@@ -90,5 +90,5 @@ def make_snapshots(
 
 
 def _properties(mapper: Mapper[Any]) -> dict[Any, Any]:
-    """Return the model's properties by column. A column may have none."""
+    """Return the model's properties by column. Some columns have no property."""
     return {column: one for one in mapper.column_attrs for column in one.columns}

@@ -1,10 +1,10 @@
 """
 The SQL that writes and reads users, and decides which of two versions wins.
 
-The comparison is inside the statement, so no other worker can come between reading and writing. The
-same text serves SQLite and PostgreSQL, except for the part that reads rows from one JSON parameter.
-``{users}``, ``{messages}`` and the lists of columns are filled in once for each application, quoted
-by its dialect.
+The comparison is part of the statement, so there is no race between reading and writing. SQLite
+and PostgreSQL share most of the SQL, but read rows from a JSON parameter in different ways.
+Placeholders such as ``{users}`` are replaced once for each application, with names quoted for its
+dialect.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PROFILE = ("email", "name", "image_url")
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
-# Clerk never reuses an id, so a tombstone of user.deleted is final. A tombstone that a sync wrote
-# has a version: the user was not found then, but later evidence may revive it.
+# Clerk never reuses an id, so a tombstone from user.deleted is final. A tombstone that a sync wrote
+# has a version: the user was not found at that time, but later evidence may revive the user.
 _UPSERT_USERS = """
 INSERT INTO {users} AS u
     (id, {kept}, is_online, last_seen, created_at, updated_at, deleted_at, {version})
@@ -58,7 +58,7 @@ _EVENT_WINS = """
 # A user that the Backend API returns is not deleted, even if an earlier sync missed it.
 _SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
 
-# Each message is processed once. The retry of a failed message replaces its row.
+# Each message is processed once. The retry of a failed message updates its row.
 _RECORD_MESSAGES = """
 INSERT INTO {messages} AS m
     (message_id, event_type, clerk_user_id, outcome, attempts,
@@ -76,7 +76,7 @@ RETURNING message_id, outcome
 
 _APPLY_ON_POSTGRESQL = """
 WITH r AS (
-    -- The lock timeout is set inside, for this transaction only, without another round trip.
+    -- The lock timeout is set here, for this transaction only, without another round trip.
     SELECT r.* FROM (SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits,
         json_to_recordset(CAST(:rows AS json)) AS r ({typed_columns})),
 changed AS ({upsert_users})
@@ -153,11 +153,11 @@ RETURNING id
 
 class Statements:
     """
-    The statements of one application's tables, for one dialect.
+    The statements for one application's tables, in one dialect.
 
-    *columns* are those that reading statements return. The parameter ``rows`` is a JSON array of
-    objects whose keys are column names, with each user and each message at most once. Times must be
-    aware.
+    *columns* are the columns of the users that statements return. The parameter ``rows`` is a JSON
+    array of objects whose keys are column names. It contains each user and each message at most
+    once. Times must be timezone-aware.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Statements:
         self.apply = self._text(
             _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
         )
-        """Apply events and record messages; takes ``lock_timeout``. PostgreSQL only."""
+        """Apply events and record messages, with a ``lock_timeout``. PostgreSQL only."""
         self.upsert_users = self._text("WITH r AS ({event_rows})" + upsert, names)
         self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
         """The same in two steps, for SQLite, which has no data-modifying CTEs."""
@@ -199,7 +199,7 @@ class Statements:
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> str:
-        """Return *rows*, values of columns, as the parameter ``rows``."""
+        """Encode *rows* of column values as the parameter ``rows``."""
         encoded = [dict(row) for row in rows]
         for row in encoded:
             for name, encoder in self._encoders.items():
@@ -267,5 +267,5 @@ def profile_columns(profile: Profile) -> dict[str, Any]:
 
 
 def _assign(names: Iterable[str], value: str) -> str:
-    """Return the assignments of a SET clause; *value* is a template that receives the column."""
+    """Return the assignments of a SET clause. *value* is a format string for a column name."""
     return ", ".join(f"{name} = {value.format(name)}" for name in names)
