@@ -27,11 +27,11 @@ class Result(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    A user that differs from Clerk, or could not be compared.
+    A user whose row differs from Clerk's data, or that could not be compared.
 
     *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``
-    or ``failed``. *fields* has the value here and the value at Clerk of each field that differs.
-    These are profile data, so they must not be logged.
+    or ``failed``. *fields* maps the name of each field that differs to its stored value and its
+    value at Clerk. The values are profile data and must not be logged.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def lacks_declared(self) -> bool:
-        """Whether the row is as new as the snapshot, but older than a declared column."""
+        """Whether the row is as new as the snapshot, but a declared column is not filled."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))

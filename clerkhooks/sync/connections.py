@@ -1,4 +1,4 @@
-"""The lock and the connections of a run, with longer timeouts than those of a request."""
+"""The lock and the connections of a run, which have longer timeouts than a request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from clerkhooks.store.postgresql import allow_longer_statements
 
 # A lock timeout, a deadlock, a serialization failure, or SQLite's write lock.
 _BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-_LOCK = 7_233_190_213  # arbitrary, fixed for all releases, and not the migrations' lock
+_LOCK = 7_233_190_213  # arbitrary; the same in all releases, but not the migrations' lock
 _STATEMENT_TIMEOUT = 30.0  # seconds
 
 
 class AlreadyRunning(ClerkhooksError):
-    """Another run is under way on this database."""
+    """Another run is in progress on this database."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def sole_writer(store: Store) -> Iterator[sa.Connection]:
     Yield a connection for the only run that may write.
 
     Raises:
-        AlreadyRunning: another run is under way.
+        AlreadyRunning: another run is in progress.
     """
     hold_lock = _file_lock if store.database.dialect_name == "sqlite" else _advisory_lock
     with hold_lock(store) as lock, reader(store) as connection:
@@ -89,8 +89,8 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _file_lock(store: Store) -> Iterator[None]:
-    """Hold a lock on a file beside the database, which the kernel releases with the process."""
-    import fcntl  # not on Windows, where an application may be developed
+    """Hold a lock on a file beside the database. The kernel releases it on process exit."""
+    import fcntl  # missing on Windows, where an application may be developed
 
     file = store.database.execute(sa.text("PRAGMA database_list"))[0].file
     with Path(f"{file}-sync").open("a") as locked:

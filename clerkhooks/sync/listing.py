@@ -1,4 +1,4 @@
-"""Reading all users of the Backend API, page by page, while users sign up and are deleted."""
+"""Listing of all users in the Backend API, while users sign up and are deleted."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
     Yield all users that exist now, each once, oldest first, page by page.
 
     The cursor is the time of creation. With an offset, each sign-up or deletion during the run
-    would shift the following pages, and a user would be read twice or never. Clerk does not say
-    whether the bound is inclusive, so pages overlap by a millisecond and known users are skipped.
-    Users of the same millisecond are read by an offset. It advances by half a page, so half a page
-    of them may be deleted meanwhile.
+    would shift the following pages, and a user could be read twice or never. Clerk does not
+    document whether the cursor is inclusive, so pages overlap by a millisecond and known users are
+    skipped. Users created in the same millisecond are read with an offset. It advances by half a
+    page, so no user is missed if up to half a page of them is deleted meanwhile.
 
     Users who sign up during the run are not read, so the run ends. A short page is not the end:
     Clerk returns fewer users if it does not accept the limit.
 
     Raises:
-        BackendApiError: pages repeat, for instance because a proxy drops the query.
+        BackendApiError: a page is repeated, for instance because a proxy drops the query.
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
@@ -51,7 +51,7 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
 
 
 def id_of(data: Any) -> str | None:
-    """Return the id of a user object, or None; a report must not quote any other text."""
+    """Return a user object's id, or None if it is malformed and must not be reported."""
     user_id = data.get("id") if isinstance(data, dict) else None
     return user_id if is_user_id(user_id) else None
 

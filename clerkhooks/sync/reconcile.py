@@ -30,7 +30,7 @@ T = TypeVar("T")
 Advance = Callable[[int], object]
 # The Backend API may not yet return a user whose first call has just created the row.
 MIN_AGE = timedelta(minutes=10)
-# A run that would delete more than 20 users, and more than a tenth, probably has a wrong key.
+# A run that would delete more than 20 users and more than a tenth probably uses a wrong key.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
 
@@ -38,12 +38,12 @@ THREADS = 8
 @dataclass
 class Reconciliation:
     """
-    One run. With *check* it changes nothing; with *force* it deletes any number of users.
+    One run. A *check* changes nothing; *force* permits any number of deletions.
 
     *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
-    finding: a difference that a check found, or a failure. *begin* receives the name of each part
-    of the run and its number of users, if known, and returns a function that receives the number of
-    users processed since the last call.
+    finding: a difference that a check found, or a failure. *begin* is called for each part of the
+    run with its name and its number of users, if known. It returns a function that is called with
+    the number of users processed since the last call.
     """
 
     api: BackendApi
@@ -63,11 +63,11 @@ class Reconciliation:
 
     @property
     def well(self) -> bool:
-        """Whether the table matches Clerk after the run, or matched it before a check."""
+        """Whether the table matches Clerk's data after the run, or did during a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
 
     def sync_all(self) -> None:
-        """Sync all users of Clerk, then all users that exist only here."""
+        """Sync all users at Clerk, then all users that exist only here."""
         is_trusted = self._knows_instance()
         advance = self.begin("users at Clerk", self.api.count_users())
         for page in read_all(self.api):
@@ -105,7 +105,7 @@ class Reconciliation:
     def _chunks(
         self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]
     ) -> Iterator[list[str]]:
-        """Yield the ids in *key* of the rows that meet *conditions*, one request's at a time."""
+        """Yield the ids in *key* of rows that meet *conditions*, in chunks for one request."""
         query = sa.select(key).distinct().where(*conditions).order_by(key).limit(IDS)
         after = ""
         while ids := list(self.connection.scalars(query.where(key > after))):
@@ -113,7 +113,7 @@ class Reconciliation:
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
-        """Return whether Clerk knows any of the newest users here. If not, the key is wrong."""
+        """Return whether Clerk knows any of our newest users. If not, the key may be wrong."""
         users = self.store.users
         filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
         newest = filled.order_by(users.c.created_at.desc()).limit(IDS)
@@ -125,7 +125,7 @@ class Reconciliation:
         return self.connection.scalar(count) or 0
 
     def _apply(self, users: Iterable[Any]) -> None:
-        """Compare the users of a page with their rows, and update the rows that are older."""
+        """Compare *users* with their rows. Update older rows, or report them in a check."""
         snapshots = self._parse(users)
         if self.check:
             for comparison in self._compare(snapshots):
@@ -134,7 +134,7 @@ class Reconciliation:
             self.counts.update(retry(self._write, snapshots))
 
     def _parse(self, users: Iterable[Any]) -> dict[str, Snapshot]:
-        """Return the users by id. Report those that are malformed."""
+        """Return the users by id, and report malformed ones."""
         found = {}
         for data in users:
             try:
@@ -182,7 +182,7 @@ class Reconciliation:
         return {row.id: row for row in self.connection.execute(states)}
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Return the values of the columns of *snapshot*."""
+        """Return the column values for *snapshot*."""
         dialect = self.store.database.dialect
         declared = read_fields(self.store.fields, snapshot.data, dialect)
         return profile_columns(snapshot.profile) | declared
@@ -190,7 +190,7 @@ class Reconciliation:
     def _execute(
         self, statement: sa.TextClause | None, comparisons: Sequence[Comparison]
     ) -> set[str]:
-        """Write the users of *comparisons*; return the ids of those that were changed."""
+        """Write the users of *comparisons*, and return the ids of the changed rows."""
         if statement is None or not comparisons:
             return set()
         check_lock(self.connection)
@@ -209,10 +209,10 @@ class Reconciliation:
         self, chunks: Iterable[list[str]], advance: Advance, *, apply: bool = False
     ) -> Iterator[str]:
         """
-        Yield the ids that Clerk answers with 404. With *apply*, update the other users.
+        Yield the ids for which Clerk answers 404. With *apply*, update the other users.
 
-        Absence from a list is not enough: pages shift while users sign up, and a limit that Clerk
-        does not accept gives fewer users.
+        Absence from a list is not enough: pages shift while users sign up, and Clerk returns fewer
+        users if it does not accept the limit.
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
