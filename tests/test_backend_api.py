@@ -130,7 +130,7 @@ def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
 
 def test_refuses_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> None:
     """Clerk would refuse the request, so it is a programming error."""
-    with pytest.raises(ValueError, match="100 ids at a time"):
+    with pytest.raises(ValueError, match="at most 100 ids"):
         api.find_users([clerk_id("user") for _ in range(101)])
     assert backend.requests == []
 
@@ -323,7 +323,7 @@ def test_limits_the_size_of_an_answer(
     backend.behaviours = [
         answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")
     ]
-    assert failure_of(lambda: api.list_users(None, 0)).what == "answered more than 10,000 bytes"
+    assert failure_of(lambda: api.list_users(None, 0)).what == "sent more than 10,000 bytes"
 
 
 def gaps(backend: Backend) -> list[float]:

@@ -184,7 +184,7 @@ def test_explains_an_invalid_proxy(monkeypatch: pytest.MonkeyPatch, value: str) 
     with BackendApi(API, SECRET_KEY) as api, pytest.raises(BackendApiError) as failed:
         api.count_users()
     assert str(failed.value).startswith(
-        "Clerk's Backend API was not asked: https_proxy is invalid."
+        "Clerk's Backend API was not called: https_proxy is invalid."
     )
 
 

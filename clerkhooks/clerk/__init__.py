@@ -1,1 +1,1 @@
-"""What Clerk and Svix define: signatures, events, session tokens, and Clerk's APIs."""
+"""Interfaces of Clerk and Svix: signatures, events, session tokens, and Clerk's APIs."""

@@ -1,4 +1,4 @@
-"""Authorization: what Clerk's own ``has()`` answers for the claims of a verified token."""
+"""Authorization: an implementation of Clerk's ``has()`` for claims of a verified token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """The factors that must be verified, and their maximum age in minutes, in Clerk's terms."""
+    """The factors that must be verified, and the maximum age in minutes, with Clerk's names."""
 
     level: Level
     afterMinutes: float
@@ -58,7 +58,7 @@ class Organization:
     """
     The active organization of a session.
 
-    Role and permissions have Clerk's prefix: ``org:admin``, ``org:invoices:read``.
+    The role and the permissions include Clerk's prefix: ``org:admin``, ``org:invoices:read``.
     """
 
     id: str
@@ -69,10 +69,10 @@ class Organization:
 
 def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
     """
-    Return the active organization from claims of either version; None without one.
+    Return the active organization from claims of version 1 or 2, or None.
 
     Raises:
-        MalformedClaims: Clerk's SDK throws.
+        MalformedClaims: Clerk's SDK throws an error for these claims.
 
     Source: Clerk, "Session tokens", default claims, versions 1 and 2.
     """
@@ -99,10 +99,10 @@ def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -
     """
     Return whether there are conditions and the session meets all of them.
 
-    Missing or malformed claims deny.
+    Missing or malformed claims meet no condition.
 
     Raises:
-        TypeError: there is no such condition.
+        TypeError: the name of a condition is unknown.
 
     Source: @clerk/shared 4, createCheckAuthorization; Clerk, "Verify whether a user has access" and
     "Reverification".
@@ -121,7 +121,7 @@ def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
     """
     Return the minutes since the first and the second factor were verified; None if unknown.
 
-    -1 stands for a factor that is not set up.
+    The value -1 means that the factor is not set up.
     """
     fva = claims.get("fva")
     if not isinstance(fva, list) or len(fva) != 2:
@@ -133,7 +133,7 @@ def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def parse_reverification(reverification: object) -> Reverification | None:
-    """Return the long form of a preset or of an object; None if it is neither."""
+    """Return the level and the age that a preset or an object defines; None if invalid."""
     if isinstance(reverification, str):
         return PRESETS.get(reverification)
     if not isinstance(reverification, Mapping):
@@ -146,11 +146,12 @@ def parse_reverification(reverification: object) -> Reverification | None:
 
 def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
     """
-    Return a copy of *conditions* without absent ones.
+    Validate *conditions*, and return those that are not None.
 
     Raises:
-        TypeError: there is no such condition, or it has the wrong type.
-        ValueError: no session could ever meet it; Clerk never puts system permissions into a token.
+        TypeError: the name of a condition is unknown, or its value has the wrong type.
+        ValueError: no session could ever meet the condition. For example, tokens never contain
+            system permissions.
     """
     given = _drop_absent(conditions)
     for name, value in given.items():
@@ -175,7 +176,7 @@ def _check_name(kind: str, value: object) -> None:
     if not re.fullmatch(pattern, value):
         raise ValueError(
             f"{kind} must be a name such as {example!r}; not {value!r}. "
-            "Clerk puts system permissions into no token."
+            "Tokens never contain system permissions."
         )
 
 
@@ -190,16 +191,16 @@ def _check_reverification(value: object) -> None:
 
 
 def _is_falsy(value: object) -> bool:
-    """Return whether *value* is falsy in JavaScript, where empty lists and objects are not."""
+    """Return whether *value* is falsy in JavaScript. Empty arrays and objects are truthy."""
     return value is None or value is False or value in ("", 0)
 
 
 def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) -> tuple[str, ...]:
     """
-    Return the permissions of version 2.
+    Return the permissions from claims of version 2.
 
-    ``per`` lists their names. ``fpm`` has a number for each feature of the organization, whose bits
-    are indices into ``per``.
+    ``per`` lists permission names. ``fpm`` has a bit mask for each feature of the organization. The
+    position of each set bit is an index into ``per``.
     """
     features = _split_by_scope(claims.get("fea"))["o"]
     per, fpm = packed.get("per"), packed.get("fpm")
@@ -209,7 +210,7 @@ def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) ->
         raise MalformedClaims
     names = [name.strip() for name in per.split(",")]
     numbers = map(_parse_bits, fpm.split(","))
-    # Features without a number, and numbers that are malformed, grant nothing.
+    # A feature whose bit mask is missing or malformed grants nothing.
     return tuple(
         f"org:{feature}:{name}"
         for feature, bits in zip(features, numbers, strict=False)
@@ -224,7 +225,7 @@ def _parse_bits(text: str) -> int:
 
 
 def _split_by_scope(listed: object) -> dict[str, list[str]]:
-    """Return the values of ``o:dashboard,u:ai,ou:teams`` for organization and user."""
+    """Return the values in a claim such as ``o:dashboard,u:ai,ou:teams``, by scope."""
     found: dict[str, list[str]] = {"o": [], "u": []}
     if _is_falsy(listed):
         return found
@@ -240,7 +241,7 @@ def _split_by_scope(listed: object) -> dict[str, list[str]]:
 
 
 def _is_listed(listed: object, wanted: str) -> bool:
-    """Return whether a claim lists *wanted*; ``org:`` or ``user:`` restricts it to that scope."""
+    """Return whether a claim lists *wanted*. A prefix, ``org:`` or ``user:``, selects a scope."""
     if not isinstance(listed, str) or not listed:
         return False
     found = _split_by_scope(listed)
@@ -278,7 +279,7 @@ def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
     if ages is None or wanted is None or ages == (-1, -1):
         return False
     first, second = (age != -1 and wanted["afterMinutes"] > age for age in ages)
-    # Without a second factor the first one replaces it.
+    # If no second factor is set up, the first factor is checked instead.
     if wanted["level"] == "first_factor" or ages[1] == -1:
         return first
     if wanted["level"] == "second_factor":

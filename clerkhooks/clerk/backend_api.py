@@ -23,14 +23,14 @@ IDS = 100  # the maximum number of ids that Clerk accepts in one request
 LIVE_RATE, TEST_RATE = 90, 9
 TIMEOUT = 60.0  # seconds, for a whole exchange
 RETRY_TIMEOUT = 120.0  # seconds until a call gives up
-MAX_PAUSE = 60.0  # seconds, even if Retry-After says more
+MAX_PAUSE = 60.0  # seconds, even if Retry-After is longer
 MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice the size of a page with the maximum metadata
-# Python would print each retry to stderr if no handler is configured.
+# Without a handler, Python would print each retry to stderr.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 class RateLimit:
-    """Spaces the starts of requests by *interval* seconds, over all threads."""
+    """Spaces the starts of requests by *interval* seconds, across all threads."""
 
     def __init__(self, interval: float) -> None:
         self._interval, self._free_at, self._held_until = interval, 0.0, 0.0
@@ -49,7 +49,7 @@ class RateLimit:
 
 
 class _Temporary(BackendApiError):
-    """An error that a retry may solve. *retry_after* is in seconds, None if unknown."""
+    """An error that a retry may resolve. *retry_after* is in seconds, or None if unknown."""
 
     def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
         super().__init__(reason, what)
@@ -58,10 +58,10 @@ class _Temporary(BackendApiError):
 
 class BackendApi:
     """
-    A client that respects Clerk's rate limits and retries. Threads may share it.
+    A client that retries requests and respects rate limits. Threads may share it.
 
-    Every method raises BackendApiError, after *patience* seconds of retries at the latest. *pace*
-    scales patience and all pauses, so that tests take less time; *timeout* is in seconds.
+    Every method raises BackendApiError on failure, after at most *patience* seconds of retries.
+    *pace* scales patience and all pauses, so that tests take less time. *timeout* is in seconds.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests.
     """
@@ -115,7 +115,7 @@ class BackendApi:
 
     def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
         """
-        Return a page of users, oldest first, unchanged.
+        Return a page of user objects as Clerk sent them, oldest first.
 
         *created_at_after* is in milliseconds; Clerk does not document whether it is inclusive.
         """
@@ -125,21 +125,21 @@ class BackendApi:
         return self._list(**page)
 
     def list_newest(self, limit: int) -> list[Any]:
-        """Return the *limit* users who signed up last, newest first, unchanged."""
+        """Return the *limit* newest user objects as Clerk sent them, newest first."""
         return self._list(limit=limit, order_by="-created_at")
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
-        """Return the users with these ids, at most a hundred. Missing users are left out."""
+        """Return the users with these ids, at most 100. Omit users that do not exist."""
         if len(user_ids) > IDS:
-            raise ValueError(f"Clerk takes {IDS} ids at a time.")
-        # Without ids Clerk lists all users, and without a limit only ten of the requested ones.
+            raise ValueError(f"Clerk accepts at most {IDS} ids in one request.")
+        # Without ids, Clerk lists all users. Without a limit, it returns at most ten users.
         return self._list(limit=IDS, user_id=list(user_ids)) if user_ids else []
 
     def is_gone(self, user_id: str) -> bool:
         """
-        Return whether Clerk's own error code says that there is no such user.
+        Return whether Clerk's own error code confirms that the user does not exist.
 
-        The 404 of a proxy or of a wrong URL proves nothing.
+        A 404 from a proxy or a wrong URL proves nothing.
         """
         path = f"/users/{quote(user_id, safe='')}"
         return self._retry(lambda: _judge_user(self._send(path), user_id))
@@ -154,7 +154,7 @@ class BackendApi:
         return self._retry(lambda: _judge(self._send(path, **parameters)))
 
     def _pause_after(self, error: Exception) -> bool | float:
-        """Return whether to retry with backoff, or after how many seconds."""
+        """Return False to give up, True to retry with backoff, or the seconds to wait."""
         if not isinstance(error, _Temporary):
             return False
         if not error.retry_after:
@@ -169,7 +169,7 @@ class BackendApi:
             with self._borrow_connection() as connection:
                 return connection.get(f"{self._url}{path}", parameters)
         except ProxyUrlError as error:
-            raise BackendApiError("proxy_invalid", f"was not asked: {error.what}") from None
+            raise BackendApiError("proxy_invalid", f"was not called: {error.what}") from None
         except TooLong as error:
             raise BackendApiError("answer_unusable", str(error)) from None
         except UnusableAnswer as error:
@@ -178,7 +178,7 @@ class BackendApi:
             raise _Temporary("api_unreachable", str(error)) from None
         except (httpx.InvalidURL, UnicodeError):
             raise BackendApiError("api_unreachable", "has a URL that cannot be used") from None
-        # The library's own text is left out: it may quote the request or the answer.
+        # The library's own text is omitted, because it may quote the request or the answer.
         except httpx.HTTPError as error:
             what = f"did not answer ({type(error).__name__})"
             raise _Temporary("api_unreachable", what) from None
@@ -212,7 +212,7 @@ def _judge(answer: Answer) -> Any:
 
 
 def _judge_user(answer: Answer, user_id: str) -> bool:
-    """Return whether *answer* proves that the user is gone, and not that it exists."""
+    """Return True if *answer* proves that the user is gone, False if the user exists."""
     if answer.status == 404 and _is_not_found(answer.body):
         return True
     user = _judge(answer)
@@ -230,6 +230,6 @@ def _is_not_found(body: bytes) -> bool:
 
 
 def _parse_retry_after(headers: httpx.Headers) -> float | None:
-    """Return the seconds to wait, or None if they are missing or not a number."""
+    """Return the seconds to wait, or None if the header is missing or not a number."""
     text = headers.get("Retry-After", "").strip()
     return float(text[:9]) if text.isascii() and text.isdigit() else None

@@ -1,4 +1,4 @@
-"""Requests with limits on the time of the whole exchange and the size of the answer."""
+"""HTTP requests that limit the duration of an exchange and the size of the answer."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ class Connection:
     """
     A persistent connection to the host of *url*, for one thread at a time.
 
-    It uses the proxy that the environment variables set, except for loopback addresses. *timeout*
-    is in seconds and covers a whole exchange; *max_size* is in bytes of the body. Without
-    *compressed* a body is never decompressed, because a small body could expand to any size.
+    It uses the proxy from the environment variables, except for loopback addresses. *timeout* is in
+    seconds and covers a whole exchange; *max_size* is in bytes and limits the body. Unless
+    *compressed* is true, a body is never decompressed, because a small one could expand to any
+    size.
 
     Raises:
-        ProxyUrlError: the environment variables do not set a usable proxy.
+        ProxyUrlError: a proxy in the environment variables is not usable.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class Connection:
         Return the answer to one request.
 
         Raises:
-            TimeoutError: it took too long.
+            TimeoutError: the exchange took too long.
             httpx.HTTPError: there was no answer.
             UnusableAnswer: the body was cut short, garbled or too long.
         """
         return self._send(self._client.build_request("GET", url, params=parameters))
 
     def post(self, url: str, body: bytes) -> Answer:
-        """Return the answer to one request; raises the same errors as ``get``."""
+        """Return the answer to one request. Raise the same errors as ``get``."""
         return self._send(self._client.build_request("POST", url, content=body))
 
     def _send(self, request: httpx.Request) -> Answer:
@@ -101,7 +102,7 @@ class Connection:
         finally:
             timer.cancel()
             timer.join()  # so that the timer cannot end the next exchange
-        # A body without Content-Length ends with the connection, so a truncated one may look
+        # A body without Content-Length ends with the connection, so a truncated body may look
         # complete.
         if self._is_expired:
             raise TimeoutError("did not answer in time")
@@ -122,7 +123,7 @@ class Connection:
             raise httpx.ConnectError("the host name is invalid") from error
 
     def _close_socket(self) -> None:
-        # httpx leaves the socket open if a SOCKS proxy refuses, answers garbage or hangs up.
+        # httpx leaves the socket open if a SOCKS proxy refuses, sends garbage or disconnects.
         if self._socket is not None:
             self._socket.close()
 
@@ -136,7 +137,7 @@ class Connection:
             for piece in response.iter_bytes() if self._compressed else response.iter_raw():
                 body += piece
                 if len(body) > self._max_size:
-                    raise TooLong(f"answered more than {self._max_size:,} bytes")
+                    raise TooLong(f"sent more than {self._max_size:,} bytes")
         except (httpx.RemoteProtocolError, httpx.DecodingError):
             raise UnusableAnswer("sent an answer that was cut short or garbled") from None
         return bytes(body)
@@ -148,7 +149,7 @@ class Connection:
                 self._cut()
 
     def _cut(self) -> None:
-        # httpx's timeouts restart with each byte, so a trickling answer would never end.
+        # httpx's timeouts restart with each byte, so a slow stream would never time out.
         self._is_expired = True
         if self._socket is not None:
             with suppress(OSError):

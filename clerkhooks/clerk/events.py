@@ -21,7 +21,7 @@ LAST_MILLISECOND = 253_402_300_799_999  # the end of 9999, the maximum in Python
 FIRST_MILLISECOND = 10**11  # in 1973; a smaller value is in seconds
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-"""Characters that databases refuse: NUL and lone surrogates."""
+"""Characters that databases reject: NUL and lone surrogates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class ReceivedEvent:
     """
     An event of any type, before it is applied.
 
-    *user_id* is set for user events; *profile* is set for them unless the user was deleted.
+    User events have a *user_id*. They also have a *profile*, unless the user was deleted.
     """
 
     message_id: str
@@ -66,7 +66,7 @@ class Snapshot:
 
     @property
     def version(self) -> Version:
-        """The version, which can be compared with versions of events."""
+        """The version, which is comparable with versions of events."""
         return Version(self.updated_at, 0, "")
 
 
@@ -80,7 +80,7 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
     Return the event in *message*.
 
     Raises:
-        EventError: it is not a JSON object with a type, or is a user event without a user id.
+        EventError: it is not a JSON object with a type, or it is a user event without a valid id.
 
     Source: Clerk, "Webhooks overview", structure of the payload.
     """
@@ -109,7 +109,8 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     """
     Return the stored part of a user object from an event or from the Backend API.
 
-    A field that is null, empty, of a wrong type, too long or not storable counts as absent.
+    A field that is null, empty, too long, not storable or of the wrong type counts as absent. A
+    long name is truncated.
     """
     address = find_primary(data, "primary_email_address_id", "email_addresses")
     email = _text(address.get("email_address"), EMAIL_LENGTH)
@@ -126,7 +127,7 @@ def parse_snapshot(data: object) -> Snapshot:
     Return the snapshot of a user object from the Backend API.
 
     Raises:
-        EventError: it is not a user object, or has no ``updated_at`` to order it by.
+        EventError: *data* is not a user object, or has no valid ``updated_at``.
     """
     if not isinstance(data, dict) or not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
@@ -137,12 +138,12 @@ def parse_snapshot(data: object) -> Snapshot:
 
 
 def storable(text: str) -> str:
-    """Return *text*, truncated, with characters replaced that a database refuses."""
+    """Truncate *text*, and replace characters that databases reject."""
     return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:LABEL_LENGTH])
 
 
 def storable_id(message_id: str) -> str:
-    """Return *message_id*; if it is not storable, its start and a unique digest."""
+    """Return *message_id* or, if it is not storable, its beginning followed by a digest."""
     if storable(message_id) == message_id:
         return message_id
     digest = sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()
@@ -168,7 +169,7 @@ def milliseconds(value: object) -> int | None:
         return None
     if value != int(value):
         return None
-    # The envelope's time is in seconds in Clerk's documentation, in milliseconds in deliveries.
+    # The envelope's time is in seconds in Clerk's documentation, but milliseconds in deliveries.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
 
 
@@ -179,7 +180,7 @@ def _text(value: object, length: int) -> str | None:
 
 
 def _name(value: object) -> str | None:
-    # Not truncated here, because the complete name is truncated once.
+    # Not truncated here, because the full name is truncated later.
     if not isinstance(value, str) or UNSTORABLE.search(value):
         return None
     return value.strip()

@@ -168,8 +168,8 @@ def event_data(
     """
     Return the ``data`` of an event of any type. *updated_at* is in milliseconds.
 
-    It is complete for users, and has the main fields for sessions, organizations and memberships.
-    *profile* is the user's ``email``, ``first_name`` and ``last_name``.
+    User data is complete. Data of sessions, organizations and memberships has the main fields.
+    *profile* contains the user's ``email``, ``first_name`` and ``last_name``.
     """
     if event_type == "user.deleted":
         return {"deleted": True, "id": user_id, "object": "user"}

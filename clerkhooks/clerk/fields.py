@@ -1,4 +1,4 @@
-"""Declared columns: fields of Clerk's user object that an application stores as well."""
+"""Declared columns: further fields of Clerk's user object that an application stores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[^.\s][^.]*)*")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Where a declared column's value is in Clerk's user object, and how it is parsed."""
+    """The path to a declared column's value in Clerk's user object, and its parser."""
 
     path: str
     parse: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         """
-        Refuse a path that can never have a value, or must never be stored.
+        Reject a path that can never have a value, or whose value must never be stored.
 
         Raises:
-            ValueError: the path is malformed, or leads into ``private_metadata``.
+            ValueError: the path is malformed or leads into ``private_metadata``.
         """
         if not isinstance(self.path, str) or not _PATH.fullmatch(self.path):
             raise ValueError(
@@ -41,7 +41,7 @@ class Field:
         Return the value in *data*, a user object, or None if it is absent.
 
         Raises:
-            Exception: any that ``parse`` raises, such as for a value that it does not expect.
+            Exception: ``parse`` failed, for example because it did not expect the value.
         """
         value, path = data, self.path
         if path == PHONE_NUMBER:
@@ -53,7 +53,7 @@ class Field:
 
 
 def find_primary(data: Mapping[str, Any], id_name: str, list_name: str) -> Mapping[str, Any]:
-    """Return the object of a list whose id *data* names as the primary one; empty if absent."""
+    """Return the list item whose id is the primary id in *data*, or an empty mapping."""
     primary, listed = data.get(id_name), data.get(list_name)
     if not isinstance(primary, str) or not isinstance(listed, list):
         return {}

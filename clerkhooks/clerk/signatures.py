@@ -1,4 +1,4 @@
-"""Verification of webhooks that Svix signed."""
+"""Verification of webhooks signed by Svix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from clerkhooks.errors import SignatureError
 HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
 TOLERANCE = 5 * 60  # seconds
 SigningSecret = Webhook
-"""A secret of an endpoint. Its repr does not show it."""
-_BLANKS = " \t\n\v\f\r\xa0\ufeff"  # JavaScript's trim() removes these, Python's strip() more
+"""An endpoint's signing secret. Its repr does not show the secret."""
+_BLANKS = " \t\n\v\f\r\xa0\ufeff"  # removed by JavaScript's trim(); Python's strip() removes more
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ def verify_signature(
     *headers* have lower-case names; *now* is in seconds since the epoch.
 
     Raises:
-        SignatureError: the message cannot be verified; with the reason.
+        SignatureError: the message cannot be verified. ``reason`` names the failed check.
 
-    Source: Standard Webhooks 1.0, "Verifying webhook authenticity"; verdicts as of @clerk/backend
-    3.25.
+    Source: Standard Webhooks 1.0, "Verifying webhook authenticity". The results are those of
+    @clerk/backend 3.25.
     """
     message_id, timestamp, signatures = (headers.get(name, "").strip(_BLANKS) for name in HEADERS)
     if not (message_id and timestamp and signatures):
@@ -60,8 +60,8 @@ def verify_signature(
     except UnicodeError:
         raise SignatureError("body_not_utf8") from None
     # The library's verify() decodes base64 leniently, raises at the first garbled signature, and
-    # takes no clock. So it only signs, and the texts are compared as Clerk's SDK does.
-    # No early exit: the duration must not reveal which secret or signature was close.
+    # does not accept a time. So the library only signs, and signatures are compared as text, as in
+    # Clerk's SDK. No early exit: the duration must not reveal which secret and signature match.
     sent = _parse_signatures(signatures)
     matches = [hmac.compare_digest(one, other) for one in sent for other in expected]
     if not any(matches):
@@ -70,6 +70,6 @@ def verify_signature(
 
 
 def _parse_signatures(header: str) -> list[bytes]:
-    """Return the v1 signatures of a header; other versions and garbage are skipped."""
+    """Return the v1 signatures in *header*. Skip other versions and garbage."""
     parts = [part.split(",") for part in header.split(" ")]
     return [",".join(part[:2]).encode("utf-8", "replace") for part in parts if part[0] == "v1"]

@@ -1,4 +1,4 @@
-"""Keys of session tokens: configured, or fetched from Clerk and kept during outages."""
+"""Keys for session tokens: configured, or fetched from Clerk and kept during outages."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 logger = logging.getLogger(__name__)
 TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting for another thread's fetch
 BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
-MAX_ANSWER = 256 * 1024  # bytes; Clerk's has about 2 kB
+MAX_ANSWER = 256 * 1024  # bytes; Clerk's answer has about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
-COOLDOWN = 30.0  # seconds between two fetches, even if one failed or hangs
+COOLDOWN = 30.0  # seconds between two fetches, even if the first one failed or hangs
 KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another successful fetch
 
 
@@ -68,16 +68,16 @@ class FetchedKeys:
 
     @property
     def age(self) -> float | None:
-        """Seconds since the last good answer; None before the first."""
+        """Seconds since the last successful fetch, or None if no fetch has succeeded."""
         return time.monotonic() - self._fetched_at if self._keys else None
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """
-        Return the key with that id, fetching it if it is unknown and the cooldown is over.
+        Return the key with the id *kid*. Fetch an unknown key if the cooldown is over.
 
         Raises:
             Unauthenticated: ``unknown_key``.
-            KeysUnavailable: there is no usable key at all.
+            KeysUnavailable: no usable key is known.
         """
         if time.monotonic() - self._fetched_at >= REFRESH_AFTER:
             self.fetch_soon()
@@ -99,14 +99,15 @@ class FetchedKeys:
             raise KeysUnavailable("keys_unavailable", retry_after)
 
     def _wait_for_fetch(self) -> None:
-        # Waiting on another thread's fetch is enough. While keys are known only the thread that
-        # started it waits long: otherwise a flood of forged tokens could occupy every thread.
+        # If another thread is fetching, waiting for it is enough. While keys are known, only the
+        # thread that started the fetch waits long. Otherwise a flood of forged tokens could occupy
+        # every thread.
         fetch, is_ours = self._start_or_join()
         if fetch is not None:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEF_TIMEOUT)
 
     def fetch_soon(self) -> threading.Thread | None:
-        """Start a fetch, unless one started within the cooldown, and return the latest."""
+        """Start a fetch unless one began within the cooldown. Return the latest fetch."""
         return self._start_or_join()[0]
 
     def _start_or_join(self) -> tuple[threading.Thread | None, bool]:
@@ -116,7 +117,7 @@ class FetchedKeys:
                 return self._fetch, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
             self._tried_at, self._fetch = time.monotonic(), None
-            # It raises if the machine has no thread left. The known keys stay in use.
+            # start() raises if the system cannot create a thread. The known keys stay in use.
             with suppress(RuntimeError):
                 fetch.start()
                 self._fetch = fetch
@@ -136,7 +137,7 @@ class FetchedKeys:
             )
             return
         with self._guard:
-            # A fetch that hung may end after a later one and bring older keys.
+            # A fetch that hung may end after a later fetch and return older keys.
             is_current = self._fetch is threading.current_thread()
             if is_current:
                 self._keys = keys  # set before the time, because other threads read the time first
@@ -145,7 +146,7 @@ class FetchedKeys:
 
 
 SigningKeys = ConfiguredKeys | FetchedKeys
-"""Where a verifier finds keys."""
+"""A verifier's source of keys."""
 
 
 def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
@@ -154,7 +155,7 @@ def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKe
 
     Raises:
         ValueError: the status is not 200, or the body is not a JWKS with an RS256 key.
-        TimeoutError, httpx.HTTPError, UnusableAnswer: there is no usable answer in time.
+        TimeoutError, httpx.HTTPError, UnusableAnswer: no usable answer arrived in time.
 
     Source: RFC 7517.
     """

@@ -11,7 +11,7 @@ def parse(text: bytes | str) -> Any:
     Return the value of *text*.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, contains NaN or Infinity, or is nested too deeply.
+        ValueError: *text* is not JSON in UTF-8, contains NaN or Infinity, or is nested too deeply.
 
     Source: RFC 8259.
     """
@@ -22,7 +22,7 @@ def parse(text: bytes | str) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether *value* is a JSON number; a bool is not, although it is an int in Python."""
+    """Return whether *value* is a JSON number. A bool is not one, although it is an int."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
