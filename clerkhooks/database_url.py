@@ -1,4 +1,4 @@
-"""``DATABASE_URL`` in the forms of libpq, SQLAlchemy, node-postgres and hosting providers."""
+"""``DATABASE_URL`` as written for libpq, SQLAlchemy, node-postgres and hosting providers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEVERAL_HOSTS = re.compile(
 
 def parse_database_url(text: str) -> str:
     """
-    Return a database URL in SQLAlchemy's spelling.
+    Return a database URL in SQLAlchemy's syntax.
 
     Raises:
         ValueError: the database is unsupported, or the URL is invalid.
@@ -33,7 +33,7 @@ def parse_database_url(text: str) -> str:
         raise ValueError("names an unsupported database. Use PostgreSQL or SQLite.")
     if not url.database or ":memory:" in text or "mode=memory" in text:
         raise ValueError(
-            "keeps SQLite in memory, where each worker would have a separate database. Name a file."
+            "is an in-memory SQLite database, which is separate for each worker. Use a file."
         )
     path = url.database.removeprefix("file:")
     # Not Path.is_dir(), which raises if a parent folder is not readable.
@@ -44,7 +44,7 @@ def parse_database_url(text: str) -> str:
 
 
 def _name_hosts_apart(text: str) -> str:
-    """Translate libpq's spelling of several hosts, ``//a:1,b:2/name``, to SQLAlchemy's."""
+    """Translate libpq's syntax for several hosts, ``//a:1,b:2/name``, to SQLAlchemy's."""
     found = _SEVERAL_HOSTS.fullmatch(text)
     if found is None:
         return text
@@ -55,10 +55,10 @@ def _name_hosts_apart(text: str) -> str:
 
 def _parse_postgresql(url: URL) -> str:
     query: dict[str, Any] = dict(url.query)
-    if isinstance(query.get("options"), tuple):  # given several times, as SQLAlchemy documents
+    if isinstance(query.get("options"), tuple):  # repeated, as SQLAlchemy documents
         query["options"] = " ".join(query["options"])
     query |= _translate_tls(query.pop("ssl", None), query.get("sslmode"))
-    if url.host and "%" in url.host:  # the folder of a socket, in libpq's spelling
+    if url.host and "%" in url.host:  # the folder of a socket, in libpq's syntax
         query["host"], url = unquote(url.host), url.set(host="")
     url = url.set(query=query)
     text = url.render_as_string(hide_password=False)
@@ -76,14 +76,14 @@ def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
         return {}
     modes = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
     if ssl not in modes:
-        raise ValueError("has an unknown value of ssl. Use sslmode, such as sslmode=require.")
+        raise ValueError("has an unknown value for ssl. Use sslmode, such as sslmode=require.")
     return {"sslmode": modes[str(ssl)]}
 
 
 def _check_with_sqlalchemy(url: str) -> None:
     try:
-        create_engine(url)  # connects to nothing
-    except (ArgumentError, ValueError, TypeError):  # the errors' texts quote parts of a password
+        create_engine(url)  # does not connect
+    except (ArgumentError, ValueError, TypeError):  # the errors' texts may quote a password
         raise ValueError("is not a database URL that SQLAlchemy accepts.") from None
 
 

@@ -1,8 +1,8 @@
 """
 The exceptions, grouped by what the caller can do about them.
 
-Each has a ``reason``: a stable snake_case code for tests, logs and clients. None contains input,
-secrets or profile data, so all of them may be logged.
+Each has a ``reason``: a stable snake_case code for tests, logs and clients. Exceptions never
+contain input, secrets or profile data, so all of them may be logged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RequestError(ClerkhooksError):
 
 
 class SignatureError(RequestError):
-    """The webhook's signature does not verify: 401."""
+    """The webhook's signature cannot be verified: 401."""
 
     status = HTTPStatus.UNAUTHORIZED
 
@@ -103,18 +103,18 @@ class BackendApiError(ClerkhooksError):
 
 PROXY_REMEDY = (
     "Use a URL such as http://proxy.example.com:3128 or socks5://proxy.example.com:1080. In "
-    "NO_PROXY, separate the hosts by commas."
+    "NO_PROXY, separate the hosts with commas."
 )
 _BACKEND_API_REMEDIES = {
-    "secret_key_refused": "CLERK_SECRET_KEY is not of this instance, or was revoked. See "
+    "secret_key_refused": "CLERK_SECRET_KEY is not a key of this instance, or was revoked. See "
     "Clerk Dashboard, API keys, Secret keys. If CLERK_API_URL is set, check it too.",
-    "secret_key_forbidden": "CLERK_SECRET_KEY may not read users, or a proxy or firewall "
-    "forbids it. See Clerk Dashboard, API keys, Secret keys.",
+    "secret_key_forbidden": "CLERK_SECRET_KEY is not allowed to read users, or a proxy or firewall "
+    "blocks the request. See Clerk Dashboard, API keys, Secret keys.",
     "rate_limited": "Other programs use up the instance's rate limit: 1,000 requests in 10 s "
     "in production, 100 in development. Try again later.",
     "api_unreachable": "Check https://status.clerk.com, this machine's network, and "
     "CLERK_API_URL if it is set. Then try again.",
-    "answer_unusable": "The answer is not one of Clerk's. Leave CLERK_API_URL unset to use "
+    "answer_unusable": "The answer is not in Clerk's format. Leave CLERK_API_URL unset to use "
     "https://api.clerk.com, and check for a proxy that answers instead of Clerk.",
     "proxy_invalid": PROXY_REMEDY,
 }
@@ -122,9 +122,9 @@ _BACKEND_API_REMEDIES = {
 
 class ProxyUrlError(ClerkhooksError):
     """
-    A proxy variable of the environment is invalid: ``proxy_invalid``.
+    A proxy variable in the environment is invalid: ``proxy_invalid``.
 
-    The text names the variables and never quotes their values, which may hold passwords.
+    The text names the variables and never quotes their values, which may contain passwords.
     """
 
     def __init__(self, variables: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ class ProxyUrlError(ClerkhooksError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A variable, what is wrong with it, and where to find its value. Never quotes the value."""
+    """A variable, its problem, and where to find the right value. Never quotes the value."""
 
     variable: str
     problem: str
@@ -152,14 +152,14 @@ class SettingsError(ClerkhooksError, click.ClickException):
     Invalid configuration. The text lists every problem and shows no value.
 
     Commands of an application, such as ``flask clerk users``, print the text and exit with
-    status 2. Flask shows a traceback for every other exception of an application's factory.
+    status 2. For any other exception in an application's factory, Flask shows a traceback.
     """
 
     exit_code = 2
 
     def __init__(self, faults: list[Fault]) -> None:
         heading = "clerkhooks cannot start. Please correct:"
-        advice = "To see it work without any configuration: clerkhooks dev"
+        advice = "To try clerkhooks without any configuration, run: clerkhooks dev"
         text = "\n\n".join([heading, *map(str, faults), advice])
         super().__init__("invalid_settings", text)
         self.faults = tuple(faults)

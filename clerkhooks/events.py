@@ -39,9 +39,9 @@ class Event:
     """
     A verified event from Clerk, as handlers receive it.
 
-    *data* is the object as Clerk sent it. It may hold profile data and one-time codes: do not log
-    it. *occurred_at* is in UTC, or None if the event names no time. *outcome* is ``applied`` or
-    ``stale``; for types that only handlers act on it is always ``applied``.
+    *data* is the object as Clerk sent it. It may contain profile data and one-time codes: do not
+    log it. *occurred_at* is in UTC, or None if the event has no time. *outcome* is ``applied`` or
+    ``stale``. It is always ``applied`` for event types that only handlers process.
     """
 
     type: str
@@ -69,7 +69,7 @@ class Handlers:
 
     def add(self, pattern: str, handler: Handler, *, after_commit: bool) -> None:
         """
-        Register *handler*; registering it again for the same pattern has no effect.
+        Register *handler*. Registering it again for the same pattern has no effect.
 
         Raises:
             ValueError: *pattern* is not an event type, a family or ``*``.
@@ -102,7 +102,7 @@ class Handlers:
 
 
 def _is_deferred(function: object) -> bool:
-    """Return whether calling *function* makes a coroutine or a generator without running it."""
+    """Return whether calling *function* only creates a coroutine or a generator."""
     kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     return any(is_kind(function) for is_kind in kinds)
 

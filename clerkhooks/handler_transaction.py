@@ -19,8 +19,8 @@ from clerkhooks.store.postgresql import LOCK_TIMEOUT, STATEMENT_TIMEOUT
 
 _ENDED = (
     "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
-    "commits the message together with everything that handlers write. Use "
-    "db.session.begin_nested() around an error of the database that you catch."
+    "commits the message together with everything that handlers write. To catch a database error, "
+    "wrap the statement in db.session.begin_nested()."
 )
 _EXCHANGE_LIMITS = sa.text(
     """
@@ -44,7 +44,7 @@ def apply_with_handlers(
 
     Raises:
         Overloaded: the application's pool had no connection in time.
-        RuntimeError: a handler ended the transaction, or the commit did not keep the message.
+        RuntimeError: a handler ended the transaction, or the commit did not save the message.
         Exception: any error of a handler or the database. Everything is rolled back.
     """
     session = scoped()
@@ -58,9 +58,9 @@ def apply_with_handlers(
         for handler in handlers:
             with _ending_refused(session, connection):
                 call_handler(handler, event, outcome)
-            # After a swallowed error PostgreSQL answers COMMIT with a silent rollback, and after a
-            # rollback an empty commit succeeds. Either way the message would be answered 200 and
-            # lost.
+            # If a handler swallowed a database error, PostgreSQL silently rolls back on COMMIT.
+            # After a rollback, an empty commit succeeds. In both cases, the message would be
+            # answered 200 and lost.
             execute = session.connection(bind_arguments={"clause": store.messages}).execute
             if scoped() is not session or not _is_processed(store, execute, event):
                 raise RuntimeError(_ENDED)
@@ -68,9 +68,9 @@ def apply_with_handlers(
     except BaseException:
         scoped.rollback()
         raise
-    # A listener of the application may have swallowed an error inside the commit.
+    # One of the application's listeners may have swallowed an error during the commit.
     if not _is_processed(store, store.database.execute, event):
-        raise RuntimeError("The message's transaction was rolled back while it was committed.")
+        raise RuntimeError("The message's transaction was rolled back during the commit.")
     return outcome
 
 
@@ -79,7 +79,7 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
     Call *handler* with *event*.
 
     Raises:
-        TypeError: its result is a coroutine or a generator, which nothing would run.
+        TypeError: the result is a coroutine or a generator, which nothing would run.
     """
     message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
     result = handler(Event(*message, outcome))
@@ -112,7 +112,7 @@ def _is_processed(
 
 @contextmanager
 def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
-    """Raise RuntimeError if a handler ends the message's transaction, or the process."""
+    """Raise RuntimeError if a handler ends the message's transaction or the process."""
     attempts: list[object] = []
     transaction = session.get_transaction()
 
@@ -122,7 +122,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
             raise RuntimeError(_ENDED)
 
     sa_event.listen(session, "before_commit", refuse)
-    sa_event.listen(connection, "commit", refuse)  # of db.session.connection().commit()
+    sa_event.listen(connection, "commit", refuse)  # for db.session.connection().commit()
     try:
         yield
     except SystemExit as error:  # so that the failure is recorded and answered 500
@@ -136,7 +136,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
 
 @contextmanager
 def _own_limits(connection: sa.Connection) -> Iterator[None]:
-    """Limit the waits of our statement in the application's transaction, then restore them."""
+    """Set our limits in the application's transaction, and restore its own at the end."""
     if connection.dialect.name != "postgresql":
         begin_immediate(connection)
         yield

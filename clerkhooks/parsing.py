@@ -1,8 +1,8 @@
 """
 Parsers for the values of variables.
 
-Each raises ValueError with the end of a sentence whose subject is the variable. The error never
-quotes the value.
+Each parser raises ValueError for an invalid value. The message is a sentence without its subject,
+the variable, and never quotes the value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 T = TypeVar("T")
 NATIVE = "native"
-"""Among the authorized parties: admits a bearer token without ``azp``, as mobile apps send."""
+"""An authorized party that admits bearer tokens without ``azp``, as sent by mobile apps."""
 _PEM = re.compile(
     r"-----BEGIN (?:RSA )?PUBLIC KEY-----(.*?)-----END (?:RSA )?PUBLIC KEY-----", re.DOTALL
 )
@@ -53,7 +53,7 @@ def number_up_to(most: int) -> Callable[[str], int]:
 
 
 def _decode_base64(text: str) -> bytes | None:
-    """Return the bytes of canonical base64, or None: Clerk's SDK rejects anything else."""
+    """Decode canonical base64. Otherwise return None, because Clerk's SDK rejects the text."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -62,7 +62,7 @@ def _decode_base64(text: str) -> bytes | None:
 
 
 def parse_webhook_secret(text: str) -> bytes:
-    """Return a signing secret of a webhook endpoint."""
+    """Return the bytes of a webhook endpoint's signing secret."""
     if text.startswith(("sk_", "pk_")):
         raise ValueError("is an API key, not the signing secret of a webhook endpoint.")
     raw = _decode_base64(text.removeprefix("whsec_"))
@@ -78,7 +78,7 @@ def parse_webhook_secret(text: str) -> bytes:
 
 def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     r"""
-    Return the RSA public keys of one or several PEMs.
+    Return the RSA public keys from one or more PEM blocks.
 
     Platforms change line breaks, so real line breaks, literal ``\n``, no line breaks and a bare
     base64 body are accepted.
@@ -86,7 +86,7 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
         raise ValueError(
-            "holds a private key. Use the public key, and treat the private key as compromised."
+            "contains a private key. Use the public key, and treat the private key as compromised."
         )
     bodies = _PEM.findall(text)
     if "-----" in _PEM.sub("", text):
@@ -122,7 +122,7 @@ def parse_secret_key(text: str) -> str:
 
 
 def parse_password(text: str) -> str:
-    """Return a password: long, because attempts are not limited, and valid in a header."""
+    """Return a password that is valid in a header, and long: login attempts are unlimited."""
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise ValueError("must be at least 16 printable ASCII characters, without spaces.")
     return text
@@ -152,7 +152,7 @@ def parse_authorized_party(text: str) -> str:
     """Return an origin, or ``native``."""
     if text == NATIVE:
         return text
-    # Not only https: Clerk's SDKs for browser extensions and phones send azp of other schemes.
+    # Not only https: Clerk's SDKs for browser extensions and phones send azp with other schemes.
     url = _split_url(text)
     if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):
         raise ValueError(
@@ -172,7 +172,7 @@ def _split_url(text: str) -> SplitResult:
     except ValueError:
         raise ValueError("is not a URL.") from None
     is_whole = url.scheme and url.hostname and url.username is None and _is_host(url.hostname)
-    # Browsers and DNS spell international hosts as xn--.
+    # Browsers and DNS encode international host names as xn--.
     if not is_whole or re.search(r"[^!-~]|[*\\<>\"']", text):
         raise ValueError("is not a URL such as https://host, without wildcards or passwords.")
     return url

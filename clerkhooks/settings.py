@@ -109,7 +109,7 @@ class Settings:
         Read every variable from *values*. An empty value counts as unset.
 
         Raises:
-            SettingsError: with every problem at once.
+            SettingsError: a value is invalid or missing. The error lists every problem.
         """
         read = _Reader(values)
         found = cls._read(read)
@@ -197,7 +197,7 @@ class _Reader:
         self.faults: list[Fault] = []
 
     def __call__(self, variable: str, parse: Callable[[str], Any]) -> Any:
-        """Return the parsed value of *variable*, or None if it is unset or wrong."""
+        """Return the parsed value of *variable*, or None if it is unset or invalid."""
         text = self.text(variable)
         try:
             return parse(text) if text else None
@@ -209,7 +209,7 @@ class _Reader:
             return None
 
     def text(self, variable: str) -> str:
-        """Return a value as text, which is empty if the variable is unset."""
+        """Return the value of *variable* as text, or an empty string if it is unset."""
         return as_text(self._values.get(variable))
 
     def add_fault(self, variable: str, problem: str) -> None:
@@ -217,7 +217,7 @@ class _Reader:
 
 
 def as_text(value: Any) -> str:
-    """Return *value*, which may be a list or a number in ``app.config``, as a variable's text."""
+    """Return *value* as text. In ``app.config`` it may also be a list or a number."""
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return ",".join(map(str, value)).strip()
     return "" if value is None else str(value).strip()

@@ -1,4 +1,4 @@
-"""The users service: everything that reads or writes users, for webhooks and calls alike."""
+"""The users service, which reads and writes users for both webhooks and API calls."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Users:
         )
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
         self._deliveries, self._calls = Slots(MAX_CALLERS, 0), Slots(MAX_CALLERS, 0)
-        # Waits for locked rows leave at least half of the pool to other callers.
+        # Callers that wait for locked rows may use half of the pool.
         self._lock_waits = Slots(max(1, store.database.pool_size // 2), POOL_TIMEOUT)
 
     def apply(self, event: ReceivedEvent) -> Outcome:
         """
         Apply *event*, unless the database already has a newer version.
 
-        Deliveries may repeat and arrive out of order; the resulting row is the same. The user, the
-        message and what handlers write are one transaction, always in this order, so that two
-        deliveries may wait for each other but never deadlock.
+        Deliveries may be repeated or arrive out of order; the resulting row is the same. The user,
+        the message and the handlers' changes are written in one transaction, always in this order,
+        so a delivery may wait for another one, but they never deadlock.
 
         Raises:
             Overloaded: nothing was tried.
@@ -92,7 +92,7 @@ class Users:
         """
         Return the user of a verified session token, and whether this call created the row.
 
-        Moves ``last_seen``, at most once a minute, unless the caller impersonates the user.
+        Update ``last_seen`` at most once a minute, unless the caller impersonates the user.
 
         Raises:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
@@ -119,7 +119,7 @@ class Users:
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
         """
-        Set whether the user is online, for as long as ``last_seen`` is recent.
+        Set whether the user is online. This counts only while ``last_seen`` is recent.
 
         Raises:
             Unauthenticated: ``user_deleted``.
@@ -145,7 +145,7 @@ class Users:
         self, events: Sequence[ReceivedEvent], lock_timeout: str = BATCH_LOCK_TIMEOUT
     ) -> Sequence[Outcome | None]:
         """
-        Apply *events* in a separate transaction; each message and user is in them once.
+        Apply *events*, which contain each message and each user once, in one transaction.
 
         All outcomes are None if nothing was applied because a row is locked.
         """
@@ -218,7 +218,7 @@ class Users:
 
 
 def is_present(user: Any) -> bool:
-    """Return whether *user* is set online and was seen within five minutes."""
+    """Return whether *user* is marked as online and was seen in the last five minutes."""
     return bool(user.is_online) and datetime.now(UTC) - user.last_seen <= PRESENCE_TIMEOUT
 
 

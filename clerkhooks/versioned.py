@@ -1,4 +1,4 @@
-"""The guarded write for the application's own tables."""
+"""Versioned writes to the application's own tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from clerkhooks.store.models import VERSION_COLUMNS, Versioned
 
 def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
     """
-    Write a row of one of the application's tables, unless it has a newer version.
+    Write a row of one of the application's tables, unless the stored row is newer.
 
-    *values* hold the primary key and the other columns. The row is inserted, or updated if its
-    version is older than that of *event*. Return whether the row was written. Call it in a handler:
-    it writes through ``db.session``, in the message's transaction.
+    *values* contain the primary key and the other columns. The row is inserted, or updated if its
+    version is older than that of *event*. Return whether the row was written. Call this function in
+    a handler: it writes through ``db.session``, in the message's transaction.
 
     Raises:
         TypeError: *model* does not derive from ``Versioned``.
-        ValueError: a column of the primary key has no value, or a column does not exist.
+        ValueError: a primary key column has no value, or a column does not exist.
     """
     if not (isinstance(model, type) and issubclass(model, Versioned)):
         raise TypeError("upsert needs a model that derives from Versioned.")

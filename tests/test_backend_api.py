@@ -193,17 +193,17 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
     "401": (
         refusing(401, "clerk_key_invalid"),
         "secret_key_refused",
-        "answered 401.\nCLERK_SECRET_KEY is not of this instance",
+        "answered 401.\nCLERK_SECRET_KEY is not a key of this instance",
     ),
     "403": (
         refusing(403, "authorization_invalid"),
         "secret_key_forbidden",
-        "answered 403.\nCLERK_SECRET_KEY may not read users",
+        "answered 403.\nCLERK_SECRET_KEY is not allowed to read users",
     ),
     "404": (
         answering(404, HTML),
         "answer_unusable",
-        "answered 404.\nThe answer is not one of Clerk's. Leave CLERK_API_URL unset",
+        "answered 404.\nThe answer is not in Clerk's format. Leave CLERK_API_URL unset",
     ),
     "422": (refusing(422, "form_param_invalid"), "answer_unusable", "answered 422."),
     "redirect": (answering(302, Location="/v1/elsewhere"), "answer_unusable", "answered 302."),

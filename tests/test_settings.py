@@ -246,8 +246,8 @@ BAD = {
         "is not UTF-8 text": ["postgresql://u:p\udcff@h/n"],
         "does not know: nonsense": ["postgresql://h/n?nonsense=1"],
         "set DATABASE_POOLER=transaction": ["postgresql://h/n?pgbouncer=true"],
-        "unknown value of ssl": ["postgresql://h/n?ssl=yes"],
-        "in memory": [
+        "unknown value for ssl": ["postgresql://h/n?ssl=yes"],
+        "in-memory": [
             "sqlite://",
             "sqlite:///:memory:",
             "sqlite:///file:x?mode=memory&uri=true",
@@ -266,7 +266,7 @@ BAD = {
             PEM[99:] + PEM,
         ],
         "is not an RSA key": [EC_PEM, SHORT_PEM, PEM + EC_PEM],
-        "holds a private key": [PRIVATE_PEM, PEM + PRIVATE_PEM],
+        "contains a private key": [PRIVATE_PEM, PEM + PRIVATE_PEM],
     },
     "CLERK_PUBLISHABLE_KEY": {
         "is not a publishable key": [
