@@ -149,7 +149,7 @@ def parse_url(text: str) -> str:
 
 
 def parse_authorized_party(text: str) -> str:
-    """Return an origin, or ``native``."""
+    """Return an authorized party: an origin or ``native``."""
     if text == NATIVE:
         return text
     # Not only https: Clerk's SDKs for browser extensions and phones send azp with other schemes.

@@ -28,8 +28,8 @@ from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries per process, and concurrent calls per process
-BATCH_LOCK_TIMEOUT = "50ms"  # then each event of the batch is applied alone
-SINGLE_LOCK_TIMEOUT = "1ms"  # then an event waits in a slot for its locked row
+BATCH_LOCK_TIMEOUT = "50ms"  # after this, each event of the batch is applied alone
+SINGLE_LOCK_TIMEOUT = "1ms"  # after this, an event waits in a slot for its locked row
 TABLE_LOCKED_AFTER = 1.0  # seconds; our lock timeout does not apply to table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
@@ -60,7 +60,7 @@ class Users:
         so a delivery may wait for another one, but they never deadlock.
 
         Raises:
-            Overloaded: nothing was tried.
+            Overloaded: the event cannot be applied in time. Nothing was changed.
             Exception: any other error. The event is rolled back and recorded as failed.
         """
         now = datetime.now(UTC)
@@ -119,7 +119,7 @@ class Users:
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
         """
-        Set whether the user is online. This counts only while ``last_seen`` is recent.
+        Set whether the user is online. The value expires when ``last_seen`` is too old.
 
         Raises:
             Unauthenticated: ``user_deleted``.

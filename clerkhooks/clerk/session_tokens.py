@@ -27,7 +27,7 @@ from clerkhooks.errors import Unauthenticated
 
 LEEWAY = 5  # seconds
 MAX_LENGTH = 16 * 1024  # characters
-LAST_SECOND = 253_402_300_799  # of the year 9999
+LAST_SECOND = 253_402_300_799  # the end of the year 9999
 SESSION_CATEGORY = "cl_B7d4PD111AAA"
 ANY_CATEGORY = "cl_I7d4PD111III"  # on every token of instances that opted out of categories
 _FORM = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
@@ -242,6 +242,6 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 def _parse_seconds(claims: Mapping[str, Any], name: str) -> int:
     """Return a NumericDate in whole seconds, truncated as in JavaScript. Reject strings."""
     value = claims.get(name)
-    if not strict_json.is_number(value) or not abs(value) <= LAST_SECOND:  # NaN compares false
+    if not strict_json.is_number(value) or not abs(value) <= LAST_SECOND:  # or NaN
         raise Unauthenticated(f"token_{name}_malformed")
     return int(value)

@@ -49,7 +49,7 @@ class FetchedKeys:
     """
     The keys at *url*, for one process.
 
-    Calls with a known key never wait. Fetches run in a separate thread, at most one per cooldown
+    Lookups of known keys never wait. Fetches run in a separate thread, at most one per cooldown
     (single flight), so that forged tokens do not cause requests to Clerk. Only a valid key set
     replaces the known keys.
     """
@@ -100,8 +100,8 @@ class FetchedKeys:
 
     def _wait_for_fetch(self) -> None:
         # If another thread is fetching, waiting for it is enough. While keys are known, only the
-        # thread that started the fetch waits long. Otherwise a flood of forged tokens could occupy
-        # every thread.
+        # thread that started the fetch waits for the full timeout. Otherwise a flood of forged
+        # tokens could occupy every thread.
         fetch, is_ours = self._start_or_join()
         if fetch is not None:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEF_TIMEOUT)
@@ -129,7 +129,7 @@ class FetchedKeys:
     def _fetch_now(self) -> None:
         try:
             keys = fetch_key_set(self.url, self.headers)
-        except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
+        except Exception as error:  # noqa: BLE001  # an endpoint may return anything
             self.on_fetch(False)
             logger.warning(
                 "signing_keys_not_fetched",

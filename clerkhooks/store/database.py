@@ -81,7 +81,7 @@ class Database:
         self.dialect = self.engine.dialect
 
     def connect(self) -> sa.Connection:
-        """Return a connection. The end of its ``with`` block returns it to the pool."""
+        """Return a connection, which goes back to the pool at the end of its ``with`` block."""
         if self._pid != os.getpid():
             # Processes that share a socket would read each other's answers.
             self.engine.dispose(close=False)
@@ -91,7 +91,7 @@ class Database:
     def execute(
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
-        """Execute a statement that only reads, or writes to PostgreSQL, and return its rows."""
+        """Execute a statement, and return its rows. On SQLite, the statement must only read."""
         with self.connect() as connection:
             return connection.execute(statement, parameters).all()
 

@@ -1,4 +1,4 @@
-"""Detection of other programs' tables under the names that clerkhooks uses."""
+"""Detection of other programs' tables with names that clerkhooks uses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FoundTable:
         )
 
     def remedy(self, url: sa.URL) -> str:
-        """Return the advice for users of the database at *url*."""
+        """Return advice that fits the database at *url*."""
         is_sqlite = url.get_backend_name() == "sqlite"
         separator = "&" if url.query else "?"
         elsewhere = _OTHER_FILE if is_sqlite else _OTHER_SCHEMA.format(separator=separator)

@@ -56,7 +56,7 @@ Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 class Versioned:
     """
-    Version columns, so that rows converge for any order of events; see ``upsert``.
+    Version columns, which make rows converge for any order of events; see ``upsert``.
 
     They are NULL until an event fills the row.
     """
@@ -106,8 +106,8 @@ def from_clerk(
 
     *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
     ``primary_phone_number``. *parse* receives the value, which the user may have chosen, and
-    returns the value to store. If *parse* raises ValueError, or if the column cannot store the
-    value, it counts as absent. *column* and *options* are those of ``mapped_column``; the column
+    returns the value to store. If *parse* raises ValueError, or the column cannot store the value,
+    the value counts as absent. *column* and *options* are those of ``mapped_column``; the column
     must be nullable. Use ``sa.JSON`` for objects and lists.
 
     Raises:
@@ -197,7 +197,7 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 
 def add_indexes(users: sa.Table) -> None:
-    """Add the indexes for operators' queries, whatever the model's ``__table_args__`` are."""
+    """Add the indexes for operators' queries, independently of ``__table_args__``."""
     wanted = {
         "created_at": None,
         "unfilled": sa.text("version_updated_at IS NULL AND deleted_at IS NULL"),

@@ -21,7 +21,7 @@ _WEIGHT = 0.2  # the weight of the latest use in the average duration
 
 
 class Overloaded(RequestError, sa.exc.TimeoutError):
-    """The request cannot be served in time. Nothing was tried; retry later."""
+    """The request cannot be served in time. Nothing was changed; retry later."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after = RETRY_AFTER
@@ -132,11 +132,11 @@ class Slots:
 class OrderedPool(QueuePool):
     """A pool that serves its callers in order, and refuses those that would wait too long."""
 
-    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # the service prints our loggers
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # the service prints clerkhooks' logs
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._slots = Slots(self.size(), self.timeout())  # without overflow
+        self._slots = Slots(self.size(), self.timeout())  # the pool has no overflow
         self._began_at: dict[ConnectionPoolEntry, float] = {}
 
     def _do_get(self) -> ConnectionPoolEntry:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 Advance = Callable[[int], object]
 # The Backend API may not yet return a user whose first call has just created the row.
 MIN_AGE = timedelta(minutes=10)
-# A run that would delete more than 20 users and more than a tenth probably uses a wrong key.
+# If a run would delete more than 20 users and more than a tenth, its key is probably wrong.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
 
@@ -105,7 +105,7 @@ class Reconciliation:
     def _chunks(
         self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]
     ) -> Iterator[list[str]]:
-        """Yield the ids in *key* of rows that meet *conditions*, in chunks for one request."""
+        """Yield the ids in *key* of rows that meet *conditions*, in chunks of IDS."""
         query = sa.select(key).distinct().where(*conditions).order_by(key).limit(IDS)
         after = ""
         while ids := list(self.connection.scalars(query.where(key > after))):
