@@ -42,7 +42,7 @@ def make_authenticator(settings: Settings) -> Authenticator:
 
 
 def find_keys(settings: Settings) -> ConfiguredKeys | FetchedKeys:
-    """Return the configured keys, or those of the Frontend API, or those of the Backend API."""
+    """Return the configured keys, else those of the Frontend API, else of the Backend API."""
     keep_for = settings.jwks_keep_hours * 3600.0
     if settings.jwt_keys:
         return ConfiguredKeys(settings.jwt_keys)
@@ -58,8 +58,8 @@ def find_cookie_names(settings: Settings) -> tuple[str, ...]:
     """
     Return the names of the cookies that may carry a token, the instance's own first.
 
-    Without authorized parties there are none: browsers send cookies with forged requests too, and
-    only ``azp`` and ``Origin`` show which page sent a request.
+    Without authorized parties, no cookie is accepted: browsers also send cookies with forged
+    requests, and only ``azp`` and ``Origin`` show which page sent a request.
     """
     if not any(party != NATIVE for party in settings.authorized_parties):
         return ()
@@ -70,7 +70,7 @@ def find_cookie_names(settings: Settings) -> tuple[str, ...]:
 
 
 def fetch_keys_soon(app: Flask) -> None:
-    """Start fetching the keys, unless they are configured, before the first call needs them."""
+    """Start fetching the keys before the first call needs them, unless they are configured."""
     keys = app.extensions[EXTENSION].authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         keys.fetch_soon()
@@ -78,7 +78,7 @@ def fetch_keys_soon(app: Flask) -> None:
 
 @dataclass(frozen=True)
 class Protection:
-    """The result of ``require_auth(…)``: a decorator, and a function for ``before_request``."""
+    """The result of ``require_auth(…)``: a decorator that also serves ``before_request``."""
 
     conditions: Conditions
     optional: bool = False
@@ -88,7 +88,7 @@ class Protection:
     @overload
     def __call__(self) -> None: ...
     def __call__(self, *views: Any) -> Any:
-        """Protect a view; without one, check the current request."""
+        """Protect the given view, or check the current request if no view is given."""
         if not views:
             # A browser's preflight has no token. Flask answers it itself.
             is_automatic = getattr(request.url_rule, "provide_automatic_options", False)
@@ -97,7 +97,7 @@ class Protection:
         if not callable(view) or isinstance(view, type):
             raise TypeError(
                 "require_auth protects a view function. "
-                "For a MethodView put it into its decorators, or on its methods."
+                "For a MethodView, put it in the class's decorators or on the methods."
             )
 
         is_async = iscoroutinefunction(view)
@@ -115,7 +115,7 @@ class Protection:
         Authenticate the caller and check the conditions.
 
         Raises:
-            Unauthenticated, Forbidden, KeysUnavailable: answered 401, 403 and 503.
+            Unauthenticated, Forbidden, KeysUnavailable: answered with 401, 403 and 503.
         """
         metrics = current_state().metrics
         try:
@@ -149,21 +149,21 @@ def require_auth(
     **conditions: Unpack[Conditions],
 ) -> Callable[..., Any] | Protection:
     """
-    Let only signed-in users call a view, as ``current_user`` and ``current_session``.
+    Let only signed-in users call a view; set ``current_user`` and ``current_session``.
 
-    Use ``@require_auth`` alone, or with conditions of ``current_session.has``:
-    ``@require_auth(role="org:admin")``. Put it below the route, into a MethodView's ``decorators``,
-    on its methods, or before a whole blueprint: ``blueprint.before_request(require_auth())``.
+    Use ``@require_auth`` alone, or with the conditions that ``current_session.has`` accepts:
+    ``@require_auth(role="org:admin")``. Put it below the route, in a MethodView's ``decorators`` or
+    on its methods. For a whole blueprint, use ``blueprint.before_request(require_auth())``.
 
-    With ``optional=True`` anonymous callers are admitted, and so is an expired cookie; use
-    ``hooks.optional_user`` and ``hooks.optional_session`` there, which may be None. Any other
-    invalid token is still refused.
+    With ``optional=True``, anonymous callers are admitted, as are callers with an expired cookie.
+    In such a view, use ``hooks.optional_user`` and ``hooks.optional_session``, which may be None.
+    Any other invalid token is still refused.
 
     Raises:
-        Unauthenticated: answered 401, with the reason; the token is not valid.
-        Forbidden: answered 403; the session does not meet the conditions.
-        KeysUnavailable: answered 503; there is no key to verify with.
-        TypeError, ValueError: when the view is defined; no session could meet a condition.
+        Unauthenticated: the token is missing or invalid; answered with 401 and the reason.
+        Forbidden: the session does not meet the conditions; answered with 403.
+        KeysUnavailable: there is no key to verify the token with; answered with 503.
+        TypeError, ValueError: no session could meet a condition; raised when the view is defined.
     """
     checked = check_conditions(conditions)
     if optional and checked:
@@ -179,8 +179,8 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
     """
     Refuse to set up or to serve an application that has an unprotected view.
 
-    A view that is registered both with and without its protection counts too: of two stacked routes
-    with ``require_auth`` between them, one is public.
+    This includes a view that is registered both with and without protection: if ``require_auth`` is
+    between two stacked routes, one of them is public.
 
     Raises:
         RuntimeError: a view was protected only after it was registered.
@@ -206,7 +206,7 @@ def _is_guarded(app: Flask, endpoint: str) -> bool:
 
 def _mark_protected(view: Callable[..., Any], protected: Callable[..., Any]) -> None:
     """Mark *view* and the functions it wraps, to detect registration without protection."""
-    vars(protected).pop(_IS_PROTECTED, None)  # wraps() has copied it from a view protected twice
+    vars(protected).pop(_IS_PROTECTED, None)  # wraps() copies it if the view is protected already
     inner: Any = view
     while inner is not None:
         if hasattr(inner, "__dict__"):
@@ -234,7 +234,7 @@ def get_session() -> Session:
 
 
 current_user = cast("ClerkUser", LocalProxy(get_user))
-"""The user of this call: a frozen copy of the row. ``hooks.current_user`` has your model's type."""
+"""The current caller: a frozen copy of the row. ``hooks.current_user`` has your model's type."""
 
 current_session = cast("Session", LocalProxy(get_session))
-"""The session of this call, from its token."""
+"""The session of the current caller, from its token."""

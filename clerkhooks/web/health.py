@@ -41,13 +41,13 @@ def add_metrics(blueprint: Blueprint) -> None:
 
 
 def healthz() -> Response:
-    """Answer that the process serves. No query: a restart would not repair the database."""
+    """Report that the process is serving, without a query: a restart cannot repair a database."""
     return json_response({"status": "ok"})
 
 
 @answered
 def readyz() -> Response:
-    """Answer whether the database responds, has our tables and columns, and accepts writes."""
+    """Report whether the database responds, has our tables and columns, and accepts writes."""
     try:
         found = find_fault(current_state().store)
     except SQLAlchemyError as error:

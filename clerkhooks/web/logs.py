@@ -1,8 +1,8 @@
 """
 The formats and fields of log lines.
 
-All of them go to the logger ``clerkhooks``, and an application decides where they are written. The
-service prints one line per request to stdout, as text on a terminal and as JSON elsewhere.
+All log lines go to the logger ``clerkhooks``, and the application decides where they are written.
+The service prints one line per request to stdout, as text on a terminal and as JSON elsewhere.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ServiceHandler(logging.StreamHandler[Any]):
     """
     Prints the lines of applications that asked for a request log, each in its own format.
 
-    The applications of a process share the logger, and so this handler.
+    All applications in a process share the logger, and therefore this handler.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,8 @@ def init_request_log(app: Flask, log_format: RequestLog) -> None:
     """
     Log every request of *app* when its response is ready, and print the lines to stdout.
 
-    If the root logger has a handler already, that one prints the lines, as for Flask's own logger.
+    If the root logger already has a handler, that handler prints the lines, as it does for Flask's
+    own logger.
     """
     state: State = app.extensions[EXTENSION]
     state.logs_requests, state.log_format = True, log_format
@@ -127,7 +128,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
         for key, value in vars(record).items()
         if key not in _STANDARD and value is not None
     }
-    if record.exc_info and record.exc_info[1] is not None:  # logged by Flask, with the text
+    if record.exc_info and record.exc_info[1] is not None:  # logged by Flask; leave out the text
         error = record.exc_info[1]
         extra |= {"error": describe(error), "frames": frames(error)}
     return extra | {"request_id": request_state().request_id} if has_request_context() else extra

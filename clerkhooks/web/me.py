@@ -21,7 +21,7 @@ ENDPOINTS = ("clerkhooks.get_me", "clerkhooks.put_presence")
 
 
 def add_routes(blueprint: Blueprint, app: Flask, authorized_parties: Sequence[str]) -> None:
-    """Add both routes. Only pages of the authorized parties may call them from a browser."""
+    """Add both routes. In a browser, only pages of the authorized parties may call them."""
     blueprint.add_url_rule("/api/me", view_func=get_me, strict_slashes=False)
     blueprint.add_url_rule(
         "/api/me/presence", view_func=put_presence, methods=["PUT"], strict_slashes=False

@@ -1,8 +1,8 @@
 """
-Prometheus metrics of all workers of this host. Imported only if METRICS_TOKEN is set.
+Prometheus metrics of all workers on this host. Imported only if METRICS_TOKEN is set.
 
-prometheus-client reads PROMETHEUS_MULTIPROC_DIR when it is imported, and then keeps its values in
-files of that directory, which the workers share.
+prometheus-client reads PROMETHEUS_MULTIPROC_DIR when it is imported. If it is set, values are kept
+in files in that directory, which the workers share.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Metrics:
         event.listen(store.database.engine, "checkin", self._count_checkin)
 
     def count_delivery(self, status: int, fields: dict[str, Any], seconds: float) -> None:
-        """Count a delivery by the *fields* of its log line; it took *seconds*."""
+        """Count a delivery, given the *fields* of its log line and its duration in *seconds*."""
         event_type = fields.get("event_type")
         if event_type is None or (fields.get("outcome") is None and status != 500):
             self.webhook_refusals.labels(fields.get("reason") or "other").inc()
@@ -109,7 +109,7 @@ class Metrics:
         self.connections_limit.set(self._store.database.pool_size)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of all processes, and those read from the database."""
+        """Yield the metrics of all processes, then those that are read from the database."""
         for family in _read_files() if is_shared() else self.registry.collect():
             is_time = family.name == f"{NAMESPACE}_{FETCHED_AT}"
             yield _age(family) if is_time else family
@@ -127,7 +127,7 @@ def init_metrics(state: State) -> None:
 
 
 def is_shared() -> bool:
-    """Return whether several processes share metrics; this one may then not serve requests."""
+    """Return whether processes share metrics; this process is then not necessarily a worker."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 

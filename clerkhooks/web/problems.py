@@ -23,14 +23,14 @@ _REASONS = {413: "body_too_large", 500: "internal_error"}
 
 
 def json_response(body: Mapping[str, Any]) -> Response:
-    """Return *body* as JSON in its own key order, independent of the application's provider."""
+    """Return *body* as JSON in its own key order, bypassing the application's JSON provider."""
     return Response(json.dumps(body), content_type="application/json")
 
 
 def problem(
     status: int, reason: str, headers: Mapping[str, str] | None = None, **members: object
 ) -> Response:
-    """Return a problem with *reason*, a stable code, and further *members* of its body."""
+    """Return a problem response with *reason*, a stable code, and *members* in its body."""
     annotate(reason=reason)
     title = HTTP_STATUS_CODES.get(status, "Unknown Error")
     body = {"type": "about:blank", "title": title, "status": status, "reason": reason}
@@ -39,7 +39,7 @@ def problem(
 
 
 def answered(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Decorate a view so that its errors become problems, without the application's handlers."""
+    """Turn a view's errors into problem responses, bypassing the application's handlers."""
 
     @wraps(view)
     def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
@@ -60,20 +60,20 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
 
 def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     """
-    Return the body of the current request, up to 1 MiB despite the application's limit.
+    Return the body of the current request: up to 1 MiB, whatever the application's limit.
 
     Raises:
         BodyTooLarge: the body is longer.
-        RequestError: *unreadable*, with the reason ``body_unreadable``, for instance if chunks are
-            malformed.
+        RequestError: the body cannot be read, for instance because chunks are malformed. The class
+            is *unreadable*, the reason ``body_unreadable``.
     """
     if (request.content_length or 0) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
-    # Werkzeug truncates a chunked body at the limit without an error; one more byte shows it.
+    # Werkzeug silently truncates a chunked body at its limit. One more byte reveals a longer body.
     request.max_content_length = MAX_BODY + 1
     try:
         body = request.get_data(cache=False)
-    except Exception:  # noqa: BLE001  # each server raises other errors for malformed bodies
+    except Exception:  # noqa: BLE001  # each server raises different errors for malformed bodies
         raise unreadable("body_unreadable") from None
     if len(body) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
@@ -81,7 +81,7 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
 
 
 def from_request_error(error: RequestError) -> Response:
-    """Return the problem for one of our errors."""
+    """Return the problem response for one of our errors."""
     headers: dict[str, str] = {}
     members: dict[str, object] = {}
     if isinstance(error, Forbidden) and error.reverification is not None:
@@ -99,7 +99,7 @@ def from_request_error(error: RequestError) -> Response:
 
 
 def from_http_exception(error: HTTPException) -> Any:
-    """Return the problem for an HTTP error. A text passed to ``abort`` becomes its detail."""
+    """Return the problem response for an HTTP error. Text passed to ``abort`` is its detail."""
     if error.response is not None:
         return error.get_response()
     status = error.code or 500

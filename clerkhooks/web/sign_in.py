@@ -19,7 +19,7 @@ def sign_in(*, optional: bool) -> Session | None:
     Authenticate the current request once; store its session and user in the request state.
 
     Raises:
-        Unauthenticated, Forbidden, KeysUnavailable: answered 401, 403 and 503.
+        Unauthenticated, Forbidden, KeysUnavailable: answered with 401, 403 and 503.
     """
     state = request_state()
     if not state.is_authenticated or (state.session is None and not optional):
@@ -42,9 +42,10 @@ def _authenticate(*, optional: bool) -> Session | None:
     Return the session of the current request; None for an anonymous caller, if optional.
 
     Raises:
-        Unauthenticated: ``token_missing``, or why the first token is not valid.
-        Forbidden: ``origin_not_authorized``: another site's page may have sent the cookie.
-        KeysUnavailable: there is no key to verify with, whether or not there is a token.
+        Unauthenticated: ``token_missing``, or the reason why the first token is invalid.
+        Forbidden: ``origin_not_authorized``; another site's page may have sent the cookie.
+        KeysUnavailable: there is no key to verify tokens with; raised even without a token, unless
+            *optional*.
     """
     authenticator = current_state().authenticator
     names = authenticator.cookie_names
@@ -57,7 +58,7 @@ def _authenticate(*, optional: bool) -> Session | None:
         try:
             return authenticator.verifier.verify(token, time.time(), in_cookie=in_cookie)
         except Unauthenticated as error:
-            # Clerk's cookie outlives the token in it, so an expired one is not a sign of forgery.
+            # Clerk's cookie outlives its token, so an expired token is not a sign of forgery.
             is_anonymous = optional and in_cookie and error.reason == "token_expired"
             refused = refused if is_anonymous else refused or error
     if refused is not None:
@@ -71,8 +72,8 @@ def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
     """
     Yield each unverified token of the current request, and whether it came in a cookie.
 
-    A bearer token takes precedence over cookies, even if it is invalid. Another scheme does not
-    hide the cookies.
+    A bearer token takes precedence over cookies, even if it is invalid. If the Authorization header
+    has another scheme, cookies are still read.
     """
     bearer = _find_bearer()
     if bearer is not None:
@@ -85,10 +86,10 @@ def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
 
 def _find_bearer() -> str | None:
     """
-    Return the bearer token of the current request, or None if there is another scheme.
+    Return the bearer token of the current request, or None if the scheme is not Bearer.
 
     Raises:
-        Unauthenticated: ``token_missing``; the scheme is Bearer, and no token follows.
+        Unauthenticated: ``token_missing``; the scheme is Bearer, but no token follows.
     """
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer":

@@ -29,7 +29,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 @dataclass(frozen=True)
 class Authenticator:
-    """Verifies an application's calls. Without cookie names, cookies do not authenticate."""
+    """Verifies calls to an application. Without cookie names, cookies do not authenticate."""
 
     verifier: SessionVerifier
     authorized_parties: frozenset[str]
@@ -109,7 +109,7 @@ def request_state() -> RequestState:
     # Kept in the environ, not in g: a test may keep one application context for many requests.
     environ, app = request.environ, current_app._get_current_object()  # type: ignore[attr-defined]
     state = environ.get(EXTENSION)
-    # An application may forward its request to another application, which has other users.
+    # An application may forward a request to another application, which has different users.
     if state is None or state.app is not app:
         state = environ[EXTENSION] = RequestState(app)
     return cast("RequestState", state)

@@ -55,7 +55,7 @@ def apply_delivery(fields: dict[str, Any], state: State) -> Response:
     except Overloaded:
         raise
     except (RequestError, HTTPException) as error:
-        # Raised by a handler, for instance by abort(404). Clerk must not get this answer.
+        # Raised by a handler, for instance by abort(404). Clerk must not receive that status.
         log_failure(error)
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
     lag = time.time() - event.occurred_at.timestamp() if event.occurred_at else None

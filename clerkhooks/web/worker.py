@@ -1,9 +1,9 @@
 """
 A gunicorn worker that idle and slow clients cannot block.
 
-gunicorn's own gevent worker counts idle connections against ``worker_connections`` and then accepts
-no further ones, waits for a slow body without a limit, and accepts one connection per iteration of
-the event loop, however many requests an iteration serves.
+In gunicorn's own gevent worker, idle connections count towards ``worker_connections``, so enough of
+them keep new clients out. A slow body has no time limit. The worker accepts only one connection per
+iteration of the event loop, even if each iteration serves many requests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gevent.socket import socket
 from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
-REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive, and for a part of a response to leave
+REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a response
 MAX_DESCRIPTORS = 65_536  # the maximum to request, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; at 1, gunicorn stops accepting
 REQUESTS_PER_ACCEPT = 8
@@ -40,11 +40,11 @@ _QUOTING = (
     errors.ChunkMissingTerminator,
     errors.UnsupportedTransferCoding,
 )
-"""Client errors that gunicorn logs with a text that may contain a token or part of a body."""
+"""Client errors whose text, which gunicorn logs, may contain a token or part of a body."""
 
 
 class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
-    """An error that replaces one that quotes the request."""
+    """Replaces an error whose text quotes the request."""
 
     def __str__(self) -> str:
         return f"The request is malformed: {self.hdr}"
@@ -52,9 +52,9 @@ class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
 
 class Connection(socket):  # type: ignore[misc]
     """
-    A client's connection that is in *waiting* while it waits for the client.
+    A client's connection. It is in *waiting* while it waits for the client.
 
-    It is idle until the first byte of a request arrives.
+    A connection is idle until the first byte of a request arrives.
     """
 
     __slots__ = ("_has_more", "_held", "_waiting", "deadline", "is_idle", "is_sending")
@@ -72,7 +72,7 @@ class Connection(socket):  # type: ignore[misc]
         self.is_idle, self.deadline = True, time.monotonic() + seconds
 
     def recv(self, size: int, *flags: int) -> bytes:
-        """Receive; from the first byte on, the rest of the request has REQUEST_TIMEOUT."""
+        """Receive data. After its first byte, a request has REQUEST_TIMEOUT to arrive."""
         size = min(size, MAX_PIECE)
         if self._has_more and time.monotonic() >= self.deadline:
             return b""  # if the client never pauses, there is no wait that could time out
@@ -89,7 +89,7 @@ class Connection(socket):  # type: ignore[misc]
         return received
 
     def hold_header(self) -> None:
-        """Hold back what is sent next, the header of a response, and send it with the body."""
+        """Hold back the response's header, which is sent next, and send it with the body."""
         self._held = b""
 
     def flush(self) -> None:
@@ -105,7 +105,7 @@ class Connection(socket):  # type: ignore[misc]
         return super().sendfile(*arguments, **options)
 
     def sendall(self, data: bytes, *flags: int) -> None:
-        """Send all, unless the client does not read it within REQUEST_TIMEOUT."""
+        """Send *data*. The client must read it within REQUEST_TIMEOUT."""
         if self._held == b"":
             self._held = data
             return
@@ -126,7 +126,7 @@ class Connection(socket):  # type: ignore[misc]
             self.is_sending, self.deadline = False, before
 
     def end_wait(self) -> None:
-        """End the wait: a receive returns what has arrived, then no more; a send fails."""
+        """End the wait: a receive returns the data that has arrived, then EOF; a send fails."""
         self._waiting.pop(self, None)
         with suppress(OSError):  # the client has closed the connection
             # gevent's own shutdown() would raise in the greenlet that waits.
@@ -135,11 +135,10 @@ class Connection(socket):  # type: ignore[misc]
 
 class Worker(GeventWorker):  # type: ignore[misc]
     """
-    gunicorn's gevent worker, with a bound for connections and a deadline for each request.
+    gunicorn's gevent worker, with a limit on connections and a deadline for each request.
 
-    When the bound is near, the connection that has waited longest for its client is closed for each
-    new one. A worker that stops closes idle connections at once. TLS connections are served as by
-    gunicorn's own worker.
+    Near the limit, each new connection closes the one that has waited longest for its client. A
+    stopping worker closes idle connections at once. For TLS connections, nothing changes.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -155,12 +154,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().init_process()
 
     def run(self) -> None:
-        """Serve until the worker is told to stop."""
+        """Serve until the worker is stopped."""
         gevent.spawn(self._watch_deadlines)
         super().run()
 
     def server_class(self, listener: Any, *, spawn: Any, **options: Any) -> StreamServer:
-        """Return the server that accepts connections; gunicorn calls this as it would a class."""
+        """Return the server that accepts connections; gunicorn calls this like a class."""
         tls = {"ssl_context": options["ssl_context"]} if "ssl_context" in options else {}
 
         def serve(client: Any, address: Any) -> None:
@@ -185,7 +184,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             del self._connections[greenlet]
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        """Answer a request. Its header and a short body are one packet."""
+        """Answer a request, sending the header and a short body in one packet."""
         if not isinstance(sock, Connection):
             return super().handle_request(listener_name, req, sock, addr)
         sock.hold_header()
@@ -201,7 +200,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().handle_error(req, client, addr, exc)
 
     def timeout_ctx(self) -> Any:
-        """Begin the wait for a request. gunicorn's own worker would start a timer for each."""
+        """Begin the wait for a request. gunicorn's own worker would start a timer each time."""
         connection = self._connections.get(gevent.getcurrent())
         if connection is None:
             return super().timeout_ctx()
@@ -223,9 +222,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 class _Server(StreamServer):  # type: ignore[misc]
     """
-    Accepts one connection per iteration of the event loop, or several if the worker is busy.
+    Accepts one connection per iteration of the event loop, several if the worker is busy.
 
-    An idle worker leaves connections to others; a busy worker's iterations take long.
+    An idle worker leaves connections to other workers. A busy worker's iterations take long, so it
+    accepts several connections in each.
     """
 
     def __init__(
@@ -241,12 +241,12 @@ class _Server(StreamServer):  # type: ignore[misc]
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's limit of open files as far as allowed, and return it."""
+    """Raise this process's limit on open files as far as allowed, and return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY:
         return MAX_DESCRIPTORS
     if soft < allowed:
-        with suppress(OSError, ValueError):  # macOS has a limit below the hard one
+        with suppress(OSError, ValueError):  # macOS enforces a limit below the hard one
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
