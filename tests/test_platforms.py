@@ -256,7 +256,7 @@ def test_serve_reports_a_database_that_is_away(
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(main, ["serve", "--migrate"])
     assert (result.exit_code, executed) == (2, [])
-    assert "The database failed (OperationalError SQLITE_CANTOPEN)" in result.output
+    assert "Database error (OperationalError SQLITE_CANTOPEN)" in result.output
 
 
 def test_serve_needs_a_checkout(
@@ -266,4 +266,4 @@ def test_serve_needs_a_checkout(
     monkeypatch.setattr("clerkhooks.cli.serve.PROJECT", tmp_path)
     result = CliRunner().invoke(main, ["serve"])
     assert (result.exit_code, executed) == (1, [])
-    assert "There is no wsgi.py" in result.output
+    assert "wsgi.py is missing" in result.output

@@ -202,7 +202,7 @@ def test_reports_a_database_failure(make_service: MakeService, backend: Backend)
     finally:
         service.rows("ALTER TABLE elsewhere RENAME TO users")
     assert result.exit_code == 2
-    assert "The database failed (" in result.output
+    assert "Database error (" in result.output
     assert "SELECT" not in result.output
 
 

@@ -175,7 +175,7 @@ def test_reports_a_database_failure(unreachable: Service) -> None:
     for arguments in (["users"], ["user", clerk_id("user")]):
         result = run(unreachable, *arguments)
         assert result.exit_code == 2
-        assert "The database failed (OperationalError" in result.output
+        assert "Database error (OperationalError" in result.output
         assert "SELECT" not in result.output
 
 

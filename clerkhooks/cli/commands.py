@@ -82,7 +82,7 @@ def list_users(
 @with_appcontext
 def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
-    Show a user's row, its source and version, and the latest messages about it.
+    Show a user's row with its source and version, and the latest messages about the user.
 
     Exit status: 0 if the user has a row, else 1.
     """

@@ -14,12 +14,12 @@ from werkzeug.test import TestResponse
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, event_data
 from clerkhooks.cli.options import mark, print_table
 
-Message = tuple[dict[str, str], bytes]  # Svix's headers, and the body that they sign
+Message = tuple[dict[str, str], bytes]  # Svix's headers and the signed body
 _QUERY = "SELECT id, name, email, date(deleted_at) FROM users ORDER BY created_at"
 
 
 class Demonstration:
-    """Webhooks and API calls of three users, sent to *app*, which trusts *clerk*."""
+    """Sends webhooks and API calls of three users to *app*, which trusts *clerk*."""
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
         self._client, self._clerk = app.test_client(), clerk
@@ -28,7 +28,7 @@ class Demonstration:
         self._results: list[bool] = []
 
     def run(self, database: Path) -> bool:
-        """Send all requests, check the rows in *database*; return whether every check passed."""
+        """Send the requests and check the rows in *database*; return whether all checks passed."""
         self._show_ordering()
         self._show_first_call()
         self._show_deletion()

@@ -36,7 +36,7 @@ TOKEN_LIFETIME = 3600  # seconds
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="The port to listen on, on the loopback interface only. 0 chooses a free one.",
+    help="The port on the loopback interface. 0 chooses a free port.",
 )
 @click.pass_context
 def dev(context: click.Context, once: bool, port: int) -> None:
@@ -44,8 +44,8 @@ def dev(context: click.Context, once: bool, port: int) -> None:
     Try the service on this machine: no Clerk account, settings or database server needed.
 
     Creates the service with a temporary SQLite database and newly generated keys, sends it signed
-    webhooks and API calls, and shows the results. Then it serves until you press Ctrl-C, and
-    deletes the database.
+    webhooks and API calls, and shows the results. The service then runs until you press Ctrl-C. The
+    database is deleted at the end.
 
     Your environment variables, .env file and database are not used.
 
@@ -56,7 +56,7 @@ def dev(context: click.Context, once: bool, port: int) -> None:
 
 def run(port: int, *, once: bool) -> bool:
     """
-    Show the demonstration and, unless *once*, serve until a signal.
+    Run the demonstration and, unless *once*, serve until a signal arrives.
 
     Returns whether every check passed.
 
@@ -114,7 +114,7 @@ def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
 
 
 def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: str) -> None:
-    """Print how to continue, and serve until a signal."""
+    """Print how to continue, and serve until a signal arrives."""
     port, fd = listener.getsockname()[1], listener.fileno()
     server = make_server(HOST, port, app, threaded=True, fd=fd)
     # The service logs each request itself.

@@ -49,7 +49,7 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
     "--since",
     type=parse_time,
     metavar="TIME",
-    help="Only since then: 10m, 30d or 2026-01-31T08:00.",
+    help="Only messages since this time: 10m, 30d or 2026-01-31T08:00.",
 )
 @limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")
@@ -135,9 +135,9 @@ def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
     """
     Delete old messages, in small batches that do not block deliveries.
 
-    Svix retries a message for days. If it delivers a message again after it was deleted, users stay
-    correct, because the message is older than their rows; but an application's handlers run again.
-    Messages younger than 7 days are therefore deleted only with --force.
+    Svix retries a message for days. If it redelivers a message that you have deleted, users stay
+    correct, because their rows are newer, but an application's handlers run again. Messages younger
+    than 7 days are therefore deleted only with --force.
     """
     if older_than < SAFE_AGE and not force:
         raise click.UsageError(

@@ -1,7 +1,7 @@
 """
 Options, output and error messages that several commands share.
 
-The functions ``parse_…`` are types of parameters: they raise BadParameter for a malformed value.
+The ``parse_…`` functions are parameter types: they raise BadParameter for a malformed value.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def database_failures() -> Iterator[None]:
         ) from None
     except SQLAlchemyError as error:
         raise CannotDo(
-            f"The database failed ({describe(error)}). Check its URL, and that it has been "
+            f"Database error ({describe(error)}). Check the database's URL, and that it has been "
             "migrated. In the service: flask --app wsgi db upgrade"
         ) from None
 
@@ -67,7 +67,7 @@ def command(name: str) -> str:
 
 
 def parse_age(text: str) -> timedelta:
-    """Return an age such as 90s, 10m, 12h, 30d or 8w."""
+    """Parse an age such as 90s, 10m, 12h, 30d or 8w."""
     found = re.fullmatch(r"([0-9]{1,4})([smhdw])", text)
     if found is None:
         raise click.BadParameter(f"{text!r} is not an age such as 10m, 12h, 30d or 8w.")
@@ -75,7 +75,7 @@ def parse_age(text: str) -> timedelta:
 
 
 def parse_time(text: str) -> datetime:
-    """Return a time in ISO 8601, in UTC unless it names an offset; an age is before now."""
+    """Parse an ISO 8601 time, in UTC unless it has an offset, or an age, as a time before now."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -87,7 +87,7 @@ def parse_time(text: str) -> datetime:
 
 
 def parse_user_id(text: str) -> str:
-    """Return the id of a Clerk user."""
+    """Return *text* if it is the id of a Clerk user."""
     if not is_user_id(text):
         raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
     return text
@@ -102,7 +102,7 @@ def printable(value: object) -> str:
 
 
 def mark(ok: bool) -> str:
-    """Return a tick or a cross, or ASCII where the output's encoding has neither."""
+    """Return a tick or a cross, or an ASCII character if the output's encoding lacks them."""
     try:
         "✓✗".encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

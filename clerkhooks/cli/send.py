@@ -46,9 +46,9 @@ MAX_ANSWER = 1024 * 1024  # bytes
 @click.option(
     "--file", type=click.File(encoding="utf-8"), help="A JSON file with the event or its data."
 )
-@click.option("--to", metavar="URL", help="The endpoint.  [default: on this machine]")
+@click.option("--to", metavar="URL", help="The endpoint's URL.  [default: on this machine]")
 @click.option("--message-id", metavar="ID", help="The svix-id.  [default: a new id]")
-@click.option("--repeat", type=click.IntRange(1, 100), default=1, help="Post it N times.")
+@click.option("--repeat", type=click.IntRange(1, 100), default=1, help="How many times to post it.")
 @click.option("--tamper", is_flag=True, help="Change the body after signing it.")
 @click.option(
     "--age",
@@ -76,7 +76,7 @@ def send(
     Post an event as Clerk would, signed with the configured secret.
 
     EVENT is a type such as user.created, user.updated or user.deleted. Prints the request and the
-    response. An event is refused if it was tampered with, or its timestamp is over 5 minutes old.
+    response. The server refuses an event that was tampered with or is over 5 minutes old.
 
     Exit status: 0 if every delivery was accepted, 1 if one was refused, 2 if the server does not
     respond.
@@ -116,7 +116,7 @@ def _make_event(
 
 
 def _own_url() -> str:
-    """Return the webhook endpoint of this application, on its usual port of this machine."""
+    """Return the URL of this application's endpoint on this machine, with its usual port."""
     is_service = current_app.name == "clerkhooks"
     port = current_state().values.get("PORT") or (8000 if is_service else 5000)
     with current_app.test_request_context():

@@ -17,15 +17,15 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
     Serve with gunicorn, as `gunicorn wsgi:app` does, after checking the settings.
 
-    --migrate is for platforms without a release step. Of several hosts that start at once, one
-    migrates and the others wait. ARGUMENTS are passed to gunicorn.
+    --migrate is for platforms without a release step. If several hosts start at once, one migrates
+    and the others wait. ARGUMENTS are passed to gunicorn.
     """
     if not (PROJECT / "wsgi.py").exists():
-        raise click.ClickException("serve needs a checkout of the service. There is no wsgi.py.")
+        raise click.ClickException("serve needs a checkout of the service: wsgi.py is missing.")
     os.chdir(PROJECT)
     with exit_if_invalid():
         settings = ServiceSettings.from_mapping(read_environ())
-    # gunicorn parses it on import, and exits with a traceback if it is empty or invalid.
+    # gunicorn parses this on import, and exits with a traceback if it is empty or invalid.
     os.environ["WEB_CONCURRENCY"] = str(settings.web_concurrency)
     if migrate:
         _migrate()

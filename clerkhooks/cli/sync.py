@@ -26,7 +26,7 @@ _CONTINUE = "Changes made so far are kept. To continue, run the command again."
 _FINDINGS = {
     "missing_here": "is missing from the database",
     "unfilled_here": "has no profile in the database",
-    "deleted_here": "was deleted by an earlier sync, and exists at Clerk again",
+    "deleted_here": "was deleted by an earlier sync, but exists at Clerk again",
     "differs": "differs",
     "gone_at_clerk": "no longer exists at Clerk",
     "failed": "could not be read",
@@ -52,18 +52,18 @@ def sync(
     as_json: bool,
 ) -> None:
     """
-    Update all users, or the named ones, from Clerk's Backend API.
+    Update all users, or the given ones, from Clerk's Backend API.
 
-    Use it after the installation, after an outage, and on a schedule. Webhooks and API calls may
-    continue meanwhile: newer data is kept, and a user deleted by Clerk's webhook stays deleted. You
-    can interrupt it at any time and run it again. Needs CLERK_SECRET_KEY.
+    Run it after installation, after an outage, and on a schedule. Webhooks and API calls may
+    continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted. You
+    can interrupt a sync at any time and run it again. Needs CLERK_SECRET_KEY.
 
-    Without --force, no user is deleted if all users, or more than 20 and more than a tenth, are
-    missing at Clerk. With --json, findings include the values of fields, and the summary comes
-    last.
+    Without --force, no user is deleted if Clerk has none of the users, or if more than 20 users and
+    more than a tenth of all users are missing from Clerk. With --json, findings include the values
+    of fields, and the summary is the last line.
 
     Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
-    withheld, a named user is unknown, or --check found a difference; 2 if the sync could not run.
+    withheld, a given user is unknown, or --check found a difference; 2 if the sync could not run.
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")
@@ -81,7 +81,7 @@ def sync(
 
 
 def _print_finding(finding: Finding) -> None:
-    """Print a finding without the values of fields, which are profile data."""
+    """Print a finding without field values, which are profile data."""
     subject = finding.user_id or "A user without an id"
     text = f"{subject} {_FINDINGS[finding.kind]}"
     details = finding.reason or ", ".join(finding.fields)
@@ -98,7 +98,7 @@ def _print_json(finding: Finding) -> None:
 def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:
     counts = run.summary()
     verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
-    would = " A sync would give:" if run.check else ""
+    would = " A sync would result in:" if run.check else ""
     click.echo(f"{verb} {sum(counts.values()):,} users in {seconds:,.1f} s.{would}")
     for name, count in counts.items():
         click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
@@ -107,7 +107,7 @@ def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:
     if run.withheld:
         click.echo(
             f"Nothing was deleted: at least {run.withheld:,} users no longer exist at Clerk, "
-            "which usually means a wrong CLERK_SECRET_KEY. To delete them: --force",
+            "which usually means that CLERK_SECRET_KEY is wrong. To delete them: --force",
             err=True,
         )
 
@@ -143,7 +143,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
 
 
 def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
-    """End the previous progress bar, and show a new one, or a line if stderr is no terminal."""
+    """End the previous progress bar and show a new one; without a terminal, print a line."""
     bars.close()
     bar = click.progressbar(repeat(None), total, label, file=sys.stderr, show_pos=True)
     return bars.enter_context(bar).update
