@@ -382,13 +382,13 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
     assert "Webhooks and database are OK" in words
     for figure in (
         "Unresolved failures 0",
-        "Users in total 2",
+        "Total users 2",
         "New today (UTC) 2",
         "Without a profile for over an hour 0",
         "Tombstones 1",
     ):
         assert figure in words
-    assert "Messages of the last 24 hours: 2 " in words
+    assert "Messages in the last 24 hours: 2 " in words
     assert "applied 2 stale 0 ignored 0 failed 0" in words
     assert "newest" not in words
     assert "Session keys 1 key configured" in words
@@ -402,7 +402,7 @@ def test_reports_errors_and_warnings(console: Console) -> None:
     with broken_users(console.service):
         console.service.deliver(body, "msg_1")
     words = console.read("/console")
-    assert re.search("1 error error webhooks 1 message of the last 24 hours failed.* ok ", words)
+    assert re.search("1 error error webhooks 1 message from the last 24 hours failed.* ok ", words)
     assert "Then repair: clerkhooks sync --failed" in words
     assert "Unresolved failures 1" in words
     assert "applied 0 stale 0 ignored 0 failed 1" in words
@@ -460,16 +460,16 @@ def test_reports_that_the_figures_cannot_be_read(
     console.service.deliver(user_event(clerk_id("user")))
     with captured_lines(JsonFormatter()) as written:
         words = console.read("/console")
-    assert "The figures cannot be read now" in words
-    assert "A query failed or took too long. The log has the error." in words
+    assert "The figures are currently unavailable" in words
+    assert "A query failed or took too long. See the log for the error." in words
     assert [json.loads(line).get("error") for line in written] == ["OperationalError"]
-    assert "Every message of the last 24 hours has been processed." in words
+    assert "Every message from the last 24 hours has been processed." in words
 
 
 def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> None:
     """The overview shows whether keys are configured, fetched, not fetched yet or missing."""
     none = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None)
-    assert "Session keys missing: protected routes answer 503" in Console(none).read("/console")
+    assert "Session keys missing: protected routes return 503" in Console(none).read("/console")
     with Issuer(jwk(none.clerk)).open() as issuer:
         fetched = make_service(
             CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url
@@ -525,7 +525,7 @@ def test_links_a_failed_message_to_its_user(console: Console) -> None:
         "/console/messages/msg_1"
     )
     assert "Ada Lovelace" in console.read(f"/console/users/{user_id}")
-    assert "There is no such message here." in console.read("/console/messages/msg_2")
+    assert "There is no such message." in console.read("/console/messages/msg_2")
 
 
 def test_explains_the_source_of_a_row(console: Console, syncing: Service, backend: Backend) -> None:
@@ -537,7 +537,7 @@ def test_explains_the_source_of_a_row(console: Console, syncing: Service, backen
     console.service.deliver(deletion(gone))
     words = console.read(f"/console/users/{filled}")
     assert re.search(
-        r"The event user\.updated of \d\d \w+ \d{4}, [\d:]+ .*, message msg_winner\. No newer",
+        r"The user\.updated event of \d\d \w+ \d{4}, [\d:]+ .*, message msg_winner\. No newer",
         words,
     )
     assert "The user's first call created the row" in console.read(f"/console/users/{seen}")
@@ -667,7 +667,7 @@ def test_reports_how_far_back_it_searched(
             f"msg_{number}",
         )
     page = console.get("/console/messages?type=user.created").text
-    assert "No match so far." in page
+    assert "No matches so far." in page
     assert "Searched back to" in page
     for _ in range(2):
         following = re.search(r'rel="next" href="([^"]*)"', page)
@@ -687,7 +687,7 @@ def test_reports_how_far_back_it_searched_users(
     for _ in range(4):
         console.service.deliver(user_event(clerk_id("user")))
     answer = console.search("grace")
-    assert "No match so far." in answer.text
+    assert "No matches so far." in answer.text
     assert "Searched back to" in answer.text
     for _ in range(2):
         following = re.search(r'name="after" value="([^"]*)"', answer.text)
@@ -872,9 +872,9 @@ def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch)
     assert activity.count_new_users(store, datetime(2020, 1, 1, tzinfo=UTC)) == 4
     assert activity.count_tombstones(store) == 0
     words = console.read("/console")
-    assert "Users in total more than 3" in words
-    assert "Messages of the last 24 hours: more than 3" in words
-    assert "The figures by outcome are those of the newest 3 messages." in words
+    assert "Total users more than 3" in words
+    assert "Messages in the last 24 hours: more than 3" in words
+    assert "The figures by outcome cover only the newest 3 messages." in words
 
 
 def test_counts_the_messages_of_a_day(service: Service) -> None:

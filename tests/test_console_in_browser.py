@@ -276,7 +276,7 @@ def test_works_without_a_mouse(visit: Open, story: Story) -> None:
         raise AssertionError(f"Tab does not reach {name!r}")
 
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    assert page.evaluate("document.activeElement.textContent") == "Skip to content"
     assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
     press_until("Users")
     page.wait_for_url("**/users")

@@ -310,7 +310,7 @@ def test_compares_the_schema_with_the_code(
     rows(url, "ALTER TABLE webhook_messages DROP COLUMN error")
     code, what = judge()
     assert code == "database_not_migrated"
-    assert what.endswith("answers, but lacks tables or columns of this release.")
+    assert what.endswith("answers, but lacks tables or columns that this release needs.")
     rows(url, "DROP TABLE users")
     rows(url, "CREATE TABLE users (id INTEGER)")
     assert judge()[0] == "database_of_others"

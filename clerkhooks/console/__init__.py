@@ -39,7 +39,7 @@ def make_console() -> Blueprint:
 
 
 def _answer(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Answer errors of *view* as problems."""
+    """Turn the errors of *view* into problem responses."""
 
     @answered
     @wraps(view)

@@ -25,9 +25,9 @@ HEADERS = {
 
 def check_password() -> Response | None:
     """
-    Return the response that refuses the current request, or None if it has the password.
+    Return None if the current request has the right password, otherwise a 401 response.
 
-    The user name does not matter. Attempts are not limited, since CONSOLE_PASSWORD has at least 16
+    The user name is ignored. Attempts are not limited, since CONSOLE_PASSWORD has at least 16
     characters.
     """
     password, sent = current_state().settings.console_password, _read_password()
@@ -47,6 +47,6 @@ def set_headers(response: Response) -> Response:
 def _read_password() -> str | None:
     try:
         sent = request.authorization
-    except ValueError:  # base64 refuses text that is not ASCII, and Werkzeug does not catch it
+    except ValueError:  # base64 rejects non-ASCII text, and Werkzeug does not catch the error
         return None
     return (sent.password or "") if sent is not None and sent.type == "basic" else None

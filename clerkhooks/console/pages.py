@@ -55,7 +55,7 @@ _ENVIRONMENT.globals.update(
 
 
 def show_overview() -> Response:
-    """Show whether webhooks and the database work, and figures if the database answers."""
+    """Show whether webhooks and the database work, with figures if the database is usable."""
     state, figures = current_state(), None
     findings = judge_database(state.store, _find_program())
     is_ready = findings[0].level is not Level.ERROR
@@ -100,7 +100,7 @@ def show_message(message_id: str) -> Response:
 
 
 def list_users() -> Response:
-    """Show users, newest first; a posted form is a search."""
+    """Show users, newest first. A POST is a search."""
     if request.method == "POST":
         return _search_users()
     shown = _read_argument("show") or "all"
@@ -117,7 +117,7 @@ def _search_users() -> Response:
     """
     Show the users that match the posted form. If only one does, redirect to its page.
 
-    The search is not in the URL, since platforms log URLs and it may be a name or an email. A form
+    The search term is not in the URL: it may be a name or an email, and platforms log URLs. A form
     forged by another site is harmless: it changes nothing, and the site cannot read the page.
     """
     form = parse_qs(read_body().decode("utf-8", "replace"))
@@ -178,7 +178,7 @@ def _redirect(endpoint: str, **values: Any) -> Response:
 
 
 def _read_figures(store: Store, now: datetime) -> dict[str, Any] | None:
-    """Return the overview's figures, or None if the database cannot answer now."""
+    """Return the overview's figures, or None if a query fails."""
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     try:
         return {

@@ -12,7 +12,7 @@ _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"))
 
 
 def number(rows: int) -> str:
-    """Format a number of rows. Counting stops above MAX_COUNT."""
+    """Format a number of rows. Rows beyond MAX_COUNT are not counted."""
     return f"{rows:,}" if rows <= MAX_COUNT else f"more than {MAX_COUNT:,}"
 
 
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(then: datetime, now: datetime) -> str:
-    """Format the time since *then*, which may be in the future if another clock is ahead."""
+    """Format the time since *then*, which is in the future if another clock is ahead."""
     passed = int((now - then).total_seconds())
     if abs(passed) < 2:
         return "just now"
@@ -47,5 +47,5 @@ def key_set(keys: SigningKeys) -> tuple[str, str]:
         now = datetime.now(UTC)
         return "ok", f"fetched {ago(now - timedelta(seconds=keys.age), now)}"
     if not keys.keys:
-        return "warning", "missing: protected routes answer 503"
+        return "warning", "missing: protected routes return 503"
     return "ok", f"{count(len(keys.keys), 'key')} configured"

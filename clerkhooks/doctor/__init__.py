@@ -33,7 +33,7 @@ OUTSIDE_CHECKS: tuple[Check, ...] = (
     instance.compare_instances,
     database.check_database_url,
 )
-"""All checks but that of the database, which a running program checks through its own pool."""
+"""All checks except that of the database. A running program checks it through its own pool."""
 
 
 def diagnose(
@@ -45,7 +45,7 @@ def diagnose(
     project: Path = PROJECT,
 ) -> Iterator[Finding]:
     """
-    Yield the findings of *checks* about the variables *values*, including the ok ones.
+    Yield the findings of *checks* about the variables in *values*, including the ok ones.
 
     *unread* are faults that were found earlier, such as an unreadable ``.env``. A check takes a few
     seconds at most, changes nothing and raises nothing.
@@ -68,7 +68,7 @@ def _read_settings(
     """
     Return the settings in *values* without the invalid variables, and the faults.
 
-    A placeholder replaces an invalid signing secret, so that the rest can be checked.
+    A placeholder replaces an invalid signing secret, so that the other settings can be checked.
     """
     try:
         return kind.from_mapping(values), ()

@@ -31,7 +31,7 @@ def check_settings(case: Case) -> Iterator[Finding]:
 
 
 def check_names(case: Case) -> Iterator[Finding]:
-    """Check that no variable is misspelt, or set only under a name that front ends read."""
+    """Check for misspelled variables, and for a key that only front ends can read."""
     for name in sorted(case.values):
         if not case.text(name):
             continue
@@ -53,7 +53,7 @@ def _compare_front_end(case: Case, name: str) -> Iterator[Finding]:
         remedy = "Set CLERK_PUBLISHABLE_KEY to the same value."
         yield Finding("publishable_key_misplaced", Level.WARNING, name, what, remedy)
     elif own != case.text(name):
-        what = f"{name} and CLERK_PUBLISHABLE_KEY differ: that front end's tokens are refused."
+        what = f"{name} and CLERK_PUBLISHABLE_KEY differ: tokens from that front end are refused."
         remedy = "Copy both from the same Clerk instance."
         yield Finding("publishable_keys_differ", Level.WARNING, name, what, remedy)
 
@@ -65,8 +65,8 @@ def check_webhook_secrets(case: Case) -> Iterator[Finding]:
     secrets, subject = case.settings.webhook_secrets, "signing secret"
     read, unread = SECRET_VARIABLES
     if case.text(read) and case.text(unread) not in ("", case.text(read)):
-        what = f"{unread} is ignored because {read} is set to another value."
-        remedy = "Keep the right one and remove the other."
+        what = f"{unread} is ignored because {read} is set to a different value."
+        remedy = "Keep the correct one and remove the other."
         yield Finding("webhook_secret_unread", Level.WARNING, unread, what, remedy)
     count = len(set(secrets))
     if count < len(secrets):
@@ -82,7 +82,7 @@ def check_webhook_secrets(case: Case) -> Iterator[Finding]:
 
 
 def check_instance(case: Case) -> Iterator[Finding]:
-    """Check that keys and issuers belong to one Clerk instance."""
+    """Check that keys and issuers belong to the same Clerk instance."""
     publishable, secret = case.settings.publishable_key, case.settings.secret_key
     if case.invalid.intersection({"CLERK_PUBLISHABLE_KEY", "CLERK_SECRET_KEY", "CLERK_ISSUER"}):
         return
@@ -102,13 +102,13 @@ def _check_issuers(issuers: Sequence[str], publishable: str | None) -> Iterator[
     if own is not None and own not in issuers:
         what = f"CLERK_ISSUER is {listed}, but the publishable key's issuer is {own}."
         remedy = (
-            "Unset CLERK_ISSUER unless Clerk is behind your own proxy. Tokens of any other "
+            "Unset CLERK_ISSUER unless Clerk is behind your own proxy. Tokens from any other "
             "issuer are refused."
         )
         yield Finding("issuer_differs", Level.WARNING, subject, what, remedy)
     if len(set(issuers)) > 1:
-        what = f"Session tokens of {len(set(issuers))} issuers are accepted: {listed}."
-        remedy = "List several only while your instance moves to another domain or proxy."
+        what = f"Session tokens from {len(set(issuers))} issuers are accepted: {listed}."
+        remedy = "List several issuers only while your instance moves to another domain or proxy."
         yield Finding("issuers_several", Level.WARNING, subject, what, remedy)
 
 
@@ -117,7 +117,7 @@ def _kind(key: str) -> str:
 
 
 def check_authorized_parties(case: Case) -> Iterator[Finding]:
-    """Check that the origins whose tokens are accepted are listed, and fit the keys."""
+    """Check that authorized parties are set, and that production has no local ones."""
     parties, name = case.settings.authorized_parties, "CLERK_AUTHORIZED_PARTIES"
     if name in case.invalid:
         return
@@ -125,16 +125,16 @@ def check_authorized_parties(case: Case) -> Iterator[Finding]:
     keys = (case.settings.publishable_key, case.settings.secret_key)
     is_live = any(key and _kind(key) == "production" for key in keys)
     if not parties:
-        what = "Bearer tokens of any origin are accepted; cookies and cross-origin calls are not."
+        what = "Bearer tokens from any origin are accepted; cookies and cross-origin calls are not."
         remedy = f"Set {name}. {VARIABLES[name]}"
         yield Finding("authorized_parties_unset", Level.WARNING, name, what, remedy)
     elif local and is_live:
-        what = f"The key is a production key, but tokens of {', '.join(local)} are accepted."
-        remedy = "List only the origins of production."
+        what = f"The key is a production key, but tokens from {', '.join(local)} are accepted."
+        remedy = "List only production origins."
         yield Finding("authorized_parties_local", Level.WARNING, name, what, remedy)
     else:
         names = ["native clients" if party == NATIVE else party for party in parties]
-        what = f"Tokens of {', '.join(names)} are accepted."
+        what = f"Tokens from {', '.join(names)} are accepted."
         yield Finding("authorized_parties_set", Level.OK, name, what)
 
 
@@ -144,11 +144,11 @@ def check_env_file(case: Case) -> Iterator[Finding]:
         return
     file, subject = case.project / ".env", ".env"
     if not file.exists():
-        what = "There is no such file: only the environment is read."
+        what = "The file does not exist: only the environment is read."
         yield Finding("env_file_absent", Level.OK, subject, what)
     elif file.stat().st_mode & 0o044:
-        what = "Other users of this machine can read it."
+        what = "Other users of this machine can read the file."
         yield Finding("env_file_readable", Level.WARNING, subject, what, "chmod 600 .env")
     else:
-        what = "No other user of this machine can read it."
+        what = "No other user of this machine can read the file."
         yield Finding("env_file_private", Level.OK, subject, what)

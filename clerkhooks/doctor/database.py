@@ -1,4 +1,4 @@
-"""Checks of the database: whether it answers, is migrated, and has missed no event."""
+"""Checks of the database: whether it answers, is migrated, and is receiving events."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def check_database(case: Case) -> Iterator[Finding]:
         return
     url, where = _resolve(make_url(case.settings.database_url)), _name_database(case)
     is_named = _is_sqlite(url) or case.settings.pooler == "transaction"
-    # Opening SQLite would create the file.
+    # Opening a SQLite database would create its file.
     if _is_sqlite(url) and not Path(str(url.database).removeprefix("file:")).exists():
         what = f"{where} does not exist yet."
-        remedy = f"Create it: {case.program.upgrade}"
+        remedy = f"Create the database: {case.program.upgrade}"
         yield Finding("database_not_migrated", Level.ERROR, "database", what, remedy)
         return
 
@@ -88,7 +88,7 @@ def _find_pooler(database: Database) -> list[Finding]:
     with database.connect() as first, database.connect() as second:
         if first.exec_driver_sql(query).scalar() != second.exec_driver_sql(query).scalar():
             return []
-    what = "A pooler in transaction mode is between here and PostgreSQL: requests fail at random."
+    what = "A pooler in transaction mode is in front of PostgreSQL: requests fail at random."
     remedy = "Set DATABASE_POOLER=transaction, or use the pooler's session mode."
     return [Finding("database_pooler_unnamed", Level.ERROR, "database", what, remedy)]
 
@@ -97,7 +97,7 @@ def plain_store(url: sa.URL) -> Store:
     """
     Return the service's tables in the database at *url*, without connecting to it.
 
-    The connections work through any pooler, and leave no session settings.
+    The connections work through any pooler, and leave no session settings behind.
     """
 
     class Plain(DeclarativeBase):
@@ -119,7 +119,7 @@ def _is_sqlite(url: sa.URL) -> bool:
 
 
 def _resolve(url: sa.URL) -> sa.URL:
-    """Resolve a relative SQLite file as Flask-SQLAlchemy does: in the instance folder."""
+    """Resolve a relative SQLite path as Flask-SQLAlchemy does: in the instance folder."""
     if not _is_sqlite(url) or not url.database:
         return url
     path = url.database.removeprefix("file:")
@@ -134,7 +134,7 @@ def _name_database(case: Case) -> str:
         return f"SQLite in {(url.database or '').partition('?')[0]}"
     # An unescaped @ makes a part of the password look like the host.
     if case.text("DATABASE_URL").count("@") > 1:
-        return "PostgreSQL (its URL has more than one @; in a password write %40)"
+        return "PostgreSQL (its URL has more than one @; in a password, write %40)"
     host = url.host or url.query.get("host") or "the local socket"
     host = host if isinstance(host, str) else ",".join(host)
     return f"PostgreSQL on {host}, {url.database or 'its default database'},"
@@ -146,7 +146,7 @@ def judge_database(
     """
     Return the findings about the database of *store*; *where* names it in their texts.
 
-    The first one says whether the database can be used. If it cannot, there are no others.
+    The first finding says whether the database can be used. If it cannot, there are no others.
     """
     try:
         readiness = _judge_readiness(store, program, where)
@@ -177,7 +177,7 @@ def _judge_readiness(store: Store, program: Program, where: str) -> Finding:
         return Finding("database_ready", Level.OK, subject, what)
     if fault == "database_read_only":
         what = f"{where} is read-only."
-        remedy = "Connect to the primary, with a user that may write."
+        remedy = "Connect to the primary, as a user with write permission."
         return Finding("database_read_only", Level.ERROR, subject, what, remedy)
     return _judge_schema(store, program, where)
 
@@ -195,7 +195,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
         what = f"{where} {found.describe()}"
         remedy = found.remedy(connection.engine.url)
         return Finding("database_of_others", Level.ERROR, subject, what, remedy)
-    fault = "lacks tables or columns of this release" if present else "is not migrated"
+    fault = "lacks tables or columns that this release needs" if present else "is not migrated"
     what = f"{where} answers, but {fault}."
     return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)
 
@@ -203,10 +203,10 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
 def _judge_failures(store: Store, program: Program) -> Finding:
     failed = activity.count_failures(store, datetime.now(UTC) - timedelta(days=1))
     if not failed:
-        what = "Every message of the last 24 hours has been processed."
+        what = "Every message from the last 24 hours has been processed."
         return Finding("messages_processed", Level.OK, "webhooks", what)
     messages = count(failed, "message")
-    what = f"{messages} of the last 24 hours failed, and no retry has succeeded."
+    what = f"{messages} from the last 24 hours failed, and no retry has succeeded."
     remedy = (
         f"List the errors: {program.command} log --failed. "
         f"Then repair: {program.command} sync --failed"
@@ -242,7 +242,7 @@ def _judge_unfilled(store: Store, program: Program) -> Finding:
         what = "No user has been without a profile for over an hour."
         return Finding("users_filled", Level.OK, "users", what)
     users = count(unfilled, "user")
-    what = f"{users} without a profile for over an hour: no webhook has arrived."
+    what = f"{users} without a profile for over an hour: no webhook has delivered it."
     remedy = (
         "Check that the endpoint is subscribed to user.created and user.updated. "
         f"Then repair: {program.command} sync --missing"

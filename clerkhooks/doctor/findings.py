@@ -19,7 +19,7 @@ TIMEOUT = 5.0  # seconds, for one request to another machine
 
 
 class Level(StrEnum):
-    """How severe a finding is, worst first. Only an error makes the whole diagnosis fail."""
+    """The severity of a finding, worst first. Only an error makes the whole diagnosis fail."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -30,10 +30,10 @@ class Level(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    The result of a check, which contains no secret.
+    The result of a check. It contains no secrets.
 
-    *code* is stable. *what* describes the situation and *remedy* what to do about it; warnings and
-    errors have a remedy.
+    *code* is stable. *what* describes the situation; *remedy* says what to do. Warnings and errors
+    have a remedy.
     """
 
     code: str
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Program:
-    """The kind of program that is examined: its settings, and how its commands are typed."""
+    """The kind of program to check: its settings, and how a user types its commands."""
 
     settings: type[Settings]
     command: str
@@ -63,7 +63,7 @@ class Case:
     """
     The configuration that the checks examine.
 
-    *settings* leave out the variables of *faults*, so that one invalid variable does not hide other
+    *settings* omits the variables in *faults*, so that one invalid variable does not hide other
     mistakes.
     """
 
@@ -73,7 +73,7 @@ class Case:
     project: Path
     program: Program = SERVICE
     key_sets: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
-    """The key sets that were fetched for earlier checks, or the errors."""
+    """The results of earlier checks' fetches, by request: key sets or errors."""
 
     @cached_property
     def invalid(self) -> frozenset[str]:
@@ -81,7 +81,7 @@ class Case:
         return frozenset(fault.variable for fault in self.faults)
 
     def text(self, variable: str) -> str:
-        """Return a value as text, which is empty if the variable is unset."""
+        """Return the value of *variable* as text, empty if it is unset."""
         return as_text(self.values.get(variable))
 
 
@@ -94,7 +94,7 @@ def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """
     Return the result of *work*, which runs in a separate thread.
 
-    After a timeout the thread is abandoned, since a hanging resolver cannot be interrupted.
+    After a timeout, the thread is abandoned, since a hanging resolver cannot be interrupted.
 
     Raises:
         TimeoutError: *work* takes longer than *seconds*.

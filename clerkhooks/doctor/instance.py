@@ -29,7 +29,7 @@ KEY_VARIABLES = (
 
 
 def check_proxies(case: Case) -> Iterator[Finding]:
-    """Check that the proxy variables of the environment can be used."""
+    """Check that the environment's proxy variables are valid."""
     try:
         Connection(case.settings.api_url, {}, timeout=findings.TIMEOUT, max_size=0).close()
     except ProxyUrlError as error:
@@ -38,7 +38,7 @@ def check_proxies(case: Case) -> Iterator[Finding]:
 
 
 def check_keys(case: Case) -> Iterator[Finding]:
-    """Check that session tokens can be verified, with keys of this instance."""
+    """Check that session tokens can be verified with the keys of this instance."""
     keys, subject = find_keys(case.settings), "session keys"
     if isinstance(keys, FetchedKeys):
         yield _judge_fetch(case, keys)
@@ -53,7 +53,7 @@ def check_keys(case: Case) -> Iterator[Finding]:
         what = f"No session key could be loaded: {', '.join(invalid)} {verb} malformed."
         yield Finding("keys_skipped", Level.SKIPPED, subject, what)
     else:
-        what = "No key for session tokens is configured: protected routes answer 503."
+        what = "No key for session tokens is configured: protected routes return 503."
         remedy = "Set CLERK_PUBLISHABLE_KEY or CLERK_JWT_KEY: Clerk Dashboard, API keys."
         yield Finding("keys_not_configured", Level.WARNING, subject, what, remedy)
 
@@ -66,7 +66,7 @@ def _judge_fetch(case: Case, keys: FetchedKeys) -> Finding:
         what = f"Session tokens cannot be verified: {error}."
         remedy = (
             "Check the network, and that the API keys belong to an existing instance. With "
-            "CLERK_JWT_KEY no network access is needed."
+            "CLERK_JWT_KEY, no network access is needed."
         )
         return Finding("keys_not_fetched", Level.ERROR, subject, what, remedy)
     what = f"{urlsplit(keys.url).hostname} publishes {count(len(found), 'key')} for session tokens."
@@ -89,7 +89,7 @@ def _compare_keys(case: Case, url: str, keys: Sequence[RSAPublicKey]) -> Finding
 
 
 class _NotFetchedError(Exception):
-    """No key could be fetched. The text says from where and why."""
+    """No key could be fetched. The text names the host and the cause."""
 
 
 def _fetch_keys(case: Case, url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
@@ -97,7 +97,7 @@ def _fetch_keys(case: Case, url: str, headers: Mapping[str, str]) -> dict[str, R
     Return the key set at *url*, which is fetched once per diagnosis.
 
     Raises:
-        _NotFetchedError: there is no usable answer.
+        _NotFetchedError: the fetch failed, or failed for an earlier check.
     """
     request = (url, *headers.items())
     if request not in case.key_sets:
@@ -113,8 +113,8 @@ def _try_to_fetch(
 ) -> dict[str, RSAPublicKey] | _NotFetchedError:
     try:
         return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
-    except Exception as error:  # noqa: BLE001  # an endpoint may answer anything
-        # A ValueError may be a parser's, whose text quotes its input.
+    except Exception as error:  # noqa: BLE001  # an endpoint may return anything
+        # A parser's ValueError quotes its input.
         cause = "no key set" if isinstance(error, ValueError) else describe(error)
         host = urlsplit(url).hostname
         return _NotFetchedError(f"no key could be fetched from {host} ({cause})")
@@ -129,7 +129,7 @@ def check_clock(case: Case) -> Iterator[Finding]:
         what = f"Not compared: {urlsplit(url).hostname} did not send its time."
         yield Finding("clock_not_compared", Level.SKIPPED, "clock", what)
         return
-    remedy = "Synchronize the clock by NTP: timedatectl set-ntp true"
+    remedy = "Synchronize the clock with NTP: timedatectl set-ntp true"
     direction = "ahead of" if offset > 0 else "behind"
     what = f"This machine's clock is {abs(offset):,.0f} s {direction} Clerk's."
     if abs(offset) > MAX_WEBHOOK_SKEW:
@@ -183,7 +183,7 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
 
 
 def compare_instances(case: Case) -> Iterator[Finding]:
-    """Compare key ids to check that both API keys belong to one instance."""
+    """Compare key ids to check that both API keys belong to the same instance."""
     settings = case.settings
     publishable, secret, url = settings.publishable_key, settings.secret_key, settings.jwks_url
     if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):
@@ -205,10 +205,10 @@ def _compare_key_ids(
         return Finding("instances_not_compared", Level.SKIPPED, subject, f"Not compared: {error}.")
     if secret_keys.keys().isdisjoint(publishable_keys):
         what = (
-            "The secret key and the publishable key belong to two instances: the keys at "
+            "The secret key and the publishable key belong to different instances: the keys at "
             f"{urlsplit(secret_url).hostname} and {urlsplit(publishable_url).hostname} differ."
         )
         remedy = "Copy both from the same instance: Clerk Dashboard, API keys."
         return Finding("keys_of_two_instances", Level.ERROR, subject, what, remedy)
-    what = "The secret key and the publishable key belong to one instance."
+    what = "The secret key and the publishable key belong to the same instance."
     return Finding("keys_of_one_instance", Level.OK, subject, what)
