@@ -34,12 +34,12 @@ keepalive = 75
 timeout = 15  # seconds without a heartbeat; Svix's own timeout is the same
 graceful_timeout = 12  # seconds; a request ends within 10
 limit_request_line = 8190
-limit_request_field_size = 32768  # the application itself answers headers of up to 16 KiB
+limit_request_field_size = 32768  # the application handles tokens of up to 16 KiB
 control_socket_disable = True
 
 
 def _remove_metrics(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # workers inherit this
+    if os.getpid() == owner:  # workers inherit the exit handler
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -59,13 +59,13 @@ def on_starting(_server: Any) -> None:
         from clerkhooks.web.logs import logger
 
         remedy = (
-            "Set CLERK_JWT_KEY or CLERK_PUBLISHABLE_KEY; until then protected routes answer 503."
+            "Set CLERK_JWT_KEY or CLERK_PUBLISHABLE_KEY. Until then, protected routes return 503."
         )
         logger.warning("keys_not_configured", extra={"remedy": remedy})
 
 
 def post_fork(server: Any, _worker: Any) -> None:
-    """Count this worker's connections, and fetch the signing keys ahead of the first call."""
+    """Record this worker's connection limit, and start fetching the signing keys."""
     from clerkhooks.web.auth import fetch_keys_soon
 
     app = server.app.wsgi()
@@ -75,7 +75,7 @@ def post_fork(server: Any, _worker: Any) -> None:
 
 
 def pre_request(_worker: Any, request: Any) -> None:
-    """Remember the event loop's iteration in which this request began."""
+    """Record the event loop's iteration in which this request began."""
     request.began_in = gevent.get_hub().loop.iteration
 
 
@@ -83,10 +83,11 @@ def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> N
     """
     Yield to other connections after a request that never waited, such as a rejected one.
 
-    Otherwise a client that always sends the next request at once would keep the worker to itself.
+    Otherwise, a client that sends each request immediately after the last would monopolize the
+    worker.
     """
     if gevent.get_hub().loop.iteration == request.began_in:
-        gevent.sleep(0.00001)  # one iteration of the loop; sleep(0) would end before it
+        gevent.sleep(0.00001)  # takes one iteration of the loop; sleep(0) takes none
 
 
 def child_exit(_server: Any, worker: Any) -> None:

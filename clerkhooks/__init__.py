@@ -1,4 +1,4 @@
-"""Keep a users table in step with Clerk, and authenticate calls with Clerk's sessions."""
+"""Keep a users table in sync with Clerk, and authenticate calls with Clerk's sessions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use (PEP 562): gunicorn.conf.py reads the settings, and monkey-patches, before
-    # anything that does I/O is imported.
+    # Loaded on first use (PEP 562), so that gunicorn.conf.py can read the settings without
+    # importing Flask and the database driver.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -40,11 +40,11 @@ DEFAULT_ROUTES = ("webhooks", "me")
 
 class ClerkHooks(Generic[U]):
     """
-    Keeps an application's users in step with Clerk, and authenticates its calls.
+    Keeps an application's users in sync with Clerk, and authenticates calls to it.
 
     *db* is the application's Flask-SQLAlchemy object. *model* derives from ``ClerkUser`` and
-    ``db.Model``; without one, a plain table ``users`` is made. Use one object for any number of
-    applications::
+    ``db.Model``; by default, it is a plain model with the table ``users``. One object serves any
+    number of applications::
 
         hooks = ClerkHooks(db, User)
         hooks.init_app(app)
@@ -64,7 +64,7 @@ class ClerkHooks(Generic[U]):
             raise TypeError("The model must derive from ClerkUser: class User(ClerkUser, db.Model)")
         self.db = db
         self.model: type[U] = cast("type[U]", model or _make_model(db))
-        """The model of users: *model*, or the one made for the plain table."""
+        """The user model: *model*, or the plain one."""
         mapper: Mapper[Any] = sa.inspect(self.model)
         self._mapper, self._users = mapper, cast("sa.Table", mapper.local_table)
         self._fields = declared_fields(mapper)
@@ -85,18 +85,17 @@ class ClerkHooks(Generic[U]):
         """
         Register routes, commands and error handling on *app*, after ``db.init_app(app)``.
 
-        *routes* are of ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``; *url_prefix*
-        moves all of them. With *problems*, every error of the application is answered as
-        ``application/problem+json``. With *request_log*, each request is logged to stdout, as
-        ``json``, as ``text``, or with ``auto`` as text on a terminal and JSON elsewhere; otherwise
-        only deliveries are logged, to the logger ``clerkhooks``. Variables that ``app.config``
-        lacks are read from *environ*, by default ``os.environ``. Nothing else of the application is
-        changed.
+        *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``;
+        *url_prefix* moves all of them. With *problems*, every HTTP error of the application becomes
+        ``application/problem+json``. *request_log* logs each request to stdout, as ``json`` or as
+        ``text``; ``auto`` means text on a terminal and JSON elsewhere. Without it, only deliveries
+        are logged, to the logger ``clerkhooks``. Variables that ``app.config`` lacks are read from
+        *environ*, by default ``os.environ``. Nothing else in the application is changed.
 
         Raises:
-            SettingsError: ``app.config`` and the environment do not make a valid configuration.
-            RuntimeError: ``db.init_app(app)`` was not called, or *app* has clerkhooks already.
-            ValueError: *routes* has an unknown name.
+            SettingsError: the configuration in ``app.config`` and the environment is invalid.
+            RuntimeError: ``db.init_app(app)`` was not called, or *app* already has clerkhooks.
+            ValueError: *routes* contains an unknown name.
         """
         wanted = _parse_routes(routes)
         self._check_app(app)
@@ -119,9 +118,10 @@ class ClerkHooks(Generic[U]):
         Register a handler for an event type, a family such as ``organization.*``, or ``*``.
 
         The handler takes one ``Event``. It runs inside the message's transaction, once for each
-        message, also for a stale one; what it writes through ``db.session`` is committed with the
-        message. If it raises, or ends the transaction, the delivery is answered 500 and retried.
-        With *after_commit* it runs after the commit, at most once, and its errors are only logged.
+        message, including stale ones. Its writes through ``db.session`` are committed with the
+        message. If it raises or ends the transaction, the response is 500, and Svix retries the
+        message. With *after_commit*, it runs after the commit, at most once, and its errors are
+        only logged.
 
         Raises:
             ValueError: *pattern* is malformed.
@@ -136,25 +136,25 @@ class ClerkHooks(Generic[U]):
 
     @property
     def current_user(self) -> U:
-        """The user of this call, in a view behind ``require_auth``: a frozen copy of the row."""
+        """The current caller, in a view with ``require_auth``: a frozen copy of the row."""
         return cast("U", auth.get_user())
 
     @property
     def optional_user(self) -> U | None:
-        """The user of this call, or None for an anonymous caller of an optional view."""
+        """The current caller, or None for an anonymous caller of an optional view."""
         return cast("U | None", auth.get_user())
 
     @property
     def optional_session(self) -> Session | None:
-        """The session of this call, or None for an anonymous caller of an optional view."""
+        """The session of the current caller, or None if an optional view's caller is anonymous."""
         return cast("Session | None", auth.get_session())
 
     def include_name(self, name: str | None, type_: str, parent_names: Any) -> bool:
         """
         Restrict ``flask db migrate`` to the tables of *db* in a shared database.
 
-        Use it as ``Migrate(app, db, include_name=hooks.include_name)``. Otherwise Alembic drops
-        every table of the database that is not in the metadata.
+        Use it as ``Migrate(app, db, include_name=hooks.include_name)``. Without it, the generated
+        migration drops every table that is not in the metadata.
         """
         if type_ != "table":
             return True
@@ -189,7 +189,7 @@ class ClerkHooks(Generic[U]):
 def _make_model(db: SQLAlchemy) -> type[Any]:
     if "users" in db.metadata.tables:
         raise ValueError(
-            "There is a table 'users' already. Let its model derive from ClerkUser, and pass it: "
+            "A table 'users' already exists. Derive its model from ClerkUser, and pass the model: "
             "ClerkHooks(db, User)."
         )
     return type("PlainUser", (ClerkUser, db.Model), {})
@@ -197,7 +197,7 @@ def _make_model(db: SQLAlchemy) -> type[Any]:
 
 def _parse_routes(routes: Iterable[str]) -> frozenset[str]:
     if isinstance(routes, str):
-        raise ValueError(f"routes is a tuple of names, such as ({routes!r},).")
+        raise ValueError(f"routes must be a tuple of names, such as ({routes!r},).")
     wanted = frozenset(routes)
     if unknown := wanted.difference(ROUTES):
         raise ValueError(f"Unknown routes: {', '.join(sorted(unknown))}. Use {', '.join(ROUTES)}.")
@@ -225,7 +225,7 @@ def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Bluepri
 
 
 def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:
-    """Return the engine options that the application gave, merged as Flask-SQLAlchemy does."""
+    """Return the application's engine options, merged as Flask-SQLAlchemy merges them."""
     options = dict(getattr(db, "_engine_options", None) or {})  # SQLAlchemy(engine_options=…)
     bind = (app.config.get("SQLALCHEMY_BINDS") or {}).get(bind_key)
     if isinstance(bind, dict):

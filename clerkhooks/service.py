@@ -49,11 +49,11 @@ hooks = ClerkHooks(db)
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     """
-    Create the service from *config*, or without one from the environment and ``.env``.
+    Create the service from *config*, by default from the environment and ``.env``.
 
     Raises:
         SettingsError: *config* is invalid.
-        SystemExit: with status 2 and one message, if the environment is invalid.
+        SystemExit: the environment is invalid. The exit status is 2, with one message.
     """
     if config is None:
         with exit_if_invalid():
@@ -77,10 +77,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
 def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
     """
-    Check that the folder of a SQLite file is writable. Create the instance folder.
+    Check that a SQLite file's folder is writable. Create the instance folder if needed.
 
     Raises:
-        SettingsError: it cannot.
+        SettingsError: the folder is not writable.
     """
     if url.get_backend_name() != "sqlite" or str(url.database).startswith("file:"):
         return

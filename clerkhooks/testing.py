@@ -1,7 +1,7 @@
 """
-A pytest plugin: users sign up, events arrive and callers sign in, with real signatures.
+A pytest plugin that simulates sign-ups, events and callers, with real signatures.
 
-Put ``pytest_plugins = ["clerkhooks.testing"]`` into the topmost conftest.py, and override the
+Put ``pytest_plugins = ["clerkhooks.testing"]`` in the top-level conftest.py, and override the
 fixture that creates the application under test::
 
     @pytest.fixture
@@ -68,15 +68,15 @@ class ClerkService:
     """
     An application in this process, and the Clerk instance that it trusts.
 
-    Tokens with a role, permissions or an organization's plan or feature are of the organization
-    ``organization_id``, unless they name another. ``http`` is the client of an anonymous caller.
+    A token with a role, permissions, or an organization's plan or feature is for the organization
+    ``organization_id``, unless you pass another. ``http`` is the client of an anonymous caller.
     """
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
         self.app, self.clerk = app, clerk
         self.http = app.test_client()
         self.organization_id = clerk_id("org")
-        # Not url_for: the test client adds APPLICATION_ROOT, too.
+        # Not url_for: the test client also adds APPLICATION_ROOT.
         paths = {rule.endpoint: rule.rule for rule in app.url_map.iter_rules()}
         self._webhook_path = paths.get("clerkhooks.receive_webhook", "/webhooks/clerk")
         self._last_event = 0
@@ -90,10 +90,10 @@ class ClerkService:
         **data: Any,
     ) -> str:
         """
-        Deliver the ``user.created`` of a new user and return the id. *data* replaces fields.
+        Deliver ``user.created`` for a new user and return the id. *data* replaces fields.
 
         Raises:
-            AssertionError: the application refuses the event.
+            AssertionError: the application did not accept the event.
         """
         user_id, now = data.pop("id", clerk_id("user")), self._next_event()
         profile = {"email": email, "first_name": first_name, "last_name": last_name}
@@ -102,7 +102,7 @@ class ClerkService:
         )
         if response.status_code != 200:
             raise AssertionError(
-                f"user.created was answered {response.status_code}: {response.text}"
+                f"user.created was answered with {response.status_code}: {response.text}"
             )
         return str(user_id)
 
@@ -116,7 +116,7 @@ class ClerkService:
         """
         Deliver a signed event and return the response.
 
-        It is newer than all earlier events, unless *data* has an older ``updated_at``
+        The event is newer than all earlier events, unless *data* has an older ``updated_at``
         (milliseconds). A retry has the same *message_id*. *timestamp* (seconds) is the time of the
         attempt, by default now.
         """
@@ -142,15 +142,15 @@ class ClerkService:
         **claims: Any,
     ) -> str:
         """
-        Return a session token (version 2) of *user_id*, as Clerk would create it.
+        Return a session token (version 2) for *user_id*, as Clerk would create it.
 
-        *role* is such as ``org:admin``, and *permissions* such as ``org:notes:delete``. *plan* and
-        *feature* may begin with ``org:`` or ``user:``; by default they are the organization's if
-        there is one. *organization* is an id. *claims* such as ``fva=[0, 0]`` are added unchanged
-        and replace others; a claim of None is omitted. ``lifetime=`` is in seconds.
+        A role is for example ``org:admin``, a permission ``org:notes:delete``. *plan* and *feature*
+        may begin with ``org:`` or ``user:``; without a prefix, they belong to the organization if
+        the token has one. *organization* is an id. *claims* such as ``fva=[0, 0]`` are added
+        unchanged and replace others; a claim of None is omitted. ``lifetime=`` is in seconds.
 
         Raises:
-            ValueError: Clerk would never put that permission, plan or feature into a token.
+            ValueError: Clerk would never put that permission, plan or feature in a token.
         """
         default = self.organization_id
         granted = session_claims(organization, role, permissions, plan, feature, default)
@@ -170,8 +170,8 @@ class ClerkService:
         """
         Return a test client of the application that is signed in as *user_id*.
 
-        Each request gets a fresh token of the same session, created as by ``token``. A request with
-        an Authorization header keeps that.
+        Each request gets a fresh token for the same session; the arguments are those of ``token``.
+        A request with its own Authorization header keeps it.
         """
         default = self.organization_id
         granted = session_claims(organization, role, permissions, plan, feature, default)
@@ -188,7 +188,7 @@ class ClerkService:
         return client
 
     def _next_event(self) -> int:
-        # Events of the same millisecond would be ordered by their random ids.
+        # Events in the same millisecond would be ordered by their random ids.
         self._last_event = max(self._last_event + 1, int(time.time() * 1000))
         return self._last_event
 
@@ -204,10 +204,11 @@ def session_claims(
     """
     Return the claims of a member of *organization*, or of a user without an organization.
 
-    Claims that only a member can have are of *default_organization* unless *organization* is set.
+    Claims that only a member can have refer to *default_organization*, unless *organization* is
+    set.
 
     Raises:
-        ValueError: Clerk would never put that permission, plan or feature into a token.
+        ValueError: Clerk would never put that permission, plan or feature in a token.
 
     Source: Clerk, "Session tokens", default claims, version 2.
     """
@@ -229,7 +230,7 @@ def session_claims(
         "slg": organization.removeprefix("org_").lower(),
     }
     actions = list(dict.fromkeys(action for _, action in granted))
-    # A number for each feature of the organization, in the order of fea, whose bits index per.
+    # One number per organization feature, in the order of fea. Bit n stands for action n in per.
     packed = [
         sum(1 << at for at, action in enumerate(actions) if (name[2:], action) in granted)
         for name in features
@@ -259,6 +260,6 @@ def _add_scope(name: str, default: str) -> str:
     scope, colon, rest = name.partition(":")
     if colon and scope not in ("org", "user"):
         raise ValueError(
-            f"A plan or feature is a name, or begins with org: or user:, not {name!r}."
+            f"{name!r} has an unknown prefix. A plan or feature may begin with org: or user:."
         )
     return f"{scope[0]}:{rest}" if colon else f"{default}:{name}"

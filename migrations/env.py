@@ -1,4 +1,4 @@
-"""Run migrations on the service's database, in one transaction and one run at a time."""
+"""Run migrations on the service's database: in one transaction, and one run at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ migrate = current_app.extensions["migrate"]
 
 
 def begin_alone(connection: sa.Connection) -> None:
-    """Let a second release wait until the first one has migrated, however long that takes."""
+    """Begin a transaction. A second run waits until the first one ends, however long it takes."""
     if connection.dialect.name == "sqlite":
         # Stored in the file. With a write-ahead log, readers never wait for the writer.
         if not is_of_others(connection):
@@ -25,14 +25,14 @@ def begin_alone(connection: sa.Connection) -> None:
         return
     if connection.exec_driver_sql("SELECT current_schema()").scalar() is None:
         remedy = "Create one first, such as: CREATE SCHEMA clerkhooks"
-        raise CommandError(f"The search_path has no existing schema.\n{remedy}")
+        raise CommandError(f"No schema in the search_path exists.\n{remedy}")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
     # Requests queue behind a migration that waits for a lock, so it soon gives up.
     connection.exec_driver_sql("SET LOCAL lock_timeout = '4s'")
 
 
 def is_of_others(connection: sa.Connection) -> bool:
-    """Return whether there are tables that no migration has recorded."""
+    """Return whether the tables exist, but no migration is recorded."""
     # Look for the table first: another process may be migrating.
     is_found = find_table(connection) is not None
     return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)

@@ -242,6 +242,6 @@ def test_explain_a_schema_that_does_not_exist(
     result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
-        "Error: The search_path has no existing schema.",
+        "Error: No schema in the search_path exists.",
         "Create one first, such as: CREATE SCHEMA clerkhooks",
     ]

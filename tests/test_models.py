@@ -62,7 +62,7 @@ def test_refuses_a_table_that_is_already_declared() -> None:
     """The error says to derive the model from ``ClerkUser`` or to use one ``ClerkHooks``."""
     db = SQLAlchemy()
     model = declare(db)
-    with pytest.raises(ValueError, match=r"Let its model derive from ClerkUser"):
+    with pytest.raises(ValueError, match="Derive its model from ClerkUser"):
         ClerkHooks(db)
     ClerkHooks(db, model)
     with pytest.raises(ValueError, match="Use one ClerkHooks for each SQLAlchemy object"):

@@ -81,7 +81,7 @@ def refuse_tables_of_others() -> None:
 
 
 def create_partial_index(table: str, suffix: str, columns: list[str], condition: str) -> None:
-    """Create an index of the rows that meet a condition."""
+    """Create an index on the rows that meet a condition."""
     where = sa.text(condition)
     name = f"ix_{table}_{suffix}"
     op.create_index(name, table, columns, postgresql_where=where, sqlite_where=where)
