@@ -76,7 +76,7 @@ def send(
     Post an event as Clerk would, signed with the configured secret.
 
     EVENT is a type such as user.created, user.updated or user.deleted. Prints the request and the
-    response. The server refuses an event that was tampered with or is over 5 minutes old.
+    response. The server refuses an event that was tampered with or signed over 5 minutes ago.
 
     Exit status: 0 if every delivery was accepted, 1 if one was refused, 2 if the server does not
     respond.

@@ -37,7 +37,7 @@ _FINDINGS = {
 @click.argument("user_ids", nargs=-1, type=parse_user_id, metavar="[USER_ID]...")
 @click.option("--check", is_flag=True, help="Report differences and change nothing.")
 @click.option("--missing", is_flag=True, help="Only users without a profile.")
-@click.option("--failed", is_flag=True, help="Only users of messages that failed.")
+@click.option("--failed", is_flag=True, help="Only users whose messages failed.")
 @click.option("--force", is_flag=True, help="Delete any number of users.")
 @json_lines_option
 @click.pass_context
@@ -58,9 +58,9 @@ def sync(
     continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted. You
     can interrupt a sync at any time and run it again. Needs CLERK_SECRET_KEY.
 
-    Without --force, no user is deleted if Clerk has none of the users, or if more than 20 users and
-    more than a tenth of all users are missing from Clerk. With --json, findings include the values
-    of fields, and the summary is the last line.
+    Without --force, no user is deleted if Clerk has none of the newest users, or if more than 20
+    users and more than a tenth of all users are missing from Clerk. With --json, findings include
+    the values of fields, and the summary is the last line.
 
     Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
     withheld, a given user is unknown, or --check found a difference; 2 if the sync could not run.

@@ -1,1 +1,1 @@
-"""HTTP in and out: webhooks, sessions, health, metrics, problems and logs."""
+"""The HTTP layer: webhooks, sessions, health, metrics, problems and logs."""
