@@ -91,7 +91,7 @@ def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> N
 
 
 def child_exit(_server: Any, worker: Any) -> None:
-    """Drop the gauges of a worker that has ended; its counters stay."""
+    """Drop the gauges of a worker that has exited; its counters stay."""
     if settings.metrics_token:
         from prometheus_client.multiprocess import mark_process_dead
 

@@ -144,10 +144,11 @@ class ClerkService:
         """
         Return a session token (version 2) for *user_id*, as Clerk would create it.
 
-        A role is for example ``org:admin``, a permission ``org:notes:delete``. *plan* and *feature*
-        may begin with ``org:`` or ``user:``; without a prefix, they belong to the organization if
-        the token has one. *organization* is an id. *claims* such as ``fva=[0, 0]`` are added
-        unchanged and replace others; a claim of None is omitted. ``lifetime=`` is in seconds.
+        *role* has the form ``org:admin``, each permission the form ``org:notes:delete``. *plan* and
+        *feature* may begin with ``org:`` or ``user:``; without a prefix, they belong to the
+        organization if the token has one. *organization* is an id. *claims* such as ``fva=[0, 0]``
+        are added unchanged and replace others; a claim of None is omitted. ``lifetime=`` is in
+        seconds.
 
         Raises:
             ValueError: Clerk would never put that permission, plan or feature in a token.

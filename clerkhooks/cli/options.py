@@ -75,7 +75,7 @@ def parse_age(text: str) -> timedelta:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse an ISO 8601 time, in UTC unless it has an offset, or an age, as a time before now."""
+    """Parse an ISO 8601 time, by default in UTC. An age counts back from now."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

@@ -30,7 +30,7 @@ def add_routes(blueprint: Blueprint) -> None:
 
 
 def receive_webhook() -> Response:
-    """Answer one delivery, then count and log it."""
+    """Respond to one delivery, then count and log it."""
     delivery, state = request_state(), current_state()
     response = apply_delivery(delivery.fields, state)
     if state.metrics is not None:

@@ -194,7 +194,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             sock.flush()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Any) -> None:
-        """Answer 400 to a malformed request, and log no part of it."""
+        """Respond with 400 to a malformed request, and log no part of it."""
         if type(exc) in _QUOTING:
             exc = _Malformed(type(exc).__name__)
         super().handle_error(req, client, addr, exc)
