@@ -89,7 +89,8 @@ class Batcher(Generic[T, R]):
         """Execute *batch* after the previous one or MAX_WAIT. Until then it accepts items."""
         has_turn = False
         try:
-            # Only a wait needs a timer, which takes gevent longer than the lock itself.
+            # Try without a timeout first. Under gevent, a timeout needs a timer, and starting one
+            # takes longer than taking the lock.
             has_turn = self._turn.acquire(blocking=False) or self._turn.acquire(timeout=MAX_WAIT)
             _wait_for_callers()
             self._close(batch)
@@ -113,8 +114,8 @@ def _wait_for_callers() -> None:
     Yield, so that callers that are about to arrive can join the batch.
 
     With gevent, requests whose data have arrived are read and parsed first: a statement for all of
-    them takes less time than a statement now and another later. Without load there are none, and no
-    time passes.
+    them takes less time than a statement now and another later. Without load, no requests are
+    waiting, and the call returns at once.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):

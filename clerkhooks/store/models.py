@@ -107,8 +107,8 @@ def from_clerk(
     *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
     ``primary_phone_number``. *parse* receives the value, which the user may have chosen, and
     returns the value to store. If *parse* raises ValueError, or the column cannot store the value,
-    the value counts as absent. *column* and *options* are those of ``mapped_column``; the column
-    must be nullable. Use ``sa.JSON`` for objects and lists.
+    the value counts as absent. *column* and *options* are passed to ``mapped_column``; the
+    column must be nullable. Use ``sa.JSON`` for objects and lists.
 
     Raises:
         ValueError: *path* is malformed or leads into ``private_metadata``.

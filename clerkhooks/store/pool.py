@@ -32,10 +32,10 @@ class Overloaded(RequestError, sa.exc.TimeoutError):
 
 class Slots:
     """
-    A fair semaphore with *size* slots. Callers wait in order, at most *timeout* seconds.
+    A fair semaphore with *size* slots. Callers are served in order of arrival.
 
-    A caller is refused as soon as its expected wait exceeds the timeout. The estimate depends on
-    the number of callers ahead of it and the duration of recent uses. With a timeout of 0, no
+    A caller is refused as soon as its expected wait exceeds *timeout* seconds. The estimate depends
+    on the number of callers ahead of it and the duration of recent uses. With a timeout of 0, no
     caller waits.
     """
 
@@ -130,9 +130,10 @@ class Slots:
 
 
 class OrderedPool(QueuePool):
-    """A pool that serves its callers in order, and refuses those that would wait too long."""
+    """A first-in, first-out pool that refuses callers that would wait too long."""
 
-    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # the service prints clerkhooks' logs
+    # By default, the logger would be below "clerkhooks", and the service would print its records.
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

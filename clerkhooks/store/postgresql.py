@@ -80,7 +80,8 @@ def connect_arguments(
     """Return the application's connect arguments, such as certificates, and our limits."""
     arguments: dict[str, Any] = {
         "connect_timeout": "2",
-        # Milliseconds, then seconds. By default, TCP takes hours to detect a dead peer.
+        # By default, TCP takes hours to detect a dead peer. The user timeout is in milliseconds,
+        # the keepalive times are in seconds.
         "tcp_user_timeout": "4000",
         "keepalives_idle": "30",
         "keepalives_interval": "10",

@@ -61,7 +61,7 @@ def _is_busy(error: Exception) -> bool:
     return isinstance(error, OperationalError) and describe(error).endswith(_BUSY)
 
 
-# stamina logs the errors that it retries. Their texts do not quote rows.
+# stamina logs the errors that it retries. Their messages contain no row data.
 retry = stamina.RetryingCaller(attempts=6, wait_initial=0.05, wait_max=2.0).on(_is_busy)
 """Run a whole transaction, and repeat it after lock timeouts and deadlocks."""
 
