@@ -83,7 +83,7 @@ def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
 def _check_with_sqlalchemy(url: str) -> None:
     try:
         create_engine(url)  # does not connect
-    except (ArgumentError, ValueError, TypeError):  # the errors' texts may quote a password
+    except (ArgumentError, ValueError, TypeError):  # the error message may quote a password
         raise ValueError("is not a database URL that SQLAlchemy accepts.") from None
 
 

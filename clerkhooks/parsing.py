@@ -1,8 +1,8 @@
 """
 Parsers for the values of variables.
 
-Each parser raises ValueError for an invalid value. The message is a sentence without its subject,
-the variable, and never quotes the value.
+Each parser raises ValueError for an invalid value. The message completes a sentence that
+starts with the variable's name, such as "must be a number.", and never quotes the value.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ class ClerkService:
         """
         Return a test client of the application that is signed in as *user_id*.
 
-        Each request gets a fresh token for the same session; the arguments are those of ``token``.
+        Each request gets a fresh token for the same session; the arguments are the same as for
+        ``token``.
         A request with its own Authorization header keeps it.
         """
         default = self.organization_id

@@ -40,7 +40,7 @@ def moment(then: datetime) -> str:
 
 
 def key_set(keys: SigningKeys) -> tuple[str, str]:
-    """Return the state of the session keys as a level and a text."""
+    """Return the state of the session keys as a level and a description."""
     if isinstance(keys, FetchedKeys):
         if keys.age is None:
             return "warning", "not fetched yet"

@@ -144,7 +144,7 @@ def judge_database(
     store: Store, program: Program = SERVICE, where: str = "The database"
 ) -> list[Finding]:
     """
-    Return the findings about the database of *store*; *where* names it in their texts.
+    Return the findings about the database of *store*, which they refer to as *where*.
 
     The first finding says whether the database can be used. If it cannot, there are no others.
     """
