@@ -31,7 +31,7 @@ class User(ClerkUser, Model):
 
 
 class Note(Model):
-    """A text written by a user, with the organization that was active at the time."""
+    """Text written by a user, with the organization that was active at the time."""
 
     __tablename__ = "notes"
 

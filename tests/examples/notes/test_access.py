@@ -24,7 +24,7 @@ def test_takes_a_note_before_the_webhook(clerk_service: ClerkService) -> None:
 
 @pytest.mark.parametrize("body", [[], {}, {"text": None}, {"text": 7}])
 def test_refuses_a_body_without_a_text(clerk_service: ClerkService, body: object) -> None:
-    """A note must have a text."""
+    """A note must contain text."""
     ada = clerk_service.client(clerk_service.sign_up())
     assert ada.post("/notes/", json=body).status_code == 400
 
