@@ -206,7 +206,7 @@ MakeService = Callable[..., Service]
 
 @pytest.fixture
 def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
-    """Create services on the database, with variables replaced; None unsets a variable."""
+    """Create services on the database. Keyword arguments set variables; None unsets one."""
     made: list[Service] = []
 
     def make(clerk: FakeClerk = clerk, **variables: str | None) -> Service:
@@ -228,7 +228,7 @@ def service(make_service: MakeService) -> Service:
 
 @pytest.fixture
 def make_unreachable(clerk: FakeClerk, tmp_path: Path) -> MakeService:
-    """Create services whose database is unreachable, with variables replaced."""
+    """Create services whose database is unreachable. Keyword arguments set variables."""
 
     def make(**variables: str) -> Service:
         folder = tmp_path / "gone"

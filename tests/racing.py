@@ -46,7 +46,7 @@ class PausePoint:
 
 class FailingHandler:
     """
-    A handler that raises for the first message, or with *always* for every message.
+    A handler that fails on the first message or, with *always*, on every message.
 
     It waits at *meanwhile* before it raises, and at *later* when it does not raise.
     """
@@ -62,7 +62,7 @@ class FailingHandler:
         self.failed = threading.Event()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Wait, then raise for a message that must fail."""
+        """Wait, then raise RuntimeError if the message must fail."""
         fails = self.always or not self.failed.is_set()
         pause = self.meanwhile if fails else self.later
         if pause:

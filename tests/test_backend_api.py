@@ -149,7 +149,7 @@ def test_returns_odd_users_unchanged(api: BackendApi, backend: Backend) -> None:
 
 
 def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None:
-    """A 404 with Clerk's error code proves it; a user in the answer disproves it."""
+    """A 404 with Clerk's error code confirms the deletion; a user in the answer rules it out."""
     user_id = backend.sign_up()
     assert api.is_gone(user_id) is False
     backend.delete(user_id)

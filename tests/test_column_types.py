@@ -227,7 +227,7 @@ def test_limits_texts_by_the_size_of_an_index(
     """
     The columns of an index share the maximum size of an entry.
 
-    Incompressible texts up to a column's share are stored; a longer text counts as absent.
+    Incompressible text up to a column's share is stored; longer text counts as absent.
     """
     columns = {
         "one": from_clerk("one", sa.Text),

@@ -173,7 +173,7 @@ def test_refuses_requests_without_the_password(service: Service, sent: str | Non
 def test_refuses_other_paths_and_methods(
     console: Console, method: str, path: str, status: int
 ) -> None:
-    """Unknown paths and methods are answered with a problem."""
+    """Unknown paths and methods are answered with problem details."""
     answer = console.http.open(path, method=method, auth=("operator", PASSWORD))
     assert (answer.status_code, answer.content_type) == (status, "application/problem+json")
     assert ("Allow" in answer.headers) == (status == 405)
@@ -861,7 +861,7 @@ def test_logs_neither_searches_nor_the_password(
 
 
 def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting stops at the limit; the figures by outcome are those of the newest messages."""
+    """Counting stops at the limit; the figures by outcome cover only the newest messages."""
     for number in range(5):
         console.service.deliver(user_event(clerk_id("user"), at=NOW_MS + number))
     store = find_store(console.service)

@@ -305,8 +305,8 @@ def check_answers(
     """
     Check that every delivery was answered 200.
 
-    Each message that was not pruned has one answer with the outcome in the log; its other answers
-    are ``duplicate``.
+    For each message that was not pruned, one answer has the logged outcome, and all others are
+    ``duplicate``.
     """
     outcomes: dict[str, list[str]] = defaultdict(list)
     for kind, key, status, outcome in answers:

@@ -111,7 +111,7 @@ def printed_call(printed: str) -> tuple[str, dict[str, str]]:
 
 
 class Stage(io.StringIO):
-    """An output stream that calls *act* when a text with *cue* is written to it."""
+    """An output stream that calls *act* when text containing *cue* is written to it."""
 
     def __init__(self, cue: str, act: Callable[[], object]) -> None:
         super().__init__()

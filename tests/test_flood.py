@@ -70,7 +70,7 @@ def test_serves_beside_5000_connections_that_send_little(
 def test_serves_a_sender_that_opens_more_connections_than_it_needs(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
 ) -> None:
-    """No message times out with 500 at a time over 2,400 persistent connections."""
+    """No message times out when 500 at a time are sent over 2,400 persistent connections."""
     connections = min(2400, descriptors - 1000)
     with serving(database_url, clerk, tmp_path / "log") as server:
         with new_clients(server.port) as health:

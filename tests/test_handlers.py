@@ -47,7 +47,7 @@ class Recorder:
         self.events.append(event)
 
     def record(self, event: Event) -> None:
-        """Record one event, as a method."""
+        """Record one event through a bound method."""
         self.events.append(event)
 
 

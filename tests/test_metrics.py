@@ -263,7 +263,7 @@ def test_loads_no_library_when_disabled(clerk: FakeClerk, tmp_path: Path) -> Non
 
 
 def test_limits_the_number_of_series(counted: Service) -> None:
-    """No type, id or token that a sender chooses creates a new series."""
+    """Types, ids and tokens chosen by a sender do not create new series."""
     for number in range(40):
         counted.deliver(event_body(f"type{number}.created", {}, 1))
         counted.deliver(event_body(f"user.{number}", {}, 1))

@@ -1,4 +1,4 @@
-"""Callers wait in order, and are refused once their wait would be too long."""
+"""Callers are served in order of arrival, or refused if the wait would be too long."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_answers_a_failure_without_its_text(service: Service, written: list[str]
 
 
 def fail_twice() -> None:
-    """Raise an error with a cause, both with profile data in their text."""
+    """Raise an error with a cause, both with profile data in their messages."""
     try:
         raise KeyError(SECRET)
     except KeyError as error:
@@ -122,7 +122,7 @@ def fail_twice() -> None:
 def test_logs_frames_without_the_text_of_an_error(
     application: Application, written: list[str]
 ) -> None:
-    """Each frame has a file, line and function; the texts of the errors are omitted."""
+    """Each frame has a file, line and function; error messages are omitted."""
     application.hooks.on("user.*")(lambda event: fail_twice())
     response = application.deliver(user_event(clerk_id("user")), "msg_1")
     assert (response.status_code, response.get_json()["reason"]) == (500, "internal_error")

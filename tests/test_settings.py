@@ -603,7 +603,7 @@ def test_explains_an_env_file_that_is_not_text(
 
 
 def refuse(_path: Path) -> dict[str, str | None]:
-    """Raise the error of a file without read permission."""
+    """Raise PermissionError, as when the file is unreadable."""
     raise PermissionError
 
 

@@ -207,7 +207,7 @@ def test_finds_a_good_signature_among_garbled_ones(clerk: FakeClerk, garbage: st
 
 @pytest.mark.parametrize("separator", [",", "\t", ";", "\n"])
 def test_separates_signatures_by_spaces_only(clerk: FakeClerk, separator: str) -> None:
-    """Any other separator makes one garbled signature, as in Clerk's SDK."""
+    """With any other separator, the list counts as one malformed signature, as in Clerk's SDK."""
     headers = signed(clerk)
     headers["svix-signature"] = f"v1,abc{separator}{headers['svix-signature']}"
     assert reason_of(headers, clerk) == "signature_mismatch"

@@ -72,17 +72,17 @@ class User(ClerkUser, Base):
 
     @hybrid_method
     def has_plan(self, plan: str) -> bool:
-        """Compare a column, as a hybrid method."""
+        """Compare a column in a hybrid method."""
         return self.plan == plan
 
     @classmethod
     def table_name(cls) -> str:
-        """Return a class attribute, as a class method."""
+        """Return a class attribute from a class method."""
         return str(cls.__tablename__)
 
     @staticmethod
     def shout(text: str) -> str:
-        """Return *text* in capitals, as a static method."""
+        """Return *text* in upper case from a static method."""
         return text.upper()
 
     def rename(self) -> None:

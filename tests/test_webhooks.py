@@ -162,7 +162,7 @@ def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
 
 
 def test_reads_chunked_bodies(service: Service) -> None:
-    """A body without Content-Length has the same limit, and is read completely up to it."""
+    """The limit also applies without Content-Length; a body at the limit is read in full."""
     body = user_event(clerk_id("user"))
     padded = body + b" " * (1024 * 1024 - len(body))
     for extra, status in ((b"", 200), (b" ", 413), (b" " * 100_000, 413)):

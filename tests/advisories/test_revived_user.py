@@ -16,7 +16,7 @@ from tests.support import NOW_MS, Service, deletion, user_event
 @pytest.mark.parametrize("event_type", ["user.created", "user.updated"])
 @pytest.mark.parametrize("late", [-1, 0, 60_000])
 def test_keeps_a_deleted_user_deleted(service: Service, event_type: str, late: int) -> None:
-    """No event undoes the deletion, older or newer, nor does a token that has not expired."""
+    """Neither an event, older or newer, nor an unexpired token undoes the deletion."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     assert service.outcome(deletion(user_id)) == "applied"

@@ -93,7 +93,7 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
 
 
 def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With ``problems=True``, all errors become problems, with the text given to ``abort``."""
+    """With ``problems=True``, all errors become problem details, with the text from ``abort``."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()

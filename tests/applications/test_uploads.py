@@ -79,7 +79,7 @@ def test_limits_deliveries_only(
 
 
 def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An oversized upload gets the application's page; an oversized delivery gets a problem."""
+    """Oversized uploads get the application's page; oversized deliveries get problem details."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=MIB)
     app.register_error_handler(413, lambda error: ("Please send less.", 413))
     with tables(app):
