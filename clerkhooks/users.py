@@ -92,7 +92,7 @@ class Users:
         """
         Return the user of a verified session token, and whether this call created the row.
 
-        Update ``last_seen`` at most once a minute, unless the caller impersonates the user.
+        Update ``last_seen`` at most once a minute, unless the caller is impersonating the user.
 
         Raises:
             Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
@@ -145,7 +145,7 @@ class Users:
         self, events: Sequence[ReceivedEvent], lock_timeout: str = BATCH_LOCK_TIMEOUT
     ) -> Sequence[Outcome | None]:
         """
-        Apply *events*, which contain each message and each user once, in one transaction.
+        Apply *events* in one transaction. No two may share a message id or a user.
 
         All outcomes are None if nothing was applied because a row is locked.
         """

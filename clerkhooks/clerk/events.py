@@ -27,7 +27,7 @@ UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
-    The stored part of a Clerk user. Every text fits its column and can be stored.
+    The stored part of a Clerk user. Every string fits its column and can be stored.
 
     Each field is a column of ``users``. In a tombstone, and before the first event, all fields
     except the name are None.

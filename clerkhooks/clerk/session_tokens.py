@@ -66,13 +66,13 @@ class Session:
 
     @property
     def actor(self) -> Mapping[str, Any] | None:
-        """The claims of an impersonator, such as ``sub``; None if nobody impersonates the user."""
+        """The claims of an impersonator, such as ``sub``, or None."""
         actor = self.claims.get("act")
         return actor if isinstance(actor, dict) else None
 
     @property
     def impersonated(self) -> bool:
-        """Whether somebody impersonates the user. A malformed ``act`` claim counts too."""
+        """Whether someone is impersonating the user. A malformed ``act`` claim counts too."""
         return self.claims.get("act") is not None
 
     @property

@@ -35,7 +35,7 @@ class _Batch(Generic[T, R]):
 
 class Batcher(Generic[T, R]):
     """
-    Execute an item immediately, and the items that arrive in the meantime as one batch.
+    Execute an item immediately, and batch the items that arrive while it runs.
 
     Items of a batch have no *keys* in common. If a batch fails, each caller retries its item alone,
     unless *concerns_all* returns true for the error.

@@ -27,7 +27,7 @@ class FoundTable:
     missing: frozenset[str]
 
     def describe(self) -> str:
-        """Return the end of a sentence whose subject is the database."""
+        """Return a description to append to the name of the database."""
         place = f" in the schema {self.schema}" if self.schema else ""
         listed = ", ".join(self.columns[:MAX_COLUMNS])
         rest = ", …" if len(self.columns) > MAX_COLUMNS else ""

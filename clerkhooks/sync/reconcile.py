@@ -113,7 +113,7 @@ class Reconciliation:
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
-        """Return whether Clerk knows any of our newest users. If not, the key may be wrong."""
+        """Return whether Clerk has any of our newest users. If not, the key may be wrong."""
         users = self.store.users
         filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
         newest = filled.order_by(users.c.created_at.desc()).limit(IDS)

@@ -29,7 +29,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 @dataclass(frozen=True)
 class Authenticator:
-    """Verifies calls to an application. Without cookie names, cookies do not authenticate."""
+    """Verifies calls to an application. Without cookie names, cookies are ignored."""
 
     verifier: SessionVerifier
     authorized_parties: frozenset[str]
