@@ -108,7 +108,8 @@ class Backend:
     """
     A fake Clerk instance with its users.
 
-    *requests* holds the path and query of each request, *arrivals* its monotonic time in seconds.
+    *requests* holds the path and query of each request. *arrivals* holds their monotonic times in
+    seconds.
     Each request takes the next of *behaviours*; once these are used up, *always* applies
     if it is set. *before* is called before a request is answered: it may sign users up, delete
     them, deliver webhooks, or set behaviours.

@@ -30,7 +30,7 @@ _BEGUN = {
 
 
 def allow_descriptors() -> int:
-    """Raise this process's limit of open files as far as allowed, and return it."""
+    """Raise this process's limit on open files as far as allowed, and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard

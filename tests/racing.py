@@ -167,7 +167,7 @@ def paused(point: PausePoint, request: Request) -> Iterator[Future[TestResponse]
 
 @contextmanager
 def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]]:
-    """Run *request* in a thread until it waits for another transaction's lock."""
+    """Run *request* in a thread until it is waiting for another transaction's lock."""
     writing = threading.Event()
     writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
     with ThreadPool(1) as pool, on_statement(service, writes, writing.set):
@@ -179,7 +179,7 @@ def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]
 
 
 def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
-    """Wait until PostgreSQL shows that the request behind *answer* waits for a lock."""
+    """Wait until PostgreSQL shows that the request behind *answer* is waiting for a lock."""
     if not service.database_url.startswith("sqlite"):
         query = (
             "SELECT count(*) FROM pg_stat_activity"
@@ -194,7 +194,7 @@ def run_contending(
     service: Service, first: Request, second: Request, *, fails: bool = False, plain: bool = False
 ) -> list[TestResponse]:
     """
-    Pause the delivery *first* before its commit until *second* waits for its lock.
+    Pause the delivery *first* before its commit until *second* is waiting for its lock.
 
     Then *first* commits, or rolls back if it *fails*. With *plain*, *second* runs without a
     handler and so takes the batched path. Return both answers.

@@ -225,7 +225,7 @@ def test_limits_texts_by_the_size_of_an_index(
     make_application: MakeApplication, empty_database: str
 ) -> None:
     """
-    The columns of an index share the maximum size of an entry.
+    The maximum size of an index entry is divided equally among its columns.
 
     Incompressible text up to a column's share is stored; longer text counts as absent.
     """

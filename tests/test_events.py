@@ -373,7 +373,7 @@ def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: i
 
 @given(profiles)
 def test_keeps_only_what_a_database_can_store(data: dict[str, Any]) -> None:
-    """Every text is UTF-8 without NUL and fits its column, and there is always a name."""
+    """Every string is UTF-8 without NUL and fits its column. The name is never empty."""
     kept = parse_profile(
         data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")}
     )

@@ -30,7 +30,7 @@ only_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def descriptors() -> Iterator[int]:
-    """Raise this process's limit of open files as far as allowed, and return it."""
+    """Raise this process's limit on open files as far as allowed, and return it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield allow_descriptors()
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)

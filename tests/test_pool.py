@@ -80,7 +80,7 @@ def test_refuses_a_caller_that_has_waited_too_long() -> None:
 
 
 def test_refuses_at_once_if_uses_take_long() -> None:
-    """After uses of ten seconds, a caller with a timeout of one second is refused at once."""
+    """If slots are held for ten seconds, a caller with a timeout of 1 s is refused at once."""
     slots = Slots(1, 1)
     for _ in range(10):
         slots.end(slots.begin() - 10)

@@ -304,7 +304,7 @@ def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
     """
-    A run deletes nobody if it would delete over 20 users and over a tenth of all users.
+    A run deletes no user if it would delete over 20 users and over a tenth of all users.
 
     The same applies to a run that finds none of the users at Clerk. With ``force``, the users are
     deleted.
@@ -402,7 +402,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
-    """Users without a profile, users whose messages failed and named users are read by id."""
+    """Named users, users without a profile, and users with failed messages are read by id."""
     users = {
         name: backend.sign_up(at=LONG_AGO) for name in ("named", "unfilled", "failed", "other")
     }
@@ -548,7 +548,7 @@ def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
 def test_deletes_nobody_with_the_key_of_another_instance(
     syncing: Service, backend: Backend, count: int, strangers: int
 ) -> None:
-    """If Clerk knows none of the local users, however few, nobody is deleted without force."""
+    """Without ``force``, no user is deleted if Clerk has none of the users in the table."""
     here = [backend.sign_up(at=LONG_AGO) for _ in range(count)]
     assert sync(syncing, backend)[0] == {"created": count}
     make_old(syncing)

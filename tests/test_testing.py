@@ -183,7 +183,7 @@ def test_takes_any_claims(
 
 
 def test_uses_one_organization_by_default(clerk_service: ClerkService) -> None:
-    """Claims about an organization use the default organization; other claims use none."""
+    """Organization claims imply the default organization; other claims imply no organization."""
 
     @clerk_service.app.get("/where")
     @require_auth

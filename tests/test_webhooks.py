@@ -101,7 +101,7 @@ def test_refuses_other_methods(service: Service, method: str) -> None:
 
 
 def test_answers_a_bad_signature_with_401(service: Service) -> None:
-    """A body changed after signing is refused with a reason and changes nothing."""
+    """A body that was modified after signing is refused with a reason. Nothing is written."""
     body = user_event(clerk_id("user"))
     response = service.http.post(
         "/webhooks/clerk", data=body + b" ", headers=service.clerk.headers(body)

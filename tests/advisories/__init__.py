@@ -1,7 +1,8 @@
 """
 Known vulnerabilities of token and webhook verification, one file for each mistake.
 
-Each file cites where it was exploited, and runs the attack with real keys against production code.
+Each file cites where the mistake was exploited, and runs the attack with real keys against
+production code.
 """
 
 from __future__ import annotations

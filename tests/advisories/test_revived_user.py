@@ -1,8 +1,8 @@
 """
 A late update restores a deleted user.
 
-Affects every receiver that upserts: Svix retries for a day and promises no order, and the erased
-profile reappears.
+Affects every receiver that upserts: Svix retries for a day and does not guarantee ordering, so
+the erased profile reappears.
 """
 
 from __future__ import annotations

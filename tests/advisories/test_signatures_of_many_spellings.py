@@ -1,9 +1,9 @@
 """
-A signature of zeros is accepted, or several spellings of one signature.
+A signature of zeros, or another encoding of a valid signature, is accepted.
 
 Affected Java 15 to 18 (CVE-2022-21449, "psychic signatures"), which accepted zeros for every
-message; and every list of revoked or cached tokens whose verifier ignores stray bits, padding or
-leading zeros.
+message. Verifiers that ignore stray bits, padding or leading zeros accept several encodings of a
+token, so a list of revoked or cached tokens does not match all of them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def make_db() -> SQLAlchemy:
 
 
 def configuration(clerk: FakeClerk, url: str, **more: Any) -> dict[str, Any]:
-    """Return an application's configuration that trusts *clerk*."""
+    """Return the configuration of an application that trusts *clerk*."""
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     return {

@@ -107,7 +107,7 @@ def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
 def test_answers_problems_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """Handlers for codes, HTTPException or Exception receive only the application's errors."""
+    """The application's error handlers receive only its own errors."""
     app = create_app(clerk, sqlite_url)
 
     def answer(error: Exception) -> ResponseReturnValue:

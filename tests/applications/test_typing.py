@@ -42,7 +42,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[str]]]:
-    """Run mypy on a correct file and one with mistakes; return its codes by file and line."""
+    """Run mypy on a correct and an incorrect file; return its error codes by file and line."""
     wrong = tmp_path_factory.mktemp("typing") / "wrong.py"
     wrong.write_text(BEFORE + "\n".join(WRONG) + "\n")
     cache = PROJECT / ".mypy_cache" / "applications"
