@@ -87,7 +87,7 @@ class KeysUnavailable(RequestError):
 
 class BackendApiError(ClerkhooksError):
     """
-    Clerk's Backend API failed. The text quotes neither the request nor the answer.
+    Clerk's Backend API failed. The text quotes neither the request nor the response.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
     ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.

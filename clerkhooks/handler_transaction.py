@@ -60,7 +60,7 @@ def apply_with_handlers(
                 call_handler(handler, event, outcome)
             # If a handler swallowed a database error, PostgreSQL silently rolls back on COMMIT.
             # After a rollback, an empty commit succeeds. In both cases, the message would be
-            # answered 200 and lost.
+            # answered with 200 and lost.
             execute = session.connection(bind_arguments={"clause": store.messages}).execute
             if scoped() is not session or not _is_processed(store, execute, event):
                 raise RuntimeError(_ENDED)
@@ -125,7 +125,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
     sa_event.listen(connection, "commit", refuse)  # for db.session.connection().commit()
     try:
         yield
-    except SystemExit as error:  # so that the failure is recorded and answered 500
+    except SystemExit as error:  # so that the failure is recorded and answered with 500
         raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)

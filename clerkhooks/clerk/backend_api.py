@@ -178,7 +178,7 @@ class BackendApi:
             raise _Temporary("api_unreachable", str(error)) from None
         except (httpx.InvalidURL, UnicodeError):
             raise BackendApiError("api_unreachable", "has a URL that cannot be used") from None
-        # The library's own text is omitted, because it may quote the request or the answer.
+        # The library's own text is omitted, because it may quote the request or the response.
         except httpx.HTTPError as error:
             what = f"did not answer ({type(error).__name__})"
             raise _Temporary("api_unreachable", what) from None
@@ -197,7 +197,7 @@ class BackendApi:
 
 
 def _judge(answer: Answer) -> Any:
-    """Return the content of a successful answer."""
+    """Return the content of a successful response."""
     status, what = answer.status, f"answered {answer.status}"
     if status == 200:
         try:

@@ -1,4 +1,4 @@
-"""HTTP requests that limit the duration of an exchange and the size of the answer."""
+"""HTTP requests that limit the duration of an exchange and the size of the response."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _CONNECT_TIMEOUT = 5.0  # seconds
 
 
 class UnusableAnswer(Exception):
-    """An answer that cannot be used: cut short, garbled or too long."""
+    """A response that cannot be used: cut short, garbled or too long."""
 
 
 class TooLong(UnusableAnswer):
-    """An answer with more bytes than allowed."""
+    """A response with more bytes than allowed."""
 
 
 class Answer(NamedTuple):
-    """An answer of any status. Redirects are not followed."""
+    """A response of any status. Redirects are not followed."""
 
     status: int
     headers: httpx.Headers
@@ -76,17 +76,17 @@ class Connection:
 
     def get(self, url: str, parameters: Mapping[str, Any] | None = None) -> Answer:
         """
-        Return the answer to one request.
+        Return the response to one request.
 
         Raises:
             TimeoutError: the exchange took too long.
-            httpx.HTTPError: there was no answer.
+            httpx.HTTPError: there was no response.
             UnusableAnswer: the body was cut short, garbled or too long.
         """
         return self._send(self._client.build_request("GET", url, params=parameters))
 
     def post(self, url: str, body: bytes) -> Answer:
-        """Return the answer to one request. Raise the same errors as ``get``."""
+        """Return the response to one request. Raise the same errors as ``get``."""
         return self._send(self._client.build_request("POST", url, content=body))
 
     def _send(self, request: httpx.Request) -> Answer:
@@ -174,6 +174,6 @@ def load_certificates(url: str) -> ssl.SSLContext | None:
 
 
 def download(url: str, headers: Mapping[str, str], *, timeout: float, max_size: int) -> Answer:
-    """Return the answer to a single request; see ``Connection``."""
+    """Return the response to a single request; see ``Connection``."""
     with closing(Connection(url, headers, timeout=timeout, max_size=max_size)) as connection:
         return connection.get(url)

@@ -21,7 +21,7 @@ from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 logger = logging.getLogger(__name__)
 TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting for another thread's fetch
 BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
-MAX_ANSWER = 256 * 1024  # bytes; Clerk's answer has about 2 kB
+MAX_ANSWER = 256 * 1024  # bytes; Clerk's response has about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
 COOLDOWN = 30.0  # seconds between two fetches, even if the first one failed or hangs
 KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another successful fetch
@@ -155,7 +155,7 @@ def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKe
 
     Raises:
         ValueError: the status is not 200, or the body is not a JWKS with an RS256 key.
-        TimeoutError, httpx.HTTPError, UnusableAnswer: no usable answer arrived in time.
+        TimeoutError, httpx.HTTPError, UnusableAnswer: no usable response arrived in time.
 
     Source: RFC 7517.
     """

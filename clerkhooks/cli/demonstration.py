@@ -1,4 +1,4 @@
-"""The demonstration of ``clerkhooks dev``: signed requests and their expected answers."""
+"""The demonstration of ``clerkhooks dev``: signed requests and their expected responses."""
 
 from __future__ import annotations
 

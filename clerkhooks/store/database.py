@@ -83,7 +83,7 @@ class Database:
     def connect(self) -> sa.Connection:
         """Return a connection, which goes back to the pool at the end of its ``with`` block."""
         if self._pid != os.getpid():
-            # Processes that share a socket would read each other's answers.
+            # Processes that share a socket would read each other's responses.
             self.engine.dispose(close=False)
             self._pid = os.getpid()
         return self.engine.connect()
@@ -171,7 +171,7 @@ def _refuse_memory(url: sa.URL) -> None:
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # FULL: a message that was answered 200 must survive a power failure. In WAL mode, NORMAL does
-    # not sync each commit.
+    # FULL: a message that was answered with 200 must survive a power failure. In WAL mode, NORMAL
+    # does not sync each commit.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")

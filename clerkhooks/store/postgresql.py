@@ -44,12 +44,12 @@ class TimeoutConnection(psycopg.Connection[Any]):
     """The statement timeout that ``LocalLimitsCursor`` sends."""
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        """Wait for an answer, for at most ``answer_timeout`` seconds."""
+        """Wait for a response, for at most ``answer_timeout`` seconds."""
         try:
             return super().wait(gen, interval, timeout or self.answer_timeout)
         except psycopg.OperationalError:
             if self.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE:
-                # A late answer must not be read as the answer to the next statement.
+                # A late response must not be read as the response to the next statement.
                 self.close()
             raise
 

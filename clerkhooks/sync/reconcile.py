@@ -209,7 +209,7 @@ class Reconciliation:
         self, chunks: Iterable[list[str]], advance: Advance, *, apply: bool = False
     ) -> Iterator[str]:
         """
-        Yield the ids for which Clerk answers 404. With *apply*, update the other users.
+        Yield the ids for which Clerk returns 404. With *apply*, update the other users.
 
         Absence from a list is not enough: pages shift while users sign up, and Clerk returns fewer
         users if it does not accept the limit.
