@@ -61,7 +61,7 @@ def refusing(status: int, code: str, **headers: str) -> Behaviour:
 
 
 def limiting(retry_after: float | str) -> Behaviour:
-    """Return a behaviour that answers 429."""
+    """Return a behaviour that answers with 429."""
     return refusing(429, "too_many_requests", Retry_After=str(retry_after))
 
 
@@ -90,7 +90,7 @@ def stalling_then_answering(backend: Backend, request: BaseHTTPRequestHandler) -
 
 
 def dripping(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Send an answer one byte at a time until the backend is released."""
+    """Send a response one byte at a time until the backend is released."""
     request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n[")
     request.close_connection = True
     ends = time.monotonic() + TIMEOUT
@@ -116,7 +116,7 @@ class Backend:
 
     With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
     does not document whether it does. With *shuffles_ties*, users created in the same millisecond
-    are listed in random order. Requests beyond *max_requests* in ten seconds are answered 429.
+    are listed in random order. Requests beyond *max_requests* in ten seconds are answered with 429.
     """
 
     def __init__(

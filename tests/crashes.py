@@ -1,7 +1,7 @@
 """
 Deliver messages as Svix does while workers, the whole server and PostgreSQL are killed.
 
-Each message is retried until it is answered 200. To run it for longer:
+Each message is retried until it is answered with 200. To run it for longer:
 ``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
 """
 
@@ -36,7 +36,7 @@ DRAIN_TIMEOUT = 60  # seconds after the last fault; by then, all must be acknowl
 
 @dataclass
 class Report:
-    """Counts of a run: messages, attempts by answer, calls by answer, and faults by kind."""
+    """Counts of a run: messages, attempts by response, calls by response, and faults by kind."""
 
     messages: int = 0
     attempts: Counter[str] = field(default_factory=Counter)

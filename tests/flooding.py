@@ -20,7 +20,7 @@ from tests.support import join
 Kind = Literal["silent", "idle", "slow head", "slow body"]
 KINDS: tuple[Kind, ...] = ("silent", "idle", "slow head", "slow body")
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-SVIX_TIMEOUT = 15.0  # seconds that Svix waits for an answer
+SVIX_TIMEOUT = 15.0  # seconds that Svix waits for a response
 _BEGUN = {
     "silent": b"",
     "idle": HEALTHZ,
@@ -107,7 +107,7 @@ class Sent:
         self.latencies.setdefault(status, []).append(seconds)
 
     def quantile(self, share: float, status: int = 200) -> float:
-        """Return the quantile *share* of the latencies (seconds) of answers with *status*."""
+        """Return the quantile *share* of the latencies (seconds) of responses with *status*."""
         found = sorted(self.latencies[status])
         return found[min(len(found) - 1, int(share * len(found)))]
 
@@ -238,7 +238,7 @@ def new_clients(port: int, pause: float = 0.05) -> Iterator[Sent]:
 
 
 def is_whole(answer: bytes) -> bool:
-    """Return whether an HTTP answer with a Content-Length has arrived in full."""
+    """Return whether an HTTP response with a Content-Length has arrived in full."""
     head, _, body = answer.partition(b"\r\n\r\n")
     length = head.lower().partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
     return bool(length) and len(body) >= int(length)

@@ -116,7 +116,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
     "dripping body": dripping(HTTP + b"Content-Length: 100000\r\n\r\n" + GOOD),
     "dripping headers": dripping(HTTP + b"X: "),
 }
-"""Answers without a usable key set, by name."""
+"""Responses without a usable key set, by name."""
 
 
 class Issuer:

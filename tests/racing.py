@@ -197,7 +197,7 @@ def run_contending(
     Pause the delivery *first* before its commit until *second* is waiting for its lock.
 
     Then *first* commits, or rolls back if it *fails*. With *plain*, *second* runs without a
-    handler and so takes the batched path. Return both answers.
+    handler and so takes the batched path. Return both responses.
     """
     point = PausePoint()
     handler = FailingHandler(meanwhile=point) if fails else point
@@ -212,7 +212,7 @@ def run_contending(
 
 
 def overtake(point: PausePoint, first: Request, second: Request) -> list[TestResponse]:
-    """Run all of *second* while *first* is paused at *point*; return both answers."""
+    """Run all of *second* while *first* is paused at *point*; return both responses."""
     with paused(point, first) as one:
         two = second()
         point.released.set()

@@ -46,7 +46,7 @@ def join(*threads: Thread, seconds: float = JOIN_TIMEOUT) -> None:
 
 @contextmanager
 def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
-    """Run *server* until the block ends; then set *released* to end pending answers."""
+    """Run *server* until the block ends; then set *released* to end pending responses."""
     thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -148,7 +148,7 @@ class Service:
     def outcome(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> str:
-        """Deliver *body*, which must be answered 200, and return the outcome."""
+        """Deliver *body*, which must be answered with 200, and return the outcome."""
         response = self.deliver(body, message_id, timestamp)
         assert response.status_code == 200, response.text
         return str(response.get_json()["outcome"])

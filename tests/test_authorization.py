@@ -1,4 +1,4 @@
-"""Authorization of a session, compared with recorded answers of Clerk's own ``has()``."""
+"""Authorization of a session, compared with recorded results of Clerk's own ``has()``."""
 
 from __future__ import annotations
 

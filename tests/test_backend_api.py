@@ -382,7 +382,7 @@ def test_pauses_all_threads(backend: Backend) -> None:
 
 
 def test_serves_threads_at_once(backend: Backend) -> None:
-    """Eight requests can run concurrently, and each gets its own answer."""
+    """Eight requests can run concurrently, and each gets its own response."""
     ids_ = sign_up(backend, 8)
     backend.behaviours = [stalling_then_answering] * 8
     with BackendApi(backend.api_url, SECRET_KEY) as api, ThreadPool(8) as pool:
@@ -537,7 +537,7 @@ class TestTheFake:
 
     @staticmethod
     def get(backend: Backend, path: str) -> Any:
-        """Return the ids in the answer, or the status."""
+        """Return the ids in the response, or the status."""
         headers = {"Authorization": f"Bearer {backend.secret_key}"}
         url = f"{backend.api_url}/v1{path}"
         response = httpx.get(url, headers=headers, verify=False)  # loading certificates is slow
@@ -560,7 +560,7 @@ class TestTheFake:
         )
 
     def test_limits_requests(self) -> None:
-        """Above the limit, it answers 429 with Retry-After, which the client respects."""
+        """Above the limit, it returns 429 with Retry-After, which the client respects."""
         with (
             Backend(max_requests=2).open() as backend,
             BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
@@ -591,5 +591,5 @@ class TestTheFake:
         assert backend.users[old]["updated_at"] > backend.users[new]["updated_at"]
 
     def test_requires_its_key(self, backend: Backend) -> None:
-        """A request without the key is answered 401."""
+        """A request without the key is answered with 401."""
         assert httpx.get(f"{backend.api_url}/v1/users").status_code == 401

@@ -50,7 +50,7 @@ def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> N
 
 
 def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
-    """``/readyz`` answers 503 once for each read-only session, and closes the session."""
+    """``/readyz`` returns 503 once for each read-only session, and closes the session."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 1)
     answers = [service.http.get("/readyz") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]

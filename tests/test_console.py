@@ -103,7 +103,7 @@ def console(service: Service) -> Console:
 def test_does_not_exist_without_a_configured_password(
     make_service: MakeService, method: str
 ) -> None:
-    """Without CONSOLE_PASSWORD every path is answered 404, as any unknown path is."""
+    """Without CONSOLE_PASSWORD every path is answered with 404, as any unknown path is."""
     service = make_service()
     for path in PAGES:
         answer = service.http.open(path, method=method, auth=("operator", ""))
@@ -131,7 +131,7 @@ def test_does_not_exist_without_a_configured_password(
     ],
 )
 def test_refuses_requests_without_the_password(service: Service, sent: str | None) -> None:
-    """Other credentials are answered 401 on every page and file, with strict headers."""
+    """Other credentials are answered with 401 on every page and file, with strict headers."""
     headers = {} if sent is None else {"Authorization": sent}
     for method, path in (
         ("GET", "/console"),
@@ -181,7 +181,7 @@ def test_refuses_other_paths_and_methods(
 
 @pytest.mark.parametrize("path", ["/console/users/nobody", "/console/static/nothing.css"])
 def test_answers_404_with_strict_headers(console: Console, path: str) -> None:
-    """The console also sets its strict headers on 404 answers."""
+    """The console also sets its strict headers on 404 responses."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
     assert_strict(answer)
@@ -292,7 +292,7 @@ def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
 def test_answers_unexpected_errors_as_problems(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug is answered 500 without internal details, and logged without the error's text."""
+    """A bug gives a 500 without internal details, and is logged without the error's text."""
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("hidden")
@@ -421,7 +421,7 @@ def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The overview is still shown, with a remedy. Other pages are answered 503."""
+    """The overview is still shown, with a remedy. Other pages are answered with 503."""
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
     for path in ("/console", "/console/checks"):
         words = console.read(path)
@@ -775,7 +775,7 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
     ],
 )
 def test_refuses_malformed_urls(console: Console, path: str) -> None:
-    """Malformed filters and cursors are answered 400."""
+    """Malformed filters and cursors are answered with 400."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
     assert_strict(answer)
@@ -785,7 +785,7 @@ def test_refuses_malformed_urls(console: Console, path: str) -> None:
     "path", ["/console/messages?user=%00", "/console/messages?type=a%00b", "/console/messages/%00"]
 )
 def test_refuses_characters_that_the_database_refuses(console: Console, path: str) -> None:
-    """PostgreSQL refuses NUL, so the answer is 400; on SQLite, nothing matches."""
+    """PostgreSQL refuses NUL, so the response is 400; on SQLite, nothing matches."""
     answer = console.get(path)
     is_sqlite = console.service.database_url.startswith("sqlite")
     assert answer.status_code == (200 if is_sqlite else 400)
@@ -795,7 +795,7 @@ def test_refuses_characters_that_the_database_refuses(console: Console, path: st
 
 @pytest.mark.parametrize("fields", [("ada", "\0"), ("ada", "yesterday")])
 def test_refuses_malformed_searches(console: Console, fields: tuple[str, ...]) -> None:
-    """A malformed search or cursor is answered 400."""
+    """A malformed search or cursor is answered with 400."""
     answer = console.search(*fields)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
 
@@ -819,7 +819,7 @@ def test_answers_any_url_without_a_server_error(
 
 
 def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeClerk) -> None:
-    """Requests with characters that the encoding lacks are answered 400; others work."""
+    """Requests with characters that the encoding lacks are answered with 400; others work."""
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     url = (

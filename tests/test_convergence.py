@@ -142,7 +142,7 @@ def test_ends_as_the_set_of_events_says(
     service: Service, pattern: str | None, history: History
 ) -> None:
     """
-    Rows, answers and log equal the model's for any order of deliveries, calls and prunes.
+    Rows, responses and log equal the model's for any order of deliveries, calls and prunes.
 
     This holds with and without handlers.
     """
@@ -303,7 +303,7 @@ def check_answers(
     server: Server, answers: list[tuple[str, str, int, str]], pruned: set[str]
 ) -> None:
     """
-    Check that every delivery was answered 200.
+    Check that every delivery was answered with 200.
 
     For each message that was not pruned, one answer has the logged outcome, and all others are
     ``duplicate``.

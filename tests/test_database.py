@@ -319,7 +319,7 @@ def test_uses_the_applications_creator(
 @sqlite
 def test_syncs_every_commit_to_the_disk(application: Application) -> None:
     """
-    A message that was answered 200 survives a power cut.
+    A message that was answered with 200 survives a power cut.
 
     The application's own connections keep their settings.
     """
@@ -351,7 +351,7 @@ def test_rolls_back_a_failed_transaction_on_sqlite(
 @pytest.mark.parametrize("handled", [False, True], ids=["no handler", "a handler"])
 def test_gives_up_on_a_write_lock_in_time(application: Application, handled: bool) -> None:
     """
-    If another process holds SQLite's write lock, the answer is 500 after four seconds.
+    If another process holds SQLite's write lock, the response is 500 after four seconds.
 
     The retry is applied.
     """

@@ -55,7 +55,7 @@ def sqlite_service(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -
 def test_answers_500_while_postgresql_is_away(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Each delivery is answered 500 in time, and logged with its message id but no user data."""
+    """Deliveries get a 500 in time, and are logged with a message id but no user data."""
     warm_both_pools(service)
     message_ids = [clerk_id("msg") for _ in range(CONCURRENCY)]
     with postgresql_server.away():
@@ -111,7 +111,7 @@ def test_gives_up_on_a_locked_row(service: Server) -> None:
 def test_gives_up_on_a_frozen_postgresql(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Deliveries are answered 500 in time, although PostgreSQL cannot enforce its timeouts."""
+    """Deliveries get a 500 in time, although PostgreSQL cannot enforce its timeouts."""
     warm_both_pools(service)
     with postgresql_server.frozen():
         assert service.request("GET", "/healthz").status == 200

@@ -155,7 +155,7 @@ def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 def test_shows_the_expected_answer_of_a_failed_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A failed step shows a cross, the answer and the expected answer."""
+    """A failed step shows a cross, the response and the expected response."""
     app = dev._create_app(FakeClerk(), tmp_path / "clerkhooks.db", "a-password-of-the-test")
     stranger = FakeClerk()
     assert not Demonstration(app, stranger).run(tmp_path / "clerkhooks.db")

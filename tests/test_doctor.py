@@ -223,7 +223,7 @@ def test_compares_the_instances_of_both_keys(
 def test_fetches_each_key_set_once(
     correct: dict[str, str], instance: Issuer, backend: Backend, left_out: str
 ) -> None:
-    """The checks of session keys and of instances share the answers."""
+    """The checks of session keys and of instances share the responses."""
     find({name: value for name, value in correct.items() if name != left_out})
     assert len(instance.requests) == 1
     assert [path for path, _ in backend.requests].count("/v1/jwks") == 1

@@ -54,7 +54,7 @@ def test_fetches_before_the_first_call(issuer: Issuer, clerkhooks_config: Config
 
 
 def test_answers_503_without_a_key(issuer: Issuer, clerkhooks_config: Config) -> None:
-    """The caller is not at fault, so the answer is 503 with Retry-After, never 401 or 500."""
+    """The caller is not at fault, so the response is 503 with Retry-After, never 401 or 500."""
     issuer.behaviour = answering(b"", 500)
     app = make_app(clerkhooks_config, CLERK_JWKS_URL=issuer.url)
     for authorization in (

@@ -51,7 +51,7 @@ def send(server: Server, count: int, *, at_once: int, connections: int) -> Sent:
 def test_serves_beside_5000_connections_that_send_little(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int, kind: Kind
 ) -> None:
-    """All deliveries and new clients are answered 200 despite 5,000 slow or idle connections."""
+    """All deliveries and new clients get a 200 despite 5,000 slow or idle connections."""
     count = min(5000, descriptors - 1000)  # fewer if the machine does not allow 5,000
     with (
         serving(database_url, clerk, tmp_path / "log") as server,
@@ -123,7 +123,7 @@ def test_raises_its_limit_of_descriptors(
 def test_gives_up_on_a_request_that_does_not_arrive(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """After ten seconds, a slow head is cut off without an answer and a slow body is refused."""
+    """After ten seconds, a slow head is cut off without a response and a slow body is refused."""
     with (
         serving(database_url, clerk, tmp_path / "log", WEB_CONCURRENCY="1") as server,
         connected(server) as head,

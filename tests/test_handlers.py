@@ -183,7 +183,7 @@ def test_fails_the_message_if_the_handler_cannot_run(
     """
     A message fails if its handler returns a generator or takes no event.
 
-    The answer is 500, the message is recorded as failed, and its changes are rolled back.
+    The response is 500, the message is recorded as failed, and its changes are rolled back.
     """
     application.hooks.on("*")(handler)
     assert application.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
@@ -515,7 +515,7 @@ def test_is_called_after_the_commit(
     """
     With ``after_commit``, a handler runs once everything has been committed.
 
-    Its exception is logged and does not change the answer.
+    Its exception is logged and does not change the response.
     """
     user_id = clerk_id("user")
     recorder = Recorder()
@@ -645,7 +645,7 @@ def test_limits_its_own_wait_for_a_row_lock(
 def test_detects_a_commit_that_rolled_back(
     make_application: MakeApplication, make_database: MakeDatabase
 ) -> None:
-    """If a listener swallows an error during the commit, the answer is 500, not 200."""
+    """If a listener swallows an error during the commit, the response is 500, not 200."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("user.created")(lambda _event: None)
     session = application.db.session

@@ -20,7 +20,7 @@ ORIGIN = "https://app.example.com"
 
 
 def test_shows_the_user(service: Service) -> None:
-    """The answer contains the row's values under the names that the front end uses."""
+    """The response contains the row's values under the names that the front end uses."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     response = service.call(user_id)
@@ -92,7 +92,7 @@ def test_refuses_the_presence_of_an_impersonator(service: Service) -> None:
     "authorization", [None, "", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token abc"]
 )
 def test_asks_for_a_token(service: Service, authorization: str | None) -> None:
-    """Without a bearer token, the answer is 401 and names the scheme."""
+    """Without a bearer token, the response is 401 and names the scheme."""
     response = service.http.get(
         "/api/me", headers={"Authorization": authorization} if authorization is not None else {}
     )

@@ -216,7 +216,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     [None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff\xfe", TOKEN],
 )
 def test_is_hidden_without_the_right_token(counted: Service, header: str | None) -> None:
-    """Without the token, the answer is the same as for an unknown path."""
+    """Without the token, the response is the same as for an unknown path."""
     headers = {} if header is None else {"Authorization": header}
     answer, nowhere = (
         counted.http.get("/metrics", headers=headers),

@@ -80,7 +80,7 @@ def test_logs_the_caller(service: Service, written: list[str]) -> None:
 
 def test_answers_a_failure_without_its_text(service: Service, written: list[str]) -> None:
     """
-    A failure's answer, log line and database record do not quote the database's error text.
+    A failure's response, log line and database record do not quote the database's error text.
 
     That text may contain the row. The retry is processed.
     """

@@ -72,7 +72,7 @@ class World:
             self._send(deletion(user_id, self.now))
 
     def hide(self, user_id: str, _number: int) -> None:
-        """Omit the user from Clerk's answers for a while, as in an outage."""
+        """Omit the user from Clerk's responses for a while, as in an outage."""
         if user_id in self.backend.users:
             self.hidden[user_id] = self.backend.users.pop(user_id)
             self.ever_hidden.add(user_id)

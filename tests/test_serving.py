@@ -237,7 +237,7 @@ def test_refuses_malformed_chunks(server: Server, method: str, path: str, status
 def wait_for_a_waiter(server: Server) -> None:
     """Wait until a request is blocked by a ``write_lock``."""
     if server.database_url.startswith("sqlite"):
-        # SQLite does not show waiting connections. After this answer, the delivery is accepted.
+        # SQLite does not show waiting connections. After this response, the delivery is accepted.
         assert server.request("GET", "/healthz").status == 200
         return
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -463,7 +463,7 @@ def test_gives_each_worker_its_own_connections(
     """
     A forked process opens new connections and leaves its parent's open.
 
-    Two processes that share a socket would read each other's answers.
+    Two processes that share a socket would read each other's responses.
     """
     url = make_database(kind)
     rows(url, "CREATE TABLE notes (id INTEGER PRIMARY KEY)")

@@ -72,7 +72,7 @@ Connect = Callable[[], http.client.HTTPConnection]
 def ask(
     connect: Connect, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> int:
-    """Send one request and return the status, or 0 if there is no answer."""
+    """Send one request and return the status, or 0 if there is no response."""
     with closing(connect()) as connection, suppress(OSError, http.client.HTTPException):
         connection.request("POST" if body else "GET", path, body, headers or {})
         response = connection.getresponse()

@@ -39,7 +39,7 @@ def test_applies_every_documented_payload(service: Service, name: str) -> None:
 
 
 def test_answers_the_documented_shape(service: Service) -> None:
-    """The answer contains the outcome and the message id."""
+    """The response contains the outcome and the message id."""
     response = service.deliver(user_event(clerk_id("user")), "msg_1")
     assert response.get_json() == {"outcome": "applied", "messageId": "msg_1"}
 

@@ -181,7 +181,7 @@ stop()
     ],
 )
 def test_quotes_nothing_of_a_malformed_request(sent: bytes) -> None:
-    """The answer is 400, not 501, and the content is neither logged nor sent back."""
+    """The response is 400, not 501, and the content is neither logged nor sent back."""
     run(
         f"SENT = {sent!r}"
         + """

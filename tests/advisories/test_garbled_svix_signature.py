@@ -26,7 +26,7 @@ def post(service: Service, body: bytes, headers: dict[str, str]) -> TestResponse
 def test_finds_a_good_signature_beside_a_garbled_one(
     service: Service, garbage: str, template: str
 ) -> None:
-    """One good signature is enough, and a garbled one alone is answered 401."""
+    """One good signature is enough, and a garbled one alone is answered with 401."""
     body = user_event(clerk_id("user"))
     headers = service.clerk.headers(body)
     both = template.format(garbage=garbage, good=headers["svix-signature"])

@@ -1,7 +1,7 @@
 """
 A flood of tokens with invented key ids makes the verifier fetch the keys for each.
 
-Affected users of PyJWKClient, and of jwks-rsa without its rate limit: the issuer answers 429, and
+Affected users of PyJWKClient, and of jwks-rsa without its rate limit: the issuer returns 429, and
 nobody can sign in.
 """
 
@@ -15,7 +15,7 @@ from tests.issuer import Issuer, fetched, jwk
 
 
 def test_fetches_once_for_a_flood_of_forged_tokens() -> None:
-    """During the cooldown the last answer decides: forged tokens are refused, good ones pass."""
+    """During the cooldown the last key set decides: forged tokens are refused, good ones pass."""
     with Issuer(jwk(CLERK)).open() as issuer:
         keys = fetched(FetchedKeys(issuer.url))
         forged = [sound_token(ATTACKER, {"kid": f"ins_{number}"}) for number in range(100)]

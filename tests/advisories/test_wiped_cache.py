@@ -1,5 +1,5 @@
 """
-Good keys are dropped because of an answer that has none.
+Good keys are dropped because of a response that has none.
 
 Affected PyJWKClient, which clears its cache before the new keys have arrived, and clients that
 cached a proxy's error page.

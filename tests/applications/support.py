@@ -80,7 +80,7 @@ def check_users_stay_correct(app: Flask, clerk: FakeClerk, me: str = "/api/me") 
 
 
 def name_of(service: ClerkService, user_id: str, me: str = "/api/me") -> str:
-    """Call as the user and return the name in the answer."""
+    """Call as the user and return the name in the response."""
     response = service.client(user_id).get(me)
     assert response.status_code == 200, response.text
     return str(response.get_json()["name"])

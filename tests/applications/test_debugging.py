@@ -81,7 +81,7 @@ def test_logs_the_applications_bugs_with_their_traceback(
 
 
 def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The application's answers are unchanged, and clerkhooks' 405 looks like its own."""
+    """The application's responses are unchanged, and clerkhooks' 405 looks like its own."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         client = app.test_client()
@@ -231,7 +231,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_handles_errors_as_plain_flask_does(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None], handlers_first: bool
 ) -> None:
-    """Errors in the application's routes give the same answer or exception as in plain Flask."""
+    """Errors in the application's routes give the same result as in plain Flask."""
     for config in CONFIGS:
         plain, app, db = Flask(__name__), Flask(__name__), make_db()
         app.config.update(configuration(clerk, sqlite_url), **config)
@@ -249,7 +249,7 @@ def test_handles_errors_as_plain_flask_does(
 
 
 def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
-    """Return the answer to a request for *path*, or the exception that it raises."""
+    """Return the response to a request for *path*, or the exception that it raises."""
     try:
         response = app.test_client().get(path)
     except Exception as error:  # noqa: BLE001  # any exception that Flask propagates

@@ -45,7 +45,7 @@ def test_works_exempt_from_csrf_protection(clerk: FakeClerk, sqlite_url: str) ->
 def test_writes_nothing_if_the_application_refuses(
     clerk: FakeClerk, sqlite_url: str, testing: bool
 ) -> None:
-    """Without the exemption, the application refuses a delivery with its own answer."""
+    """Without the exemption, the application refuses a delivery with its own response."""
     app = create_app(clerk, sqlite_url, is_exempt=False)
     app.testing = testing
     with tables(app):

@@ -163,7 +163,7 @@ def test_serves_every_valid_use(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def page() -> str:
-    """Return an answer."""
+    """Return a response."""
     return "ok"
 
 

@@ -66,7 +66,7 @@ def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server
 
 
 def wait_until_ready(server: Server, seconds: float = 30) -> None:
-    """Wait until the application answers 404 for an unknown page."""
+    """Wait until the application returns 404 for an unknown page."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()

@@ -100,7 +100,7 @@ def create_app(
 
 
 def answers(app: Flask) -> list[tuple[int, str, str | None, list[str]]]:
-    """Return the answers of the application's own routes."""
+    """Return the responses of the application's own routes."""
     client, found = app.test_client(), []
     for method, path, data in (
         ("GET", "/folder", None),
@@ -126,7 +126,7 @@ def answers(app: Flask) -> list[tuple[int, str, str | None, list[str]]]:
 def test_leaves_every_setting_unchanged(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """The application's settings and the bytes of its answers are unchanged."""
+    """The application's settings and the bytes of its responses are unchanged."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     without = create_app(clerk, sqlite_url, set_up, with_us=False)
     with tables(app):

@@ -27,7 +27,7 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Successful answers (200) per second."""
+        """Successful responses (200) per second."""
         return self.statuses[200] / self.seconds
 
     def quantile(self, share: float) -> float:
@@ -39,7 +39,7 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """The number of missing answers and server errors."""
+        """The number of missing responses and server errors."""
         return sum(count for status, count in self.statuses.items() if status == 0 or status >= 500)
 
 
@@ -119,7 +119,7 @@ def apply_load(
 
 
 def _ask(connection: socket.socket, request: bytes) -> int:
-    """Return the status of the answer, or 0 if there is no valid answer."""
+    """Return the status of the response, or 0 if there is no valid response."""
     try:
         connection.sendall(request)
         answer = b""

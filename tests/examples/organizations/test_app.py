@@ -117,7 +117,7 @@ def test_processes_each_message_once(clerk_service: ClerkService) -> None:
 
 
 def test_rolls_back_a_failed_message(clerk_service: ClerkService) -> None:
-    """An event without an id is answered 500 and retried; other types still work."""
+    """An event without an id is answered with 500 and retried; other types still work."""
     body = event_body("organization.created", {}, AT)
     assert clerk_service.deliver_body(body, "msg_1").status_code == 500
     assert rows(clerk_service.app, Organization.id) == []
