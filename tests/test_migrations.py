@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -43,7 +44,7 @@ def test_name_every_constraint_and_index(service: Service) -> None:
     assert indexes == {
         "ix_users_email",
         "ix_users_created_at",
-        "ix_users_unfilled",
+        "ix_users_without_profile",
         "ix_users_deleted",
         "ix_webhook_messages_received_at",
         "ix_webhook_messages_clerk_user_id_received_at",
@@ -62,6 +63,23 @@ def test_order_by_bytes(service: Service) -> None:
         expected = "C" if db.engine.dialect.name == "postgresql" else None
     assert columns[("users", "version_message_id")] == expected
     assert columns[("webhook_messages", "message_id")] == expected
+
+
+WRITTEN_BY_EVENTS = """
+UPDATE users SET name = 'Ada King', is_online = true, last_seen = now(), updated_at = now(),
+    version_updated_at = 2, version_timestamp = 2, version_message_id = 'msg_2';
+"""
+
+
+def test_leave_the_indexes_alone_in_an_update(service: Service) -> None:
+    """An update that keeps email and image is a HOT update: no index gets another entry."""
+    if service.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no HOT updates")
+    service.outcome(user_event(clerk_id("user")))
+    with psycopg.connect(service.database_url) as connection:
+        connection.execute(WRITTEN_BY_EVENTS)
+        query = "SELECT n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'users'"
+        assert connection.execute(query).fetchall() == [(1,)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

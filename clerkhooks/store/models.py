@@ -197,10 +197,15 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 
 def add_indexes(users: sa.Table) -> None:
-    """Add the indexes for operators' queries, independently of ``__table_args__``."""
+    """
+    Add the indexes for operators' queries, independent of the model's ``__table_args__``.
+
+    No index has a column that every event writes, not even in its condition: PostgreSQL would then
+    add each new version of a row to all indexes, and no update could be a HOT update.
+    """
     wanted = {
         "created_at": None,
-        "unfilled": sa.text("version_updated_at IS NULL AND deleted_at IS NULL"),
+        "without_profile": sa.text("email IS NULL AND image_url IS NULL AND deleted_at IS NULL"),
         "deleted": sa.text("deleted_at IS NOT NULL"),
     }
     present = {index.name for index in users.indexes}

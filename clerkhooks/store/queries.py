@@ -25,8 +25,13 @@ def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
 
 
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition for rows that no event and no sync has filled in."""
-    return sa.and_(users.c.version_updated_at.is_(None), is_live(users))
+    """
+    Return the condition of a row that no event and no sync has filled in.
+
+    It includes the condition of the partial index, which must not depend on the version.
+    """
+    has_no_profile = (users.c.email.is_(None), users.c.image_url.is_(None), is_live(users))
+    return sa.and_(users.c.version_updated_at.is_(None), *has_no_profile)
 
 
 class Cursor(NamedTuple):

@@ -39,7 +39,10 @@ def upgrade() -> None:
     op.create_index("ix_users_email", "users", ["email"])
     op.create_index("ix_users_created_at", "users", ["created_at"])
     create_partial_index(
-        "users", "unfilled", ["created_at"], "version_updated_at IS NULL AND deleted_at IS NULL"
+        "users",
+        "without_profile",
+        ["created_at"],
+        "email IS NULL AND image_url IS NULL AND deleted_at IS NULL",
     )
     create_partial_index("users", "deleted", ["created_at"], "deleted_at IS NOT NULL")
     op.create_table(
