@@ -76,7 +76,7 @@ class ClerkService:
         self.app, self.clerk = app, clerk
         self.http = app.test_client()
         self.organization_id = clerk_id("org")
-        # Not url_for: the test client also adds APPLICATION_ROOT.
+        # Do not use url_for: it adds APPLICATION_ROOT, and the test client would add it again.
         paths = {rule.endpoint: rule.rule for rule in app.url_map.iter_rules()}
         self._webhook_path = paths.get("clerkhooks.receive_webhook", "/webhooks/clerk")
         self._last_event = 0
@@ -169,11 +169,10 @@ class ClerkService:
         **claims: Any,
     ) -> FlaskClient:
         """
-        Return a test client of the application that is signed in as *user_id*.
+        Return a test client that is signed in as *user_id*.
 
-        Each request gets a fresh token for the same session; the arguments are the same as for
-        ``token``.
-        A request with its own Authorization header keeps it.
+        Each request carries a new token for the same session, unless the request has its own
+        Authorization header. The arguments are the same as for ``token``.
         """
         default = self.organization_id
         granted = session_claims(organization, role, permissions, plan, feature, default)
@@ -186,11 +185,11 @@ class ClerkService:
             client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {new_token()}"
             return send(*args, **kwargs)
 
-        client.open = send_signed_in  # type: ignore[method-assign]  # of any test_client_class
+        client.open = send_signed_in  # type: ignore[method-assign]  # works with any test_client_class
         return client
 
     def _next_event(self) -> int:
-        # Events in the same millisecond would be ordered by their random ids.
+        # If two events had the same millisecond, their random ids would determine the order.
         self._last_event = max(self._last_event + 1, int(time.time() * 1000))
         return self._last_event
 
@@ -232,7 +231,8 @@ def session_claims(
         "slg": organization.removeprefix("org_").lower(),
     }
     actions = list(dict.fromkeys(action for _, action in granted))
-    # One number per organization feature, in the order of fea. Bit n stands for action n in per.
+    # One number for each organization feature, in the order of the ``fea`` claim. Bit n of the
+    # number stands for action n of the ``per`` claim, counted from 0.
     packed = [
         sum(1 << at for at, action in enumerate(actions) if (name[2:], action) in granted)
         for name in features

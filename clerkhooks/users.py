@@ -27,16 +27,16 @@ from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, profile_columns
 
 logger = logging.getLogger(__name__)
-MAX_CALLERS = 1000  # concurrent deliveries per process, and concurrent calls per process
-BATCH_LOCK_TIMEOUT = "50ms"  # after this, each event of the batch is applied alone
-SINGLE_LOCK_TIMEOUT = "1ms"  # after this, an event waits in a slot for its locked row
-TABLE_LOCKED_AFTER = 1.0  # seconds; our lock timeout does not apply to table locks
+MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
+BATCH_LOCK_TIMEOUT = "50ms"  # after this timeout, each event of the batch is applied separately
+SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, an event waits in a slot for its locked row
+TABLE_LOCKED_AFTER = 1.0  # seconds; the lock timeouts do not cover table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
 
 
 class Users:
-    """The users of one application. Threads and greenlets may share it."""
+    """The users of one application. Threads and greenlets may share an instance."""
 
     def __init__(self, store: Store, handlers: Handlers, session: scoped_session[Session]) -> None:
         self._store, self._handlers, self._session = store, handlers, session
@@ -48,7 +48,7 @@ class Users:
         )
         self._read = Batcher(self._read_all, concerns_all=is_unanswered)
         self._deliveries, self._calls = Slots(MAX_CALLERS, 0), Slots(MAX_CALLERS, 0)
-        # Callers that wait for locked rows may use half of the pool.
+        # Callers that wait for locked rows may use at most half of the connection pool.
         self._lock_waits = Slots(max(1, store.database.pool_size // 2), POOL_TIMEOUT)
 
     def apply(self, event: ReceivedEvent) -> Outcome:
@@ -56,11 +56,11 @@ class Users:
         Apply *event*, unless the database already has a newer version.
 
         Deliveries may be repeated or arrive out of order; the resulting row is the same. The user,
-        the message and the handlers' changes are written in one transaction, always in this order,
-        so a delivery may wait for another one, but they never deadlock.
+        the message and the handlers' changes are written in one transaction. The order of these
+        writes is always the same, so that concurrent deliveries never deadlock.
 
         Raises:
-            Overloaded: the event cannot be applied in time. Nothing was changed.
+            Overloaded: the event could not be applied in time. Nothing was changed.
             Exception: any other error. The event is rolled back and recorded as failed.
         """
         now = datetime.now(UTC)
@@ -92,10 +92,12 @@ class Users:
         """
         Return the user of a verified session token, and whether this call created the row.
 
-        Update ``last_seen`` at most once a minute, unless the caller is impersonating the user.
+        Also update ``last_seen``, at most once a minute. Do not update it if the caller is
+        impersonating the user.
 
         Raises:
-            Unauthenticated: ``user_deleted``; a token may outlive its user by a minute.
+            Unauthenticated: ``user_deleted``; a token can be valid for a minute after the user was
+                deleted.
         """
         now = datetime.now(UTC)
         began_at = self._calls.begin()
@@ -111,7 +113,7 @@ class Users:
                 user = moved or self._read(user_id)
         finally:
             self._calls.end(began_at)
-        if user is None:  # rows are never removed: a lagging replica has answered
+        if user is None:  # rows are never removed, so this was a lagging replica
             raise RuntimeError("A user's row was not found although it exists.")
         if user.deleted_at is not None:
             raise Unauthenticated("user_deleted")
@@ -119,7 +121,7 @@ class Users:
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
         """
-        Set whether the user is online. The value expires when ``last_seen`` is too old.
+        Set whether the user is online. A user who was not seen for five minutes is offline.
 
         Raises:
             Unauthenticated: ``user_deleted``.
@@ -131,7 +133,11 @@ class Users:
         return user
 
     def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
-        """Return the user that *statement* wrote. Only one of several concurrent calls writes."""
+        """
+        Execute *statement* and return the user, or None if no row was written.
+
+        Only one of several concurrent calls writes the row.
+        """
         rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None
 
@@ -147,7 +153,7 @@ class Users:
         """
         Apply *events* in one transaction. No two may share a message id or a user.
 
-        All outcomes are None if nothing was applied because a row is locked.
+        If a row is locked, nothing is applied and all outcomes are None.
         """
         began_at = monotonic()
         with self._database.connect() as connection, sqlite_transaction(connection):
@@ -159,7 +165,7 @@ class Users:
                 return [None] * len(events)
 
     def _wait_for_row(self, event: ReceivedEvent) -> Outcome:
-        """Apply *event* on PostgreSQL, waiting for its locked row."""
+        """Apply *event* on PostgreSQL, waiting until its row is no longer locked."""
         with self._lock_waits.use(), self._database.connect() as connection:
             [outcome] = self.write(connection, [event])
         return outcome
@@ -170,7 +176,7 @@ class Users:
         events: Sequence[ReceivedEvent],
         lock_timeout: str = LOCK_TIMEOUT,
     ) -> list[Outcome]:
-        """Write users and messages, except for messages that were processed before."""
+        """Write users and messages, skipping messages that have already been processed."""
         statements, now = self._statements, datetime.now(UTC)
         rows = [self._row(event, now) for event in events]
         parameters = {"rows": statements.encode(rows), "now": now}
@@ -188,7 +194,7 @@ class Users:
         return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
 
     def _row(self, event: ReceivedEvent, now: datetime) -> dict[str, Any]:
-        """Return *event* as a row. The statements decide the outcome of a user's event."""
+        """Return *event* as a row. If it concerns a user, the SQL statements set the outcome."""
         row: dict[str, Any] = {
             "id": event.user_id,
             "message_id": event.message_id,
@@ -211,7 +217,7 @@ class Users:
         for handler in self._handlers.find(event.type, after_commit=True):
             try:
                 call_handler(handler, event, outcome)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is committed
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is already committed
                 self._session.rollback()
                 told = {"message_id": event.message_id, "error": describe(error)}
                 logger.error("handler_failed", extra={**told, "frames": frames(error)})
