@@ -42,7 +42,11 @@ def make_authenticator(settings: Settings) -> Authenticator:
 
 
 def find_keys(settings: Settings) -> ConfiguredKeys | FetchedKeys:
-    """Return the configured keys, else those of the Frontend API, else of the Backend API."""
+    """
+    Return the configured keys. If no keys are configured, return keys fetched from Clerk.
+
+    The Frontend API takes precedence over the Backend API.
+    """
     keep_for = settings.jwks_keep_hours * 3600.0
     if settings.jwt_keys:
         return ConfiguredKeys(settings.jwt_keys)
@@ -56,7 +60,7 @@ def find_keys(settings: Settings) -> ConfiguredKeys | FetchedKeys:
 
 def find_cookie_names(settings: Settings) -> tuple[str, ...]:
     """
-    Return the names of the cookies that may carry a token, the instance's own first.
+    Return the names of the cookies that may contain a token, in order of precedence.
 
     Without authorized parties, no cookie is accepted: browsers also send cookies with forged
     requests, and only ``azp`` and ``Origin`` show which page sent a request.
@@ -70,7 +74,7 @@ def find_cookie_names(settings: Settings) -> tuple[str, ...]:
 
 
 def fetch_keys_soon(app: Flask) -> None:
-    """Start fetching the keys before the first call needs them, unless they are configured."""
+    """Unless keys are configured, start fetching them before the first call needs them."""
     keys = app.extensions[EXTENSION].authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         keys.fetch_soon()
@@ -78,7 +82,7 @@ def fetch_keys_soon(app: Flask) -> None:
 
 @dataclass(frozen=True)
 class Protection:
-    """The result of ``require_auth(…)``: a decorator that also serves ``before_request``."""
+    """The result of ``require_auth(…)``: a decorator, or a ``before_request`` function."""
 
     conditions: Conditions
     optional: bool = False
@@ -90,7 +94,7 @@ class Protection:
     def __call__(self, *views: Any) -> Any:
         """Protect the given view, or check the current request if no view is given."""
         if not views:
-            # A browser's preflight has no token. Flask answers it itself.
+            # A browser's preflight request has no token. Flask responds to it automatically.
             is_automatic = getattr(request.url_rule, "provide_automatic_options", False)
             return None if request.method == "OPTIONS" and is_automatic else self.check()
         (view,) = views
@@ -115,7 +119,7 @@ class Protection:
         Authenticate the caller and check the conditions.
 
         Raises:
-            Unauthenticated, Forbidden, KeysUnavailable: answered with 401, 403 and 503.
+            Unauthenticated, Forbidden, KeysUnavailable: the responses are 401, 403 and 503.
         """
         metrics = current_state().metrics
         try:
@@ -152,18 +156,19 @@ def require_auth(
     Let only signed-in users call a view; set ``current_user`` and ``current_session``.
 
     Use ``@require_auth`` alone, or with the conditions that ``current_session.has`` accepts:
-    ``@require_auth(role="org:admin")``. Put it below the route, in a MethodView's ``decorators`` or
-    on its methods. For a whole blueprint, use ``blueprint.before_request(require_auth())``.
+    ``@require_auth(role="org:admin")``. Put it below the route decorator. For a MethodView, put it
+    in ``decorators`` or on the methods. For a whole blueprint, use
+    ``blueprint.before_request(require_auth())``.
 
-    With ``optional=True``, anonymous callers are admitted, as are callers with an expired cookie.
-    In such a view, use ``hooks.optional_user`` and ``hooks.optional_session``, which may be None.
-    Any other invalid token is still refused.
+    With ``optional=True``, anonymous callers and callers with an expired cookie are admitted. Other
+    invalid tokens are still refused. In such a view, use ``hooks.optional_user`` and
+    ``hooks.optional_session``, which may be None.
 
     Raises:
-        Unauthenticated: the token is missing or invalid; answered with 401 and the reason.
-        Forbidden: the session does not meet the conditions; answered with 403.
-        KeysUnavailable: there is no key to verify the token with; answered with 503.
-        TypeError, ValueError: no session could meet a condition; raised when the view is defined.
+        Unauthenticated: the token is missing or invalid. The response is a 401 with the reason.
+        Forbidden: the session does not meet the conditions. The response is a 403.
+        KeysUnavailable: no key is available to verify the token. The response is a 503.
+        TypeError, ValueError: a condition is invalid. Raised when the view is defined.
     """
     checked = check_conditions(conditions)
     if optional and checked:
@@ -180,7 +185,7 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
     Refuse to set up or to serve an application that has an unprotected view.
 
     This includes a view that is registered both with and without protection: if ``require_auth`` is
-    between two stacked routes, one of them is public.
+    between two route decorators, one of the routes is public.
 
     Raises:
         RuntimeError: a view was protected only after it was registered.
@@ -197,7 +202,7 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
 
 
 def _is_guarded(app: Flask, endpoint: str) -> bool:
-    """Return whether the application, or a blueprint around *endpoint*, requires a session."""
+    """Return whether the application or a blueprint of *endpoint* requires a session."""
     parts = endpoint.split(".")[:-1]
     names = [None, *(".".join(parts[: end + 1]) for end in range(len(parts)))]
     functions = [one for name in names for one in app.before_request_funcs.get(name, ())]
@@ -205,8 +210,8 @@ def _is_guarded(app: Flask, endpoint: str) -> bool:
 
 
 def _mark_protected(view: Callable[..., Any], protected: Callable[..., Any]) -> None:
-    """Mark *view* and the functions it wraps, to detect registration without protection."""
-    vars(protected).pop(_IS_PROTECTED, None)  # wraps() copies it if the view is protected already
+    """Mark *view* and the functions it wraps, so that unprotected routes can be detected."""
+    vars(protected).pop(_IS_PROTECTED, None)  # wraps() copies the mark of a protected view
     inner: Any = view
     while inner is not None:
         if hasattr(inner, "__dict__"):

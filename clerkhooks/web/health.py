@@ -31,7 +31,7 @@ def add_metrics(blueprint: Blueprint) -> None:
     """Add ``/metrics`` for every method: a 405 would reveal that the route exists."""
 
     def add(setup: BlueprintSetupState) -> None:
-        # Only a rule without methods also matches unknown methods.
+        # A rule with a list of methods would not match unknown methods.
         path = f"{(setup.url_prefix or '').rstrip('/')}/metrics"
         endpoint = f"{setup.name_prefix}.{setup.name}.metrics".lstrip(".")
         setup.app.url_map.add(Rule(path, endpoint=endpoint, strict_slashes=False))
@@ -41,13 +41,18 @@ def add_metrics(blueprint: Blueprint) -> None:
 
 
 def healthz() -> Response:
-    """Report that the process is serving, without a query: a restart cannot repair a database."""
+    """
+    Report that the process is serving.
+
+    The database is not queried: a platform restarts processes that fail this check, and a restart
+    would not repair a database.
+    """
     return json_response({"status": "ok"})
 
 
 @answered
 def readyz() -> Response:
-    """Report whether the database responds, has our tables and columns, and accepts writes."""
+    """Report whether the database responds, accepts writes and has all tables and columns."""
     try:
         found = find_fault(current_state().store)
     except SQLAlchemyError as error:
@@ -61,7 +66,7 @@ def find_fault(store: Store) -> str | None:
     Return the reason why the database cannot be used, or None if it can.
 
     Raises:
-        SQLAlchemyError: the database does not answer.
+        SQLAlchemyError: the database does not respond.
     """
     with store.database.connect() as connection:
         if _is_read_only(connection):
@@ -79,12 +84,13 @@ def find_fault(store: Store) -> str | None:
 
 def _is_read_only(connection: sa.Connection) -> bool:
     if connection.dialect.name == "postgresql":
-        # Read-only: a standby, or a server or role with default_transaction_read_only.
+        # The value is "on" for a standby, and for a server or role with
+        # default_transaction_read_only.
         return connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on"
     try:
         begin_immediate(connection, timeout=0)
         try:
-            # Even a read-only file can be locked, so only a write shows the problem.
+            # Locking succeeds even if the file is read-only, so only a write shows the problem.
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
             connection.exec_driver_sql(f"PRAGMA user_version = {version}")
         finally:
@@ -105,7 +111,7 @@ def _is_missing(error: sa.exc.DBAPIError) -> bool:
 
 @answered
 def metrics() -> Response:
-    """Return the metrics to a caller with the token, and 404 to everybody else."""
+    """Return the metrics if the request has the correct token, otherwise a 404."""
     state = current_state()
     token = state.settings.metrics_token
     scheme, _, sent = request.headers.get("Authorization", "").partition(" ")

@@ -30,8 +30,9 @@ def add_routes(blueprint: Blueprint, app: Flask, authorized_parties: Sequence[st
 
 
 def _make_finish(app: Flask, authorized_parties: Sequence[str]) -> Callable[[Response], Response]:
-    """Return a function that forbids caching and adds CORS headers."""
-    # Patterns, because flask-cors reads the brackets of an IPv6 host as a regular expression.
+    """Return a function that disables caching of responses and adds CORS headers to them."""
+    # Use escaped patterns: flask-cors interprets a string with IPv6 brackets as a regular
+    # expression.
     origins = [
         re.compile(re.escape(party) + r"\Z") for party in authorized_parties if party != NATIVE
     ]

@@ -19,7 +19,7 @@ def sign_in(*, optional: bool) -> Session | None:
     Authenticate the current request once; store its session and user in the request state.
 
     Raises:
-        Unauthenticated, Forbidden, KeysUnavailable: answered with 401, 403 and 503.
+        Unauthenticated, Forbidden, KeysUnavailable: the responses are 401, 403 and 503.
     """
     state = request_state()
     if not state.is_authenticated or (state.session is None and not optional):
@@ -39,13 +39,13 @@ def sign_in(*, optional: bool) -> Session | None:
 
 def _authenticate(*, optional: bool) -> Session | None:
     """
-    Return the session of the current request; None for an anonymous caller, if optional.
+    Return the current request's session, or None if *optional* and the caller is anonymous.
 
     Raises:
         Unauthenticated: ``token_missing``, or the reason why the first token is invalid.
         Forbidden: ``origin_not_authorized``; another site's page may have sent the cookie.
-        KeysUnavailable: there is no key to verify tokens with; raised even without a token, unless
-            *optional*.
+        KeysUnavailable: no key is available to verify tokens. Unless *optional*, this is raised
+            even if the request has no token.
     """
     authenticator = current_state().authenticator
     names = authenticator.cookie_names
@@ -70,7 +70,7 @@ def _authenticate(*, optional: bool) -> Session | None:
 
 def find_tokens(authenticator: Authenticator) -> Iterator[tuple[str, bool]]:
     """
-    Yield each unverified token of the current request, and whether it came in a cookie.
+    Yield each unverified token of the current request, and whether it is from a cookie.
 
     A bearer token takes precedence over cookies, even if it is invalid. If the Authorization header
     has another scheme, cookies are still read.

@@ -83,7 +83,7 @@ def current_state() -> State:
     Return the state of the current application.
 
     Raises:
-        RuntimeError: ``ClerkHooks.init_app`` was not called for it.
+        RuntimeError: ``ClerkHooks.init_app`` was not called for this application.
     """
     try:
         return cast("State", current_app.extensions[EXTENSION])

@@ -42,7 +42,7 @@ def receive_webhook() -> Response:
 
 @answered
 def apply_delivery(fields: dict[str, Any], state: State) -> Response:
-    """Verify, parse and apply the delivery of the current request; add to *fields* for its log."""
+    """Verify, parse and apply the current request's delivery; add log fields to *fields*."""
     now = time.time()
     body = read_body(unreadable=SignatureError)  # an unreadable body cannot be verified
     headers = {name: request.headers.get(name, "") for name in HEADERS}
