@@ -28,10 +28,10 @@ _COLOURS = {"warning": "yellow", "error": "red", "critical": "red"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as JSON: time, level, event, the fields of ``extra``, the request id."""
+    """Formats a record as JSON: time, level, event, request id and the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format without the text of an exception, which may quote a row."""
+        """Format *record* without the message of an exception, which may quote a row."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return json.dumps(
             {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
@@ -43,14 +43,14 @@ class TextFormatter(logging.Formatter):
     """Formats a record as text: the request line or the event's name, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Escape unprintable characters, so that a path cannot move the cursor."""
+        """Format *record*, escaping control characters that could manipulate the terminal."""
         fields, level, what = _extra(record), record.levelname.lower(), record.getMessage()
         if what == "request":
             method, path, status, duration = (
                 fields.pop(name) for name in ("method", "path", "status", "duration_ms")
             )
             what = f"{method} {path} {status} {duration} ms"
-        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # local time, for a person
+        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # local time, for a human reader
         text = "  ".join([what, *(f"{name}={value}" for name, value in fields.items())])
         text = "".join(
             character if character.isprintable() else ascii(character)[1:-1] for character in text
@@ -65,7 +65,7 @@ class TextFormatter(logging.Formatter):
 
 class ServiceHandler(logging.StreamHandler[Any]):
     """
-    Prints the lines of applications that asked for a request log, each in its own format.
+    Prints the log lines of applications with a request log, in each application's format.
 
     All applications in a process share the logger, and therefore this handler.
     """
@@ -77,17 +77,17 @@ class ServiceHandler(logging.StreamHandler[Any]):
         self._formatters = {"auto": usual, **formatters}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Skip other applications' lines, and all lines if the root logger has a handler."""
+        """Print *record*, unless it is another application's or the root logger has a handler."""
         state = _find_state()
         is_ours = state is None or state.logs_requests
-        if is_ours and not logging.getLogger().handlers:  # added later, as by logging.basicConfig
+        if is_ours and not logging.getLogger().handlers:  # basicConfig may add one later
             self.formatter = self._formatters[state.log_format if state else "auto"]
             super().emit(record)
 
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:
     """
-    Log every request of *app* when its response is ready, and print the lines to stdout.
+    Log each request to *app* when the response is ready, and print the lines to stdout.
 
     If the root logger already has a handler, that handler prints the lines, as it does for Flask's
     own logger.
@@ -105,7 +105,7 @@ def init_request_log(app: Flask, log_format: RequestLog) -> None:
 
 
 def log_failure(error: BaseException) -> None:
-    """Log an unexpected error: its class, SQLSTATE and frames, never its text."""
+    """Log an unexpected error with its class, SQLSTATE and frames, but without its message."""
     fields = request_state().fields
     ids = {name: fields.get(name) for name in ("message_id", "user_id")}
     logger.error("request_failed", extra=ids | {"error": describe(error), "frames": frames(error)})
@@ -148,7 +148,7 @@ def _log_request(response: Response) -> Response:
             "duration_ms": round(state.seconds * 1000, 2),
             **state.fields,
         }
-        # logger.log() would walk the stack to find its caller.
+        # logger.log() would walk the stack to find its caller, which is slow.
         record = logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line)
         logger.handle(record)
     return response

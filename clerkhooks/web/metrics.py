@@ -31,7 +31,7 @@ FAMILIES = frozenset(
     """
     email invitation organization organizationDomain organizationInvitation organizationMembership
     paymentAttempt permission role session sms subscription subscriptionItem user waitlistEntry
-    """.split()  # noqa: SIM905  # as a list it takes fifteen lines
+    """.split()  # noqa: SIM905  # a list would take fifteen lines
 )
 USER_EVENTS = frozenset(("user.created", "user.updated", "user.deleted"))
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
@@ -64,7 +64,7 @@ class Metrics:
         self.sessions_verified = counter("sessions_verified", "Authenticated calls.")
         self.sessions_refused = counter("sessions_refused", "Rejected calls.", ["reason"])
         self.fetches = counter("signing_keys_fetches", "Fetches of the signing keys.", ["result"])
-        # The label keeps a worker that has not fetched keys yet from exporting a value of 0.
+        # Without a label, a worker that has not fetched keys yet would export a value of 0.
         about = "When the oldest key set in use was fetched."
         self.fetched_at = gauge(FETCHED_AT, about, ["source"], multiprocess_mode="livemin")
         self.fallback_users = counter("fallback_users", "Users created by their first call.")
@@ -100,16 +100,16 @@ class Metrics:
         self.connections.inc()
 
     def _count_checkin(self, _connection: object, record: Any) -> None:
-        # In an outage, the pool also checks in connections that failed before checkout.
+        # During an outage, the pool also checks in connections that were never checked out.
         if record.record_info.pop(_IN_USE, False):
             self.connections.dec()
 
     def begin_process(self) -> None:
-        """Record how many connections this process may open."""
+        """Record how many database connections this process may open."""
         self.connections_limit.set(self._store.database.pool_size)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of all processes, then those that are read from the database."""
+        """Yield the metrics of all processes, then the metrics that are read from the database."""
         for family in _read_files() if is_shared() else self.registry.collect():
             is_time = family.name == f"{NAMESPACE}_{FETCHED_AT}"
             yield _age(family) if is_time else family
@@ -117,7 +117,7 @@ class Metrics:
 
 
 def init_metrics(state: State) -> None:
-    """Start counting for the application of *state*."""
+    """Set up the metrics of the application that *state* belongs to."""
     metrics = state.metrics = Metrics(state.store)
     keys = state.authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
@@ -127,7 +127,11 @@ def init_metrics(state: State) -> None:
 
 
 def is_shared() -> bool:
-    """Return whether processes share metrics; this process is then not necessarily a worker."""
+    """
+    Return whether several processes share metrics.
+
+    If they do, this process is not necessarily a worker.
+    """
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 

@@ -1,4 +1,4 @@
-"""Errors as ``application/problem+json`` (RFC 9457), translated here and nowhere else."""
+"""The only place that turns errors into ``application/problem+json`` (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _REASONS = {413: "body_too_large", 500: "internal_error"}
 
 
 def json_response(body: Mapping[str, Any]) -> Response:
-    """Return *body* as JSON in its own key order, bypassing the application's JSON provider."""
+    """Return *body* as JSON with unsorted keys, bypassing the application's JSON provider."""
     return Response(json.dumps(body), content_type="application/json")
 
 
 def problem(
     status: int, reason: str, headers: Mapping[str, str] | None = None, **members: object
 ) -> Response:
-    """Return a problem response with *reason*, a stable code, and *members* in its body."""
+    """Return a problem response with the stable code *reason* and the other *members*."""
     annotate(reason=reason)
     title = HTTP_STATUS_CODES.get(status, "Unknown Error")
     body = {"type": "about:blank", "title": title, "status": status, "reason": reason}
@@ -51,7 +51,7 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
             return cast("Response", from_http_exception(error))
         except Exception as error:
             log_failure(error)
-            if current_app.debug:  # show the debugger
+            if current_app.debug:  # let the debugger show the error
                 raise
             return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error")
 
@@ -60,16 +60,16 @@ def answered(view: Callable[P, Response]) -> Callable[P, Response]:
 
 def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
     """
-    Return the body of the current request: up to 1 MiB, whatever the application's limit.
+    Return the current request's body, up to 1 MiB. The application's limit is ignored.
 
     Raises:
         BodyTooLarge: the body is longer.
-        RequestError: the body cannot be read, for instance because chunks are malformed. The class
-            is *unreadable*, the reason ``body_unreadable``.
+        RequestError: the body cannot be read, for instance because chunks are malformed. The
+            exception has the class *unreadable* and the reason ``body_unreadable``.
     """
     if (request.content_length or 0) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
-    # Werkzeug silently truncates a chunked body at its limit. One more byte reveals a longer body.
+    # Werkzeug silently truncates a chunked body at the limit. Reading one more byte reveals this.
     request.max_content_length = MAX_BODY + 1
     try:
         body = request.get_data(cache=False)
@@ -81,7 +81,7 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
 
 
 def from_request_error(error: RequestError) -> Response:
-    """Return the problem response for one of our errors."""
+    """Return the problem response for one of clerkhooks' own errors."""
     headers: dict[str, str] = {}
     members: dict[str, object] = {}
     if isinstance(error, Forbidden) and error.reverification is not None:
@@ -99,7 +99,7 @@ def from_request_error(error: RequestError) -> Response:
 
 
 def from_http_exception(error: HTTPException) -> Any:
-    """Return the problem response for an HTTP error. Text passed to ``abort`` is its detail."""
+    """Return the problem response for an HTTP error. Text passed to ``abort`` is the detail."""
     if error.response is not None:
         return error.get_response()
     status = error.code or 500
