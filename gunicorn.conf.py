@@ -19,27 +19,29 @@ import gevent  # noqa: E402
 from clerkhooks.settings import ServiceSettings, exit_if_invalid, read_environ  # noqa: E402
 from clerkhooks.web.worker import raise_descriptor_limit  # noqa: E402
 
-with exit_if_invalid():  # before anything listens
+with exit_if_invalid():  # check the settings before gunicorn listens
     settings = ServiceSettings.from_mapping(read_environ())
 
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.web_concurrency
 worker_class = "clerkhooks.web.worker.Worker"
-# Per worker, about 20 KB each. The other descriptors are for the database, keys and files.
+# The limit for each worker; a connection takes about 20 KB. The remaining descriptors are for the
+# database, signing keys and files.
 worker_connections = min(8000, int(0.8 * raise_descriptor_limit()))
 backlog = 4096
 preload_app = True
-# Seconds. Longer than proxies usually keep a connection, so that no proxy uses a closed one.
+# In seconds. Proxies usually close idle connections earlier, so they never reuse a connection that
+# was closed here.
 keepalive = 75
-timeout = 15  # seconds without a heartbeat; Svix's own timeout is the same
-graceful_timeout = 12  # seconds; a request ends within 10
+timeout = 15  # seconds without a heartbeat until a worker is killed; Svix also waits 15
+graceful_timeout = 12  # seconds; a request takes at most 10
 limit_request_line = 8190
 limit_request_field_size = 32768  # the application handles tokens of up to 16 KiB
 control_socket_disable = True
 
 
 def _remove_metrics(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # workers inherit the exit handler
+    if os.getpid() == owner:  # forked workers inherit the exit handler but must not run it
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -75,7 +77,7 @@ def post_fork(server: Any, _worker: Any) -> None:
 
 
 def pre_request(_worker: Any, request: Any) -> None:
-    """Record the event loop's iteration in which this request began."""
+    """Record the iteration of the event loop in which this request began."""
     request.began_in = gevent.get_hub().loop.iteration
 
 
@@ -83,15 +85,15 @@ def post_request(_worker: Any, request: Any, _environ: Any, _response: Any) -> N
     """
     Yield to other connections after a request that never waited, such as a rejected one.
 
-    Otherwise, a client that sends each request immediately after the last would monopolize the
-    worker.
+    Otherwise, a client that sends each request immediately after the previous one would monopolize
+    the worker.
     """
     if gevent.get_hub().loop.iteration == request.began_in:
-        gevent.sleep(0.00001)  # takes one iteration of the loop; sleep(0) takes none
+        gevent.sleep(0.00001)  # waits for the next iteration; sleep(0) does not
 
 
 def child_exit(_server: Any, worker: Any) -> None:
-    """Drop the gauges of a worker that has exited; its counters stay."""
+    """Remove the gauges of a worker that has exited, but keep its counters."""
     if settings.metrics_token:
         from prometheus_client.multiprocess import mark_process_dead
 

@@ -1,4 +1,4 @@
-"""Run migrations on the service's database: in one transaction, and one run at a time."""
+"""Run migrations on the service's database, in one transaction and one run at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask import current_app
 from clerkhooks.settings import VERSION_TABLE
 from clerkhooks.store.foreign import find_table
 
-LOCK = 7_233_190_212  # arbitrary, the same in every release
+LOCK = 7_233_190_212  # arbitrary, but the same in every release
 
 migrate = current_app.extensions["migrate"]
 
@@ -18,7 +18,7 @@ migrate = current_app.extensions["migrate"]
 def begin_alone(connection: sa.Connection) -> None:
     """Begin a transaction. A second run waits until the first one ends, however long it takes."""
     if connection.dialect.name == "sqlite":
-        # Stored in the file. With a write-ahead log, readers never wait for the writer.
+        # The file stores this setting. With a write-ahead log, readers never wait for the writer.
         if not is_of_others(connection):
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -27,12 +27,12 @@ def begin_alone(connection: sa.Connection) -> None:
         remedy = "Create one first, such as: CREATE SCHEMA clerkhooks"
         raise CommandError(f"No schema in the search_path exists.\n{remedy}")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
-    # Requests queue behind a migration that waits for a lock, so it soon gives up.
+    # While a migration waits for a lock, requests queue behind it, so the migration soon gives up.
     connection.exec_driver_sql("SET LOCAL lock_timeout = '4s'")
 
 
 def is_of_others(connection: sa.Connection) -> bool:
-    """Return whether the tables exist, but no migration is recorded."""
+    """Return whether the tables exist although no migration is recorded."""
     # Look for the table first: another process may be migrating.
     is_found = find_table(connection) is not None
     return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)

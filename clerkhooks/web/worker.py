@@ -2,8 +2,9 @@
 A gunicorn worker that idle and slow clients cannot block.
 
 In gunicorn's own gevent worker, idle connections count towards ``worker_connections``, so enough of
-them keep new clients out. A slow body has no time limit. The worker accepts only one connection per
-iteration of the event loop, even if each iteration serves many requests.
+them keep new clients out. The time for receiving a body is not limited. gunicorn's worker also
+accepts only one connection per iteration of the event loop, even if each iteration serves many
+requests.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a response
-MAX_DESCRIPTORS = 65_536  # the maximum to request, even if more are allowed
-CLOSE_IDLE_FROM = 0.9  # share of the connection limit; at 1, gunicorn stops accepting
+MAX_DESCRIPTORS = 65_536  # do not raise the limit further, even if it is allowed
+CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
-MAX_PIECE = 65_536  # bytes per read; for each KiB of a piece, gunicorn copies the remainder
+MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
 _QUOTING = (
     errors.InvalidRequestLine,
@@ -40,11 +41,11 @@ _QUOTING = (
     errors.ChunkMissingTerminator,
     errors.UnsupportedTransferCoding,
 )
-"""Client errors whose text, which gunicorn logs, may contain a token or part of a body."""
+"""Client errors whose message, which is logged, may contain a token or part of a body."""
 
 
 class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
-    """Replaces an error whose text quotes the request."""
+    """Replaces an error whose message quotes the request."""
 
     def __str__(self) -> str:
         return f"The request is malformed: {self.hdr}"
@@ -52,7 +53,7 @@ class _Malformed(errors.InvalidHeader):  # type: ignore[misc]
 
 class Connection(socket):  # type: ignore[misc]
     """
-    A client's connection. It is in *waiting* while it waits for the client.
+    A client's connection. *waiting* holds the connections that are waiting for a client.
 
     A connection is idle until the first byte of a request arrives.
     """
@@ -75,7 +76,7 @@ class Connection(socket):  # type: ignore[misc]
         """Receive data. After its first byte, a request has REQUEST_TIMEOUT to arrive."""
         size = min(size, MAX_PIECE)
         if self._has_more and time.monotonic() >= self.deadline:
-            return b""  # if the client never pauses, there is no wait that could time out
+            return b""  # a client that never pauses causes no wait, so check the deadline here
         self._waiting[self] = None
         try:
             received: bytes = super().recv(size, *flags)
@@ -89,7 +90,7 @@ class Connection(socket):  # type: ignore[misc]
         return received
 
     def hold_header(self) -> None:
-        """Hold back the response's header, which is sent next, and send it with the body."""
+        """Delay the response header, which gunicorn sends next, and send it with the body."""
         self._held = b""
 
     def flush(self) -> None:
@@ -126,7 +127,7 @@ class Connection(socket):  # type: ignore[misc]
             self.is_sending, self.deadline = False, before
 
     def end_wait(self) -> None:
-        """End the wait: a receive returns the data that has arrived, then EOF; a send fails."""
+        """End the wait: ``recv`` returns the received data or EOF, and ``sendall`` fails."""
         self._waiting.pop(self, None)
         with suppress(OSError):  # the client has closed the connection
             # gevent's own shutdown() would raise in the greenlet that waits.
@@ -137,8 +138,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
     """
     gunicorn's gevent worker, with a limit on connections and a deadline for each request.
 
-    Near the limit, each new connection closes the one that has waited longest for its client. A
-    stopping worker closes idle connections at once. For TLS connections, nothing changes.
+    Near the limit, the worker closes the connection that has waited longest for its client whenever
+    a new one arrives. A stopping worker closes idle connections at once. TLS connections are
+    handled as in gunicorn's own worker.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -148,8 +150,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""
-        # gunicorn looks up about 30 settings for each request, each in three calls. As attributes
-        # of the instance they are found before Config.__getattr__ is called: 5 % of a request.
+        # gunicorn looks up about 30 settings for each request. As instance attributes, they are
+        # found without a call of Config.__getattr__, which saves 5 % of the time of a request.
         self.cfg.__dict__.update((name, one.get()) for name, one in self.cfg.settings.items())
         super().init_process()
 
@@ -176,7 +178,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             next(iter(self._waiting)).end_wait()
         greenlet = gevent.getcurrent()
         connection = self._connections[greenlet] = Connection(client, self._waiting)
-        if not self.cfg.keepalive:  # then gunicorn sets no timeout
+        if not self.cfg.keepalive:  # gunicorn calls timeout_ctx only with keep-alive
             connection.begin_wait(REQUEST_TIMEOUT)
         try:
             super().handle(listener, connection, addr)
@@ -184,7 +186,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             del self._connections[greenlet]
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        """Answer a request, sending the header and a short body in one packet."""
+        """Respond to a request, sending the header and a short body in one packet."""
         if not isinstance(sock, Connection):
             return super().handle_request(listener_name, req, sock, addr)
         sock.hold_header()
@@ -194,13 +196,13 @@ class Worker(GeventWorker):  # type: ignore[misc]
             sock.flush()
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Any) -> None:
-        """Respond with 400 to a malformed request, and log no part of it."""
+        """Respond to a malformed request with 400, without logging any part of the request."""
         if type(exc) in _QUOTING:
             exc = _Malformed(type(exc).__name__)
         super().handle_error(req, client, addr, exc)
 
     def timeout_ctx(self) -> Any:
-        """Begin the wait for a request. gunicorn's own worker would start a timer each time."""
+        """Begin the wait for a request. gunicorn's own worker starts a timer each time instead."""
         connection = self._connections.get(gevent.getcurrent())
         if connection is None:
             return super().timeout_ctx()
@@ -222,10 +224,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 class _Server(StreamServer):  # type: ignore[misc]
     """
-    Accepts one connection per iteration of the event loop, several if the worker is busy.
+    Accepts one connection per event-loop iteration, or several if the worker is busy.
 
-    An idle worker leaves connections to other workers. A busy worker's iterations take long, so it
-    accepts several connections in each.
+    An idle worker leaves further connections to other workers. The iterations of a busy worker take
+    longer, so it accepts several connections in each iteration.
     """
 
     def __init__(
@@ -241,12 +243,12 @@ class _Server(StreamServer):  # type: ignore[misc]
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's limit on open files as far as allowed, and return the limit."""
+    """Raise this process's limit on open files as far as allowed, and return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY:
         return MAX_DESCRIPTORS
     if soft < allowed:
-        with suppress(OSError, ValueError):  # macOS enforces a limit below the hard one
+        with suppress(OSError, ValueError):  # macOS may enforce less than the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
