@@ -1,8 +1,8 @@
 """
-Known vulnerabilities of token and webhook verification, one file for each mistake.
+Known vulnerabilities in the verification of tokens and webhooks, with a file for each.
 
-Each file cites where the mistake was exploited, and runs the attack with real keys against
-production code.
+Each file names the software that is or was affected, and runs the attack with real keys against the
+code of clerkhooks.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def sound_token(
 
 
 def forged_token(header: Mapping[str, Any], sign: Callable[[bytes], bytes]) -> str:
-    """Return the claims of a valid token with a header and a signature of the attacker's."""
+    """Return a token with valid claims, but with the attacker's header and signature."""
     head = {"cat": SESSION_CATEGORY, "kid": "ins_fake", "typ": "JWT", **header}
     signed = f"{base64url(json.dumps(head).encode())}.{sound_token().split('.')[1]}"
     return f"{signed}.{base64url(sign(signed.encode()))}"
 
 
 def base64url(raw: bytes) -> str:
-    """Encode without padding, as tokens do."""
+    """Encode *raw* in URL-safe base64 without padding, as in a token."""
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def refusal(token: str, keys: SigningKeys | None = None, rules: TokenRules = RULES) -> str | None:
-    """Return why a token is refused, or None if it is valid."""
+    """Return the reason why a token is refused, or None if the token is valid."""
     keys = keys or ConfiguredKeys((CLERK.private_key.public_key(),))
     try:
         SessionVerifier(keys, rules).verify(token, time.time())

@@ -1,7 +1,8 @@
 """
-A session cookie of the whole domain is read by one of its subdomains.
+A malicious subdomain reads a session cookie that was set for the whole domain.
 
-Clerk's guide warns of it ("subdomain cookie leaking"). Its SDKs accept a token without any ``azp``.
+Clerk's guide warns about this attack ("subdomain cookie leaking"). Clerk's SDKs accept a token that
+has no ``azp``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tests.advisories import CLERK, RULES, refusal, sound_token
 )
 @pytest.mark.parametrize("native", [False, True])
 def test_refuses_a_token_of_another_origin(azp: str, native: bool) -> None:
-    """With authorized parties configured, ``azp`` must equal one of them exactly."""
+    """The ``azp`` of a token must be identical to one of the authorized parties."""
     rules = replace(RULES, native=native)
     assert refusal(sound_token(azp=azp), rules=rules) == "token_authorized_party_mismatch"
 
 
 def test_refuses_a_token_without_an_origin() -> None:
-    """Only ``native`` admits a token without ``azp``."""
+    """A token without ``azp`` is refused, unless native applications are allowed."""
     assert refusal(sound_token(azp=None)) == "token_authorized_party_missing"

@@ -1,8 +1,8 @@
 """
-An attacker takes over an account by an email address, reassigned or never verified.
+An attacker takes over an account with an unverified or reassigned email address.
 
-Exploited in "Sign in with Microsoft" in 2023 ("nOAuth"). It affects every table that matches users
-by email.
+This affected "Sign in with Microsoft" in 2023 ("nOAuth"). It affects every application that
+identifies users by email address.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.support import Service, user_event
 
 
 def test_matches_users_by_id_alone(service: Service) -> None:
-    """Two users with the same address and username stay two, for webhooks and for tokens."""
+    """Webhooks and tokens never merge two users with the same email address and username."""
     victim, attacker = clerk_id("user"), clerk_id("user")
     service.outcome(user_event(victim, first_name="Victim", username="ada"))
     service.outcome(user_event(attacker, first_name="Attacker", username="ada"))
@@ -25,7 +25,7 @@ def test_matches_users_by_id_alone(service: Service) -> None:
 
 
 def test_ignores_an_email_address_in_the_token(service: Service) -> None:
-    """The first call of an unknown user creates a new row, regardless of its claims."""
+    """The first call by an unknown user creates a new row, regardless of the token's claims."""
     victim, stranger = clerk_id("user"), clerk_id("user")
     service.outcome(user_event(victim))
     shown = service.call(stranger, email="ada@example.org").get_json()

@@ -1,8 +1,8 @@
 """
-The public key is used as a shared secret.
+An attacker signs a token with an HMAC whose secret is the public key.
 
-Affected PyJWT before 2.4 (CVE-2022-29217) and most JWT libraries in 2015: the token's header chose
-HS256, and the verifier computed an HMAC with the PEM of the RSA key.
+This affected PyJWT before 2.4 (CVE-2022-29217) and most JWT libraries in 2015. The token's header
+specified HS256, and the verifier computed an HMAC with the PEM file of the RSA key.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ OPENSSH = CLERK.private_key.public_key().public_bytes(Encoding.OpenSSH, PublicFo
     ],
 )
 def test_refuses_an_hmac_with_the_public_key(secret: bytes, alg: str, reason: str) -> None:
-    """The verifier chooses the algorithm, and an HMAC is not an RSA signature."""
+    """The verifier, not the token, chooses the algorithm, and it always expects RSA."""
     forged = forged_token({"alg": alg}, lambda signed: hmac.digest(secret, signed, "sha256"))
     assert refusal(forged) == reason

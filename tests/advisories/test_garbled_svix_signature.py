@@ -1,8 +1,8 @@
 """
-A header has a garbled signature beside a good one, as while a secret is rotated.
+A header has a garbled and a valid signature, for example during secret rotation.
 
-Affects receivers that use svix's own ``verify()``: its base64 decoder raises, and the request ends
-in a 500.
+This affects receivers that use svix's own ``verify()``: its base64 decoder raises an error, and the
+response is a 500.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def post(service: Service, body: bytes, headers: dict[str, str]) -> TestResponse
 def test_finds_a_good_signature_beside_a_garbled_one(
     service: Service, garbage: str, template: str
 ) -> None:
-    """One good signature is enough, and a garbled one alone is answered with 401."""
+    """One valid signature is enough, and a garbled signature alone is refused with 401."""
     body = user_event(clerk_id("user"))
     headers = service.clerk.headers(body)
     both = template.format(garbage=garbage, good=headers["svix-signature"])

@@ -1,8 +1,8 @@
 """
-A token's header specifies the key to verify it with.
+A token's header specifies the key that the verifier should use.
 
-Affected Cisco's node-jose (CVE-2018-0114), which trusted an embedded ``jwk``, and others through
-``jku`` and ``x5u``, which made the verifier fetch the attacker's key.
+This affected Cisco's node-jose (CVE-2018-0114), which trusted an embedded ``jwk``. In other
+libraries, ``jku`` and ``x5u`` made the verifier fetch the attacker's key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.issuer import Issuer, jwk
 
 @pytest.mark.parametrize("kid", ["ins_fake", "attacker"])
 def test_ignores_a_key_in_the_token(kid: str) -> None:
-    """The key is not used, and nothing is fetched from a URL in the token."""
+    """A key in the token is not used, and nothing is fetched from a URL in the token."""
     with Issuer(jwk(CLERK)).open() as issuer, Issuer(jwk(ATTACKER, kid)).open() as trap:
         for member in (
             {"jwk": jwk(ATTACKER, kid)},
@@ -45,7 +45,7 @@ def test_ignores_a_key_in_the_token(kid: str) -> None:
     ],
 )
 def test_uses_a_key_id_as_a_name_only(kid: object) -> None:
-    """A key id is not a path, a query or a URL: it is looked up, and unknown if not found."""
+    """A key id is never used as a path, a query or a URL, only to look up a known key."""
     with Issuer(jwk(CLERK)).open() as issuer:
         assert refusal(sound_token(header={"kid": kid}), FetchedKeys(issuer.url)) == "unknown_key"
         assert [headers[":path"] for headers, _ in issuer.requests] == ["/.well-known/jwks.json"]

@@ -1,8 +1,8 @@
 """
-A machine token (M2M) is presented as a user's session.
+A machine-to-machine (M2M) token is presented as a user's session token.
 
-Affects verifiers that check the signature only: Clerk signs both with the instance's one key (RFC
-8725, 2.8).
+This affects verifiers that check only the signature, because Clerk signs both kinds of token with
+the same key (RFC 8725, 2.8).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MACHINE: dict[str, Any] = {
 
 
 def test_refuses_a_machine_token() -> None:
-    """A machine is not a user, with its own token category or without one."""
+    """A machine token is refused, with or without the category of machine tokens."""
     category = {"cat": "cl_B7d4PD333AAA"}
     marked = CLERK.session_token(clerk_id("mch"), header=category, **MACHINE)
     assert refusal(marked) == "token_category_mismatch"

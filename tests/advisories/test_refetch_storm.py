@@ -1,8 +1,8 @@
 """
-A flood of tokens with invented key ids makes the verifier fetch the keys for each.
+A flood of tokens with invented key ids makes the verifier fetch the keys each time.
 
-Affected users of PyJWKClient, and of jwks-rsa without its rate limit: the issuer returns 429, and
-nobody can sign in.
+This affected users of PyJWKClient, and users of jwks-rsa who had not enabled the rate limit. The
+issuer responded with 429, and nobody could sign in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.issuer import Issuer, fetched, jwk
 
 
 def test_fetches_once_for_a_flood_of_forged_tokens() -> None:
-    """During the cooldown the last key set decides: forged tokens are refused, good ones pass."""
+    """The keys are not fetched again during the cooldown, and valid tokens are still accepted."""
     with Issuer(jwk(CLERK)).open() as issuer:
         keys = fetched(FetchedKeys(issuer.url))
         forged = [sound_token(ATTACKER, {"kid": f"ins_{number}"}) for number in range(100)]

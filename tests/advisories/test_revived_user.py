@@ -1,8 +1,8 @@
 """
 A late update restores a deleted user.
 
-Affects every receiver that upserts: Svix retries for a day and does not guarantee ordering, so
-the erased profile reappears.
+This affects every receiver that upserts without comparing versions: Svix retries for a day and does
+not guarantee ordering, so the erased profile reappears.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support import NOW_MS, Service, deletion, user_event
 @pytest.mark.parametrize("event_type", ["user.created", "user.updated"])
 @pytest.mark.parametrize("late", [-1, 0, 60_000])
 def test_keeps_a_deleted_user_deleted(service: Service, event_type: str, late: int) -> None:
-    """Neither an event, older or newer, nor an unexpired token undoes the deletion."""
+    """No event, whether older or newer, and no unexpired token can undo the deletion."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     assert service.outcome(deletion(user_id)) == "applied"

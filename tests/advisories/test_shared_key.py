@@ -1,8 +1,8 @@
 """
-Several instances share one key: satellite domains, or a copied development instance.
+Several instances share one key, such as satellite domains or copied instances.
 
 Clerk's own ``authenticateRequest`` does not compare the issuer, so a user of one instance is
-accepted by the other.
+accepted by the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEIGHBOUR = replace(CLERK, frontend_api="clerk.example.net")
 
 
 def test_refuses_a_token_of_another_instance_with_the_same_key() -> None:
-    """The signature is valid, but the issuer is not."""
+    """A token from another issuer is refused, even if the signature is valid."""
     assert refusal(sound_token(NEIGHBOUR)) == "token_issuer_mismatch"
 
 

@@ -1,9 +1,9 @@
 """
 A signature of zeros, or another encoding of a valid signature, is accepted.
 
-Affected Java 15 to 18 (CVE-2022-21449, "psychic signatures"), which accepted zeros for every
-message. Verifiers that ignore stray bits, padding or leading zeros accept several encodings of a
-token, so a list of revoked or cached tokens does not match all of them.
+This affected Java 15 to 18 (CVE-2022-21449, "psychic signatures"), which accepted zeros as a
+signature of every message. Verifiers that ignore stray bits, padding or leading zeros accept
+several encodings of a token, so a list of revoked or cached tokens does not match all of them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     "signature", [b"\0", b"\0" * 256, b"\0" * 255 + b"\1", b"\xff" * 256, b"\0" * 64]
 )
 def test_refuses_a_trivial_signature(signature: bytes) -> None:
-    """Zero, one and the greatest number do not sign any message."""
+    """Signatures that encode zero, one or the largest number are refused."""
     forged = forged_token({"alg": "RS256"}, lambda _: signature)
     assert refusal(forged) == "token_signature_mismatch"
 
 
 def test_accepts_one_spelling_of_a_token_only() -> None:
-    """Another encoding of the same bytes or number is refused."""
+    """A different encoding of a valid signature is refused."""
     token = sound_token()
     signed, _, signature = token.rpartition(".")
     raw = base64.urlsafe_b64decode(signature + "==")

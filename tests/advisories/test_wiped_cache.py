@@ -1,7 +1,7 @@
 """
-Good keys are dropped because of a response that has none.
+Valid keys are discarded because a response contains no keys.
 
-Affected PyJWKClient, which clears its cache before the new keys have arrived, and clients that
+This affected PyJWKClient, which clears its cache before the new keys have arrived, and clients that
 cached a proxy's error page.
 """
 
@@ -18,7 +18,7 @@ from tests.issuer import Issuer, answering, fetched, jwk, key_set
     ("status", "body"), [(500, b""), (200, b"<html>"), (200, key_set()), (429, b'{"errors": []}')]
 )
 def test_keeps_its_keys_when_a_fetch_fails(status: int, body: bytes) -> None:
-    """Users stay signed in during an outage of Clerk."""
+    """Users stay signed in while Clerk is unavailable."""
     with Issuer(jwk(CLERK)).open() as issuer:
         fetches: list[bool] = []
         keys = fetched(FetchedKeys(issuer.url, cooldown=0, on_fetch=fetches.append))
