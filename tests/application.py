@@ -1,5 +1,5 @@
 """
-An application that uses ``ClerkHooks``, with fixtures for the tests of the extension.
+An application that uses ``ClerkHooks``, and fixtures for the extension's tests.
 
 A test module enables the fixtures with ``pytest_plugins = ["tests.application"]``.
 PYTEST_DONT_REWRITE: a test module may import from here before pytest loads the plugin.
@@ -45,7 +45,7 @@ class Application(Service):
         super().__init__(self.create_app(clerk, database_url, **config), clerk, database_url)
 
     def create_app(self, clerk: FakeClerk, database_url: str, **config: Any) -> Flask:
-        """Create a Flask application on *database_url*. Can be called several times."""
+        """Create a Flask application that uses *database_url*. May be called several times."""
         app = Flask("application")
         uri = database_url.replace("postgresql://", "postgresql+psycopg://", 1)
         app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=uri)
@@ -62,7 +62,7 @@ class Application(Service):
 
     @property
     def database(self) -> Database:
-        """The database of the private engine."""
+        """The ``Database`` of clerkhooks' private engine."""
         return self.state.store.database
 
     def create_all(self) -> None:
@@ -76,7 +76,7 @@ MakeApplication = Callable[..., Application]
 
 @pytest.fixture(params=KINDS)
 def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
-    """Return the URL of a database without tables; the test runs once per kind."""
+    """Return the URL of an empty database. The test runs once for each kind of database."""
     return make_database(request.param)
 
 

@@ -26,7 +26,7 @@ def make_db() -> SQLAlchemy:
 
 
 def configuration(clerk: FakeClerk, url: str, **more: Any) -> dict[str, Any]:
-    """Return the configuration of an application that trusts *clerk*."""
+    """Return the configuration of an application that trusts the fake *clerk*."""
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     return {
@@ -46,7 +46,7 @@ def tables(app: Flask) -> Iterator[None]:
     try:
         yield
     finally:
-        disconnect(app)  # first, because views may have left connections unusable
+        disconnect(app)  # before drop_all, because views may leave connections unusable
         with app.app_context():
             db.drop_all()
         disconnect(app)
@@ -80,7 +80,7 @@ def check_users_stay_correct(app: Flask, clerk: FakeClerk, me: str = "/api/me") 
 
 
 def name_of(service: ClerkService, user_id: str, me: str = "/api/me") -> str:
-    """Call as the user and return the name in the response."""
+    """Send a request to *me* as the user, and return the name in the response."""
     response = service.client(user_id).get(me)
     assert response.status_code == 200, response.text
     return str(response.get_json()["name"])

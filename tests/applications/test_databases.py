@@ -130,7 +130,7 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
         made.append(psycopg.connect(postgresql_url))
         return made[-1]
 
-    # As with a cloud connector, the URL itself cannot be connected to.
+    # As with a cloud connector, the URL cannot be used to connect.
     db = SQLAlchemy(engine_options={"creator": connect})
     app = create_app(clerk, "postgresql://nowhere.invalid/none", db)
     with tables(app):
@@ -161,7 +161,7 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
 def test_works_with_every_engine_option(
     clerk: FakeClerk, url: str, options: dict[str, Any]
 ) -> None:
-    """Users stay correct with any engine options of the application."""
+    """Users stay correct whichever engine options the application sets."""
     app = create_app(clerk, url, make_db(), SQLALCHEMY_ENGINE_OPTIONS=options)
     with tables(app):
         check_users_stay_correct(app, clerk)
@@ -200,7 +200,7 @@ def leave_a_transaction_open(db: SQLAlchemy) -> None:
 def test_commits_every_delivery_despite_changed_connections(
     clerk: FakeClerk, url: str, use: Callable[[SQLAlchemy], None]
 ) -> None:
-    """Each acknowledged delivery is committed with UTC times, whatever views do with the pool."""
+    """Deliveries are committed with UTC times, whatever views do to pooled connections."""
     db = make_db()
     pool = {"pool_size": 1, "max_overflow": 0}
     app = create_app(clerk, url, db, SQLALCHEMY_ENGINE_OPTIONS=pool)
@@ -282,7 +282,7 @@ def test_keeps_working_while_a_view_holds_every_connection(clerk: FakeClerk, url
 
 
 def test_resolves_a_relative_path_in_the_instance_folder(clerk: FakeClerk, tmp_path: Path) -> None:
-    """For both engines, ``sqlite:///shop.db`` is the same file in the instance folder."""
+    """Both engines resolve ``sqlite:///shop.db`` to the same file in the instance folder."""
     db = make_db()
     app = Flask(__name__, instance_path=str(tmp_path / "instance"))
     app.config.update(configuration(clerk, "sqlite:///shop.db"))
@@ -394,7 +394,7 @@ def test_supports_models_with_subclasses(clerk: FakeClerk, url: str) -> None:
 
 
 def test_leaves_nothing_to_migrate_under_any_comparison(clerk: FakeClerk, url: str) -> None:
-    """With every comparison enabled, Alembic finds no difference from the metadata."""
+    """Alembic finds no difference from the metadata, even with all comparisons enabled."""
     db = make_db()
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

@@ -61,7 +61,7 @@ def create_app(clerk: FakeClerk, url: str, *, problems: bool = False, **more: An
 
 @pytest.mark.parametrize("setting", ["TESTING", "DEBUG", "PROPAGATE_EXCEPTIONS"])
 def test_raises_the_applications_bugs(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
-    """An exception in a view reaches the test or debugger with its own traceback."""
+    """An exception in a view reaches the test or debugger with its original traceback."""
     app = create_app(clerk, sqlite_url, **{setting: True})
     with tables(app):
         check_users_stay_correct(app, clerk)
@@ -72,7 +72,7 @@ def test_raises_the_applications_bugs(clerk: FakeClerk, sqlite_url: str, setting
 def test_logs_the_applications_bugs_with_their_traceback(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In production, Flask logs an exception and answers with its own 500 page."""
+    """In production, Flask logs an exception and returns Flask's 500 page."""
     app = create_app(clerk, sqlite_url)
     with tables(app), caplog.at_level(logging.ERROR):
         response = app.test_client().get("/bug")
@@ -81,7 +81,7 @@ def test_logs_the_applications_bugs_with_their_traceback(
 
 
 def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The application's responses are unchanged, and clerkhooks' 405 looks like its own."""
+    """The application's responses are unchanged, and clerkhooks' 405 is also an HTML page."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         client = app.test_client()
@@ -93,7 +93,7 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
 
 
 def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With ``problems=True``, all errors become problem details, with the text from ``abort``."""
+    """With ``problems=True``, all errors become problem details with the ``abort`` text."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()
@@ -107,7 +107,7 @@ def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
 def test_answers_problems_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """The application's error handlers receive only its own errors."""
+    """The application's error handlers do not receive clerkhooks' errors."""
     app = create_app(clerk, sqlite_url)
 
     def answer(error: Exception) -> ResponseReturnValue:
@@ -134,7 +134,7 @@ def test_answers_problems_despite_the_applications_error_handlers(
 def test_logs_a_failed_delivery_once_with_its_frames(
     clerk: FakeClerk, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A handler's exception gives a 500 and one log line with its frames but not its text."""
+    """A handler's exception gives a 500 and one log line with its frames but no message."""
     app = create_app(clerk, sqlite_url, TESTING=True)
     with tables(app), caplog.at_level(logging.INFO, "clerkhooks"):
         body = event_body("organization.created", {"id": "org_1"}, 1_700_000_000_000)
@@ -231,7 +231,7 @@ CONFIGS: list[dict[str, Any]] = [
 def test_handles_errors_as_plain_flask_does(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None], handlers_first: bool
 ) -> None:
-    """Errors in the application's routes give the same result as in plain Flask."""
+    """Errors in the application's routes give the same result as without clerkhooks."""
     for config in CONFIGS:
         plain, app, db = Flask(__name__), Flask(__name__), make_db()
         app.config.update(configuration(clerk, sqlite_url), **config)
@@ -260,7 +260,7 @@ def describe_answer(app: Flask, path: str) -> tuple[object, ...]:
 def test_logs_each_line_once(
     clerk: FakeClerk, sqlite_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lines reach the application's log handler once, and clerkhooks adds no handler."""
+    """Each line reaches the application's log handler once, and clerkhooks adds no handler."""
     root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
     before = root.level

@@ -74,7 +74,7 @@ def preflight_headers(service: ClerkService, path: str, preflight: dict[str, str
 def test_sends_the_applications_cors_headers_for_protected_views(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """Responses, refusals and preflights of a protected view have the application's headers."""
+    """All responses of a protected view, even to preflights, have the application's headers."""
     app = create_app(clerk, sqlite_url, first=False)
 
     @app.get("/notes")

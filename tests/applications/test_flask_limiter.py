@@ -18,7 +18,7 @@ from tests.support import rows, user_event
 def test_limits_the_applications_routes_and_exempts_clerkhooks(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """A limit applies behind ``require_auth``, and clerkhooks' blueprint can be exempted."""
+    """A limit applies to protected views, and clerkhooks' blueprint can be exempted."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -43,7 +43,7 @@ def test_limits_the_applications_routes_and_exempts_clerkhooks(
 
 
 def test_limits_each_user_behind_require_auth(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A limit below ``require_auth`` can count per user, as it runs after authentication."""
+    """A limit below ``require_auth`` runs after authentication, so it can count per user."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -65,7 +65,7 @@ def test_limits_each_user_behind_require_auth(clerk: FakeClerk, sqlite_url: str)
 
 
 def test_limits_routes_that_are_not_exempted(clerk: FakeClerk, sqlite_url: str) -> None:
-    """The application's limit refuses a delivery, which then changes nothing."""
+    """The application's limit applies to deliveries; a refused delivery changes nothing."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

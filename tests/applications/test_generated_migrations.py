@@ -92,7 +92,7 @@ def load(checkout: Checkout) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bookshop"] = module  # SQLAlchemy looks up annotations there
+    sys.modules["bookshop"] = module  # SQLAlchemy resolves annotations there
     try:
         spec.loader.exec_module(module)
     finally:
@@ -106,7 +106,8 @@ def test_generates_migrations_that_run_unedited(
     """
     ``flask db init``, ``migrate`` and ``upgrade`` succeed without edits.
 
-    No difference is left. A column declared later is migrated, and filled by a sync.
+    No difference is left. A column that is declared later is added by a migration and filled by a
+    sync.
     """
     checkout.flask("db", "init")
     checkout.flask("db", "migrate", "-m", "first")

@@ -1,4 +1,4 @@
-"""Applications that use ``require_auth`` in wrong and in valid places."""
+"""Applications that use ``require_auth`` in correct and incorrect places."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def above_another_decorator(app: Flask) -> None:
 
 
 def between_two_routes(app: Flask) -> None:
-    """Protect the upper route but not the lower one."""
+    """Apply ``require_auth`` between two routes, so that only the upper one is protected."""
 
     @app.get("/protected", endpoint="protected")
     @require_auth
@@ -106,7 +106,7 @@ def test_refuses_to_start_with_a_view_protected_too_late(
 
 
 def test_serves_every_valid_use(clerk: FakeClerk, sqlite_url: str) -> None:
-    """``require_auth`` works below a route, on classes and methods, on a blueprint, and twice."""
+    """``require_auth`` works on functions, MethodViews and blueprints, even if applied twice."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)
@@ -186,7 +186,7 @@ def test_serves_a_factorys_views_each_time(clerk: FakeClerk, make_database: Make
 
 @pytest.mark.parametrize("setting", ["TESTING", "DEBUG"])
 def test_raises_in_development(clerk: FakeClerk, sqlite_url: str, setting: str) -> None:
-    """In tests and in the debugger, the mistake raises an exception that explains the fix."""
+    """In testing and debug mode, the mistake raises an exception that explains the fix."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url, **{setting: True}))
     db.init_app(app)
@@ -199,7 +199,7 @@ def test_raises_in_development(clerk: FakeClerk, sqlite_url: str, setting: str) 
 def test_fails_closed_despite_the_applications_error_handlers(
     clerk: FakeClerk, sqlite_url: str
 ) -> None:
-    """An application that handles every exception still does not serve the view."""
+    """The view is not served, even if the application handles every exception."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

@@ -54,7 +54,7 @@ def captured() -> Iterator[Captured]:
         dsn="https://public@sentry.example.com/1",
         transport=transport,
         traces_sample_rate=1.0,
-        default_integrations=False,  # they would patch this process permanently
+        default_integrations=False,  # default integrations would patch this process permanently
         integrations=[
             FlaskIntegration(),
             SqlalchemyIntegration(),
@@ -96,7 +96,7 @@ def test_reports_errors_and_traces_statements(
 
     with tables(app):
         check_users_stay_correct(app, clerk)
-        assert captured.reports() == []  # a refused call is not an error
+        assert captured.reports() == []  # refused calls are not reported
         assert app.test_client().get("/bug").status_code == 500
         [reported] = captured.reports()
         [exception] = reported["exception"]["values"]

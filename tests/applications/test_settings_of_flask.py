@@ -1,4 +1,4 @@
-"""Applications with Flask settings that change how requests are matched and answered."""
+"""Applications with Flask settings that affect how routes match and responses look."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_leaves_every_setting_unchanged(
 def test_answers_the_same_under_every_setting(
     clerk: FakeClerk, sqlite_url: str, set_up: Callable[[Flask], None]
 ) -> None:
-    """Routes of clerkhooks accept trailing slashes, never redirect and do not sort JSON keys."""
+    """All routes accept trailing slashes, never redirect and do not sort JSON keys."""
     app = create_app(clerk, sqlite_url, set_up, with_us=True)
     with tables(app):
         check_users_stay_correct(app, clerk)

@@ -18,7 +18,7 @@ CALLS = 40
 
 @pytest.mark.parametrize(("theirs", "ours"), [(2, 5), (40, 1)])
 def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, ours: int) -> None:
-    """Authentication needs no connection from the pool that 40 concurrent calls share."""
+    """Concurrent calls never deadlock, because authentication has a separate pool."""
     app, db = Flask(__name__), make_db()
 
     class Tenant(db.Model):  # type: ignore[name-defined, misc]

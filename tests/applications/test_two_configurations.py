@@ -81,7 +81,7 @@ def test_shares_extension_objects_between_applications(
 
 
 def test_reports_all_configuration_errors_at_once(clerk: FakeClerk, sqlite_url: str) -> None:
-    """All errors are in one exception, and ``app.config`` takes precedence over variables."""
+    """One exception lists all errors. ``app.config`` overrides environment variables."""
     app, db = Flask(__name__), make_db()
     wrong = {
         "CLERK_WEBHOOK_SECRET": "sk_test_1",

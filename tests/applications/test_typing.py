@@ -24,7 +24,7 @@ from tests.applications.typed import Base, Organization, User, db, hooks
 def no_argument() -> None: ...
 event: Event
 """
-# Each line has one error, listed with mypy's code for it.
+# Lines with one error each, and mypy's codes for these errors.
 WRONG = {
     "hooks.current_user.nickname": "attr-defined",
     "current_user.username": "attr-defined",

@@ -90,7 +90,7 @@ def test_leaves_refusals_to_the_application(clerk: FakeClerk, sqlite_url: str) -
 
 
 def test_ignores_a_limit_set_for_every_route(clerk: FakeClerk, sqlite_url: str) -> None:
-    """A limit set for every route by a ``before_request`` does not apply to deliveries."""
+    """A limit that ``before_request`` sets for every route does not apply to deliveries."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=8, MAX_FORM_MEMORY_SIZE=8)
 
     @app.before_request
