@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from clerkhooks.clerk.fake import clerk_id, user_data
 from tests.support import serving_in_thread
 
-WINDOW = 10.0  # seconds over which requests are counted
+WINDOW = 10.0  # seconds in which requests are counted for the rate limit
 TIMEOUT = 20  # seconds
 # A production key. With any other key, the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"
@@ -29,7 +29,7 @@ Behaviour = Callable[["Backend", BaseHTTPRequestHandler], None]
 
 
 def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
-    """Return a behaviour that answers with *status* and *body*."""
+    """Return a behaviour that responds with *status* and *body*."""
 
     def behave(_backend: Backend | None, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -37,19 +37,19 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Behaviour:
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
-        # If Content-Length is wrong, only closing the connection ends the body.
+        # A response with a wrong Content-Length only ends when the connection is closed.
         request.close_connection |= "Content_Length" in headers
 
     return behave
 
 
 def answering_json(status: int, value: object, **headers: str) -> Behaviour:
-    """Return a behaviour that answers with *value* as JSON."""
+    """Return a behaviour that responds with *value* as JSON."""
     return answering(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
 
 def refusing(status: int, code: str, **headers: str) -> Behaviour:
-    """Return a behaviour that answers with an error in Clerk's format."""
+    """Return a behaviour that responds with an error in Clerk's format."""
     return answering_json(
         status,
         {
@@ -61,7 +61,7 @@ def refusing(status: int, code: str, **headers: str) -> Behaviour:
 
 
 def limiting(retry_after: float | str) -> Behaviour:
-    """Return a behaviour that answers with 429."""
+    """Return a behaviour that responds with 429."""
     return refusing(429, "too_many_requests", Retry_After=str(retry_after))
 
 
@@ -78,13 +78,13 @@ def resetting(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
 
 
 def stalling(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Read the request and do not answer until the backend is released."""
+    """Read the request and send no response. Close the connection on release."""
     backend.released.wait(TIMEOUT)
     request.close_connection = True
 
 
 def stalling_then_answering(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Answer as Clerk does once the backend is released."""
+    """Wait until the backend is released, then respond as Clerk does."""
     backend.released.wait(TIMEOUT)
     backend.answer(request)
 
@@ -106,17 +106,17 @@ CUT_SHORT = answering(200, b"[]", Content_Length="9999")
 
 class Backend:
     """
-    A fake Clerk instance with its users.
+    A fake Clerk instance and its users.
 
-    *requests* holds the path and query of each request. *arrivals* holds their monotonic times in
-    seconds.
-    Each request takes the next of *behaviours*; once these are used up, *always* applies
-    if it is set. *before* is called before a request is answered: it may sign users up, delete
-    them, deliver webhooks, or set behaviours.
+    *requests* holds the path and query of each request. *arrivals* holds the monotonic time of each
+    request in seconds. Each request consumes the next of *behaviours*. Once they have all been
+    used, *always* applies if it is set. *before* is called before the response: it may sign users
+    up, delete them, deliver webhooks, or set behaviours.
 
     With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
-    does not document whether it does. With *shuffles_ties*, users created in the same millisecond
-    are listed in random order. Requests beyond *max_requests* in ten seconds are answered with 429.
+    does not document whether these users are included. With *shuffles_ties*, users created in the
+    same millisecond are listed in random order. Requests beyond *max_requests* in ten seconds are
+    answered with 429.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Backend:
 
     def sign_up(self, user_id: str | None = None, *, at: int | None = None, **data: Any) -> str:
         """
-        Create a user who signed up *at* (milliseconds; by default now); return the id.
+        Create a user and return the id. *at* is the sign-up time in milliseconds, or now.
 
         *data* replaces fields, and may contain values that Clerk never sends.
         """
@@ -190,7 +190,7 @@ class Backend:
             yield self
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """Answer as Clerk does."""
+        """Respond as Clerk does."""
         url = urlsplit(request.path)
         with self._arrived:
             behave = self._answer_to(request, unquote(url.path), parse_qs(url.query))
@@ -257,13 +257,13 @@ class Backend:
         )
 
     def _created_at(self, user_id: str) -> int:
-        """Return when the user signed up, even if the object has no valid time."""
+        """Return the user's sign-up time, even if the user object contains no valid time."""
         data = self.users[user_id]
         created_at = data.get("created_at") if isinstance(data, dict) else None
         return created_at if type(created_at) is int else self._created_ms.get(user_id, 0)
 
     def _now(self) -> int:
-        """Return the current time in milliseconds, always later than the last one returned."""
+        """Return the current time in milliseconds, or a later time if it was already returned."""
         self._latest = max(self._latest + 1, int(time.time() * 1000))
         return self._latest
 
@@ -274,7 +274,7 @@ class Backend:
             protocol_version = "HTTP/1.1"
             # Send headers and body in one packet; otherwise the client's delayed ACK costs 40 ms.
             wbufsize = -1
-            timeout = 60  # seconds that a client may stay silent
+            timeout = 60  # seconds to wait for a client's next request
 
             def do_GET(self) -> None:
                 with suppress(ConnectionError):

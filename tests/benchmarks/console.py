@@ -106,7 +106,7 @@ def fill(url: str, counts: dict[str, int]) -> None:
 
 
 def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
-    """Yield the name, path and search text of each page, including pages with old rows."""
+    """Yield the name, path and search term of each page, including pages with old rows."""
     with state.store.database.connect() as connection:
         user_id, email = connection.execute(sa.text(A_USER)).one()
         message_id = connection.execute(sa.text(A_MESSAGE)).scalar_one()
@@ -132,7 +132,7 @@ def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
 def measure(
     app: Flask, timer: StatementTimer, page: tuple[str, str, str | None], *, explain: bool
 ) -> None:
-    """Print how many statements a page executes, and how long they and the page take."""
+    """Print the number of statements of a page, their duration, and the page's duration."""
     name, path, search = page
     client, turns, auth = app.test_client(), [], ("operator", PASSWORD)
     for _ in range(TURNS + 1):

@@ -2,9 +2,9 @@
 A minimal WSGI application that does the same work as the service.
 
 It verifies the same signatures and tokens and executes the same statements in the same batches,
-under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no pool, writes
-no log and does not handle invalid requests. The difference in throughput shows the cost of these
-features.
+under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no connection
+pool, writes no log and does not handle invalid requests. The difference in throughput to the
+service shows the cost of these features.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ APPLY = "" if IS_SQLITE else compile_statement(STORE.statements.apply)
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-    """Answer a valid request."""
+    """Respond to a valid request."""
     answers = {"/api/me": get_me, "/webhooks/clerk": receive}
     answer = answers.get(environ["PATH_INFO"], lambda _environ: {})(environ)
     body = json.dumps(answer).encode()
@@ -95,7 +95,7 @@ def write_to_sqlite(event: ReceivedEvent) -> str:
 
 
 def get_me(environ: dict[str, Any]) -> dict[str, Any]:
-    """Answer one call of ``/api/me``."""
+    """Respond to one call of ``/api/me``."""
     token = environ["HTTP_AUTHORIZATION"].removeprefix("Bearer ")
     row = READS(VERIFIER.verify(token, time.time()).user_id)
     names = ("id", "email", "name", "imageUrl", "isOnline", "lastSeen")

@@ -27,7 +27,7 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Successful responses (200) per second."""
+        """Responses with status 200 per second."""
         return self.statuses[200] / self.seconds
 
     def quantile(self, share: float) -> float:
@@ -138,5 +138,5 @@ def _ask(connection: socket.socket, request: bytes) -> int:
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median of the per-round ratios, to cancel out drift of the machine."""
+    """Return the median of the rounds' ratios, as the machine's speed varies between rounds."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))

@@ -5,7 +5,7 @@ Measure the service under load and print a table.
 
 The parts are ``floor`` (compared with a minimal application that does the same work), ``scale``
 (more users), ``sqlite`` (compared with the bare statements), ``start`` (compared with a bare Flask
-application), ``memory`` and ``overload``. The load is generated on the same machine; ratios compare
+application), ``memory`` and ``overload``. The load is generated on the same machine. Ratios compare
 alternating rounds of one run.
 """
 
@@ -55,7 +55,7 @@ def line(part: str, what: str, value: str) -> None:
 
 
 def measure_floor(folder: Path) -> None:
-    """Compare webhooks and calls per second with those of the minimal application."""
+    """Compare webhooks and calls per second between the service and the minimal application."""
     with started_postgresql() as url:
         migrate(url, CLERK)
         works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
@@ -83,7 +83,7 @@ def measure_floor(folder: Path) -> None:
 @contextlib.contextmanager
 def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
     port = free_port()
-    # Use this package as an empty configuration: gunicorn.conf.py has the service's hooks.
+    # Use this empty package as the configuration, because gunicorn.conf.py has the service's hooks.
     options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
     options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
     command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
@@ -100,7 +100,7 @@ def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
 
 
 def measure_scale(largest: int, folder: Path) -> None:
-    """Compare the cost of webhooks and calls with 10,000 users and with many more."""
+    """Compare the cost of webhooks and calls with 10,000 users and with many more users."""
     counts = [10_000, *(count for count in (1_000_000, 10_000_000) if count <= largest)]
     with started_postgresql() as url, contextlib.ExitStack() as stack:
         servers, known = {}, {}
@@ -142,7 +142,7 @@ def _database(url: str, name: str) -> str:
 
 
 def measure_sqlite(folder: Path) -> None:
-    """Compare webhooks per second on SQLite with the bare statements in sqlite3."""
+    """Compare webhooks per second between the service on SQLite and bare sqlite3 statements."""
     ours, bare = [], []
     url = f"sqlite:///{folder}/service.db"
     migrate(url, CLERK)
@@ -172,7 +172,7 @@ def _bare_sqlite(file: Path, seconds: float) -> float:
 
 
 def measure_start(folder: Path) -> None:
-    """Compare the time to the first 200 with that of a bare Flask application."""
+    """Compare the start-up time with the start-up time of a bare Flask application."""
     url = f"sqlite:///{folder}/start.db"
     migrate(url, CLERK)
     (folder / "bare.py").write_text(BARE)

@@ -3,9 +3,9 @@ Compare ways to verify a session token.
 
     python -m tests.benchmarks.session_tokens
 
-Clerk's own SDK is included if it is installed: ``pip install clerk-backend-api``. No extra contains
-it. The rounds of all functions are interleaved, so that other load on the machine slows them
-equally. The figures are medians of the rounds.
+Clerk's own SDK is included if it is installed. Install it with ``pip install clerk-backend-api``;
+it is not in any extra of clerkhooks. The rounds of all functions are interleaved, so that other
+load on the machine affects all functions equally. The figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print each function's duration and its ratio to every other function's."""
+    """Print each function's duration and its ratio to the duration of every other function."""
     times = measure(subjects())
     print(f"{'':30}{'µs':>9}" + "".join(f"{'/ ' + name:>32}" for name in times))
     for name, own in times.items():

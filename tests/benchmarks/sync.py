@@ -27,7 +27,7 @@ from tests.conftest import migrate, started_postgresql
 from tests.server import environ, free_port
 
 TIMEOUT = 3600  # seconds for one sync
-START = 1_700_000_000_000  # milliseconds; each user signed up one millisecond after the last
+START = 1_700_000_000_000  # milliseconds; the users signed up one millisecond apart
 ID = "user_" + "0" * 27
 TEMPLATE = json.dumps(
     user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START)
@@ -41,7 +41,7 @@ class Api(BaseHTTPRequestHandler):
     count = 0
 
     def do_GET(self) -> None:
-        """Answer with a page of users, the users with given ids, or the count."""
+        """Respond with a page of users, the users with given ids, or the count."""
         url = urlsplit(self.path)
         query = parse_qs(url.query)
         if url.path == "/v1/users/count":
