@@ -47,8 +47,8 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
-TIMEOUT = 300  # seconds for a phase of a test; four times as long if the test is marked slow
-EXIT_TIMEOUT = 60  # seconds between the last test and the end of the process
+TIMEOUT = 300  # seconds for a phase of a test, multiplied by four if the test is marked as slow
+EXIT_TIMEOUT = 60  # seconds that the process may take to exit after the last test
 MakeDatabase = Callable[[str], str]
 
 
@@ -63,7 +63,7 @@ def _deadline(item: pytest.Item) -> Iterator[None]:
         pytest.fail(f"did not end within {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, fail)
-    # The timer repeats, so that it also interrupts a clean-up that hangs.
+    # The timer repeats, because it may also have to interrupt a clean-up that hangs.
     signal.setitimer(signal.ITIMER_REAL, seconds, 30)
     try:
         yield
@@ -95,7 +95,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 def pytest_unconfigure() -> None:
     """Kill the process if a running thread keeps it from exiting."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the controller ends its workers
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the controller terminates its workers
         return
     stderr = 2
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=stderr)
@@ -115,7 +115,7 @@ def postgresql() -> Iterator[str]:
 @contextmanager
 def started_postgresql() -> Iterator[str]:
     """Run a PostgreSQL server until the block ends; yield its URL."""
-    # Imported here because it is not needed with TEST_DATABASE_URL.
+    # Imported here because this module is not needed with TEST_DATABASE_URL.
     from tests.dedicated_postgresql import dedicated_postgresql
 
     with dedicated_postgresql() as started:
@@ -169,7 +169,7 @@ def migrate(url: str, clerk: FakeClerk, **variables: str) -> None:
     app = create_app(clerk.environ | {"DATABASE_URL": url} | variables)
     with app.app_context():
         upgrade()
-        if url.startswith("sqlite"):  # the file can then be copied without its WAL
+        if url.startswith("sqlite"):  # so that the file can be copied without its WAL
             db.session.execute(db.text("PRAGMA wal_checkpoint(TRUNCATE)"))
     disconnect(app)
 
@@ -181,7 +181,7 @@ def server(
     clerk: FakeClerk,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """Run the real server on a database of each kind; a module's tests share it."""
+    """Run the real server on a database of each kind. The tests of a module share the server."""
     url = make_database(request.param)
     migrate(url, clerk)
     with serving(url, clerk, tmp_path_factory.mktemp("server") / "server.log") as server:
@@ -190,7 +190,7 @@ def server(
 
 @pytest.fixture(params=KINDS)
 def database_url(request: pytest.FixtureRequest, migrated_url: MigratedUrl, tmp_path: Path) -> str:
-    """Return the URL of a migrated, empty database; the test runs once per kind."""
+    """Return the URL of a migrated, empty database. The test runs once for each kind."""
     url = migrated_url(request.param)
     if request.param == "sqlite":
         copy = tmp_path / "clerkhooks.db"
@@ -206,7 +206,7 @@ MakeService = Callable[..., Service]
 
 @pytest.fixture
 def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
-    """Create services on the database. Keyword arguments set variables; None unsets one."""
+    """Create services on the database. Keyword arguments set variables, or unset them if None."""
     made: list[Service] = []
 
     def make(clerk: FakeClerk = clerk, **variables: str | None) -> Service:

