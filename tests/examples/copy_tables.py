@@ -1,5 +1,5 @@
 """
-Copy all rows from one database to another, such as from SQLite to PostgreSQL.
+Copy all rows from one database to another, for instance from SQLite to PostgreSQL.
 
 Stop the service first, and migrate the new database. Both URLs are SQLAlchemy URLs::
 

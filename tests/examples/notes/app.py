@@ -1,4 +1,4 @@
-"""Notes: users keep their own, and an organization's admins may delete any of its notes."""
+"""Users write notes, and an organization's admins may delete any note of the organization."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ class User(ClerkUser, Model):
 
 
 class Note(Model):
-    """Text written by a user, with the organization that was active at the time."""
+    """A user's note, with the organization that was active when the note was written."""
 
     __tablename__ = "notes"
 
@@ -87,7 +87,7 @@ def welcome() -> dict[str, str]:
 
 
 def active_organization() -> str | None:
-    """Return the id of the organization that the caller works in, if any."""
+    """Return the id of the caller's active organization, or None."""
     return current_session.organization.id if current_session.organization else None
 
 

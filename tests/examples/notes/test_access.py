@@ -30,7 +30,7 @@ def test_refuses_a_body_without_a_text(clerk_service: ClerkService, body: object
 
 
 def test_lets_only_admins_delete_a_note(clerk_service: ClerkService) -> None:
-    """An author without the role may not delete a note, nor may another organization's admin."""
+    """Authors without the role and admins of other organizations may not delete a note."""
     author = clerk_service.client(clerk_service.sign_up(), role="org:member")
     admin = clerk_service.client(clerk_service.sign_up(), role="org:admin")
     stranger = clerk_service.client(

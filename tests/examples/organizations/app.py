@@ -46,8 +46,8 @@ class Membership(Kept, Model):
     """
     A user's membership. Clerk creates a new one if a user leaves and returns.
 
-    There are no foreign keys, because a membership's event may arrive before its organization's or
-    its user's.
+    There are no foreign keys, because the event of a membership may arrive before the events of the
+    organization and the user.
     """
 
     __tablename__ = "memberships"
