@@ -61,7 +61,8 @@ class Users:
 
         Raises:
             Overloaded: the event could not be applied in time. Nothing was changed.
-            Exception: any other error. The event is rolled back and recorded as failed.
+            Exception: any other error. The transaction is rolled back, and the event is recorded as
+                failed.
         """
         now = datetime.now(UTC)
         handlers = self._handlers.find(event.type, after_commit=False)
@@ -121,7 +122,9 @@ class Users:
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
         """
-        Set whether the user is online. A user who was not seen for five minutes is offline.
+        Set whether the user is online.
+
+        The user counts as offline after five minutes without a call.
 
         Raises:
             Unauthenticated: ``user_deleted``.
@@ -151,7 +154,7 @@ class Users:
         self, events: Sequence[ReceivedEvent], lock_timeout: str = BATCH_LOCK_TIMEOUT
     ) -> Sequence[Outcome | None]:
         """
-        Apply *events* in one transaction. No two may share a message id or a user.
+        Apply *events* in one transaction. No two events may share a message id or a user.
 
         If a row is locked, nothing is applied and all outcomes are None.
         """
@@ -233,6 +236,6 @@ def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:
-    """Return the keys that no two events of a batch may share."""
+    """Return the keys of *event* that must be unique within a batch."""
     message = ("message", event.message_id)
     return (message,) if event.user_id is None else (message, ("user", event.user_id))

@@ -16,9 +16,9 @@ from clerkhooks.store.models import VERSION_COLUMNS, Versioned
 
 def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
     """
-    Write a row of one of the application's tables, unless the stored row is newer.
+    Write a row to one of the application's tables, unless the stored row is newer.
 
-    *values* are the primary key and the other columns. The row is inserted, or updated if its
+    *values* contains the primary key and the other columns. The row is inserted, or updated if its
     version is older than the version of *event*. Return whether the row was written. Call this
     function in a handler: it writes through ``db.session``, in the message's transaction.
 

@@ -82,7 +82,7 @@ def fetch_keys_soon(app: Flask) -> None:
 
 @dataclass(frozen=True)
 class Protection:
-    """The result of ``require_auth(…)``: a decorator, or a ``before_request`` function."""
+    """The result of ``require_auth(…)``, to use as a decorator or ``before_request`` function."""
 
     conditions: Conditions
     optional: bool = False
@@ -229,12 +229,12 @@ def _state() -> Any:
 
 
 def get_user() -> ClerkUser:
-    """Return the current user without the proxy."""
+    """Return the current user itself instead of a proxy."""
     return cast("ClerkUser", _state().user)
 
 
 def get_session() -> Session:
-    """Return the current session without the proxy."""
+    """Return the current session itself instead of a proxy."""
     return cast("Session", _state().session)
 
 

@@ -128,7 +128,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
         for key, value in vars(record).items()
         if key not in _STANDARD and value is not None
     }
-    if record.exc_info and record.exc_info[1] is not None:  # logged by Flask; leave out the text
+    if record.exc_info and record.exc_info[1] is not None:  # logged by Flask; omit the message
         error = record.exc_info[1]
         extra |= {"error": describe(error), "frames": frames(error)}
     return extra | {"request_id": request_state().request_id} if has_request_context() else extra

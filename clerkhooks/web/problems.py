@@ -39,7 +39,7 @@ def problem(
 
 
 def answered(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Turn a view's errors into problem responses, bypassing the application's handlers."""
+    """Turn a view's errors into problem responses, bypassing the application's error handlers."""
 
     @wraps(view)
     def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
@@ -85,7 +85,7 @@ def from_request_error(error: RequestError) -> Response:
     headers: dict[str, str] = {}
     members: dict[str, object] = {}
     if isinstance(error, Forbidden) and error.reverification is not None:
-        # Clerk's front-end libraries read this and then ask the user to verify again.
+        # Clerk's front-end libraries read this member and then ask the user to verify again.
         members["clerk_error"] = {
             "type": "forbidden",
             "reason": "reverification-error",

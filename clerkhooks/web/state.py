@@ -43,7 +43,7 @@ class State:
     hooks: Any
     settings: Settings
     values: Mapping[str, Any] = field(repr=False)
-    """The variables from which *settings* were read, for the doctor."""
+    """The variables from which *settings* were read, for the ``doctor`` command."""
     store: Store
     users: Users
     authenticator: Authenticator

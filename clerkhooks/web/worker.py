@@ -25,7 +25,7 @@ from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
 REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a response
-MAX_DESCRIPTORS = 65_536  # do not raise the limit further, even if it is allowed
+MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
 INTERVAL = 0.25  # seconds between two checks of the deadlines
@@ -73,7 +73,7 @@ class Connection(socket):  # type: ignore[misc]
         self.is_idle, self.deadline = True, time.monotonic() + seconds
 
     def recv(self, size: int, *flags: int) -> bytes:
-        """Receive data. After its first byte, a request has REQUEST_TIMEOUT to arrive."""
+        """Receive data. A request must be complete within REQUEST_TIMEOUT of its first byte."""
         size = min(size, MAX_PIECE)
         if self._has_more and time.monotonic() >= self.deadline:
             return b""  # a client that never pauses causes no wait, so check the deadline here
@@ -94,14 +94,14 @@ class Connection(socket):  # type: ignore[misc]
         self._held = b""
 
     def flush(self) -> None:
-        """Send a header that no body follows."""
+        """Send the delayed header if no body follows."""
         held, self._held = self._held, None
         if held:
             with suppress(OSError):  # the client is gone, or gunicorn has closed the connection
                 self.sendall(held)
 
     def sendfile(self, *arguments: Any, **options: Any) -> Any:
-        """Send a file after the header."""
+        """Send the delayed header, then the file."""
         self.flush()
         return super().sendfile(*arguments, **options)
 
@@ -130,7 +130,7 @@ class Connection(socket):  # type: ignore[misc]
         """End the wait: ``recv`` returns the received data or EOF, and ``sendall`` fails."""
         self._waiting.pop(self, None)
         with suppress(OSError):  # the client has closed the connection
-            # gevent's own shutdown() would raise in the greenlet that waits.
+            # gevent's own shutdown() would raise an error in the waiting greenlet.
             self._sock.shutdown(SHUT_RDWR if self.is_sending else SHUT_RD)
 
 
@@ -138,20 +138,20 @@ class Worker(GeventWorker):  # type: ignore[misc]
     """
     gunicorn's gevent worker, with a limit on connections and a deadline for each request.
 
-    Near the limit, the worker closes the connection that has waited longest for its client whenever
-    a new one arrives. A stopping worker closes idle connections at once. TLS connections are
+    When a new connection arrives near the limit, the worker closes the connection that has waited
+    longest for its client. A stopping worker closes idle connections at once. TLS connections are
     handled as in gunicorn's own worker.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._connections: dict[Any, Connection] = {}  # by greenlet
-        self._waiting: dict[Connection, None] = {}  # the longest wait first
+        self._waiting: dict[Connection, None] = {}  # in order; the longest wait comes first
 
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""
         # gunicorn looks up about 30 settings for each request. As instance attributes, they are
-        # found without a call of Config.__getattr__, which saves 5 % of the time of a request.
+        # found without a call to Config.__getattr__, which saves 5 % of the time of a request.
         self.cfg.__dict__.update((name, one.get()) for name, one in self.cfg.settings.items())
         super().init_process()
 
