@@ -51,7 +51,7 @@ if settings.metrics_token:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics = tempfile.mkdtemp(
         prefix="clerkhooks-metrics-"
     )
-    # Not on_exit, which gunicorn does not call if it cannot listen.
+    # Do not use the hook on_exit: gunicorn does not call it if the port is already in use.
     atexit.register(_remove_metrics, _metrics, os.getpid())
 
 

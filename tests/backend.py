@@ -78,7 +78,7 @@ def resetting(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
 
 
 def stalling(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Read the request and send no response. Close the connection on release."""
+    """Send no response, and close the connection when the backend is released."""
     backend.released.wait(TIMEOUT)
     request.close_connection = True
 
@@ -150,7 +150,7 @@ class Backend:
 
     def sign_up(self, user_id: str | None = None, *, at: int | None = None, **data: Any) -> str:
         """
-        Create a user and return the id. *at* is the sign-up time in milliseconds, or now.
+        Create a user and return the id. *at* is the sign-up time (milliseconds; by default now).
 
         *data* replaces fields, and may contain values that Clerk never sends.
         """

@@ -216,7 +216,7 @@ def run(
     Deliver and inject faults for *seconds* on a database of *kind*.
 
     Raises:
-        AssertionError: if a message was lost or processed twice, or a row is wrong.
+        AssertionError: a message was lost or processed twice, or a row is wrong.
     """
     clerk, started = FakeClerk(), time.monotonic()
     with ExitStack() as stack:

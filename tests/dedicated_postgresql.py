@@ -38,7 +38,7 @@ class DedicatedPostgreSQL:
         return self._server.get_uri(database=name)
 
     def crash(self) -> None:
-        """Shut down immediately: every session is cut off and nothing is flushed."""
+        """Shut down immediately: every session is terminated and nothing is flushed."""
         postmaster = self._postmaster()
         postmaster.send_signal(signal.SIGQUIT)
         psutil.wait_procs([postmaster], timeout=10)
@@ -62,17 +62,17 @@ class DedicatedPostgreSQL:
     def frozen(self) -> Iterator[None]:
         """Suspend all processes: the kernel accepts connections, but no process responds."""
         postmaster = self._postmaster()
-        postmaster.suspend()  # suspended first, so that it cannot start more processes
+        postmaster.suspend()  # first, so that the postmaster cannot start more processes
         frozen = [postmaster]
         try:
             for process in postmaster.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):  # its client has just disconnected
+                with suppress(psutil.NoSuchProcess):  # the process has ended
                     process.suspend()
                     frozen.append(process)
             yield
         finally:
             for process in frozen:
-                with suppress(psutil.NoSuchProcess):  # the resumed postmaster has reaped it
+                with suppress(psutil.NoSuchProcess):  # the postmaster has reaped the process
                     process.resume()
 
     def _postmaster(self) -> psutil.Process:

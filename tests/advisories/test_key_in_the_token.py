@@ -45,7 +45,7 @@ def test_ignores_a_key_in_the_token(kid: str) -> None:
     ],
 )
 def test_uses_a_key_id_as_a_name_only(kid: object) -> None:
-    """A key id is never used as a path, a query or a URL, only to look up a known key."""
+    """A key id is only used to look up a known key, never as a path, a query or a URL."""
     with Issuer(jwk(CLERK)).open() as issuer:
         assert refusal(sound_token(header={"kid": kid}), FetchedKeys(issuer.url)) == "unknown_key"
         assert [headers[":path"] for headers, _ in issuer.requests] == ["/.well-known/jwks.json"]

@@ -91,7 +91,7 @@ def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
 def test_keeps_users_in_another_bind(
     clerk: FakeClerk, make_database: MakeDatabase, as_dict: bool
 ) -> None:
-    """With ``__bind_key__``, users are in that database and other tables in the default one."""
+    """With ``__bind_key__``, users are in that database. Other tables are in the default one."""
     db, main, people = make_db(), make_database("sqlite"), make_database("postgresql")
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]

@@ -54,7 +54,7 @@ def create_app(clerk: FakeClerk, url: str) -> Flask:
 
 
 def test_keeps_both_kinds_of_login_separate(clerk: FakeClerk, sqlite_url: str) -> None:
-    """Each login protects its own pages and gives no access to the other's pages."""
+    """Each login protects its own pages and gives no access to the pages of the other login."""
     app = create_app(clerk, sqlite_url)
     with tables(app):
         check_users_stay_correct(app, clerk)

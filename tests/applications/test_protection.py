@@ -19,7 +19,7 @@ from tests.conftest import MakeDatabase
 
 
 def shout(view: Callable[..., str]) -> Callable[..., str]:
-    """Decorate a view: an example of an application's own decorator."""
+    """Decorate a view. This is an example of an application's own decorator."""
 
     @wraps(view)
     def shouted(*args: Any, **kwargs: Any) -> str:

@@ -3,8 +3,8 @@ A minimal WSGI application that does the same work as the service.
 
 It verifies the same signatures and tokens and executes the same statements in the same batches,
 under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no connection
-pool, writes no log and does not handle invalid requests. The difference in throughput to the
-service shows the cost of these features.
+pool, writes no log and does not handle invalid requests. The difference in throughput between this
+application and the service shows the cost of these features.
 """
 
 from __future__ import annotations

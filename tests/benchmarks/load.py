@@ -1,4 +1,4 @@
-"""Generate load: persistent connections that send prepared requests in sequence."""
+"""Generate load with persistent connections that send prepared requests in sequence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> b
 
 
 def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
-    """Generate sign-ups of new users, alternating with updates of *known* ones."""
+    """Generate sign-ups of new users, alternating with updates of *known* users."""
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
@@ -138,5 +138,5 @@ def _ask(connection: socket.socket, request: bytes) -> int:
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median of the rounds' ratios, as the machine's speed varies between rounds."""
+    """Return the median of the rounds' ratios. The machine's speed may vary between rounds."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))

@@ -73,7 +73,7 @@ def jwk() -> dict[str, Any]:
 
 
 def clerks_sdk(token: str) -> dict[str, Callable[[], object]]:
-    """Return a function that verifies *token* offline with Clerk's SDK, if installed."""
+    """Return a function that verifies *token* offline with Clerk's SDK, if it is installed."""
     try:
         security = import_module("clerk_backend_api.security")
         types = import_module("clerk_backend_api.security.types")

@@ -10,7 +10,7 @@ import sys
 
 import sqlalchemy as sa
 
-from clerkhooks.service import db  # in an application: your own db, after importing its models
+from clerkhooks.service import db  # in an application, import your own db and its models
 
 
 def copy_tables(source_url: str, target_url: str) -> None:
