@@ -150,7 +150,7 @@ class Backend:
 
     def sign_up(self, user_id: str | None = None, *, at: int | None = None, **data: Any) -> str:
         """
-        Create a user and return the id. *at* is the sign-up time (milliseconds; by default now).
+        Create a user and return the id. *at* is the sign-up time (milliseconds, default: now).
 
         *data* replaces fields, and may contain values that Clerk never sends.
         """

@@ -182,10 +182,10 @@ def require_auth(
 
 def refuse_unprotected(app: Flask, **_: object) -> None:
     """
-    Refuse to set up or to serve an application that has an unprotected view.
+    Refuse to set up or serve an application with ``require_auth`` above a route decorator.
 
-    This includes a view that is registered both with and without protection: if ``require_auth`` is
-    between two route decorators, one of the routes is public.
+    The view of that route would be public. If ``require_auth`` is between two route decorators,
+    only one of the routes would be public.
 
     Raises:
         RuntimeError: a view was protected only after it was registered.

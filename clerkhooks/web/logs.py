@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as JSON: time, level, event, request id and the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format *record* without the message of an exception, which may quote a row."""
+        """Format *record* without the exception's message, which may quote a database row."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return json.dumps(
             {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}

@@ -100,6 +100,6 @@ def _find_bearer() -> str | None:
 
 
 def _has_own_origin(authenticator: Authenticator) -> bool:
-    """Return whether an authorized page sent the request, or the method is a safe one."""
+    """Return whether an authorized page sent the request or the request method is safe."""
     origin = request.headers.get("Origin")
     return request.method in SAFE_METHODS or origin in authenticator.authorized_parties
