@@ -16,7 +16,7 @@ migrate = current_app.extensions["migrate"]
 
 
 def begin_alone(connection: sa.Connection) -> None:
-    """Begin a transaction. A second run waits until the first one ends, however long it takes."""
+    """Begin a transaction. A second run waits until the first one ends, without a time limit."""
     if connection.dialect.name == "sqlite":
         # The file stores this setting. With a write-ahead log, readers never wait for the writer.
         if not is_of_others(connection):

@@ -115,8 +115,8 @@ class Backend:
 
     With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
     does not document whether these users are included. With *shuffles_ties*, users created in the
-    same millisecond are listed in random order. Requests beyond *max_requests* in ten seconds are
-    answered with 429.
+    same millisecond are listed in random order. Requests beyond *max_requests* in ten seconds
+    receive a 429 response.
     """
 
     def __init__(

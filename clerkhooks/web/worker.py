@@ -139,8 +139,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
     gunicorn's gevent worker, with a limit on connections and a deadline for each request.
 
     When a new connection arrives near the limit, the worker closes the connection that has waited
-    longest for its client. A stopping worker closes idle connections at once. TLS connections are
-    handled as in gunicorn's own worker.
+    longest for its client. A stopping worker closes idle connections immediately. TLS connections
+    are handled as in gunicorn's own worker.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

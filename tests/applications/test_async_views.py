@@ -15,7 +15,7 @@ from tests.applications.support import check_users_stay_correct, configuration, 
 
 
 def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
-    """The user is available in coroutines, including those of a protected blueprint."""
+    """The user is available in coroutines, including coroutines in a protected blueprint."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)

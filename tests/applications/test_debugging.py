@@ -149,7 +149,7 @@ def test_logs_a_failed_delivery_once_with_its_frames(
 def test_finds_the_applications_templates(
     clerk: FakeClerk, tmp_path: Path, sqlite_url: str
 ) -> None:
-    """Templates are found in ``templates/`` beside the application's module."""
+    """Flask finds templates in the ``templates/`` folder next to the application's module."""
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates" / "page.html").write_text("Hello {{ name }}")
     app, db = Flask("wsgi", root_path=str(tmp_path)), make_db()
