@@ -1,4 +1,4 @@
-"""The alert rules and the README name metrics that exist."""
+"""Every metric in the alert rules and every counter in the README exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKEN = "a-token-of-sixteen-characters-or-more"
 
 
 def test_every_metric_exists(make_service: MakeService) -> None:
-    """The rules' metrics and the README's counters are exported once a webhook has arrived."""
+    """The metrics in the rules and the counters in the README are exported after a webhook."""
     service = make_service(METRICS_TOKEN=TOKEN)
     service.outcome(user_event(clerk_id("user")))
     response = service.http.get("/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
@@ -30,7 +30,7 @@ def test_every_metric_exists(make_service: MakeService) -> None:
 
 
 def read_rules() -> str:
-    """Return the expressions of all rules."""
+    """Return the expressions of all alert rules."""
     content = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text())
     rules = [rule for group in content["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules)

@@ -1,4 +1,4 @@
-"""``copy_tables.py`` moves a database from SQLite to PostgreSQL."""
+"""``copy_tables.py`` copies a SQLite database to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MESSAGES = "SELECT message_id, event_type, outcome FROM webhook_messages ORDER B
 
 
 def test_copies_every_row(make_database: MakeDatabase, clerk: FakeClerk) -> None:
-    """The new database has the same users, tombstones and messages; the service works with it."""
+    """The new database has the same users, tombstones and messages. The service can use it."""
     old, new = make_database("sqlite"), make_database("postgresql")
     migrate(old, clerk)
     migrate(new, clerk)

@@ -21,7 +21,7 @@ class Base(DeclarativeBase):
 
 db = SQLAlchemy(model_class=Base)
 if TYPE_CHECKING:
-    Model = Base  # db.Model as a type checker sees it
+    Model = Base  # type checkers do not understand db.Model
 else:
     Model = db.Model
 
@@ -81,7 +81,7 @@ def keep_membership(event: Event) -> None:
 
 
 def keep(model: type[Kept], event: Event, **values: Any) -> None:
-    """Write a row unless the stored row is newer. A deletion is final in any order."""
+    """Write the event's row unless the stored row is newer. A deletion is always final."""
     if event.type.endswith(".deleted"):
         # No event has a higher version, so no event can restore the row, even in a race.
         event = replace(event, version=event.version._replace(updated_at=2**63 - 1))

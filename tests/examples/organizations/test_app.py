@@ -1,4 +1,4 @@
-"""Organizations end in the same state for every order of events, on both databases."""
+"""The stored organizations do not depend on the order of events, on either database."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def clerkhooks_app(
 
 
 def organization(event_type: str, at: int, **data: Any) -> bytes:
-    """Return an event of an organization; deletions have no ``updated_at``."""
+    """Return an event about an organization. A deletion event has no ``updated_at``."""
     times = {} if event_type == "deleted" else {"updated_at": AT + at}
     whole = {"id": "org_1", "object": "organization"} | times | data
     return event_body(f"organization.{event_type}", whole, AT + at)
 
 
 def membership(event_type: str, at: int, role: str) -> bytes:
-    """Return an event of a membership."""
+    """Return an event about a membership."""
     whole = {
         "id": "orgmem_1",
         "organization": {"id": "org_1"},
@@ -52,14 +52,14 @@ def membership(event_type: str, at: int, role: str) -> bytes:
 
 
 def outcome(service: ClerkService, body: bytes, message_id: str | None = None) -> str:
-    """Deliver an event, which must be accepted; return the outcome."""
+    """Deliver an event, check that the status is 200, and return the outcome."""
     response = service.deliver_body(body, message_id)
     assert response.status_code == 200, response.text
     return str(response.get_json()["outcome"])
 
 
 def rows(app: Flask, *columns: Any) -> list[tuple[Any, ...]]:
-    """Return the rows of a query for *columns*."""
+    """Select *columns* and return the rows."""
     with app.app_context():
         return [tuple(row) for row in db.session.execute(sa.select(*columns))]
 
@@ -72,7 +72,7 @@ def forget(app: Flask) -> None:
 
 
 def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
-    """The newest name is stored, in any order of arrival."""
+    """The newest name is stored, regardless of the order of events."""
     names = ("Acne", "Acme", "Acme Inc")
     events = [organization("updated", at, name=name) for at, name in enumerate(names)]
     for order in permutations(events):
@@ -84,7 +84,7 @@ def test_ends_the_same_in_every_order(clerk_service: ClerkService) -> None:
 
 
 def test_keeps_deleted_rows_deleted(clerk_service: ClerkService) -> None:
-    """A deletion is final in every order of events."""
+    """A deletion is final, regardless of the order of events."""
     events = [
         organization("created", 1, name="Acme"),
         organization("deleted", 2),
@@ -99,7 +99,7 @@ def test_keeps_deleted_rows_deleted(clerk_service: ClerkService) -> None:
 
 
 def test_keeps_memberships(clerk_service: ClerkService) -> None:
-    """A membership may arrive before its organization and its user."""
+    """A membership is stored even if its organization and its user are not stored yet."""
     assert outcome(clerk_service, membership("updated", 2, "org:admin")) == "applied"
     assert outcome(clerk_service, membership("created", 1, "org:member")) == "applied"
     columns = (Membership.organization_id, Membership.user_id, Membership.role)
@@ -117,7 +117,7 @@ def test_processes_each_message_once(clerk_service: ClerkService) -> None:
 
 
 def test_rolls_back_a_failed_message(clerk_service: ClerkService) -> None:
-    """An event without an id is answered with 500 and retried; other types still work."""
+    """The response to an event without an id is 500. Events of other types still work."""
     body = event_body("organization.created", {}, AT)
     assert clerk_service.deliver_body(body, "msg_1").status_code == 500
     assert rows(clerk_service.app, Organization.id) == []
@@ -133,9 +133,9 @@ def test_keeps_a_deleted_organization_deleted_in_a_race(
     clerk_service: ClerkService, deletion_first: bool
 ) -> None:
     """
-    A deletion and an update of a new organization run at the same time.
+    A deletion and an update of a new organization are processed at the same time.
 
-    The second waits, and the organization stays deleted.
+    The second request waits for the first, and the organization stays deleted.
     """
     app, clerk = clerk_service.app, clerk_service.clerk
     service = Service(app, clerk, app.config["SQLALCHEMY_DATABASE_URI"].replace("+psycopg", ""))
