@@ -20,7 +20,7 @@ from tests.server import Response, free_port, start_server, wait_until_healthy
 
 
 class RestartableServer:
-    """The real server, on the same port and database after each restart."""
+    """The real server. It keeps its port and its database when it is restarted."""
 
     def __init__(self, database_url: str, clerk: FakeClerk, log: Path) -> None:
         self.database_url, self.clerk, self.log, self.port = database_url, clerk, log, free_port()
@@ -32,7 +32,7 @@ class RestartableServer:
         wait_until_healthy(self.server)
 
     def kill(self) -> None:
-        """Send SIGKILL to the master and its workers at once."""
+        """Send SIGKILL to the master and its workers at the same time."""
         with suppress(ProcessLookupError):
             os.killpg(self.server.process.pid, signal.SIGKILL)
         self.server.process.wait(10)
@@ -70,7 +70,7 @@ class RestartableServer:
 
 
 class FaultInjector:
-    """Kills, stops or reloads processes at random moments, and restarts what it stopped."""
+    """Kills, stops or reloads processes at random times, and restarts the stopped ones."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class FaultInjector:
 
     def inject(self, until: float, at_least: int) -> Iterator[str]:
         """
-        Inject faults *until* (monotonic seconds) and yield the name of each afterwards.
+        Inject faults until the monotonic time *until* (seconds); yield the name of each fault.
 
-        On a slow machine, continue for longer, until *at_least* faults have been injected.
+        Continue after that time if fewer than *at_least* faults have been injected.
         """
         for count, fault in enumerate(self._sequence()):
             if time.monotonic() >= until and count >= at_least:
@@ -102,13 +102,13 @@ class FaultInjector:
             yield fault
 
     def _sequence(self) -> Iterator[str]:
-        """Yield faults forever: each of them once in random order, then in a new order."""
+        """Yield the names of all faults in random order, again and again."""
         while True:
             yield from self.rng.sample(list(self.faults), len(self.faults))
 
     def _kill_worker(self) -> None:
         workers = self.server.workers()
-        with suppress(psutil.NoSuchProcess):  # an old worker may have ended after a reload
+        with suppress(psutil.NoSuchProcess):  # a reload may have ended the worker
             if workers:
                 self.rng.choice(workers).kill()
 

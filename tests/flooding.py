@@ -1,4 +1,4 @@
-"""Many clients at once: held connections, a sender like Svix, and new clients."""
+"""Many concurrent clients: idle or slow connections, a sender like Svix, and new clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BEGUN = {
 
 
 def allow_descriptors() -> int:
-    """Raise this process's limit on open files as far as allowed, and return it."""
+    """Raise this process's limit on open files to the maximum, and return the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -39,10 +39,10 @@ def allow_descriptors() -> int:
 @contextmanager
 def held(port: int, count: int, kind: Kind) -> Iterator[Callable[[], int]]:
     """
-    Hold *count* connections of a *kind* until the block ends.
+    Keep *count* connections of the given *kind* open until the block ends.
 
-    Yield a function that counts the open ones. The slow kinds send one byte per second. A
-    connection that the server closes is opened again.
+    Yield a function that counts the open connections. The slow kinds send one byte per second. If
+    the server closes a connection, a new one replaces it.
     """
     ended = threading.Event()
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ class Sent:
     """
     The results of requests, with latencies in seconds.
 
-    Status 0 means a broken connection, and -1 a timeout.
+    Status 0 means a broken connection; status -1 means a timeout.
     """
 
     seconds: float = 0.0
@@ -107,16 +107,17 @@ class Sent:
         self.latencies.setdefault(status, []).append(seconds)
 
     def quantile(self, share: float, status: int = 200) -> float:
-        """Return the quantile *share* of the latencies (seconds) of responses with *status*."""
+        """Return the *share* quantile of the latencies, in seconds, for responses with *status*."""
         found = sorted(self.latencies[status])
         return found[min(len(found) - 1, int(share * len(found)))]
 
 
 class Sender:
     """
-    Sends *at_once* requests at a time over persistent connections, as Svix does.
+    Sends *at_once* requests concurrently over persistent connections, as Svix does.
 
-    It sometimes opens a new connection while another one is idle, up to *connections*.
+    It sometimes opens a new connection although another one is idle, but never has more than
+    *connections* of them.
     """
 
     def __init__(self, port: int, *, at_once: int, connections: int) -> None:
@@ -129,9 +130,9 @@ class Sender:
 
     def send(self, requests: Iterable[bytes]) -> Sent:
         """
-        Send *requests* and wait until each is answered or has timed out.
+        Send *requests*, and wait until each one has a response or has timed out.
 
-        *requests* is finite, and each request takes at most ``SVIX_TIMEOUT``.
+        *requests* must be finite. A request times out after ``SVIX_TIMEOUT``.
         """
         self._sent, following, began = Sent(), iter(requests), time.monotonic()
         more = True
@@ -211,7 +212,7 @@ class Sender:
 
 @contextmanager
 def new_clients(port: int, pause: float = 0.05) -> Iterator[Sent]:
-    """Request ``/healthz`` on one new connection after another until the block ends."""
+    """Request ``/healthz`` repeatedly, on a new connection each time, until the block ends."""
     ended, sent = threading.Event(), Sent()
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""Random histories of a user's events, and the row that each must produce."""
+"""Random histories of a user's events, and the row that each history must produce."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Message:
 
 def history(rng: random.Random) -> list[Message]:
     """
-    Return the events of one user.
+    Return a random history of one user's events.
 
-    They are a creation, up to five updates and, in three of ten cases, a deletion. Updates may have
-    equal times.
+    It consists of a creation, up to five updates and, in three of ten cases, a deletion. Several
+    events may have the same times.
     """
     user_id = _id(rng, "user")
     types = (
@@ -40,9 +40,9 @@ def history(rng: random.Random) -> list[Message]:
 
 def expected_row(messages: list[Message]) -> Row:
     """
-    Return the row that a user must have after *messages* in any order.
+    Return the row that *messages* must produce, regardless of their order.
 
-    A deletion wins; otherwise the highest version does.
+    A deletion always wins. Otherwise, the event with the highest version wins.
     """
     if any(message.version is None for message in messages):
         return (None, "Deleted User", None, None, None, None, True)

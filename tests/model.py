@@ -25,7 +25,8 @@ class Sent:
     """
     A message about a user.
 
-    Both times are in milliseconds, or in seconds if below 10**11. Either may be missing.
+    ``updated_at`` and ``timestamp`` are in milliseconds, or in seconds if below 10**11. Either may
+    be missing.
     """
 
     message_id: str
@@ -42,7 +43,7 @@ class Sent:
         """
         The event as JSON, without fields that are None.
 
-        Clerk also omits ``updated_at`` when a user is deleted.
+        Clerk's own deletion events have no ``updated_at``.
         """
         data: dict[str, Any] = {"id": self.user_id, "object": "user", "updated_at": self.updated_at}
         if self.type == "user.deleted":
@@ -68,7 +69,7 @@ class Sent:
         The event's version: two times in milliseconds and the message id.
 
         Events without any time are ordered by the times of their delivery attempts, which are not
-        part of the event. Here, they get the times -1 and 0.
+        part of the event. The version of such an event has the times -1 and 0.
         """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
@@ -82,9 +83,9 @@ class Sent:
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
     """
-    Return the row after *events* in any order, with any repetitions.
+    Return the row that *events* must produce, regardless of their order and of repetitions.
 
-    *called* is true if the user called before any deletion.
+    *called* is true if the user called the API before any deletion.
     """
     found = list(events)
     if any(event.type == "user.deleted" for event in found):
@@ -96,7 +97,7 @@ def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
 
 
 def stored_row(values: Iterable[Any]) -> Row:
-    """Convert a row that was read with ``COLUMNS`` to the form of ``expected_row``."""
+    """Convert a row that was read with ``COLUMNS`` to the format of ``expected_row``."""
     email, name, image_url, updated_at, timestamp, message_id, deleted = values
     version = (
         None
@@ -135,7 +136,7 @@ class Draft:
     email: str | None
 
     def sent(self, ids: list[str], number: int) -> Sent:
-        """Return the message for event *number* of a run with the users *ids*."""
+        """Return the message for event *number* in a run whose users have these *ids*."""
         message_id = f"msg_{self.letter}{number}_{ids[0][5:]}"
         image_url = f"https://img.example.org/{number}" if number % 3 else None
         return Sent(
@@ -154,21 +155,22 @@ USERS = range(3)
 ATTEMPTS = st.integers(-200, 200)  # seconds from now
 # 10**8 s and 10**11 ms are the same time.
 _times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])
-# A linguistic collation orders these letters differently from their bytes.
+# A linguistic collation does not sort these letters in byte order.
 _letters = st.sampled_from("aAbB09")
-# Only two addresses, so that they move between users.
+# Only two addresses, so that several users get the same one.
 _emails = st.sampled_from([None, "ada@example.org", "bob@example.org"])
 _rest = (_times, _times, _letters, _emails)
-_users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, to get ties
+_users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, so that times are often equal
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
 DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
 
 
 def determined(drafts: Iterable[Draft]) -> list[Draft]:
     """
-    Return *drafts* with at most one event per user that has no time at all.
+    Return *drafts*, changed so that each user has at most one event without any time.
 
-    The order of several such events depends on their delivery attempts and is best effort.
+    Several such events of one user would be ordered by their delivery attempts, which is best
+    effort.
     """
     found: list[Draft] = []
     for draft in drafts:
@@ -196,7 +198,7 @@ class History:
 
 @st.composite
 def histories(draw: st.DrawFn, fewest: int = 1, most: int = 8) -> History:
-    """Draw a history: every event at least once, calls and prunes, in any order."""
+    """Draw a history: deliveries of every event, API calls and prunes, in random order."""
     updates, deletions = (
         draw(st.lists(UPDATES, min_size=fewest, max_size=most)),
         draw(st.lists(DELETIONS, max_size=2)),
