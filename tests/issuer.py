@@ -37,7 +37,7 @@ def key_set(*jwks: Mapping[str, Any]) -> bytes:
 
 
 def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
-    """Return a behaviour that answers with *status* and *body*."""
+    """Return a behaviour that responds with *status* and *body*."""
 
     def behave(_issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -50,12 +50,12 @@ def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
 
 
 def stalling(issuer: Issuer, _request: BaseHTTPRequestHandler) -> None:
-    """Read the request and do not answer until the issuer is released."""
+    """Send no response, and close the connection once the issuer is released."""
     issuer.released.wait(TIMEOUT)
 
 
 def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
-    """Return a behaviour that answers with these keys once the issuer is released."""
+    """Return a behaviour that responds with these keys once the issuer is released."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         stalling(issuer, request)
@@ -120,7 +120,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
 
 
 class Issuer:
-    """The endpoint. *requests* holds the headers and client address of each request so far."""
+    """The JWKS endpoint. *requests* lists the headers and client address of each request."""
 
     def __init__(self, *jwks: Mapping[str, Any]) -> None:
         self.behaviour = answering(key_set(*jwks))
@@ -132,7 +132,7 @@ class Issuer:
         self.url = f"{self.origin}/.well-known/jwks.json"
 
     def publish(self, *jwks: Mapping[str, Any]) -> None:
-        """Answer with these keys from now on."""
+        """Respond with these keys from now on."""
         self.behaviour = answering(key_set(*jwks))
 
     def wait_for(self, count: int) -> None:
@@ -151,7 +151,7 @@ class Issuer:
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = 60  # seconds that a client may stay silent
+            timeout = 60  # seconds, after which a silent client is disconnected
 
             def do_GET(self) -> None:
                 with issuer._arrival:

@@ -23,7 +23,7 @@ TIMEOUT = 20  # seconds
 
 @contextmanager
 def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
-    """Run PgBouncer in *mode*, otherwise with its defaults; yield the URL through it."""
+    """Run PgBouncer in *mode*, and yield a URL that connects to the database through it."""
     program = _find_program()
     with psycopg.connect(database_url) as connection:
         parameters = connection.info.get_parameters()
@@ -48,7 +48,7 @@ def pgbouncer(database_url: str, mode: str, **options: str) -> Iterator[str]:
     ]
     (home / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
     command = [program, "-q", str(home / "pgbouncer.ini")]
-    if os.getuid() == 0:  # PgBouncer refuses to run as root, and needs the server's socket
+    if os.getuid() == 0:  # PgBouncer refuses to run as root, and needs access to the socket
         owner = Path(host).stat().st_uid if host.startswith("/") else pwd.getpwnam("nobody").pw_uid
         os.chown(home, owner, -1)
         command[1:1] = ["-u", pwd.getpwuid(owner).pw_name]

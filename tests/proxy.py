@@ -1,4 +1,4 @@
-"""A proxy that records requests and stands in for the hosts behind it, over real TLS."""
+"""A proxy that records requests and responds in place of the target hosts, over real TLS."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cryptography.x509.oid import NameOID
 
 from tests.support import serving_in_thread
 
-TIMEOUT = 10.0  # seconds of silence after which the proxy ends a connection
+TIMEOUT = 10.0  # seconds, after which the proxy closes a silent connection
 Tunnel = Callable[["Proxy", socket.socket], bool]
-"""Reads a client's request for a tunnel; returns whether it was opened."""
+"""Reads a client's request for a tunnel, and returns whether the tunnel was opened."""
 
 
 def connect(proxy: Proxy, client: socket.socket) -> bool:
@@ -46,7 +46,7 @@ def refuse(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def socks(proxy: Proxy, client: socket.socket) -> bool:
-    """Open a tunnel for SOCKS 5. Source: RFC 1928."""
+    """Open a tunnel for a SOCKS 5 request. Source: RFC 1928."""
     version, _, method = client.recv(3)
     client.sendall(bytes([version, method]))
     if method == 2:  # RFC 1929
@@ -61,7 +61,7 @@ def socks(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def socks_refusing(proxy: Proxy, client: socket.socket) -> bool:
-    """Answer that the ruleset does not allow the connection."""
+    """Respond with the SOCKS 5 error for a connection that the ruleset does not allow."""
     client.recv(3)
     client.sendall(b"\x05\x00")
     client.recv(4096)
@@ -79,7 +79,7 @@ def socks_password(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def garbled(proxy: Proxy, client: socket.socket) -> bool:
-    """Answer with bytes that are neither HTTP nor SOCKS."""
+    """Respond with bytes that are neither HTTP nor SOCKS."""
     client.recv(4096)
     proxy.targets.append("")
     client.sendall(b"SSH-2.0-OpenSSH\r\n")
@@ -94,7 +94,7 @@ def hanging_up(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def stalling(proxy: Proxy, _client: socket.socket) -> bool:
-    """Answer nothing."""
+    """Send no response."""
     proxy.targets.append("")
     proxy.released.wait(TIMEOUT)
     return False
@@ -102,9 +102,9 @@ def stalling(proxy: Proxy, _client: socket.socket) -> bool:
 
 class Proxy:
     """
-    A proxy that answers for every host behind it.
+    A proxy that responds to requests in place of the target hosts.
 
-    *answers* maps paths to JSON values; *targets* lists the requests so far.
+    *answers* maps paths to JSON responses. *targets* lists the requests for a tunnel so far.
     """
 
     def __init__(self, tunnel: Tunnel, certificate: Path, answers: dict[str, Any]) -> None:
