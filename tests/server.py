@@ -1,4 +1,4 @@
-"""The real server, started by the Procfile's web line as a platform does."""
+"""The real server, started with the Procfile's web command, as on a platform."""
 
 from __future__ import annotations
 
@@ -69,24 +69,24 @@ class Server:
         return self.request("POST", "/webhooks/clerk", body, self.clerk.headers(body, message_id))
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Execute *query* on a separate connection and return its rows, if it has any."""
+        """Execute *query* on a separate connection and return the rows, if any."""
         return rows(self.database_url, query)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines that the server has logged as JSON so far."""
+        """Return the JSON lines that the server has logged so far."""
         written = self.log.read_text().splitlines()
         return [json.loads(line) for line in written if line.startswith("{")]
 
 
 def environ(**variables: str) -> dict[str, str]:
-    """Return this process's environment, with *variables* as the only settings."""
+    """Return this process's environment without any clerkhooks settings except *variables*."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return others | {"PATH": path} | variables
 
 
 def web_command() -> list[str]:
-    """Return the command of the Procfile's web line, as a platform runs it."""
+    """Return the Procfile's web command, as a platform runs it."""
     lines = dict(line.split(": ", 1) for line in (PROJECT / "Procfile").read_text().splitlines())
     return ["sh", "-c", f"exec {lines['web']}"]
 
@@ -126,7 +126,7 @@ def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) ->
         yield server
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGQUIT)  # quick; another test covers the graceful stop
+            process.send_signal(signal.SIGQUIT)  # faster than SIGTERM, which has its own test
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
         with suppress(ProcessLookupError):
@@ -135,7 +135,7 @@ def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) ->
 
 
 def wait_until_healthy(server: Server, seconds: float = 20) -> None:
-    """Poll ``/healthz`` until it is 200; fail after *seconds* or if the server exits."""
+    """Poll ``/healthz`` until it returns 200; fail after *seconds* or if the server exits."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()
@@ -148,7 +148,7 @@ def wait_until_healthy(server: Server, seconds: float = 20) -> None:
 
 @contextmanager
 def write_lock(database_url: str) -> Iterator[None]:
-    """Hold a lock that blocks every write to users until the block ends."""
+    """Lock the database tables against writes until the ``with`` block ends."""
     if database_url.startswith("sqlite"):
         path = database_url.removeprefix("sqlite:///")
         with closing(sqlite3.connect(path, isolation_level=None)) as writer:

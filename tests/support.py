@@ -46,7 +46,7 @@ def join(*threads: Thread, seconds: float = JOIN_TIMEOUT) -> None:
 
 @contextmanager
 def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
-    """Run *server* until the block ends; then set *released* to end pending responses."""
+    """Run *server* until the block ends, then set *released* so that pending responses end."""
     thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -59,7 +59,7 @@ def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool that fails if its work has not ended within a minute of the block's end."""
+    """A thread pool that fails if a thread is still running a minute after the block."""
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=False)
@@ -67,7 +67,7 @@ class ThreadPool(ThreadPoolExecutor):
 
 
 def rows(database_url: str, query: str) -> list[tuple[Any, ...]]:
-    """Execute *query* on a separate connection and return its rows, if it has any."""
+    """Execute *query* on a separate connection and return the rows, if any."""
     if database_url.startswith("sqlite:///"):
         with (
             closing(sqlite3.connect(database_url.removeprefix("sqlite:///"), timeout=30)) as file,
@@ -83,8 +83,8 @@ def pending_schema_changes(*own: str) -> list[Any]:
     """
     Return the changes that ``flask db migrate`` would make for the current application.
 
-    Only clerkhooks' tables and those named in *own* are compared: a run of the whole suite imports
-    examples, which add their tables to the same metadata.
+    Only clerkhooks' tables and the tables named in *own* are compared. A run of the whole suite
+    also imports the examples, which add their tables to the same metadata.
     """
 
     def is_known(_: object, name: str, kind: str, *__: object) -> bool:
@@ -119,7 +119,7 @@ def captured_lines(formatter: logging.Formatter) -> Iterator[list[str]]:
 def user_event(
     user_id: str, event_type: str = "user.updated", *, at: int = NOW_MS, **data: Any
 ) -> bytes:
-    """Return a user event with the time *at* (milliseconds); *data* replaces fields."""
+    """Return a user event with the time *at* (milliseconds). *data* replaces user fields."""
     whole = user_data(
         user_id, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=at
     )
@@ -148,7 +148,7 @@ class Service:
     def outcome(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> str:
-        """Deliver *body*, which must be answered with 200, and return the outcome."""
+        """Deliver *body*, check that the status is 200, and return the outcome."""
         response = self.deliver(body, message_id, timestamp)
         assert response.status_code == 200, response.text
         return str(response.get_json()["outcome"])
@@ -166,31 +166,31 @@ class Service:
         return self.clerk_service.client(user_id, **claims).open(path, method=method, json=body)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Execute *query* on a separate connection and return its rows, if it has any."""
+        """Execute *query* on a separate connection and return the rows, if any."""
         return rows(self.database_url, query)
 
     def user(
         self, user_id: str, columns: Sequence[str] = ("email", "name", "image_url")
     ) -> tuple[Any, ...] | None:
-        """Return columns of a user's row, or None if there is no row."""
+        """Return *columns* of the user's row, or None if there is no row."""
         found = self.rows(f"SELECT {', '.join(columns)} FROM users WHERE id = '{user_id}'")
         return found[0] if found else None
 
 
 class HasTables(Protocol):
-    """A service with a database: in this process, or the real server."""
+    """A service with a database, either in this process or as a real server."""
 
     @property
     def database_url(self) -> str:
         """The URL of the database."""
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """Execute *query* on a separate connection and return its rows, if it has any."""
+        """Execute *query* on a separate connection and return the rows, if any."""
 
 
 @contextmanager
 def broken_users(service: HasTables) -> Iterator[None]:
-    """Make every write of a user violate a constraint; the error quotes the row."""
+    """Make every write to the users table fail with an error that quotes the row."""
     if service.database_url.startswith("sqlite"):
         break_ = (
             "CREATE TRIGGER broken BEFORE INSERT ON users"

@@ -1,4 +1,4 @@
-"""Run a sync in this process and return its findings."""
+"""Helpers that run a sync in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def store_of(service: Service) -> Store:
 
 
 def begin_quietly(_label: str, _total: int | None) -> Callable[[int], None]:
-    """Begin a part of a run without showing its progress."""
+    """Return a progress callback that shows nothing."""
     return lambda _count: None
 
 
@@ -32,7 +32,7 @@ def sync(
     check: bool = False,
     force: bool = False,
 ) -> tuple[dict[str, int], list[Finding], reconcile.Reconciliation]:
-    """Run once; return the summary's counts above 0, the findings and the run itself."""
+    """Run a sync; return the summary's nonzero counts, the findings and the run itself."""
     findings: list[Finding] = []
     store = store_of(service)
     with (

@@ -33,7 +33,7 @@ def issuer() -> Iterator[Issuer]:
     ids=["headers", "body without a length", "status line"],
 )
 def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
-    """Even a truncated body without a Content-Length, which looks complete, is refused."""
+    """A truncated body without a Content-Length looks complete, but is still refused."""
     issuer.behaviour, start = behaviour, time.monotonic()
     with pytest.raises(TimeoutError):
         download(issuer.url, {}, timeout=0.2, max_size=1_000_000)
@@ -44,7 +44,7 @@ def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
 def test_counts_the_time_of_the_resolver(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
 ) -> None:
-    """DNS resolution counts towards the timeout, even if the server then answers at once."""
+    """DNS resolution counts towards the timeout, even if the server then responds immediately."""
     resolve = socket.getaddrinfo
 
     def resolve_slowly(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Signing keys that each worker fetches when it starts. Without keys, calls get 503."""
+"""Each worker fetches the signing keys when it starts. Without keys, calls get a 503."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_app(config: Config, **variables: str) -> Flask:
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """Run a JWKS endpoint that publishes the key of CLERK."""
+    """Run a JWKS endpoint that publishes CLERK's key."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
     wait_for_fetches()
@@ -89,7 +89,7 @@ def test_fetches_from_the_backend_api_with_the_secret_key(
 def test_fetches_once_for_each_worker(
     issuer: Issuer, clerkhooks_config: Config, tmp_path: Path
 ) -> None:
-    """Each worker fetches when it starts, on its own connection, and not again for a token."""
+    """Each worker fetches the keys once, when it starts. No token causes another fetch."""
     variables = {"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": issuer.url}
     url = clerkhooks_config["DATABASE_URL"]
     migrate(url, CLERK)
