@@ -1,4 +1,4 @@
-"""``require_auth``: the ways to apply it, its conditions, and where the token is found."""
+"""``require_auth``: how it is applied, its conditions, and where it looks for the token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def view() -> dict[str, Any]:
 
 
 def add_view(service: Service, decorate: Callable[..., Any], path: str = "/view") -> str:
-    """Add a decorated view, and return its path."""
+    """Add a view decorated with *decorate*, and return its path."""
     service.app.add_url_rule(path, path, decorate(view), methods=["GET", "POST"])
     return path
 
@@ -54,7 +54,7 @@ def test_protects_a_function(service: Service, form: str) -> None:
 
 
 def test_protects_an_async_view(service: Service) -> None:
-    """Flask runs the coroutine, as it does without the decorator."""
+    """A decorated async view works: Flask runs the coroutine."""
 
     async def later() -> dict[str, Any]:
         await asyncio.sleep(0)
@@ -65,7 +65,7 @@ def test_protects_an_async_view(service: Service) -> None:
 
 
 def test_protects_a_method_view(service: Service) -> None:
-    """The decorator works in a MethodView's ``decorators``, and on one of its methods."""
+    """The decorator works in a MethodView's ``decorators`` and on a single method."""
 
     class Guarded(MethodView):
         decorators = [require_auth]  # noqa: RUF012
@@ -100,7 +100,7 @@ def test_protects_a_method_view(service: Service) -> None:
     "guard", [require_auth(), require_auth(role="org:admin")], ids=["called", "with a role"]
 )
 def test_protects_a_blueprint(service: Service, guard: Any) -> None:
-    """A preflight needs no token, and a view may require more than its blueprint."""
+    """A CORS preflight needs no token. A view can have stricter conditions than its blueprint."""
     blueprint = Blueprint("guarded", __name__, url_prefix="/api/guarded")
     blueprint.before_request(guard)
     blueprint.add_url_rule("/", view_func=view)
@@ -118,7 +118,7 @@ def test_protects_a_blueprint(service: Service, guard: Any) -> None:
 
 
 def test_admits_an_anonymous_caller_of_an_optional_view(service: Service) -> None:
-    """A call without a token has no user; a call with an invalid bearer token is refused."""
+    """A call without a token has no user. A call with an invalid bearer token is refused."""
     path = add_view(service, require_auth(optional=True))
     user_id = clerk_id("user")
     assert service.http.get(path).get_json() == {"user": None, "session": None}
@@ -132,7 +132,7 @@ def test_admits_an_anonymous_caller_of_an_optional_view(service: Service) -> Non
 
 
 def test_requires_a_session_inside_an_optional_blueprint(service: Service) -> None:
-    """A blueprint that admits anonymous callers may have a view that does not."""
+    """A view can require a session even if its blueprint admits anonymous callers."""
     blueprint = Blueprint("mixed", __name__)
     blueprint.before_request(require_auth(optional=True))
     blueprint.add_url_rule("/mixed", view_func=require_auth(view))
@@ -168,7 +168,7 @@ def test_refuses_an_insufficient_session(
 
 
 def test_requests_reverification_in_clerks_format(service: Service) -> None:
-    """Clerk's front-end libraries act on the body. A missing role takes precedence."""
+    """Clerk's front-end libraries understand the body. A missing role is reported first."""
     plain = add_view(service, require_auth(reverification="strict"))
     both = add_view(
         service,
@@ -210,13 +210,13 @@ def test_requests_reverification_in_clerks_format(service: Service) -> None:
     ],
 )
 def test_fails_on_misuse_when_the_view_is_defined(misuse: Callable[[], object]) -> None:
-    """The error is raised at import, not by the first call."""
+    """The error is raised when the module is imported, not when the view is first called."""
     with pytest.raises((TypeError, ValueError)):
         misuse()
 
 
 def test_forgets_the_caller_after_the_request(service: Service) -> None:
-    """An application context may outlive the request, as it does in many tests."""
+    """The next request has no user, even if both requests share an application context."""
     ada, eve = clerk_id("user"), clerk_id("user")
     with service.app.app_context():
         assert [service.call(user_id).get_json()["id"] for user_id in (ada, eve)] == [ada, eve]
@@ -228,13 +228,13 @@ def test_forgets_the_caller_after_the_request(service: Service) -> None:
 
 
 def test_decorates_during_a_request(service: Service) -> None:
-    """A module that defines views may be imported while a request is served."""
+    """A view can be decorated during a request, because a module may be imported late."""
     with service.app.test_request_context():
         assert callable(require_auth(role="org:admin")(view))
 
 
 def cookie_suffix(service: Service) -> str:
-    """Return the suffix that Clerk's front end computes."""
+    """Return the suffix that Clerk's front end adds to the names of its cookies."""
     digest = hashlib.sha1(service.clerk.environ["CLERK_PUBLISHABLE_KEY"].encode()).digest()
     return base64.urlsafe_b64encode(digest).decode()[:8]
 
@@ -246,7 +246,7 @@ def by_cookie(
     headers: dict[str, str] | None = None,
     **claims: Any,
 ) -> int:
-    """Call with a token only in a cookie, and return the status."""
+    """Call the API with a token in the cookie *name*, and return the status."""
     token = service.clerk.session_token(clerk_id("user"), **claims)
     path = "/api/me" if method == "GET" else "/api/me/presence"
     body = {"isOnline": True} if method == "PUT" else None
@@ -259,7 +259,7 @@ def by_cookie(
 
 
 def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
-    """The instance's own cookie and the plain one are accepted; other cookies are not."""
+    """The cookie is accepted with the instance's suffix or without a suffix; others are not."""
     own = f"__session_{cookie_suffix(service)}"
     assert by_cookie(service, own) == by_cookie(service, "__session") == 200
     assert by_cookie(service, "__session_AAAAAAAA") == by_cookie(service, "__client") == 401
@@ -277,7 +277,7 @@ def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
 
 
 def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
-    """Even an invalid bearer token wins. A proxy's ``Basic`` header does not hide the cookie."""
+    """A bearer token wins even if it is invalid. A ``Basic`` header does not hide the cookie."""
     for authorization in ("Bearer a.b.c", "bearer x", "Bearer", "Bearer "):
         assert by_cookie(service, "__session", headers={"Authorization": authorization}) == 401
     for authorization in ("Basic x", "", "Digest"):
@@ -285,7 +285,7 @@ def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
 
 
 def test_treats_an_expired_cookie_as_anonymous_if_optional(service: Service) -> None:
-    """Clerk's cookie outlives its token. Forged cookies and expired bearer tokens are refused."""
+    """An expired cookie counts as no token. Forged cookies and expired bearers are refused."""
     path = add_view(service, require_auth(optional=True))
     http = service.app.test_client(use_cookies=False)
     expired = service.clerk.session_token(clerk_id("user"), exp=1)
@@ -304,7 +304,7 @@ def test_treats_an_expired_cookie_as_anonymous_if_optional(service: Service) -> 
 
 
 def test_admits_native_apps(make_service: MakeService) -> None:
-    """Native apps' bearer tokens have no ``azp``. A cookie without ``azp`` is always refused."""
+    """A native app's bearer token needs no ``azp``. A cookie without ``azp`` is refused."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"native {ORIGIN}")
     assert service.call(clerk_id("user"), azp=None).status_code == 200
     assert service.call(clerk_id("user"), azp="https://evil.example.com").status_code == 401
@@ -323,25 +323,25 @@ def test_admits_native_apps(make_service: MakeService) -> None:
 def test_requires_an_origin_for_an_unsafe_method_by_cookie(
     service: Service, origin: str | None, status: int
 ) -> None:
-    """Browsers also send the cookie with a forged request, and the token's ``azp`` is valid."""
+    """A forged cross-site request has a valid cookie, so an unsafe method needs an ``Origin``."""
     headers = {"Origin": origin} if origin else {}
     assert by_cookie(service, "__session", "PUT", headers) == status
     assert by_cookie(service, "__session", "GET", headers) == 200
 
 
 def test_ignores_cookies_without_authorized_parties(make_service: MakeService) -> None:
-    """Without authorized parties, nothing shows which site sent the request."""
+    """Cookies are refused without authorized parties, because any site could send them."""
     assert by_cookie(make_service(CLERK_AUTHORIZED_PARTIES=None), "__session") == 401
 
 
 def test_accepts_the_plain_cookie_without_a_publishable_key(make_service: MakeService) -> None:
-    """Without the key, the suffix of the instance's own cookie is unknown."""
+    """Without a publishable key, the cookie's suffix is unknown; the plain name still works."""
     service = make_service(CLERK_PUBLISHABLE_KEY=None)
     assert by_cookie(service, "__session") == 200
 
 
 def test_leaves_the_transaction_to_the_view(service: Service) -> None:
-    """Authentication neither begins nor commits a transaction in ``db.session``."""
+    """Authentication does not begin or commit a transaction in ``db.session``."""
 
     def write() -> dict[str, Any]:
         assert not db.session().in_transaction()
@@ -356,7 +356,7 @@ def test_leaves_the_transaction_to_the_view(service: Service) -> None:
 
 
 def test_queries_the_database_once(service: Service) -> None:
-    """A call by a known, recently seen user executes one statement."""
+    """A call by a user who was seen recently executes one database statement."""
     user_id = clerk_id("user")
     service.call(user_id)
     statements: list[None] = []

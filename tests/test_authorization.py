@@ -36,13 +36,13 @@ def session(claims: dict[str, Any]) -> Session:
 
 @pytest.mark.parametrize("number", range(0, len(CASES), 100))
 def test_answers_as_clerks_sdk_does(number: int) -> None:
-    """``has()`` answers as the SDK does, and is false if the SDK throws."""
+    """``has()`` returns the same result as the SDK, or False if the SDK throws an error."""
     for case in CASES[number : number + 100]:
         assert session(case["claims"]).has(**case["question"]) is (case["has"] is True), case
 
 
 def test_reads_the_organization_as_clerks_sdk_does() -> None:
-    """Id, role, slug and permissions agree; permissions that are not a list are ignored."""
+    """Id, role, slug and permissions equal the SDK's. Permissions must be a list to count."""
     compared = [case for case in CASES if "raises" not in case and case["has"] in (True, False)]
     assert len(compared) > len(CASES) / 2
     for case in compared:
@@ -58,7 +58,7 @@ def test_reads_the_organization_as_clerks_sdk_does() -> None:
 
 
 def test_reads_the_packed_permissions() -> None:
-    """``fpm`` has numbers only for the organization's features, so not for ``u:ai``."""
+    """``fpm`` has numbers only for the organization's features, so ``u:ai`` is skipped."""
     assert parse_organization(PRO) == Organization(
         "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
     )
@@ -76,7 +76,7 @@ BREAKING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("claims", BREAKING)
 def test_denies_everything_if_the_sdk_throws(claims: dict[str, Any]) -> None:
-    """Malformed claims grant nothing, and ``has()`` does not raise."""
+    """Malformed claims grant nothing, and ``has()`` raises no exception."""
     odd = PRO | claims
     with pytest.raises(MalformedClaims):
         parse_organization(odd)
@@ -85,7 +85,7 @@ def test_denies_everything_if_the_sdk_throws(claims: dict[str, Any]) -> None:
 
 
 def test_denies_without_a_condition() -> None:
-    """``has()`` without arguments is false."""
+    """``has()`` without arguments returns False."""
     assert not session(PRO).has()
 
 
@@ -120,7 +120,7 @@ names = st.sampled_from(
 
 @given(st.dictionaries(names, values | st.just(2)))
 def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
-    """With any claims, each property of a session can be read and ``has()`` returns a bool."""
+    """With any claims, a session's properties are readable, and ``has()`` returns a bool."""
     held = session(claims)
     assert held.organization is None or held.organization.id
     assert (held.actor is None) or held.impersonated
@@ -156,13 +156,13 @@ def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
 def test_refuses_an_impossible_condition(
     conditions: dict[str, Any], error: type[Exception], names: str
 ) -> None:
-    """A condition that no session can ever meet is a programming error."""
+    """A condition that no session can meet raises an error, because it must be a mistake."""
     with pytest.raises(error, match=names):
         check_conditions(conditions)
 
 
 def test_refuses_an_unknown_condition() -> None:
-    """A misspelt condition is an error, even if it is None: ignoring it would grant too much."""
+    """A misspelt condition raises TypeError, even if it is None. Ignoring it would be unsafe."""
     for misspelt in ({"rolle": "org:admin"}, {"role": "org:admin", "rolle": None}):
         with pytest.raises(TypeError, match="'rolle' is not a condition"):
             check_conditions(misspelt)
@@ -171,7 +171,7 @@ def test_refuses_an_unknown_condition() -> None:
 
 
 def test_ignores_absent_conditions() -> None:
-    """None is the same as leaving a condition out."""
+    """A condition that is None has no effect."""
     assert check_conditions({"role": "admin", "plan": None}) == {"role": "admin"}
     assert session(PRO).has(role="org:admin", permission=None, plan=None)
     assert not session(PRO).has(role=None)
@@ -186,6 +186,6 @@ def test_ignores_absent_conditions() -> None:
     ],
 )
 def test_accepts_documented_conditions(conditions: dict[str, Any]) -> None:
-    """All forms in Clerk's documentation are valid."""
+    """All forms of conditions in Clerk's documentation are valid."""
     check_conditions(conditions)
     assert not is_authorized({}, **conditions)
