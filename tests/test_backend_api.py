@@ -1,4 +1,4 @@
-"""The Backend API client, tested with a fake API over HTTP that can misbehave."""
+"""Tests of the Backend API client against a fake HTTP API that can misbehave."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.backend import (
 )
 from tests.racing import TIMEOUT, eventually
 
-PACE = 0.001  # a call takes at most an eighth of a second, and a pause takes milliseconds
+PACE = 0.001  # pauses take milliseconds, and a call ends within 0.13 s
 BORN = 1_700_000_000_000
 
 
@@ -54,7 +54,7 @@ def api(backend: Backend) -> Iterator[BackendApi]:
 
 
 def answering_raw(text: bytes) -> Behaviour:
-    """Return a behaviour that sends exactly *text*, which need not be HTTP."""
+    """Return a behaviour that sends the bytes *text*, which may be invalid HTTP."""
 
     def behave(_backend: Backend, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(text)
@@ -64,7 +64,7 @@ def answering_raw(text: bytes) -> Behaviour:
 
 
 def dripping_headers(backend: Backend, request: BaseHTTPRequestHandler) -> None:
-    """Send a header that does not end, one byte at a time."""
+    """Send an endless header, one byte at a time."""
     request.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
     request.close_connection = True
     until = time.monotonic() + TIMEOUT
@@ -81,23 +81,23 @@ def failure_of(call: Callable[[], object]) -> BackendApiError:
 
 
 def sign_up(backend: Backend, count: int) -> list[str]:
-    """Create *count* users, a millisecond apart, and return their ids, oldest first."""
+    """Create *count* users, one per millisecond, and return their ids, oldest first."""
     return [backend.sign_up(at=BORN + number) for number in range(count)]
 
 
 def ids(users: list[Any]) -> list[str]:
-    """Return the ids of *users*, in order."""
+    """Return the ids of *users*, in the same order."""
     return [user["id"] for user in users]
 
 
 def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
-    """The count comes from Clerk, not from the length of a page."""
+    """The number of users is Clerk's total, not the length of a page."""
     sign_up(backend, 11)
     assert api.count_users() == 11
 
 
 def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
-    """A page has the maximum length, and the next one begins at the offset."""
+    """A page has the maximum length, and the next page begins at the offset."""
     ids_ = sign_up(backend, 502)
     assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [
         ids_[:500],
@@ -112,7 +112,7 @@ def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
 
 @pytest.mark.parametrize("inclusive", [False, True])
 def test_lists_users_after_a_time(inclusive: bool) -> None:
-    """The bound is sent in milliseconds. Clerk decides whether it is inclusive."""
+    """The time is sent in milliseconds. Clerk decides whether users of that time are included."""
     with (
         Backend(inclusive=inclusive).open() as backend,
         BackendApi(backend.api_url, SECRET_KEY) as api,
@@ -122,34 +122,34 @@ def test_lists_users_after_a_time(inclusive: bool) -> None:
 
 
 def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
-    """One request with a limit finds a hundred users; unknown ids are left out."""
+    """A single request finds up to a hundred users. Unknown ids are left out."""
     ids_ = sign_up(backend, 99)
     assert sorted(ids(api.find_users([*ids_, "user_2nobody"]))) == sorted(ids_)
     assert backend.requests[0][1]["limit"] == ["100"]
 
 
 def test_refuses_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> None:
-    """Clerk would refuse the request, so it is a programming error."""
+    """More than a hundred ids raise ValueError, because Clerk would refuse the request."""
     with pytest.raises(ValueError, match="at most 100 ids"):
         api.find_users([clerk_id("user") for _ in range(101)])
     assert backend.requests == []
 
 
 def test_finds_no_user_without_ids(api: BackendApi, backend: Backend) -> None:
-    """Without the filter Clerk would list all users."""
+    """Without ids, no request is sent, because Clerk would list all users."""
     sign_up(backend, 3)
     assert (api.find_users([]), backend.requests) == ([], [])
 
 
 def test_returns_odd_users_unchanged(api: BackendApi, backend: Backend) -> None:
-    """A user that cannot be parsed does not fail the page: the caller checks each user."""
+    """A malformed user does not make the page fail, because the caller checks each user."""
     odd = [None, 5, {"id": 7}, {}]
     backend.behaviours = [answering_json(200, odd), answering_json(200, odd)]
     assert api.list_users(None, 0) == api.find_users(["user_2a"]) == odd
 
 
 def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None:
-    """A 404 with Clerk's error code confirms the deletion; a user in the answer rules it out."""
+    """A 404 with Clerk's error code confirms a deletion. A 200 with the user rules it out."""
     user_id = backend.sign_up()
     assert api.is_gone(user_id) is False
     backend.delete(user_id)
@@ -158,7 +158,7 @@ def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None
 
 
 def test_escapes_an_id_in_the_path(api: BackendApi, backend: Backend) -> None:
-    """Without escaping, a 404 for another path could count as proof that the user is gone."""
+    """An id is escaped. Otherwise, a 404 for another path could count as proof of a deletion."""
     assert api.is_gone("user_2a/../count?") is True
     assert backend.requests == [("/v1/users/user_2a%2F..%2Fcount%3F", {})]
 
@@ -182,7 +182,7 @@ UNPROVEN: dict[str, Behaviour] = {
 def test_accepts_no_other_answer_as_proof(
     api: BackendApi, backend: Backend, behaviour: Behaviour
 ) -> None:
-    """A 404 from a proxy or from a wrong API must not delete a user."""
+    """A 404 from a proxy or from another API must not cause a deletion."""
     user_id = backend.sign_up()
     backend.behaviours = [behaviour]
     assert failure_of(lambda: api.is_gone(user_id)).reason == "answer_unusable"
@@ -222,7 +222,7 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
 def test_does_not_retry_a_permanent_error(
     api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str
 ) -> None:
-    """The error names a remedy. Redirects are not followed."""
+    """The error names a remedy. A redirect is such an error, and is not followed."""
     backend.behaviours = [behaviour]
     error = failure_of(lambda: api.list_users(None, 0))
     assert (error.reason, len(backend.requests)) == (reason, 1)
@@ -236,7 +236,7 @@ def test_does_not_retry_a_permanent_error(
 def test_refuses_a_count_that_is_not_a_number(
     api: BackendApi, backend: Backend, answer: object
 ) -> None:
-    """Clerk always answers with a number."""
+    """A response without a number raises an error, because Clerk always sends a number."""
     backend.behaviours = [answering_json(200, answer)]
     assert failure_of(api.count_users).reason == "answer_unusable"
 
@@ -270,7 +270,7 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
 
 @pytest.mark.parametrize(("behaviour", "reason"), PASSING.values(), ids=PASSING)
 def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reason: str) -> None:
-    """One failure causes a second request; a lasting failure is raised with its reason."""
+    """After one failure, the request is retried. A lasting failure raises an error."""
     ids_ = sign_up(backend, 2)
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         backend.behaviours = [behaviour]
@@ -283,7 +283,7 @@ def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reaso
 
 
 def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -> None:
-    """The deadline covers every request in full, not only the first one on a connection."""
+    """The deadline applies to every whole request, not only to the first on a connection."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         api.count_users()
         for behaviour in (dripping_headers, dripping):
@@ -294,7 +294,7 @@ def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -
 
 
 def test_reports_a_refused_connection() -> None:
-    """After some retries the API counts as unreachable."""
+    """If the connection is still refused after some retries, the API counts as unreachable."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with BackendApi(f"http://127.0.0.1:{port}", SECRET_KEY, pace=PACE) as api:
@@ -304,13 +304,13 @@ def test_reports_a_refused_connection() -> None:
 
 @pytest.mark.parametrize("url", ["https://xn--.com", "https://[v1.x]", f"https://{'a' * 64}.com"])
 def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
-    """The HTTP library's exception becomes a BackendApiError."""
+    """An exception of the HTTP library is converted to a BackendApiError."""
     with BackendApi(url, SECRET_KEY, pace=PACE) as api:
         assert failure_of(api.count_users).reason == "api_unreachable"
 
 
 def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
-    """Pages are large, so they are compressed."""
+    """A compressed page is decompressed."""
     backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]
     assert api.list_users(None, 0) == [{"id": 1}]
 
@@ -318,7 +318,7 @@ def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
 def test_limits_the_size_of_an_answer(
     api: BackendApi, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit applies to the decompressed body."""
+    """The size limit applies to the decompressed body."""
     monkeypatch.setattr(backend_api, "MAX_ANSWER", 10_000)
     backend.behaviours = [
         answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")
@@ -327,12 +327,12 @@ def test_limits_the_size_of_an_answer(
 
 
 def gaps(backend: Backend) -> list[float]:
-    """Return the seconds between the requests."""
+    """Return the seconds between consecutive requests."""
     return [later - earlier for earlier, later in pairwise(backend.arrivals)]
 
 
 def test_retries_with_exponential_backoff(backend: Backend) -> None:
-    """The pauses are half a second, one, two, four and so on, with jitter."""
+    """The pauses are half a second, then one, two and four seconds, plus jitter."""
     backend.behaviours = [answering(502, HTML)] * 4
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.02) as api:
         api.count_users()
@@ -343,7 +343,7 @@ def test_retries_with_exponential_backoff(backend: Backend) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_honours_retry_after(backend: Backend, status: int) -> None:
-    """Retry-After is in seconds, and the pause is never shorter."""
+    """The pause is never shorter than Retry-After, which is in seconds."""
     backend.behaviours = [refusing(status, "busy", Retry_After="20")]
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.01) as api:
         api.count_users()
@@ -352,7 +352,7 @@ def test_honours_retry_after(backend: Backend, status: int) -> None:
 
 
 def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
-    """The call still ends at its timeout."""
+    """A longer Retry-After is reduced to a minute, and the call still ends at its timeout."""
     backend.always = limiting("999999999")
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.003) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -361,7 +361,7 @@ def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
 
 
 def test_ends_within_the_time_it_is_given(backend: Backend) -> None:
-    """A caller that allows only seconds does not wait a minute for Retry-After."""
+    """A call with a short timeout does not wait for a longer Retry-After."""
     backend.always = limiting(50)
     with BackendApi(backend.api_url, SECRET_KEY, patience=10, pace=0.01) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -370,7 +370,7 @@ def test_ends_within_the_time_it_is_given(backend: Backend) -> None:
 
 
 def test_pauses_all_threads(backend: Backend) -> None:
-    """Retry-After applies to the key, not to the thread that received it."""
+    """Retry-After pauses all threads, because Clerk's rate limit applies to the secret key."""
     backend.behaviours = [limiting(50)]
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.005) as api, ThreadPool(8) as pool:
         first = pool.apply_async(api.count_users)
@@ -393,7 +393,7 @@ def test_serves_threads_at_once(backend: Backend) -> None:
 
 
 def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
-    """A TLS handshake for each page would cost more than the page."""
+    """Requests share a connection, because a TLS handshake would cost more than a page."""
     peers = set()
 
     def note_peer(backend: Backend, request: BaseHTTPRequestHandler) -> None:
@@ -408,7 +408,7 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
 
 @pytest.mark.parametrize(("kind", "rate"), [("sk_test_", 9), ("sk_live_", 90), ("sk_new_", 9)])
 def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
-    """The development rate is a tenth of production's; clerkhooks uses nine tenths of either."""
+    """Requests are limited to 90 % of Clerk's rate limit for the kind of instance."""
     with BackendApi("http://127.0.0.1:9", f"{kind}abc") as api:
         assert api._rate_limit._interval == 1 / rate
 
@@ -426,7 +426,7 @@ def test_keeps_within_the_limit() -> None:
 
 
 class Clock:
-    """A clock that ``sleep`` advances, by the full time or by less."""
+    """A clock that ``sleep`` advances, either by the full time or by less."""
 
     def __init__(self, wakes_early: bool) -> None:
         self.now = 0
@@ -449,7 +449,7 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 def test_never_exceeds_a_rate(
     steps: list[tuple[str, int]], interval: int, wakes_early: bool
 ) -> None:
-    """Requests start far enough apart, not during a hold, and no later than necessary."""
+    """Requests start as early as the rate and a hold allow, and never earlier."""
     clock, limit = Clock(wakes_early), RateLimit(interval)
     free_at = held_until = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -468,7 +468,7 @@ def test_never_exceeds_a_rate(
 
 
 def test_keeps_the_rate_over_all_threads() -> None:
-    """Threads that wait together do not start together."""
+    """Threads that are waiting at the same time start one after another."""
     limit = RateLimit(0.01)
     began: list[float] = []
     guard = threading.Lock()
@@ -500,7 +500,7 @@ LOUD: dict[str, Behaviour] = {
 def test_shows_neither_the_key_nor_the_answer(
     api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Errors, logs and the client's repr show neither; httpcore's debug log omits the key."""
+    """Errors, logs and the client's repr contain neither. Even debug logs omit the key."""
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
     error = failure_of(lambda: api.list_users(None, 0))
@@ -525,7 +525,7 @@ def test_prints_nothing_about_a_retry(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Without configured logging, Python would print each retry to stderr."""
+    """A retry prints nothing, even if the application has not configured logging."""
     monkeypatch.setattr(logging.getLogger("stamina"), "propagate", False)
     backend.behaviours = [answering(502), limiting(1)]
     api.count_users()
@@ -533,25 +533,25 @@ def test_prints_nothing_about_a_retry(
 
 
 class TestTheFake:
-    """The fake API answers as Clerk documents; other tests rely on it."""
+    """The fake API behaves as Clerk documents, because other tests rely on that."""
 
     @staticmethod
     def get(backend: Backend, path: str) -> Any:
-        """Return the ids in the response, or the status."""
+        """Request *path*; return the ids in the response, or the status if it is not 200."""
         headers = {"Authorization": f"Bearer {backend.secret_key}"}
         url = f"{backend.api_url}/v1{path}"
         response = httpx.get(url, headers=headers, verify=False)  # loading certificates is slow
         return ids(response.json()) if response.status_code == 200 else response.status_code
 
     def test_ignores_a_limit_over_500(self, backend: Backend) -> None:
-        """A limit over 500, or no limit, silently gives ten rows. The newest come first."""
+        """Without a limit or with one over 500, the newest ten users are returned."""
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]
         assert self.get(backend, "/users?order_by=created_at&limit=2&offset=1") == newest[::-1][1:3]
 
     def test_refuses_more_than_100_ids(self, backend: Backend) -> None:
-        """More than 100 ids are an error; without a limit, ten users are returned."""
+        """More than 100 ids cause a 422. Without a limit, ten users are returned."""
         query = [f"user_id={user_id}" for user_id in sign_up(backend, 101)]
         assert self.get(backend, f"/users?limit=100&{'&'.join(query)}") == 422
         assert len(self.get(backend, f"/users?{'&'.join(query[:100])}")) == 10
@@ -560,7 +560,7 @@ class TestTheFake:
         )
 
     def test_limits_requests(self) -> None:
-        """Above the limit, it returns 429 with Retry-After, which the client respects."""
+        """Above the rate limit, the response is 429 with Retry-After."""
         with (
             Backend(max_requests=2).open() as backend,
             BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
@@ -580,7 +580,7 @@ class TestTheFake:
         assert all(order[0] == first and set(order[1:]) == set(ties) for order in orders)
 
     def test_keeps_the_place_of_an_odd_user(self, backend: Backend) -> None:
-        """A user without ``created_at`` keeps its place in the order."""
+        """A user without ``created_at`` keeps its position in the list."""
         old, odd, new = (
             backend.sign_up(at=5),
             backend.sign_up(at=6, created_at=None, email_addresses="?"),
@@ -591,5 +591,5 @@ class TestTheFake:
         assert backend.users[old]["updated_at"] > backend.users[new]["updated_at"]
 
     def test_requires_its_key(self, backend: Backend) -> None:
-        """A request without the key is answered with 401."""
+        """The response to a request without the secret key is 401."""
         assert httpx.get(f"{backend.api_url}/v1/users").status_code == 401

@@ -1,4 +1,4 @@
-"""Concurrent calls are executed as a batch; each caller gets its own result."""
+"""Concurrent calls are executed as a batch, and each caller gets its own result."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.support import NOW_MS, Service, ThreadPool, deletion, rows, user_even
 
 class Work:
     """
-    A function that executes batches. The first batch blocks until it is released.
+    A function that executes batches.
 
-    Batches with *bad* items fail.
+    The first batch waits for ``released``. A batch with one of the *bad* items fails.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Work:
         self.bad, self.error = bad, error
 
     def __call__(self, items: Sequence[str]) -> list[str]:
-        """Return each item in upper case."""
+        """Execute a batch: return each item in upper case."""
         self.batches.append(list(items))
         if len(self.batches) == 1:
             self.began.set()
@@ -59,7 +59,7 @@ def make_batcher(
 
 
 def count_callers(batcher: Batcher[Any, Any]) -> Callable[[int], None]:
-    """Return a function that waits until that many callers have joined since this call."""
+    """Return a function that waits until a given number of further callers have joined."""
     joined: list[object] = []
     join = batcher._join
 
@@ -77,9 +77,9 @@ def called_together(
     batcher: Batcher[str, str], work: Work, *items: str
 ) -> Iterator[list[Future[str]]]:
     """
-    Call *batcher* with "first" and, while that runs, with each of *items* in order.
+    Call *batcher* with "first", and with each of *items* while the first call is running.
 
-    Then release the first call.
+    The first call is released at the end of the block.
     """
     wait_for_callers = count_callers(batcher)
     with ThreadPool(len(items) + 1) as pool:
@@ -96,7 +96,7 @@ def called_together(
 
 @pytest.fixture
 def no_overtaking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep batches from overtaking a blocked one, so that they wait until its release."""
+    """Disable overtaking, so that batches wait until a blocked batch is released."""
     monkeypatch.setattr(batching, "MAX_WAIT", TIMEOUT)
 
 
@@ -104,7 +104,7 @@ pytestmark = pytest.mark.usefixtures("no_overtaking")
 
 
 def test_executes_waiting_calls_together() -> None:
-    """The first call runs at once; calls that arrive during its execution form one batch."""
+    """Calls that arrive while the first call is running are executed as one batch."""
     work = Work()
     batcher = make_batcher(work)
     with called_together(batcher, work, "ada", "bea", "cleo") as answers:
@@ -123,7 +123,7 @@ def test_keeps_items_of_one_key_apart() -> None:
 
 
 def test_lets_equal_items_share_a_batch_without_keys() -> None:
-    """Without keys, several callers may pass the same item in one batch."""
+    """Without keys, a batch can contain the same item several times."""
     work = Work()
     batcher = Batcher(work, concerns_all=lambda _: False)
     with called_together(batcher, work, "ada", "ada", "ada") as answers:
@@ -133,7 +133,7 @@ def test_lets_equal_items_share_a_batch_without_keys() -> None:
 
 
 def test_accepts_none_as_a_result() -> None:
-    """None is a valid result, so a missing user is looked up once."""
+    """None is a valid result, so a user who does not exist is looked up only once."""
     batches: list[Sequence[str]] = []
 
     def work(items: Sequence[str]) -> list[None]:
@@ -157,7 +157,7 @@ def test_fails_only_the_failing_item() -> None:
     """
     If a batch fails, each caller retries alone.
 
-    The failing item raises its error; the others succeed.
+    The failing item raises its error, and the other items succeed.
     """
     work = Work(bad=("bea",))
     with called_together(make_batcher(work), work, "ada", "bea", "cleo") as answers:
@@ -168,7 +168,7 @@ def test_fails_only_the_failing_item() -> None:
 
 
 def test_does_not_retry_an_outage() -> None:
-    """If the database is unavailable, callers do not wait for it a second time."""
+    """If the database is unavailable, callers fail without a second wait."""
     work = Work(bad=("bea",))
     batcher = make_batcher(work, concerns_all=True)
     with called_together(batcher, work, "ada", "bea", "cleo") as answers:
@@ -179,9 +179,10 @@ def test_does_not_retry_an_outage() -> None:
 
 def test_raises_a_fresh_exception_per_caller() -> None:
     """
-    Each caller gets a new exception.
+    Each caller gets its own exception object.
 
-    One object raised in several threads would collect the traceback frames of all of them.
+    If several threads raised the same object, its traceback would contain the frames of all
+    threads.
     """
     work = Work(bad=("bea",))
     batcher = make_batcher(work, concerns_all=True)
@@ -200,9 +201,9 @@ def test_raises_a_fresh_exception_per_caller() -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     """
-    If a stopping worker kills the leader, the other callers retry without it.
+    If a stopping worker kills the leader of a batch, the other callers retry without it.
 
-    Later callers are served.
+    Later callers also get their results.
     """
     work = Work(bad=("ada",), error=lambda _: SystemExit(1))
     batcher = make_batcher(work)
@@ -217,7 +218,7 @@ def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
 def test_leaves_no_caller_waiting_if_the_leader_is_killed_before_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the leader is killed before it executes anything, the others in its batch retry."""
+    """If the leader is killed before it executes the batch, the other callers retry."""
     work, joined = Work(), threading.Event()
     batcher = make_batcher(work)
     work.released.set()
@@ -246,7 +247,7 @@ def is_at_rest(batcher: Batcher[Any, Any]) -> bool:
 
 
 def test_overtakes_a_blocked_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that has waited for MAX_WAIT starts while an earlier one is still blocked."""
+    """After MAX_WAIT, a batch starts even if an earlier batch is still blocked."""
     monkeypatch.setattr(batching, "MAX_WAIT", 0.001)
     work = Work()
     batcher = make_batcher(work)
@@ -269,7 +270,7 @@ def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool
     """
     Each of many concurrent callers gets its own result or an error.
 
-    Afterwards no batch is open.
+    Afterwards, no batch is open.
     """
 
     def work(batch: Sequence[str]) -> list[str]:
@@ -292,13 +293,13 @@ def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool
 
 
 def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
-    """Return the batcher of calls (``_read``) or of deliveries (``_deliver``)."""
+    """Return the batcher for calls (``_read``) or for deliveries (``_deliver``)."""
     batcher: Batcher[Any, Any] = getattr(service.app.extensions["clerkhooks"].users, name)
     return batcher
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
-    """Eleven calls by two users, arriving during a read, share one statement."""
+    """Eleven calls by two users that arrive during a read share one statement."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
@@ -324,7 +325,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
 def test_does_not_let_a_locked_row_delay_others(
     service: Service, body_of: Callable[..., bytes]
 ) -> None:
-    """Other deliveries in the batch are answered while the row is still locked."""
+    """Other deliveries in the batch are completed while the row is still locked."""
     locked_id = clerk_id("user")
     assert service.outcome(user_event(locked_id)) == "applied"
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
@@ -349,7 +350,7 @@ def test_does_not_let_a_locked_row_delay_others(
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
-    # The first delivery, the batch, each of its nine deliveries alone, and the locked one again.
+    # The first delivery, the batch, its nine deliveries one by one, and the locked one again.
     assert len(written) == 12
     assert took < 1.5, "waited for the lock timeout of two seconds"
 
@@ -357,9 +358,9 @@ def test_does_not_let_a_locked_row_delay_others(
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> None:
     """
-    After a batch times out on a row that is being inserted, each delivery is retried alone.
+    A batch that times out on a row that is being inserted is retried one by one.
 
-    No query shows this row before its transaction commits.
+    No query returns this row before its transaction commits.
     """
     inserted_id = clerk_id("user")
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
@@ -388,7 +389,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_waits_once_for_a_locked_table(service: Service) -> None:
-    """If the whole table is locked, each delivery in the batch fails without a second wait."""
+    """If the whole table is locked, all deliveries in the batch fail without a second wait."""
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
     with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:
@@ -445,7 +446,12 @@ print(batches)
 
 
 def run_with_gevent(*arguments: str) -> str:
-    """Return what WITH_GEVENT prints; its *arguments* are MAX_IDLE_WAIT and "busy"."""
+    """
+    Run the script WITH_GEVENT and return its output.
+
+    The first argument is MAX_IDLE_WAIT. With the second argument "busy", the event loop is never
+    idle.
+    """
     command = [sys.executable, "-c", WITH_GEVENT, *arguments]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -453,10 +459,10 @@ def run_with_gevent(*arguments: str) -> str:
 
 
 def test_waits_for_a_caller_whose_request_has_arrived() -> None:
-    """With gevent, a request that is ready to be read joins the batch of an earlier one."""
+    """With gevent, a request that can already be read joins the batch of an earlier request."""
     assert run_with_gevent("10") == "[['first', 'second']]\n"
 
 
 def test_does_not_wait_for_a_loop_that_is_always_busy() -> None:
-    """A batch is executed after MAX_IDLE_WAIT although the event loop is never idle."""
+    """A batch is executed after MAX_IDLE_WAIT, even if the event loop is never idle."""
     assert "first" in run_with_gevent("0.05", "busy")
