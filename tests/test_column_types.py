@@ -1,4 +1,4 @@
-"""Types of declared columns: any value is accepted, and stored values do not change."""
+"""Types of declared columns: no value causes an error, and stored values do not change."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 
 
 def rows_of(application: Application) -> list[Any]:
-    """Return all rows, as the application reads them."""
+    """Return all rows as model objects."""
     with application.app.app_context():
         found = list(application.db.session.scalars(sa.select(application.model)))
         application.db.session.expunge_all()
@@ -91,7 +91,7 @@ def rows_of(application: Application) -> list[Any]:
 
 
 def deliver(application: Application, **data: Any) -> Any:
-    """Deliver a new user's event, which must be applied, and return the row."""
+    """Deliver an event of a new user, check that it is applied, and return the row."""
     user_id = clerk_id("user")
     assert application.outcome(user_event(user_id, **data)) == "applied"
     [row] = [row for row in rows_of(application) if row.id == user_id]
@@ -139,7 +139,7 @@ PARSED: dict[str, Any] = {
 def test_never_fails_an_event(
     make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
 ) -> None:
-    """An event with any value from Clerk or *parse* is applied, and rows stay readable."""
+    """No value, from Clerk or from *parse*, makes an event fail or a row unreadable."""
     columns = {"value": from_clerk("value", type_, parse=parse)}
     application = make_application(empty_database, columns)
     values: list[Any] = list(PARSED) if parse else ODD
@@ -149,7 +149,7 @@ def test_never_fails_an_event(
 
 
 GOOD: dict[str, tuple[Any, Any, Any]] = {
-    # the value that Clerk sends, its parser, and the value that is read back
+    # Clerk's value, the parser, and the value that is read back
     "text": ("é\N{GRINNING FACE}", None, "é\N{GRINNING FACE}"),
     "string": ("12345", None, "12345"),
     "json": ({"a": [None, 1.5]}, None, {"a": [None, 1.5]}),
@@ -180,7 +180,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 def test_reads_values_back_unchanged(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """Values stored by a webhook or sync are read back unchanged; a check finds no difference."""
+    """Values are read back unchanged after a webhook or a sync; a check finds no difference."""
     columns = {name: from_clerk(name, TYPES[name], parse=GOOD[name][1]) for name in GOOD}
     application = make_application(empty_database, columns, **backend.environ)
     data = {name: sent for name, (sent, _, _) in GOOD.items()}
@@ -215,7 +215,7 @@ def test_reads_values_back_unchanged(
 def test_counts_other_values_as_absent(
     make_application: MakeApplication, empty_database: str, name: str, values: list[Any]
 ) -> None:
-    """Values beyond a type's limits, or of another type without *parse*, count as absent."""
+    """A value is absent if it exceeds the type's limits or, without *parse*, has another type."""
     application = make_application(empty_database, {"value": from_clerk("value", TYPES[name])})
     for value in values:
         assert deliver(application, value=value).value is None, value
@@ -225,9 +225,9 @@ def test_limits_texts_by_the_size_of_an_index(
     make_application: MakeApplication, empty_database: str
 ) -> None:
     """
-    The maximum size of an index entry is divided equally among its columns.
+    The maximum size of an index entry is divided equally among the index's columns.
 
-    Incompressible text up to a column's share is stored; longer text counts as absent.
+    Text up to a column's share is stored. Longer text counts as absent.
     """
     columns = {
         "one": from_clerk("one", sa.Text),
@@ -261,7 +261,7 @@ def test_does_not_limit_columns_of_other_indexes(
 
 
 def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
-    """Declare a model with a column of each type, and create ``ClerkHooks`` with it."""
+    """Declare a model with a column of each of the *types*, and return its ``ClerkHooks``."""
 
     class Base(DeclarativeBase):
         """The application's declarative base."""
@@ -285,13 +285,13 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
     ids=repr,
 )
 def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> None:
-    """A value that the database rejects would make every later event of its user fail."""
+    """A type is refused if the database could reject a value, which would make events fail."""
     with pytest.raises(ValueError, match=r"User\.value has an unsupported type"):
         declare({"value": type_})
 
 
 def test_accepts_subtypes_and_variants() -> None:
-    """Subtypes, PostgreSQL's types and decorators of supported types are accepted."""
+    """Supported types include subtypes, PostgreSQL's own types and decorated types."""
     types = {
         "binary": postgresql.JSONB(),
         "uuid": postgresql.UUID(),

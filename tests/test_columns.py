@@ -1,4 +1,4 @@
-"""Declared columns: fields of Clerk's user object, kept by webhooks and by sync."""
+"""Declared columns: fields of Clerk's user object that webhooks and syncs store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import NOW_MS, deletion, user_event
 from tests.syncing import make_old, sync
 
 pytest_plugins = ["tests.application"]
-HUGE = "1e999"  # valid JSON, which Python reads as infinity
+HUGE = "1e999"  # valid JSON that Python parses as infinity
 
 
 class Color(enum.Enum):
@@ -41,7 +41,7 @@ class Color(enum.Enum):
 
 def parse_moment(milliseconds: Any) -> datetime:
     """
-    Return Clerk's time as a datetime.
+    Convert Clerk's time to a datetime.
 
     Raises TypeError, ValueError or OverflowError for other values.
     """
@@ -49,7 +49,7 @@ def parse_moment(milliseconds: Any) -> datetime:
 
 
 def fail_to_parse(value: Any) -> Any:
-    """Raise the exception that *value* names, as a faulty parser may."""
+    """Raise the exception that *value* names, like a faulty parser."""
     raise {"type": TypeError, "key": KeyError, "index": IndexError, "value": ValueError}[value](
         "ada@example.org"
     )
@@ -108,7 +108,7 @@ def read(application: Application, user_id: str) -> Any:
 
 
 def patch(path: str, text: str) -> bytes:
-    """Return the event of a new user, with *text* (JSON) as the value at *path*."""
+    """Return an event of a new user with *text* (JSON) as the value at *path*."""
     data = user_data(
         clerk_id("user"),
         email="ada@example.org",
@@ -123,7 +123,7 @@ def patch(path: str, text: str) -> bytes:
 
 
 def user_id_of(body: bytes) -> str:
-    """Return the id of an event's user."""
+    """Return the id of the user of an event."""
     return str(json.loads(body)["data"]["id"])
 
 
@@ -250,7 +250,7 @@ def test_stores_valid_values(
     """
     A value that the column cannot store counts as absent and causes no error.
 
-    The profile is stored in any case, and a later sync finds nothing to change.
+    The profile is stored either way, and a later sync changes nothing.
     """
     body = patch(path, text)
     user_id = user_id_of(body)
@@ -263,7 +263,7 @@ def test_stores_valid_values(
     assert type(value) is type(expected)
     assert (row.email, row.name, row.tier) == ("ada@example.org", "Ada Lovelace", "free")
     if HUGE in text:
-        return  # the fake backend cannot write it as JSON
+        return  # the fake backend cannot send infinity as JSON
     backend.users[user_id] = json.loads(body)["data"]
     summary, findings, run = sync(wide, backend, lambda run: run.sync_some([user_id]), check=True)
     assert (summary, findings, run.well) == ({"unchanged": 1}, [], True)
@@ -276,7 +276,7 @@ def test_logs_parser_errors_without_the_value(
     wide: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    A ValueError makes the value absent. Other exceptions are logged by class, without text.
+    A ValueError is not logged. For other exceptions, only the name of the class is logged.
 
     ``Decimal`` raises InvalidOperation, which is not a ValueError.
     """
@@ -314,7 +314,7 @@ PHONES = [
 def test_finds_the_primary_phone_number(
     wide: Application, data: Mapping[str, Any], expected: str | None
 ) -> None:
-    """``primary_phone_number`` is the number whose id is ``primary_phone_number_id``."""
+    """The path ``primary_phone_number`` selects the number with the primary id."""
     user_id = clerk_id("user")
     assert wide.outcome(user_event(user_id, **data)) == "applied"
     assert read(wide, user_id).phone == expected
@@ -322,9 +322,9 @@ def test_finds_the_primary_phone_number(
 
 def test_orders_columns_like_the_profile(wide: Application) -> None:
     """
-    The newest event sets every declared column, absent fields included.
+    The newest event sets every declared column, even if a field is absent from the event.
 
-    Columns that the application owns stay unchanged.
+    The application's own columns stay unchanged.
     """
     user_id = clerk_id("user")
     assert wide.outcome(user_event(user_id, at=2000, username="new")) == "applied"
@@ -339,7 +339,7 @@ def test_orders_columns_like_the_profile(wide: Application) -> None:
 
 
 def test_erases_columns_of_a_deleted_user(wide: Application, backend: Backend) -> None:
-    """A deletion, by webhook or sync, erases declared columns and keeps the application's own."""
+    """A deletion erases the declared columns, but not the application's own columns."""
     deleted_id, gone_id = clerk_id("user"), clerk_id("user")
     whole: dict[str, Any] = {
         "username": "ada",
@@ -400,7 +400,7 @@ def test_fills_a_column_declared_later(
     """
     A sync fills the column if Clerk's ``updated_at`` is not older than the row's.
 
-    Afterwards, older events are still stale and newer ones are applied.
+    Afterwards, older events are still stale, and newer events are applied.
     """
     user_id = backend.sign_up(at=1000, public_metadata={"plan": "pro"})
     before = make_application(empty_database)
@@ -429,7 +429,7 @@ def test_fills_a_column_declared_later(
 def test_does_not_overwrite_a_newer_webhook(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """A field cleared meanwhile stays empty, and a user deleted meanwhile stays erased."""
+    """A sync does not overwrite webhooks that clear a field or delete a user during the sync."""
     ids = [backend.sign_up(at=1000, public_metadata={"plan": "pro"}) for _ in range(2)]
     application = make_application(
         empty_database, {"plan": from_clerk("public_metadata.plan", sa.Text)}
@@ -460,14 +460,14 @@ def declare(**columns: Any) -> ClerkHooks[Any]:
 
 @pytest.mark.parametrize("path", ["private_metadata", "private_metadata.plan"])
 def test_refuses_private_metadata(path: str) -> None:
-    """Private metadata holds secrets and must not be copied into a widely readable table."""
+    """A column for private metadata is refused, because the metadata may contain secrets."""
     with pytest.raises(ValueError, match="Use public_metadata"):
         from_clerk(path, sa.JSON)
 
 
 @pytest.mark.parametrize("path", ["", ".", "a.", ".a", "a..b", "a b", "public metadata.plan", 5])
 def test_refuses_a_malformed_path(path: Any) -> None:
-    """A path that can never have a value raises ValueError."""
+    """A malformed path, which could never have a value, raises ValueError."""
     with pytest.raises(ValueError, match="is not a path"):
         from_clerk(path)
 
@@ -507,7 +507,7 @@ def test_refuses_a_column_that_would_fail_events(columns: dict[str, Any], reason
 
 
 def test_accepts_own_columns_with_a_default_or_null() -> None:
-    """An application's own column must be nullable or have a server default; it may be unique."""
+    """An application's own column is accepted if it is nullable or has a server default."""
     declare(
         tier=mapped_column(sa.Text, nullable=False, server_default="free"),
         note=mapped_column(sa.Text, unique=True),
@@ -521,7 +521,7 @@ def test_accepts_own_columns_with_a_default_or_null() -> None:
 def test_ignores_a_number_with_too_many_digits(
     make_application: MakeApplication, empty_database: str, text: str, type_: sa.Numeric[Any]
 ) -> None:
-    """A huge number chosen by a user takes little CPU time and does not fail the event."""
+    """A number with too many digits takes little CPU time and does not make the event fail."""
     column = from_clerk("unsafe_metadata.p", type_, nullable=True, parse=Decimal)
     application = make_application(empty_database, {"price": column})
     user_id = clerk_id("user")

@@ -1,4 +1,4 @@
-"""The private engine's connections to PostgreSQL after a failover or a dropped NAT entry."""
+"""The private engine's PostgreSQL connections after a failover or a lost NAT mapping."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def execute_on_each_connection(service: Service, statement: str, count: int) -> 
 
 
 def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> None:
-    """After a demotion, one delivery fails; its retry and all later deliveries succeed."""
+    """After a demotion, one delivery fails. Its retry and all later deliveries succeed."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 4)
     message_id, user_id = clerk_id("msg"), clerk_id("user")
     answers = [service.deliver(user_event(user_id), message_id).status_code for _ in range(2)]
@@ -50,7 +50,7 @@ def test_replaces_all_sessions_that_have_become_read_only(service: Service) -> N
 
 
 def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
-    """``/readyz`` returns 503 once for each read-only session, and closes the session."""
+    """``/readyz`` returns 503 if it finds a read-only session, and closes that session."""
     execute_on_each_connection(service, "SET default_transaction_read_only = on", 1)
     answers = [service.http.get("/readyz") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]
@@ -60,7 +60,7 @@ def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
 def test_does_not_mistake_replication_lag_for_a_deletion(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that exists but cannot be read is an error, not a deleted user."""
+    """If an existing row cannot be read, the response is 500, not that the user is deleted."""
     users: Any = service.app.extensions["clerkhooks"].users
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id)) == "applied"
@@ -82,18 +82,18 @@ class ForgetfulNetwork:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def forget(self) -> None:
-        """Drop all further data on currently open connections, without closing them."""
+        """Keep open connections open, but silently drop all further data on them."""
         self._forgotten.update(self._sockets)
 
     def close(self) -> None:
-        """Stop listening and close all connections, which ends the daemon threads."""
+        """Stop listening and close all connections. This ends the daemon threads."""
         for each in (self._listener, *self._sockets):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # until close()
+        with suppress(OSError):  # raised after close()
             while True:
                 client, _ = self._listener.accept()
                 server = socket.socket(self._family)
@@ -125,7 +125,7 @@ def test_does_not_use_a_connection_that_the_network_has_dropped(
     network: ForgetfulNetwork,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A connection that was idle for more than ``MAX_IDLE`` is replaced before it is used."""
+    """A connection that has been idle for longer than ``MAX_IDLE`` is replaced before use."""
     with psycopg.connect(database_url) as connection:
         user, name = connection.info.user, connection.info.dbname
     url = make_url("postgresql://127.0.0.1").set(port=network.port, username=user, database=name)
@@ -145,7 +145,7 @@ def test_does_not_use_a_connection_that_the_network_has_dropped(
 
 
 def test_sends_keepalives(service: Service) -> None:
-    """The kernel probes connections that are idle for 30 s and drops a dead peer after 4 s."""
+    """The kernel probes a connection after 30 idle seconds, and drops a dead peer after 4 s."""
     with database_of(service.app).connect() as connection:
         driver: Any = connection.connection.driver_connection
         options = dict(driver.info.get_parameters())
