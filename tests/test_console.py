@@ -1,4 +1,4 @@
-"""The console in this process: access control, page content and read-only behaviour."""
+"""The console in this process: access control, content of pages, and absence of writes."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ class Console:
         return self.http.get(path, auth=("operator", self.password), **options)
 
     def read(self, path: str, **options: Any) -> str:
-        """Return the text of a page, which must exist."""
+        """Check that a page exists, and return its text."""
         answer = self.get(path, **options)
         assert answer.status_code == 200, answer.text
         return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", answer.text.replace("<dd", " <dd")))
 
     def search(self, text: str, after: str = "") -> TestResponse:
-        """Submit a search, and follow a redirect."""
+        """Submit a search and follow any redirect."""
         return self.http.post(
             "/console/users",
             data={"search": text, "after": after},
@@ -83,13 +83,13 @@ def find_store(service: Service) -> Store:
 
 @pytest.fixture(autouse=True)
 def doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the doctor with one that sends no request and finds no problem."""
+    """Replace the doctor with a fake that sends no requests and finds no problems."""
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(FINE))
 
 
 @pytest.fixture
 def service(make_service: MakeService) -> Service:
-    """Create the service with a console."""
+    """Create a service with a console."""
     return make_service(CONSOLE_PASSWORD=PASSWORD)
 
 
@@ -103,7 +103,7 @@ def console(service: Service) -> Console:
 def test_does_not_exist_without_a_configured_password(
     make_service: MakeService, method: str
 ) -> None:
-    """Without CONSOLE_PASSWORD every path is answered with 404, as any unknown path is."""
+    """Without CONSOLE_PASSWORD, every path of the console returns the usual 404."""
     service = make_service()
     for path in PAGES:
         answer = service.http.open(path, method=method, auth=("operator", ""))
@@ -131,7 +131,7 @@ def test_does_not_exist_without_a_configured_password(
     ],
 )
 def test_refuses_requests_without_the_password(service: Service, sent: str | None) -> None:
-    """Other credentials are answered with 401 on every page and file, with strict headers."""
+    """Without the password, every page and file returns 401 with strict headers."""
     headers = {} if sent is None else {"Authorization": sent}
     for method, path in (
         ("GET", "/console"),
@@ -173,7 +173,7 @@ def test_refuses_requests_without_the_password(service: Service, sent: str | Non
 def test_refuses_other_paths_and_methods(
     console: Console, method: str, path: str, status: int
 ) -> None:
-    """Unknown paths and methods are answered with problem details."""
+    """Unknown paths and methods return problem details."""
     answer = console.http.open(path, method=method, auth=("operator", PASSWORD))
     assert (answer.status_code, answer.content_type) == (status, "application/problem+json")
     assert ("Allow" in answer.headers) == (status == 405)
@@ -181,7 +181,7 @@ def test_refuses_other_paths_and_methods(
 
 @pytest.mark.parametrize("path", ["/console/users/nobody", "/console/static/nothing.css"])
 def test_answers_404_with_strict_headers(console: Console, path: str) -> None:
-    """The console also sets its strict headers on 404 responses."""
+    """A 404 response of the console also has the strict headers."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
     assert_strict(answer)
@@ -191,7 +191,7 @@ def test_answers_404_with_strict_headers(console: Console, path: str) -> None:
 def test_is_a_guest_in_an_application(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clerk: FakeClerk, prefix: str | None
 ) -> None:
-    """Neither the application's error handlers nor its Jinja options change a page."""
+    """The application's error handlers and Jinja options do not affect the console's pages."""
     variables = {"PORT": "x", "DATABASE_URL": "mysql://", "LOG_FORMAT": "xml", "DYNO": "web.1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -257,14 +257,14 @@ def test_is_a_guest_in_an_application(
 def diagnose_configuration(
     diagnose: Any, values: Mapping[str, Any], *, checks: Any, program: Program
 ) -> Any:
-    """Run the checks that send no request."""
+    """Run only the checks that send no requests."""
     assert program is APPLICATION
     own = [check for check in checks if check.__module__ != "clerkhooks.doctor.instance"]
     return diagnose(values, checks=own, program=program)
 
 
 def test_keeps_two_applications_apart(make_service: MakeService) -> None:
-    """Each application in a process has its own password."""
+    """Two applications in one process have separate console passwords."""
     passwords = PASSWORD, "other" * 4
     services = [make_service(CONSOLE_PASSWORD=password) for password in passwords]
     for service in services:
@@ -278,7 +278,7 @@ def test_keeps_two_applications_apart(make_service: MakeService) -> None:
 
 
 def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
-    """The console adds a new blueprint to each application, and no hook outside it."""
+    """The console adds a blueprint to the application, and no hooks outside that blueprint."""
     app = service.app
     assert app.before_request_funcs.keys() == {"clerkhooks.console"}
     assert set_headers not in app.after_request_funcs[None]
@@ -292,7 +292,7 @@ def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
 def test_answers_unexpected_errors_as_problems(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug gives a 500 without internal details, and is logged without the error's text."""
+    """An unexpected error returns 500 without details, and the log contains only its class."""
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("hidden")
@@ -307,14 +307,14 @@ def test_answers_unexpected_errors_as_problems(
 
 
 def test_works_below_a_mount_point(console: Console) -> None:
-    """Links include the server's SCRIPT_NAME."""
+    """Links begin with the SCRIPT_NAME of the WSGI server."""
     answer = console.get("/console", base_url="http://localhost/mounted")
     assert 'href="/mounted/console/users"' in answer.text
 
 
 @pytest.mark.parametrize("password", [PASSWORD, "with:colon:inside", "'quotes\"and%&<>+"])
 def test_admits_requests_with_the_password(make_service: MakeService, password: str) -> None:
-    """Any user name works; the password may contain any printable ASCII characters."""
+    """Any user name works. The password can contain any printable ASCII characters."""
     service = make_service(CONSOLE_PASSWORD=password)
     for path in PAGES:
         answer = Console(service, password).get(path)
@@ -323,7 +323,7 @@ def test_admits_requests_with_the_password(make_service: MakeService, password: 
 
 
 def assert_strict(answer: TestResponse) -> None:
-    """Check that scripts, framing, sniffing, referrers and caching are forbidden."""
+    """Check that headers forbid scripts, framing, MIME sniffing, referrers and caching."""
     policy = dict(
         part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
     )
@@ -344,13 +344,13 @@ def assert_strict(answer: TestResponse) -> None:
 
 
 def test_leaves_other_responses_alone(service: Service) -> None:
-    """Only the console's responses have its headers."""
+    """Responses from outside the console do not have the console's headers."""
     for path in ("/healthz", "/api/me", "/consoles"):
         assert "Content-Security-Policy" not in service.http.get(path).headers
 
 
 def test_changes_nothing(console: Console) -> None:
-    """Reading every page leaves every row unchanged."""
+    """Reading all pages changes no row."""
     user_id = clerk_id("user")
     console.service.deliver(user_event(user_id), "msg_1")
     tables = ("SELECT * FROM users", "SELECT * FROM webhook_messages")
@@ -374,7 +374,7 @@ def test_changes_nothing(console: Console) -> None:
 
 
 def test_reports_that_everything_is_ok(console: Console) -> None:
-    """The overview shows the figures of a day without failures."""
+    """If no message has failed, the overview shows the figures and no problems."""
     console.service.deliver(user_event(clerk_id("user")))
     gone = clerk_id("user")
     console.service.deliver(deletion(gone))
@@ -396,7 +396,7 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
 
 
 def test_reports_errors_and_warnings(console: Console) -> None:
-    """The overview shows findings about the database with remedies, the most severe first."""
+    """The overview shows the database's problems and their remedies, most severe first."""
     assert "OK, with 1 warning warning webhooks No verified webhook" in console.read("/console")
     body = user_event(clerk_id("user"))
     with broken_users(console.service):
@@ -411,7 +411,7 @@ def test_reports_errors_and_warnings(console: Console) -> None:
 
 
 def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page shows the doctor's findings and those about the database, most severe first."""
+    """The page shows the doctor's findings and the database's problems, most severe first."""
     findings = (*FINE, Finding("b", Level.WARNING, "keys", "Old.", "Look."))
     monkeypatch.setattr(pages, "diagnose", lambda *_, **__: iter(findings))
     console.service.deliver(user_event(clerk_id("user")))
@@ -421,7 +421,7 @@ def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> None:
-    """The overview is still shown, with a remedy. Other pages are answered with 503."""
+    """Without a database, the overview still works and shows a remedy. Other pages return 503."""
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
     for path in ("/console", "/console/checks"):
         words = console.read(path)
@@ -435,7 +435,7 @@ def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> Non
 def test_reports_that_the_database_is_not_migrated(
     make_database: MakeDatabase, make_service: MakeService, database_url: str
 ) -> None:
-    """The overview shows the command that migrates the database."""
+    """If the database is not migrated, the overview shows the command that migrates it."""
     kind = make_url(database_url).get_backend_name()
     console = Console(make_service(DATABASE_URL=make_database(kind), CONSOLE_PASSWORD=PASSWORD))
     words = console.read("/console")
@@ -449,7 +449,7 @@ def test_reports_that_the_database_is_not_migrated(
 def test_reports_that_the_figures_cannot_be_read(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a query times out, the findings are still shown, and the log names the error."""
+    """If a query times out, the overview still shows the findings. The error is logged."""
 
     def find_lag(_store: object, _now: datetime) -> None:
         raise OperationalError(
@@ -467,7 +467,7 @@ def test_reports_that_the_figures_cannot_be_read(
 
 
 def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> None:
-    """The overview shows whether keys are configured, fetched, not fetched yet or missing."""
+    """The overview shows whether session keys are configured, fetched, pending or missing."""
     none = make_service(CONSOLE_PASSWORD=PASSWORD, CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None)
     assert "Session keys missing: protected routes return 503" in Console(none).read("/console")
     with Issuer(jwk(none.clerk)).open() as issuer:
@@ -481,7 +481,7 @@ def test_reports_the_state_of_the_session_keys(make_service: MakeService) -> Non
 
 
 def test_filters_messages(console: Console) -> None:
-    """Filters by outcome, type, user and time can be combined; messages link to their users."""
+    """Filters by outcome, type, user and time can be combined. Messages link to their users."""
     ada, grace = clerk_id("user"), clerk_id("user")
     console.service.deliver(user_event(ada, at=NOW_MS), "msg_new")
     console.service.deliver(user_event(ada, at=NOW_MS - 5000), "msg_old")
@@ -509,7 +509,7 @@ def test_filters_messages(console: Console) -> None:
 
 
 def test_links_a_failed_message_to_its_user(console: Console) -> None:
-    """The pages show the failure, the number of attempts, the error and the user's row."""
+    """The message's page shows the error and the attempts. The user's page shows the row."""
     user_id = clerk_id("user")
     with broken_users(console.service):
         for _ in range(2):
@@ -529,7 +529,7 @@ def test_links_a_failed_message_to_its_user(console: Console) -> None:
 
 
 def test_explains_the_source_of_a_row(console: Console, syncing: Service, backend: Backend) -> None:
-    """A user's page names the winning event or another source of the row."""
+    """A user's page names the event, call or sync that wrote the current row."""
     seen, filled, gone, synced = (clerk_id("user") for _ in range(4))
     console.service.call(seen)
     console.service.deliver(user_event(filled, at=NOW_MS), "msg_winner")
@@ -559,7 +559,7 @@ def test_explains_the_source_of_a_row(console: Console, syncing: Service, backen
 
 
 def test_searches_users(console: Console) -> None:
-    """Id, email and the beginning of a first or last name match; a single match is opened."""
+    """A search matches ids, emails and beginnings of names. A single match is opened."""
     ada, grace, other = (clerk_id("user") for _ in range(3))
     console.service.deliver(user_event(ada))
     changed: dict[str, Any] = {
@@ -592,7 +592,7 @@ def test_searches_users(console: Console) -> None:
 
 
 def test_pages_through_users(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each user appears once, on pages of a fixed size, in a list and in a search."""
+    """Both the list and a search show each user once, on pages of a fixed size."""
     monkeypatch.setattr(pages, "PAGE", 2)
     ids = {clerk_id("user") for _ in range(5)}
     for user_id in ids:
@@ -610,7 +610,7 @@ def test_pages_through_users(console: Console, monkeypatch: pytest.MonkeyPatch) 
 
 
 def find_users_of(answer: TestResponse, found: list[list[str]], pattern: str) -> str | None:
-    """Add the users on a page to *found*, and return the next page's link or cursor."""
+    """Add the users on the page to *found*, and return the link or cursor of the next page."""
     found.append(re.findall(r'href="/console/users/(\w+)"', answer.text))
     assert len(found) < 9
     following = re.search(pattern, answer.text)
@@ -619,7 +619,7 @@ def find_users_of(answer: TestResponse, found: list[list[str]], pattern: str) ->
 
 @given(st.data())
 def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
-    """Each matching message appears once, newest first, for any page and search size."""
+    """For any page size and search limit, each match appears once, and newer ones come first."""
     outcomes = data.draw(
         st.lists(
             st.tuples(st.sampled_from(["applied", "stale", "failed"]), st.integers(0, 3)),
@@ -659,7 +659,7 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
 def test_reports_how_far_back_it_searched(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no index serves a filter, each page searches only part of the log."""
+    """If a filter has no index, each page searches part of the log and says how far back."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     for number in range(5):
         console.service.deliver(
@@ -680,7 +680,7 @@ def test_reports_how_far_back_it_searched(
 def test_reports_how_far_back_it_searched_users(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each page of a search by name examines only part of the table."""
+    """In a search by name, each page searches part of the table and says how far back."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     oldest = clerk_id("user")
     console.service.deliver(user_event(oldest, first_name="Grace", last_name=None))
@@ -701,7 +701,7 @@ def test_reports_how_far_back_it_searched_users(
 def test_lists_each_message_once_while_others_arrive(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New messages between two statements of a search cause no gap and no repetition."""
+    """New messages during a search do not cause missing or repeated results."""
     for number in range(9):
         service.deliver(user_event(clerk_id("user"), "user.created"), f"msg_{number}")
     store, ids = find_store(service), [f"msg_{number}" for number in range(9)]
@@ -732,7 +732,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_escapes_hostile_content(console: Console, name: str) -> None:
-    """Names, types, ids, errors and searches never become markup."""
+    """Names, types, ids, errors and search terms are escaped in HTML."""
     user_id = clerk_id("user")
     console.service.deliver(user_event(user_id, first_name=name, last_name=None))
     quoted = name[:200].replace("'", "''")
@@ -775,7 +775,7 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
     ],
 )
 def test_refuses_malformed_urls(console: Console, path: str) -> None:
-    """Malformed filters and cursors are answered with 400."""
+    """Malformed filters and cursors return 400."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
     assert_strict(answer)
@@ -785,7 +785,7 @@ def test_refuses_malformed_urls(console: Console, path: str) -> None:
     "path", ["/console/messages?user=%00", "/console/messages?type=a%00b", "/console/messages/%00"]
 )
 def test_refuses_characters_that_the_database_refuses(console: Console, path: str) -> None:
-    """PostgreSQL refuses NUL, so the response is 400; on SQLite, nothing matches."""
+    """PostgreSQL refuses NUL, so the response is 400. On SQLite, nothing matches."""
     answer = console.get(path)
     is_sqlite = console.service.database_url.startswith("sqlite")
     assert answer.status_code == (200 if is_sqlite else 400)
@@ -795,7 +795,7 @@ def test_refuses_characters_that_the_database_refuses(console: Console, path: st
 
 @pytest.mark.parametrize("fields", [("ada", "\0"), ("ada", "yesterday")])
 def test_refuses_malformed_searches(console: Console, fields: tuple[str, ...]) -> None:
-    """A malformed search or cursor is answered with 400."""
+    """A malformed search or cursor returns 400."""
     answer = console.search(*fields)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
 
@@ -808,7 +808,7 @@ def test_refuses_malformed_searches(console: Console, fields: tuple[str, ...]) -
 def test_answers_any_url_without_a_server_error(
     console: Console, name: str, text: str, body: bytes
 ) -> None:
-    """No argument, path or body causes a 5xx."""
+    """No query string, path or body causes a 5xx response."""
     for path in ("/console/messages", "/console/users"):
         assert console.get(path, query_string={name: text}).status_code < 500
     for path in ("/console/messages/", "/console/users/", "/console/"):
@@ -819,7 +819,7 @@ def test_answers_any_url_without_a_server_error(
 
 
 def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeClerk) -> None:
-    """Requests with characters that the encoding lacks are answered with 400; others work."""
+    """Characters that are missing from the encoding cause a 400. Other requests work."""
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     url = (
@@ -850,7 +850,7 @@ def test_works_on_a_database_of_another_encoding(postgresql: str, clerk: FakeCle
 def test_logs_neither_searches_nor_the_password(
     console: Console, formatter: logging.Formatter
 ) -> None:
-    """A request's log line has the path without the query, and nothing from the body."""
+    """A request's log line contains the path, but neither the query string nor the body."""
     with captured_lines(formatter) as written:
         assert console.search("lovelace").request.query_string == b""
         assert console.search("ada@example.org").request.query_string == b""
@@ -861,7 +861,7 @@ def test_logs_neither_searches_nor_the_password(
 
 
 def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting stops at the limit; the figures by outcome cover only the newest messages."""
+    """Counting stops at a limit. Figures by outcome then cover only the newest messages."""
     for number in range(5):
         console.service.deliver(user_event(clerk_id("user"), at=NOW_MS + number))
     store = find_store(console.service)
@@ -878,7 +878,7 @@ def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_counts_the_messages_of_a_day(service: Service) -> None:
-    """Older messages are not counted, and every outcome has a number."""
+    """Messages older than a day are not counted. An outcome without messages counts as 0."""
     for number in range(3):
         service.deliver(user_event(clerk_id("user")), f"msg_{number}")
     service.rows(
@@ -890,7 +890,7 @@ def test_counts_the_messages_of_a_day(service: Service) -> None:
 
 
 def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
-    """The lag is the time from the event to the end of its processing."""
+    """The lag is the time between an event and the end of its processing."""
     now = int(time.time() * 1000)
     for seconds in (100, 200, 300):
         service.deliver(user_event(clerk_id("user"), at=now - seconds * 1000))
@@ -913,7 +913,7 @@ def test_measures_the_lag_of_the_latest_messages(service: Service) -> None:
     ],
 )
 def test_formats_a_duration(seconds: float, text: str) -> None:
-    """The unit depends on the duration."""
+    """The unit of a duration depends on its length."""
     assert texts.duration(seconds) == text
 
 
@@ -929,7 +929,7 @@ def test_formats_a_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
-    """A time in the future, set by another clock, is formatted as well."""
+    """A time is formatted even if it is in the future because another clock is fast."""
     now = datetime.now(UTC)
     assert texts.ago(now - timedelta(seconds=seconds), now) == text
 
@@ -939,5 +939,5 @@ def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
     [(1234, "1,234"), (100_000, "100,000"), (100_001, "more than 100,000")],
 )
 def test_formats_a_number(count: int, text: str) -> None:
-    """The text says whether the number is exact."""
+    """A number above the limit is shown as "more than" the limit."""
     assert texts.number(count) == text

@@ -1,4 +1,4 @@
-"""The console in a real browser: mouse, keyboard, widths, colour schemes, hostile content."""
+"""The console in a real browser: mouse, keyboard, widths, colours and hostile content."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if not os.environ.get("REQUIRE_BROWSER"):
 
 @dataclass(frozen=True)
 class Story:
-    """The server, and the ids of a failed message and of users in several states."""
+    """The server, the id of a failed message, and the ids of users in several states."""
 
     server: Server
     failed_message: str
@@ -69,7 +69,7 @@ def story(
     clerk: FakeClerk,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Story]:
-    """Run the real server with its console, on a database with some events."""
+    """Run the real server with a console and with some delivered events."""
     url = make_database(request.param)
     migrate(url, clerk)
     log = tmp_path_factory.mktemp("console") / "server.log"
@@ -120,7 +120,7 @@ Open = Callable[..., "Page"]
 
 @pytest.fixture
 def visit(browser: Browser, story: Story) -> Iterator[Open]:
-    """Open pages with the password; fail on an error or a request to another host."""
+    """Return a function that opens pages; fail on errors and on requests to other hosts."""
     contexts: list[BrowserContext] = []
     problems: list[str] = []
 
@@ -142,7 +142,7 @@ def visit(browser: Browser, story: Story) -> Iterator[Open]:
             ),
         )
         page.on("pageerror", lambda error: problems.append(str(error)))
-        # Leaving a page while it loads aborts its requests.
+        # The browser aborts requests if the user leaves a page while it is loading.
         page.on(
             "requestfailed",
             lambda request: (
@@ -167,13 +167,13 @@ def visit(browser: Browser, story: Story) -> Iterator[Open]:
 
 
 def follow(page: Page, link: Locator) -> None:
-    """Click *link* and wait until the next page has loaded; ``click`` does not wait for it."""
+    """Click *link* and wait for the next page, because ``click`` alone does not wait."""
     with page.expect_navigation():
         link.click()
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """Three clicks lead from the overview to the user, and going back leads to the overview."""
+    """Three clicks lead from the overview to the user, and three steps back to the overview."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -188,7 +188,7 @@ def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
 
 
 def test_explains_the_source_of_a_row(visit: Open, story: Story) -> None:
-    """A search by last name finds the user, whose page links to the winning message."""
+    """A search by last name leads to the user's page, which links to the winning message."""
     page = visit("/users")
     page.get_by_role("searchbox").fill("murray")
     page.keyboard.press("Enter")
@@ -199,7 +199,7 @@ def test_explains_the_source_of_a_row(visit: Open, story: Story) -> None:
 
 
 def test_pages_through_a_search(visit: Open, story: Story) -> None:
-    """The search leads to the oldest match, and no URL contains the search."""
+    """All pages of a search can be reached, and no URL contains the search term."""
     page, seen = visit("/users"), set[str]()
     page.get_by_role("searchbox").fill("lovelace")
     follow(page, page.get_by_role("button", name="Search"))
@@ -216,7 +216,7 @@ def test_pages_through_a_search(visit: Open, story: Story) -> None:
 
 
 def test_runs_all_checks(visit: Open) -> None:
-    """One click leads from the overview to the findings about the settings."""
+    """One click leads from the overview to the findings of all checks."""
     page = visit()
     follow(page, page.get_by_role("link", name="Run all checks"))
     assert "Every variable is valid." in page.inner_text("main")
@@ -225,7 +225,7 @@ def test_runs_all_checks(visit: Open) -> None:
 
 @pytest.mark.parametrize("path", ["/users", "/messages"])
 def test_pages(visit: Open, path: str) -> None:
-    """Each row appears once on the way to the oldest page; one click leads back to the newest."""
+    """The links to older pages lead to each row once. One click leads back to the newest page."""
     page, seen = visit(path), set[str]()
     for _ in range(20):
         links = page.locator("tbody a").all()
@@ -248,7 +248,7 @@ def test_pages(visit: Open, path: str) -> None:
 
 
 def test_filters_messages(visit: Open) -> None:
-    """The form filters by outcome, time, type and user, and keeps its values."""
+    """The form filters by outcome, time and type, and still shows its values afterwards."""
     page = visit("/messages")
     page.get_by_label("Outcome").select_option("applied")
     page.get_by_label("Received in the last").select_option("24 hours")
@@ -260,7 +260,7 @@ def test_filters_messages(visit: Open) -> None:
 
 
 def test_works_without_a_mouse(visit: Open, story: Story) -> None:
-    """Tab and Enter lead from the overview to a user, with a visible focus."""
+    """The Tab and Enter keys lead from the overview to a user. The focus is always visible."""
     page = visit()
 
     def press_until(name: str) -> None:
@@ -303,12 +303,12 @@ LOOKS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # the layout is the same on both
+@pytest.mark.parametrize("story", ["postgresql"], indirect=True)  # same layout on SQLite
 @LOOKS
 def test_is_accessible_and_fits(
     visit: Open, story: Story, viewport: dict[str, int], scheme: str
 ) -> None:
-    """The axe checker finds no violation on any page, and no page is wider than the screen."""
+    """The axe checker finds no violations, and no page is wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
     page = visit("/", viewport, scheme)
@@ -329,7 +329,7 @@ def test_is_accessible_and_fits(
 
 
 def take_picture(page: Page, name: str) -> None:
-    """Save a screenshot in the folder named by the environment variable PICTURES, if set."""
+    """Save a screenshot in the folder PICTURES, if this environment variable is set."""
     if folder := os.environ.get("PICTURES"):
         safe = "".join(
             character if character.isalnum() or character == "-" else "_" for character in name
@@ -338,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """A name cannot run a script or reverse the text around it, and is shown as stored."""
+    """A name is shown as stored. It cannot run a script or reverse the text around it."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):
