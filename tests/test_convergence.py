@@ -1,4 +1,4 @@
-"""The users table depends only on the set of events, not on their order or on repetitions."""
+"""The users table depends only on the set of events, not on their order or repetition."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.support import Service, ThreadPool
 
 @dataclass
 class Run:
-    """A run of a history against the service and the model."""
+    """One run of a history against both the service and the model."""
 
     service: Service
     ids: list[str] = field(default_factory=lambda: [clerk_id("user") for _ in USERS])
@@ -56,7 +56,7 @@ class Run:
     log: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def deliver(self, event: Sent, attempt: int = 0) -> None:
-        """Deliver *event* with a timestamp *attempt* seconds from now."""
+        """Deliver *event* with a timestamp that is *attempt* seconds from now."""
         timestamp = int(time.time()) + attempt
         self.expect(event, self.service.outcome(event.body, event.message_id, timestamp))
 
@@ -64,7 +64,7 @@ class Run:
         """
         Check the outcome of a delivery and update the model.
 
-        The outcome must be ``duplicate`` if the log has the message, ``applied`` if the event
+        The outcome must be ``duplicate`` if the message is in the log, ``applied`` if the event
         changes the model's row, and ``stale`` otherwise.
         """
         was, arrived = self.log.get(event.message_id, ("failed", 0)), self.arrived[event.user_id]
@@ -82,7 +82,7 @@ class Run:
         self.log[event.message_id] = (outcome, was[1] + 1)
 
     def fail(self, event: Sent) -> None:
-        """Deliver while processing fails. Only the log changes; a duplicate changes nothing."""
+        """Deliver with a failing handler. Only the log changes; a duplicate changes nothing."""
         outcome, attempts = self.log.get(event.message_id, ("failed", 0))
         with registered_handler(self.service.app, raise_always):
             status = self.service.deliver(event.body, event.message_id).status_code
@@ -91,7 +91,7 @@ class Run:
             self.log[event.message_id] = ("failed", attempts + 1)
 
     def call(self, user_id: str) -> None:
-        """Call as the user, who is refused if deleted and gets the model's row otherwise."""
+        """Call the API as the user. A deleted user gets a 401; other users get the model's row."""
         response = self.service.call(user_id)
         expected = expected_row(self.arrived[user_id], called=True) or {}
         assert response.status_code == (401 if expected["deleted"] else 200)
@@ -111,7 +111,7 @@ class Run:
             del self.log[message_id]
 
     def check(self) -> None:
-        """Check that both tables equal the model."""
+        """Check that both tables agree with the model."""
         found = {
             row[0]: stored_row(row[1:])
             for row in self.read(
@@ -130,7 +130,7 @@ class Run:
         assert {row[0]: tuple(row[1:]) for row in log} == self.log
 
     def read(self, query: str) -> list[Any]:
-        """Execute *query* on a pooled connection: a run has thousands of queries."""
+        """Execute *query* on a pooled connection, because a run has thousands of queries."""
         with self.service.app.app_context(), db.engine.begin() as connection:
             result = connection.execute(sa.text(query))
             return list(result) if result.returns_rows else []
@@ -142,9 +142,9 @@ def test_ends_as_the_set_of_events_says(
     service: Service, pattern: str | None, history: History
 ) -> None:
     """
-    Rows, responses and log equal the model's for any order of deliveries, calls and prunes.
+    Rows, responses and log agree with the model for any order of events, calls and prunes.
 
-    This holds with and without handlers.
+    This is true with and without handlers.
     """
     run = Run(service)
     events = [draft.sent(run.ids, number) for number, draft in enumerate(history.events)]
@@ -161,7 +161,7 @@ def test_ends_as_the_set_of_events_says(
 
 @given(history=histories())
 def test_writes_a_batch_as_its_events_one_by_one(service: Service, history: History) -> None:
-    """Deliveries of several users in one transaction have the same result as separate ones."""
+    """Several users' events in one transaction have the same results as separate deliveries."""
     run = Run(service)
     events = [draft.sent(run.ids, number) for number, draft in enumerate(history.events)]
     batches: list[list[Sent]] = [[]]
@@ -193,7 +193,7 @@ class Machine(RuleBasedStateMachine):
         self.events: list[Sent] = []
 
     def new(self, draft: Draft) -> Sent:
-        """Return the message of a new event."""
+        """Add a new event to the run, and return its message."""
         self.drafts = determined([*self.drafts, draft])
         self.events.append(self.drafts[-1].sent(self.run.ids, len(self.events)))
         return self.events[-1]
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(draft=UPDATES)
     def fail_update(self, draft: Draft) -> None:
-        """Deliver a new event while processing fails."""
+        """Deliver a new event with a failing handler."""
         self.run.fail(self.new(draft))
 
     @rule(draft=DELETIONS)
@@ -223,12 +223,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.events)
     @rule(data=st.data())
     def fail_repeat(self, data: st.DataObject) -> None:
-        """Deliver an earlier event again while processing fails."""
+        """Deliver an earlier event again with a failing handler."""
         self.run.fail(data.draw(st.sampled_from(self.events)))
 
     @rule(user=st.sampled_from(USERS))
     def call(self, user: int) -> None:
-        """Call as a user."""
+        """Call the API as a user."""
         self.run.call(self.run.ids[user])
 
     @precondition(lambda self: self.run.log)
@@ -239,12 +239,12 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """Check that both tables equal the model."""
+        """Check that both tables agree with the model."""
         self.run.check()
 
 
 def test_agrees_with_the_model_at_every_step(service: Service) -> None:
-    """After each event, repetition, failure, call and prune, both tables equal the model."""
+    """Both tables agree with the model after every step of a run."""
     run_state_machine_as_test(
         type("Machine", (Machine,), {"service": service}),
         settings=settings(max_examples=settings().max_examples // 2, stateful_step_count=15),
@@ -256,7 +256,7 @@ def test_agrees_with_the_model_at_every_step(service: Service) -> None:
 @given(history=histories(fewest=12, most=24))
 def test_ends_the_same_under_16_threads(server: Server, history: History) -> None:
     """
-    Sixteen threads send to two workers, and the rows equal the model's.
+    If 16 threads send requests to two workers, the rows still agree with the model.
 
     No delivery or call fails, and each message is processed once.
     """
@@ -303,10 +303,10 @@ def check_answers(
     server: Server, answers: list[tuple[str, str, int, str]], pruned: set[str]
 ) -> None:
     """
-    Check that every delivery was answered with 200.
+    Check that the status of every delivery is 200.
 
-    For each message that was not pruned, one answer has the logged outcome, and all others are
-    ``duplicate``.
+    Of the responses to a message that was not pruned, one contains the logged outcome, and all
+    others contain ``duplicate``.
     """
     outcomes: dict[str, list[str]] = defaultdict(list)
     for kind, key, status, outcome in answers:
@@ -326,14 +326,14 @@ def check_answers(
 
 
 def quoted(texts: Iterable[str]) -> str:
-    """Return *texts* as an SQL list."""
+    """Return the strings in *texts* as an SQL list."""
     return ", ".join(f"'{text}'" for text in texts)
 
 
 def raise_always(_event: Event) -> None:
-    """Fail every message."""
+    """Raise an exception, so that every message fails."""
     raise RuntimeError("processing fails")
 
 
 def do_nothing(_event: Event) -> None:
-    """Do nothing. A message with a handler is written in the handlers' transaction."""
+    """Do nothing. With a handler, messages take a different code path."""

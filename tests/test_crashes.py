@@ -17,5 +17,5 @@ def test_loses_no_message_in_crashes(kind: str) -> None:
     assert report.lost == 0
     assert report.messages > 0
     assert report.crashes.total() >= 3
-    if kind == "sqlite":  # a SQLite file is always reachable, so no delivery may fail
+    if kind == "sqlite":  # a SQLite file is always available, so no delivery may fail
         assert report.attempts["500"] == report.calls["500"] == 0
