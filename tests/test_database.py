@@ -1,4 +1,4 @@
-"""The private engine: its commits do not depend on the application's engine and sessions."""
+"""The private engine is independent of the application's engine and sessions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def database_of(service: Service) -> Database:
 
 
 def show(database: Database, *names: str) -> list[Any]:
-    """Return settings of a PostgreSQL session, by name."""
+    """Return the values of these settings of a PostgreSQL session."""
     with database.connect() as connection:
         return [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
 
@@ -52,7 +52,7 @@ def show(database: Database, *names: str) -> list[Any]:
 def test_combines_url_options_with_its_own_limits(
     make_database: MakeDatabase, make_service: MakeService, options: str, expected: list[str]
 ) -> None:
-    """Options in DATABASE_URL apply, except for timeouts and the time zone."""
+    """Options in DATABASE_URL apply, except for the timeouts and the time zone."""
     url = make_database("postgresql")
     service = make_service(DATABASE_URL=f"{url}{'&' if '?' in url else '?'}{options}")
     names = ("lock_timeout", "statement_timeout", "timezone", "search_path")
@@ -61,7 +61,7 @@ def test_combines_url_options_with_its_own_limits(
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_raises_sqlalchemy_errors(service: Service) -> None:
-    """An error has SQLAlchemy's class and a SQLSTATE, and does not quote parameters."""
+    """An error is one of SQLAlchemy's. It has an SQLSTATE, and does not quote parameters."""
     database = database_of(service)
     statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
     with pytest.raises(DBAPIError) as raised:
@@ -76,7 +76,7 @@ def test_raises_sqlalchemy_errors(service: Service) -> None:
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_replaces_a_connection_that_the_server_has_closed(service: Service) -> None:
-    """A connection closed by the server is replaced before use, so no request fails."""
+    """A connection that the server has closed is replaced before use, so no request fails."""
     user_id = clerk_id("user")
     pid = backend_pid(database_of(service))
     with psycopg.connect(service.database_url, autocommit=True) as other:
@@ -88,7 +88,7 @@ def test_replaces_a_connection_that_the_server_has_closed(service: Service) -> N
 
 
 def backend_pid(database: Database) -> int:
-    """Return the process id of a pooled connection's server process."""
+    """Return the id of the server process behind a pooled connection."""
     [(pid,)] = database.execute(sa.text("SELECT pg_backend_pid()"))
     return int(pid)
 
@@ -98,11 +98,7 @@ def backend_pid(database: Database) -> int:
 def test_loses_nothing_to_isolation_levels_of_views(
     application: Application, level: str, handled: bool
 ) -> None:
-    """
-    Isolation levels that views set for their own session do not affect deliveries.
-
-    All 20 deliveries are committed.
-    """
+    """Isolation levels that views set for their own session do not affect deliveries."""
 
     @application.app.get("/report")
     def report() -> str:
@@ -137,12 +133,12 @@ def test_loses_nothing_to_the_isolation_level_of_the_engine(
 
 
 def test_commits_apart_from_the_applications_transaction(application: Application) -> None:
-    """A rollback of the application's transaction keeps the row created by authentication."""
+    """If the application's transaction is rolled back, the row from authentication is kept."""
     user_id = clerk_id("user")
 
     @application.app.before_request
     def write() -> None:
-        # On SQLite an open write transaction would lock out the private engine.
+        # On SQLite, an open write transaction would block the private engine.
         if application.database_url.startswith("postgresql"):
             statement = "UPDATE users SET name = 'never committed'"
             application.db.session.execute(sa.text(statement))
@@ -154,7 +150,7 @@ def test_commits_apart_from_the_applications_transaction(application: Applicatio
 
 @postgresql
 def test_limits_its_own_statements_only(application: Application) -> None:
-    """The 3 s statement timeout applies to the private engine and not to ``db.session``."""
+    """The 3 s statement timeout applies to the private engine, not to ``db.session``."""
 
     @application.app.get("/slow")
     def slow() -> str:
@@ -178,7 +174,7 @@ def test_limits_its_own_statements_only(application: Application) -> None:
 def test_stores_times_in_utc(
     make_application: MakeApplication, empty_database: str, where: str, handled: bool
 ) -> None:
-    """The time zone of the database or of the application's sessions does not shift any time."""
+    """Times are stored in UTC, even if the database or a session has another time zone."""
     options: dict[str, Any] = {}
     if where == "database":
         with psycopg.connect(empty_database, autocommit=True) as connection:
@@ -216,7 +212,7 @@ def test_stores_times_in_utc(
 
 
 def test_shows_its_statements_to_listeners(application: Application) -> None:
-    """Tracing can observe every statement through ``before_cursor_execute`` on the engine."""
+    """A tracing tool can observe every statement through the engine's events."""
     seen: list[str] = []
 
     def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -243,7 +239,7 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """Each connection would open a separate database. The error recommends a file."""
+    """An in-memory database is separate for each connection. The error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI is an in-memory SQLite database" in str(raised.value)
@@ -255,7 +251,7 @@ def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
 def test_limits_its_pool_to_the_configured_size(
     make_application: MakeApplication, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Additional callers wait for a connection, up to the pool's timeout."""
+    """If all connections are in use, a caller waits until the pool's timeout."""
     monkeypatch.setattr(database, "POOL_TIMEOUT", 0.2)
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
     with application.database.connect(), application.database.connect():
@@ -270,7 +266,7 @@ def test_limits_its_pool_to_the_configured_size(
 def test_answers_more_callers_than_it_has_connections(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """Concurrent deliveries and calls share two connections without an error."""
+    """Many concurrent deliveries and calls can share two connections without an error."""
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
 
     def act(number: int) -> int:
@@ -299,7 +295,7 @@ def test_uses_the_applications_connect_arguments(
 def test_uses_the_applications_creator(
     make_application: MakeApplication, empty_database: str
 ) -> None:
-    """The private engine uses the application's ``creator``, such as a cloud connector."""
+    """The private engine uses the application's ``creator`` function to open connections."""
     made: list[object] = []
 
     def create() -> Any:
@@ -319,7 +315,7 @@ def test_uses_the_applications_creator(
 @sqlite
 def test_syncs_every_commit_to_the_disk(application: Application) -> None:
     """
-    A message that was answered with 200 survives a power cut.
+    A message survives a power failure once its response is 200.
 
     The application's own connections keep their settings.
     """
@@ -336,7 +332,7 @@ def test_syncs_every_commit_to_the_disk(application: Application) -> None:
 def test_rolls_back_a_failed_transaction_on_sqlite(
     make_application: MakeApplication, make_database: MakeDatabase, error: type[BaseException]
 ) -> None:
-    """After an exception or a signal, nothing is kept and the write lock is released."""
+    """An exception or a signal rolls back the transaction and releases the write lock."""
     application = make_application(make_database("sqlite"))
     application.rows("CREATE TABLE notes (id INTEGER PRIMARY KEY)")
     with application.database.connect() as connection:
@@ -353,7 +349,7 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
     """
     If another process holds SQLite's write lock, the response is 500 after four seconds.
 
-    The retry is applied.
+    A later retry is applied.
     """
     if handled:
         application.hooks.on("*")(lambda _: None)
@@ -369,7 +365,7 @@ def test_gives_up_on_a_write_lock_in_time(application: Application, handled: boo
 
 @sqlite
 def test_starves_no_writer_on_sqlite(application: Application) -> None:
-    """Concurrent deliveries all succeed, with and without handlers."""
+    """All concurrent deliveries succeed, with and without handlers."""
     application.hooks.on("session.*")(lambda _: time.sleep(0.002))
     began = threading.Barrier(16)
 
@@ -388,7 +384,7 @@ def test_starves_no_writer_on_sqlite(application: Application) -> None:
 
 
 def test_uses_few_statements(service: Service) -> None:
-    """A delivery takes one statement on PostgreSQL and four on SQLite. A call takes one."""
+    """A delivery executes one statement on PostgreSQL or four on SQLite; a call executes one."""
     user_id = clerk_id("user")
     service.outcome(user_event(user_id))
     seen: list[None] = []

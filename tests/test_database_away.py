@@ -1,4 +1,4 @@
-"""The database stops, freezes or is locked, and recovers. No request hangs or is lost."""
+"""The database stops, freezes or is locked, and recovers. No request hangs or gets lost."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
 from tests.server import Server, serving
 from tests.support import NOW_MS, ThreadPool, user_event
 
-MAX_SECONDS = 10  # for any request
-CONCURRENCY = 16  # requests at once, for two workers
+MAX_SECONDS = 10  # for each request
+CONCURRENCY = 16  # concurrent requests to two workers
 Delivery = tuple[int, float]  # status and seconds
 
 
@@ -55,7 +55,7 @@ def sqlite_service(clerk: FakeClerk, tmp_path_factory: pytest.TempPathFactory) -
 def test_answers_500_while_postgresql_is_away(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Deliveries get a 500 in time, and are logged with a message id but no user data."""
+    """Deliveries get a 500 within 10 s. The log has their message ids, but no user data."""
     warm_both_pools(service)
     message_ids = [clerk_id("msg") for _ in range(CONCURRENCY)]
     with postgresql_server.away():
@@ -80,7 +80,7 @@ def test_answers_500_while_postgresql_is_away(
 def test_recovers_without_a_restart(
     postgresql_server: DedicatedPostgreSQL, service: Server, noticed: bool
 ) -> None:
-    """After a restart of PostgreSQL, no delivery fails because of a stale pooled connection."""
+    """After PostgreSQL restarts, stale connections in the pool do not make a delivery fail."""
     warm_both_pools(service)
     with postgresql_server.away():
         if noticed:
@@ -90,7 +90,7 @@ def test_recovers_without_a_restart(
 
 
 def test_gives_up_on_a_locked_row(service: Server) -> None:
-    """The delivery gets 500 and is recorded as failed; once the row is free, a retry succeeds."""
+    """The delivery gets a 500 and is logged as failed. A retry succeeds once the row is free."""
     user_id, message_id = clerk_id("user"), clerk_id("msg")
     assert service.deliver(user_event(user_id)).status == 200
     later = user_event(user_id, at=NOW_MS + 1, first_name="Augusta")
@@ -111,7 +111,7 @@ def test_gives_up_on_a_locked_row(service: Server) -> None:
 def test_gives_up_on_a_frozen_postgresql(
     postgresql_server: DedicatedPostgreSQL, service: Server
 ) -> None:
-    """Deliveries get a 500 in time, although PostgreSQL cannot enforce its timeouts."""
+    """While PostgreSQL is frozen and cannot enforce its timeouts, deliveries still get a 500."""
     warm_both_pools(service)
     with postgresql_server.frozen():
         assert service.request("GET", "/healthz").status == 200
@@ -122,7 +122,7 @@ def test_gives_up_on_a_frozen_postgresql(
 
 
 def test_gives_up_on_a_locked_sqlite_file(sqlite_service: Server) -> None:
-    """While another connection has the write lock, deliveries get 500; retries succeed later."""
+    """While another connection holds the write lock, deliveries get a 500. Retries succeed."""
     messages = [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(CONCURRENCY)]
     with closing(
         sqlite3.connect(
@@ -142,7 +142,7 @@ def test_gives_up_on_a_locked_sqlite_file(sqlite_service: Server) -> None:
 
 
 def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Delivery]:
-    """Deliver *messages* (id and body) at once; return the status and seconds of each."""
+    """Deliver *messages* (id and body) concurrently; return the status and seconds of each."""
 
     def deliver(message: tuple[str, bytes]) -> Delivery:
         started = time.monotonic()
@@ -153,14 +153,14 @@ def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Deliv
 
 
 def deliver_many(server: Server, count: int) -> list[Delivery]:
-    """Deliver *count* new users at once."""
+    """Deliver *count* new users concurrently."""
     return deliver_all(
         server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)]
     )
 
 
 def warm_both_pools(server: Server) -> None:
-    """Deliver until both workers have a database connection."""
+    """Send deliveries until both workers have a database connection."""
     for _ in range(50):
         assert {status for status, _ in deliver_many(server, 2 * CONCURRENCY)} == {200}
         if all(
