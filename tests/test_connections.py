@@ -82,7 +82,7 @@ class ForgetfulNetwork:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def forget(self) -> None:
-        """Keep open connections open, but silently drop all further data on them."""
+        """Silently drop all further data on the current connections, without closing them."""
         self._forgotten.update(self._sockets)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""``clerkhooks dev`` runs the service on this machine and shows what it does."""
+"""``clerkhooks dev`` runs the service on this machine and demonstrates it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from clerkhooks.settings import PROJECT, VARIABLES
 from clerkhooks.web import logs
 from clerkhooks.web.state import disconnect
 
-TIMEOUT = 60  # seconds, after which a command that does not serve is killed
+TIMEOUT = 60  # seconds, after which a command that is not serving is killed
 SERVING = "README.md"  # printed in the last line before the command waits
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
@@ -44,23 +44,23 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Isolate the logger's handlers, which refer to the output of one test."""
+    """Isolate the logger's handlers, because each refers to the output of one test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Restore the signal handlers, which a run in this process replaces."""
+    """Restore the signal handlers that a run in this process replaces."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    logging.disable(logging.NOTSET)  # as at the end of a demonstration
+    logging.disable(logging.NOTSET)  # a demonstration disables logging
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Redirect temporary files to a folder of the test, and return that folder."""
+    """Redirect temporary files to a folder for this test, and return the folder."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -70,7 +70,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def start(*arguments: str, folder: Path = PROJECT) -> subprocess.Popen[str]:
     """Start the command on a free port, in a separate process."""
-    # The coverage of a copy of the package is not measured.
+    # Do not measure the coverage of a copy of the package.
     ignored = "COV" if folder != PROJECT else "-"
     environ = {name: text for name, text in os.environ.items() if not name.startswith(ignored)}
     return subprocess.Popen(
@@ -85,7 +85,7 @@ def start(*arguments: str, folder: Path = PROJECT) -> subprocess.Popen[str]:
 
 @contextmanager
 def serving(**options: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the command; yield it once it serves, with its output until then."""
+    """Start the command and wait until it is serving; yield its process and its output."""
     with start(**options) as process:
         assert process.stdout is not None
         watchdog = threading.Timer(TIMEOUT, process.kill)
@@ -118,7 +118,7 @@ class Stage(io.StringIO):
         self.cue, self.act = cue, act
 
     def write(self, text: str) -> int:
-        """Write *text*, and call the function if it contains the cue."""
+        """Write *text*, and call *act* if *text* contains *cue*."""
         written = super().write(text)
         if self.cue in text:
             self.act()
@@ -128,7 +128,7 @@ class Stage(io.StringIO):
 def test_passes_every_check_and_ends_with_0(
     temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every step has a tick, the output fits on one screen, and no file is left."""
+    """Every step has a tick, the output fits on one screen, and no file is left behind."""
     assert run(0, once=True)
     printed = capsys.readouterr().out
     assert printed.count("✓") == 15
@@ -155,7 +155,7 @@ def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 def test_shows_the_expected_answer_of_a_failed_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A failed step shows a cross, the response and the expected response."""
+    """A failed step shows a cross, the actual response and the expected response."""
     app = dev._create_app(FakeClerk(), tmp_path / "clerkhooks.db", "a-password-of-the-test")
     stranger = FakeClerk()
     assert not Demonstration(app, stranger).run(tmp_path / "clerkhooks.db")
@@ -171,9 +171,9 @@ def test_ignores_the_users_own_configuration(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Environment variables, .env and a proxy have no effect, and no file is left.
+    Environment variables, .env and a proxy have no effect. No file is left behind.
 
-    The package alone is enough: a wheel contains neither wsgi.py nor migrations.
+    The command needs only the package, because a wheel does not contain wsgi.py or migrations.
     """
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PROJECT / "clerkhooks", tmp_path / "clerkhooks", ignore=ignored)
@@ -194,7 +194,7 @@ def test_ignores_the_users_own_configuration(
 def test_keeps_serving_with_a_token_and_a_console_that_work(
     temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The printed call and password work until SIGTERM ends the run with status 0."""
+    """The printed curl command and console password work until SIGTERM ends the run."""
     answers: list[object] = []
 
     def call_and_stop() -> None:
@@ -219,7 +219,7 @@ def test_keeps_serving_with_a_token_and_a_console_that_work(
 
 
 def test_logs_requests_once_the_demonstration_is_over() -> None:
-    """The steps of the demonstration are not logged; later requests are."""
+    """Requests of the demonstration are not logged, but later requests are."""
     with serving() as (process, printed):
         assert '"request"' not in printed
         url, headers = printed_call(printed)
@@ -230,7 +230,7 @@ def test_logs_requests_once_the_demonstration_is_over() -> None:
 
 
 def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
-    """Ctrl-C works at any time, and no file is left."""
+    """Ctrl-C works during the demonstration, and no file is left behind."""
     with (
         redirect_stdout(Stage("user.updated", lambda: signal.raise_signal(signal.SIGINT))),
         pytest.raises(KeyboardInterrupt),
@@ -241,7 +241,7 @@ def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
-    """Each signal stops the command and its server with status 0, no traceback and no files."""
+    """Each signal stops the command and the server with status 0, no traceback and no files."""
     with serving() as (process, printed):
         assert [path.name for path in temporary.glob("*/*.db")] == ["clerkhooks.db"]
         process.send_signal(number)
@@ -272,7 +272,7 @@ def test_can_run_twice_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_names_a_port_that_is_taken(temporary: Path) -> None:
-    """The command ends with status 2 and suggests another port."""
+    """If the port is taken, the command ends with status 2 and suggests another port."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -285,14 +285,14 @@ def test_names_a_port_that_is_taken(temporary: Path) -> None:
 
 
 def test_says_why_a_port_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the port is refused for another reason, the error names that reason."""
+    """If the port cannot be used for another reason, the error names the reason."""
     monkeypatch.setattr(dev, "HOST", "203.0.113.1")
     with pytest.raises(CannotDo, match="Cannot listen on port 8000: Cannot assign"):
         run(8000, once=True)
 
 
 def test_survives_a_closed_terminal_under_nohup() -> None:
-    """SIGHUP stays ignored if it was ignored before."""
+    """If SIGHUP was already ignored, it stays ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     dev._interrupt_on_signals()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -301,7 +301,7 @@ def test_survives_a_closed_terminal_under_nohup() -> None:
 
 @pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "✓✗"), ("ascii", "+x")])
 def test_prints_what_the_terminal_can_show(encoding: str, marks: str) -> None:
-    """If the encoding lacks a tick or a cross, an ASCII character replaces it."""
+    """If the encoding has no tick or cross, an ASCII character is printed instead."""
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)):
         shown = mark(True) + mark(False)
     assert shown == marks
@@ -313,7 +313,7 @@ def test_prints_what_the_terminal_can_show(encoding: str, marks: str) -> None:
 def test_prints_no_colour_if_asked_to(
     variables: dict[str, str], printed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NO_COLOR takes effect unless it is empty."""
+    """NO_COLOR turns off colours unless the variable is empty."""
 
     def print_red(*_: object, once: bool) -> bool:
         click.secho("text", fg="red")
@@ -329,14 +329,14 @@ def test_prints_no_colour_if_asked_to(
     "arguments", [["dev", "--port", "65536"], ["dev", "--nonsense"], ["nonsense"]]
 )
 def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
-    """The exit status is 2, so that a script can detect incorrect usage."""
+    """The exit status of incorrect usage is 2, so that a script can detect it."""
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
 def test_explains_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``--help`` says what the command needs and does; ``python -m clerkhooks`` is the same."""
+    """``python -m clerkhooks dev --help`` describes the command and its options."""
     monkeypatch.setattr(sys, "argv", ["clerkhooks", "dev", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("clerkhooks", run_name="__main__")

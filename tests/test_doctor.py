@@ -1,4 +1,4 @@
-"""``clerkhooks doctor`` reports each mistake, and no problem in a correct setup."""
+"""``clerkhooks doctor`` reports each mistake, and reports no problems in a correct setup."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support import Service, broken_users, rows, user_event
 
 @pytest.fixture
 def instance(clerk: FakeClerk) -> Iterator[Issuer]:
-    """Run the endpoint that publishes the instance's keys."""
+    """Run an endpoint that publishes the instance's keys."""
     with Issuer(jwk(clerk)).open() as issuer:
         yield issuer
 
@@ -41,7 +41,7 @@ def instance(clerk: FakeClerk) -> Iterator[Issuer]:
 def correct(
     clerk: FakeClerk, database_url: str, instance: Issuer, backend: Backend
 ) -> dict[str, str]:
-    """Return correct variables that refer to servers on this machine."""
+    """Return correct settings that refer to servers on this machine."""
     backend.secret_key = backend.secret_key.replace("live", "test")
     backend.jwks = key_set(jwk(clerk))
     return clerk.environ | {
@@ -64,7 +64,7 @@ SECRET_NAMES = (
 def find(
     values: Mapping[str, str], project: Path = Path("/nowhere"), **options: Any
 ) -> dict[str, doctor.Finding]:
-    """Return the findings by code; check that they have remedies and show no secret."""
+    """Return the findings by code; check that they have remedies and contain no secrets."""
     found = list(doctor.diagnose(values, project=project, **options))
     texts = repr(found)
     for name in SECRET_NAMES:
@@ -74,7 +74,7 @@ def find(
 
 
 def levels(values: Mapping[str, str], **options: Any) -> dict[str, str]:
-    """Return the level of each code."""
+    """Return the level of each finding by code."""
     return {code: finding.level for code, finding in find(values, **options).items()}
 
 
@@ -90,7 +90,7 @@ TABLES_OK = ("database_ready", "messages_processed", "webhook_received", "users_
 
 
 def test_reports_ok_for_every_check(correct: dict[str, str], make_service: MakeService) -> None:
-    """A correct setup has no warning, no error and no skipped check."""
+    """In a correct setup, every finding is OK, and no check is skipped."""
     make_service(**correct).outcome(user_event(clerk_id("user")))
     expected = (*KEYS_OK, *SETTINGS_OK, "env_file_absent", *TABLES_OK)
     assert levels(correct) == dict.fromkeys(expected, "ok")
@@ -161,7 +161,7 @@ def test_finds_each_mistake(
     code: str,
     level: str,
 ) -> None:
-    """Each mistake has its own code, hides no other finding, and reveals no secret."""
+    """Each mistake has its own code. Its finding hides no other finding and reveals no secret."""
     backend.secret_key = "sk_test_ofThisInstance"
     values = clerk.environ | {
         "DATABASE_URL": f"sqlite:///{tmp_path}/none.db",
@@ -183,7 +183,7 @@ def test_finds_each_mistake(
 def test_compares_the_clock(
     clerk: FakeClerk, backend: Backend, seconds: int, expected: str
 ) -> None:
-    """Clerk's time is taken from the Date header of a response."""
+    """The clock is compared with the Date header of Clerk's response."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
     def answer(_backend: Any, request: Any) -> None:
@@ -212,7 +212,7 @@ PUBLISHED = [
 def test_compares_the_instances_of_both_keys(
     correct: dict[str, str], backend: Backend, keys: list[Any], code: str, level: str
 ) -> None:
-    """The Backend API and the Frontend API of one instance publish a common key."""
+    """Both keys belong to the same instance if its two APIs publish a common key."""
     backend.jwks = key_set(*keys)
     found = find(correct)
     codes = {"keys_of_one_instance", "keys_of_two_instances", "instances_not_compared"}
@@ -223,7 +223,7 @@ def test_compares_the_instances_of_both_keys(
 def test_fetches_each_key_set_once(
     correct: dict[str, str], instance: Issuer, backend: Backend, left_out: str
 ) -> None:
-    """The checks of session keys and of instances share the responses."""
+    """Several checks need a key set, but it is fetched only once."""
     find({name: value for name, value in correct.items() if name != left_out})
     assert len(instance.requests) == 1
     assert [path for path, _ in backend.requests].count("/v1/jwks") == 1
@@ -240,7 +240,7 @@ def test_fetches_each_key_set_once(
 def test_says_why_instances_are_not_compared(
     correct: dict[str, str], changes: dict[str, str], reason: str
 ) -> None:
-    """The finding names the host and the reason."""
+    """If instances are not compared, the finding names the host and the reason."""
     found = find(correct | changes)["instances_not_compared"]
     assert found.level == "skipped"
     assert found.what == f"Not compared: no key could be fetched from 127.0.0.1 ({reason})."
@@ -259,13 +259,13 @@ def test_says_why_instances_are_not_compared(
 def test_compares_no_instances_without_both_keys(
     correct: dict[str, str], backend: Backend, changes: dict[str, str]
 ) -> None:
-    """No keys are requested if a key is missing, invalid, or for another kind of instance."""
+    """No key sets are fetched if a key is missing, invalid, or for another kind of instance."""
     find(correct | changes)
     assert "/v1/jwks" not in [path for path, _ in backend.requests]
 
 
 def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: MakeService) -> None:
-    """Failed messages and users without a profile are errors; a long silence is a warning."""
+    """Failed messages and users without a profile are errors. A lack of webhooks is a warning."""
     service = make_service(**correct)
     assert levels(correct)["webhook_never_received"] == "warning"
     with broken_users(service):
@@ -286,7 +286,7 @@ def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: Mak
 def test_compares_the_schema_with_the_code(
     make_database: MakeDatabase, clerk: FakeClerk, kind: str
 ) -> None:
-    """Every table and column that the code needs must exist; additional ones are accepted."""
+    """Every table and column that the code needs must exist. Additional ones are accepted."""
     url = make_database(kind)
     values = clerk.environ | {
         "DATABASE_URL": url,
@@ -319,7 +319,7 @@ def test_compares_the_schema_with_the_code(
 def test_reports_a_read_only_database(
     correct: dict[str, str], make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """A standby, or a database that is set to read-only, cannot store events."""
+    """A read-only database, such as a standby, is an error because it cannot store events."""
     url = make_database("postgresql")
     migrate(url, clerk)
     rows(url, f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only TO on")
@@ -329,7 +329,7 @@ def test_reports_a_read_only_database(
 def test_gives_up_on_a_database_that_does_not_answer(
     correct: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check ends even if the database never answers."""
+    """The check ends even if the database does not respond."""
     may_end = threading.Event()
     monkeypatch.setattr(Database, "connect", lambda _database: may_end.wait(20))
     monkeypatch.setattr(doctor.database, "DATABASE_TIMEOUT", 0.1)
@@ -341,7 +341,7 @@ def test_gives_up_on_a_database_that_does_not_answer(
 def test_names_the_commands_of_the_service(
     correct: dict[str, str], make_service: MakeService, make_database: MakeDatabase
 ) -> None:
-    """Remedies contain commands that can be pasted into a shell."""
+    """Remedies for the service contain commands that can be pasted into a shell."""
     service = make_service(**correct)
     assert "clerkhooks send user.created" in str(find(correct)["webhook_never_received"].remedy)
     with broken_users(service):
@@ -359,7 +359,7 @@ def test_names_the_commands_of_the_service(
 def test_examines_an_application_by_its_own_settings(
     clerk: FakeClerk, backend: Backend, instance: Issuer, tmp_path: Path
 ) -> None:
-    """In an application, the doctor skips the database, logs, server and files."""
+    """In an application, the doctor does not check the database, logs, server or files."""
     (tmp_path / ".env").write_text("PORT=8000")
     config: dict[str, Any] = clerk.environ | {
         "CLERK_API_URL": backend.api_url,
@@ -380,7 +380,7 @@ def test_examines_an_application_by_its_own_settings(
 def test_names_the_commands_of_an_application(
     make_database: MakeDatabase, make_service: MakeService
 ) -> None:
-    """In an application, clerkhooks' commands are part of ``flask``."""
+    """Remedies for an application contain ``flask`` commands."""
     url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
     store = plain_store(url)
     [found] = judge_database(store, APPLICATION)
@@ -395,7 +395,7 @@ def test_names_the_commands_of_an_application(
 
 
 def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
-    """The file is exposed if other users of this machine can read it."""
+    """A .env file is exposed if other users of the machine can read it."""
 
     def codes() -> list[str]:
         case = doctor.Case({}, ServiceSettings(webhook_secrets=()), (), tmp_path)
@@ -411,7 +411,7 @@ def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
 
 
 def test_continues_after_a_check_that_fails() -> None:
-    """The finding names the failed check and omits the error's text."""
+    """If a check raises an exception, a finding names the check but not the exception's text."""
 
     def check_broken(_case: doctor.Case) -> Iterator[doctor.Finding]:
         raise RuntimeError("hidden")
@@ -424,7 +424,7 @@ def test_continues_after_a_check_that_fails() -> None:
 def test_gives_up_on_a_clerk_that_does_not_answer(
     clerk: FakeClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a server accepts a request and never responds, its checks are skipped."""
+    """If Clerk accepts a request and never responds, the checks that need it are skipped."""
     monkeypatch.setattr(findings, "TIMEOUT", 0.2)
     backend.always = stalling
     values = clerk.environ | {
@@ -440,7 +440,7 @@ def test_gives_up_on_a_clerk_that_does_not_answer(
 
 
 def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: str) -> Result:
-    """Run the command with *values* as the only variables that are set."""
+    """Run the command with *values* as the only settings in the environment."""
     for name in VARIABLES:
         monkeypatch.setenv(name, values.get(name, ""))
     return CliRunner().invoke(main, ["doctor", *arguments])
@@ -449,7 +449,7 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """Text shows a mark for each level, and JSON a code. With an error, the status is 1."""
+    """The output has marks as text, or codes as JSON. If there is an error, the status is 1."""
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0
@@ -501,7 +501,7 @@ def test_reports_an_unreadable_env_file(
     content: bytes,
     problem: str,
 ) -> None:
-    """The other checks still run."""
+    """An unreadable .env file is reported, and the other checks still run."""
     (tmp_path / ".env").write_bytes(content)
     monkeypatch.setattr("clerkhooks.cli.doctor.PROJECT", tmp_path)
     result = run(monkeypatch, correct, "--json")

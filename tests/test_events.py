@@ -45,21 +45,21 @@ ODD: list[Any] = [
 
 
 def event(body: str | dict[str, Any], message_id: str = "msg_1") -> ReceivedEvent:
-    """Return the event in *body*."""
+    """Parse *body* and return the event."""
     return parse_event(
         VerifiedMessage(message_id, ATTEMPT, body if isinstance(body, str) else json.dumps(body))
     )
 
 
 def user_event(data: dict[str, Any] | None = None, **envelope: Any) -> ReceivedEvent:
-    """Return an update of a user with these fields."""
+    """Return a parsed update of a user with these fields."""
     parsed = event({"type": "user.updated", "data": {"id": USER_ID} | (data or {})} | envelope)
     assert parsed.user_id == USER_ID
     return parsed
 
 
 def profile(email: Any = None, **data: Any) -> Profile:
-    """Return the profile of a user with one address and these fields."""
+    """Return the parsed profile of a user with one email address and these fields."""
     address = {
         "primary_email_address_id": "idn_1",
         "email_addresses": [{"id": "idn_1", "email_address": email}],
@@ -87,7 +87,7 @@ def profile(email: Any = None, **data: Any) -> Profile:
 def test_parses_clerks_own_payloads(
     name: str, version: tuple[int, int], kept: tuple[str, str, str | None] | None
 ) -> None:
-    """The payloads come from Clerk's documentation and test suite."""
+    """Payloads from Clerk's documentation and test suite are parsed correctly."""
     body = (DATA / f"{name}.json").read_text()
     parsed = event(body)
     assert (parsed.message_id, parsed.user_id) == ("msg_1", json.loads(body)["data"]["id"])
@@ -97,7 +97,7 @@ def test_parses_clerks_own_payloads(
 
 
 def test_parses_every_payload_file() -> None:
-    """The test above covers every file."""
+    """The test above covers every payload file."""
     assert sorted(path.stem for path in Path(DATA).glob("user.*.json")) == [
         "user.created",
         "user.created.minimal",
@@ -160,7 +160,7 @@ def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> 
     ],
 )
 def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> None:
-    """Without the id, the event's row is unknown."""
+    """Without a user id, a user event is refused, because its row is unknown."""
     with pytest.raises(EventError) as refused:
         event({"type": event_type, "data": data})
     assert refused.value.reason == "user_id_malformed"
@@ -184,7 +184,7 @@ def test_parses_other_events_without_a_user(event_type: str, data: Any) -> None:
 
 
 def test_cleans_ids_and_types_for_the_database() -> None:
-    """Ids and types may be any text, and must not break a statement."""
+    """Ids and types may contain any characters, so they are cleaned for the database."""
     parsed = event({"type": "é\x00\ud800" + "x" * 300}, message_id="\x00" + "m" * 300)
     assert parsed.type == "é\ufffd\ufffd" + "x" * 252
     assert parsed.message_id == parsed.version.message_id
@@ -195,7 +195,7 @@ def test_cleans_ids_and_types_for_the_database() -> None:
 
 @pytest.mark.parametrize(("length", "kept"), [(254, 254), (255, 255), (256, 255)])
 def test_cuts_a_label_at_255(length: int, kept: int) -> None:
-    """The columns of ids and types have this length."""
+    """Ids and types are truncated to 255 characters, the length of their columns."""
     assert storable("x" * length) == "x" * kept
 
 
@@ -220,14 +220,14 @@ def test_cuts_a_label_at_255(length: int, kept: int) -> None:
     ],
 )
 def test_uses_the_primary_email_address(data: dict[str, Any], email: str | None) -> None:
-    """The email is the address with the primary id, not the first or the newest one."""
+    """The email is the address with the primary id, not the first or newest address."""
     addresses = [{"id": name, "email_address": f"{name}@example.org"} for name in ("a", "b")]
     assert parse_profile({"email_addresses": addresses} | data).email == email
 
 
 @pytest.mark.parametrize("value", ODD)
 def test_treats_an_odd_field_as_absent(value: Any) -> None:
-    """An optional field never makes an event invalid."""
+    """An optional field with an invalid value counts as absent. The event stays valid."""
     assert profile(
         value, first_name=value, last_name=value, username=value, image_url=value
     ) == Profile("New User")
@@ -236,7 +236,7 @@ def test_treats_an_odd_field_as_absent(value: Any) -> None:
 
 @pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
 def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
-    """A truncated address or URL would be useless, so one that is too long is dropped."""
+    """An email address or URL that is too long is dropped, because part of it is useless."""
     fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
     assert getattr(profile(**{field: fitting}), field) == fitting
     assert getattr(profile(**{field: long}), field) is None
@@ -253,7 +253,7 @@ def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
     ],
 )
 def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
-    """First and last name are joined before the result is cut."""
+    """First and last name are joined, and then truncated to 255 characters."""
     assert profile(first_name=first, last_name=last).name == name
 
 
@@ -273,7 +273,7 @@ def test_cuts_a_name_at_255(first: str, last: str | None, name: str) -> None:
     ],
 )
 def test_derives_a_name(data: dict[str, Any], name: str) -> None:
-    """Without first and last name, the email's local part, username or New User is used."""
+    """Without a first or last name, the email's local part, username or "New User" is used."""
     assert profile(**{"email": "local@example.org"} | data).name == name
 
 
@@ -281,7 +281,7 @@ def test_derives_a_name(data: dict[str, Any], name: str) -> None:
     "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
 )
 def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
-    """If one time is malformed, the other replaces it. An event without times ranks lowest."""
+    """A malformed time is replaced by the other time. An event without times ranks lowest."""
     assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
     assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
     timeless = user_event({"updated_at": odd}, timestamp=odd)
@@ -309,7 +309,7 @@ def test_accepts_seconds_and_milliseconds(time: float, milliseconds: int) -> Non
 
 
 def test_dates_an_event_by_its_envelope() -> None:
-    """``updated_at`` is compared first; ``timestamp`` is the time when the event occurred."""
+    """Versions are compared by ``updated_at`` first. ``timestamp`` is the time of the event."""
     parsed = user_event({"updated_at": 9}, timestamp=5)
     assert parsed.version == Version(9_000, 5_000, "msg_1")
     assert parsed.occurred_at == datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)
@@ -362,7 +362,7 @@ envelopes = st.fixed_dictionaries(
 
 @given(st.text() | (envelopes | values).map(json.dumps), st.text(), st.integers(0, 10**11))
 def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: int) -> None:
-    """Any body gives an event that can be stored, or an EventError."""
+    """Every body is either parsed as an event that can be stored, or raises EventError."""
     try:
         parsed = parse_event(VerifiedMessage(message_id, attempt, body))
     except EventError:
@@ -373,7 +373,7 @@ def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: i
 
 @given(profiles)
 def test_keeps_only_what_a_database_can_store(data: dict[str, Any]) -> None:
-    """Every string is UTF-8 without NUL and fits its column. The name is never empty."""
+    """Every string is UTF-8 without NUL, and fits its column. The name is never empty."""
     kept = parse_profile(
         data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")}
     )
