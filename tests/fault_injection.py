@@ -102,7 +102,7 @@ class FaultInjector:
             yield fault
 
     def _sequence(self) -> Iterator[str]:
-        """Yield the names of all faults in random order, again and again."""
+        """Yield the names of all faults in random order, and repeat this forever."""
         while True:
             yield from self.rng.sample(list(self.faults), len(self.faults))
 

@@ -116,8 +116,8 @@ class Sender:
     """
     Sends *at_once* requests concurrently over persistent connections, as Svix does.
 
-    It sometimes opens a new connection although another one is idle, but never has more than
-    *connections* of them.
+    It sometimes opens a new connection even if another one is idle, but never has more than
+    *connections* open.
     """
 
     def __init__(self, port: int, *, at_once: int, connections: int) -> None:

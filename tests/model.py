@@ -169,7 +169,7 @@ def determined(drafts: Iterable[Draft]) -> list[Draft]:
     """
     Return *drafts*, changed so that each user has at most one event without any time.
 
-    Several such events of one user would be ordered by their delivery attempts, which is best
+    Several such events of one user would be ordered by their delivery attempts. That order is best
     effort.
     """
     found: list[Draft] = []

@@ -118,7 +118,7 @@ def paused_before(
 
 @contextmanager
 def before_failure_record(service: Service, failing: FailingHandler) -> Iterator[PausePoint]:
-    """Register *failing*; yield a pause point after its exception, before that is recorded."""
+    """Register *failing*; yield a pause point between its exception and the failure record."""
     point = PausePoint()
 
     def arrive() -> None:

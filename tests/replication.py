@@ -158,7 +158,7 @@ class Cluster:
         Promote the standby and point the address at it; return the monotonic time of promotion.
 
         With *crash*, the old primary is killed. Otherwise, its sessions stay open and become
-        read-only, which is what happens when a provider demotes a primary.
+        read-only, as if a provider had demoted it.
         """
         old = self.primary
         if crash:
@@ -196,7 +196,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Run a cluster with an empty database until the block ends."""
     root = Path(tempfile.mkdtemp(prefix="clerkhooks-pg-"))
-    first = get_server(root / "first")  # creates the directory and, as root, the system user
+    first = get_server(root / "first")  # also creates the system user if run as root
     bin_path, user = Path(str(first.bin_path)), first.system_user
     if os.getuid() == 0:
         os.chown(root, pwd.getpwnam(str(user)).pw_uid, -1)
@@ -243,7 +243,7 @@ class Sender:
 
 
 def fail_over(cluster: Cluster, server: Server, *, crash: bool) -> tuple[float, bool]:
-    """Fail over; return the seconds until ``/readyz`` was 200, and whether it was 503 before."""
+    """Fail over; return the seconds until ``/readyz`` was 200 again, and whether it was 503."""
     was_unready = threading.Event()
     watched = threading.Event()
 

@@ -16,7 +16,7 @@ TOKEN = "a-token-of-sixteen-characters-or-more"
 
 
 def test_every_metric_exists(make_service: MakeService) -> None:
-    """The metrics in the rules and the counters in the README are exported after a webhook."""
+    """After a webhook, the metrics in the rules and the counters in the README are exported."""
     service = make_service(METRICS_TOKEN=TOKEN)
     service.outcome(user_event(clerk_id("user")))
     response = service.http.get("/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
