@@ -1,4 +1,4 @@
-"""``require_auth``: how it is applied, its conditions, and where it looks for the token."""
+"""Tests of ``require_auth``: its forms, its conditions, and the sources of the token."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_refuses_an_insufficient_session(
 
 
 def test_requests_reverification_in_clerks_format(service: Service) -> None:
-    """Clerk's front-end libraries understand the body. A missing role is reported first."""
+    """The body has the format of Clerk's front-end libraries. A missing role takes precedence."""
     plain = add_view(service, require_auth(reverification="strict"))
     both = add_view(
         service,
@@ -210,7 +210,7 @@ def test_requests_reverification_in_clerks_format(service: Service) -> None:
     ],
 )
 def test_fails_on_misuse_when_the_view_is_defined(misuse: Callable[[], object]) -> None:
-    """The error is raised when the module is imported, not when the view is first called."""
+    """Incorrect arguments raise an error at import, not when the view is first called."""
     with pytest.raises((TypeError, ValueError)):
         misuse()
 
@@ -228,7 +228,7 @@ def test_forgets_the_caller_after_the_request(service: Service) -> None:
 
 
 def test_decorates_during_a_request(service: Service) -> None:
-    """A view can be decorated during a request, because a module may be imported late."""
+    """A view can be decorated during a request, for example when its module is imported late."""
     with service.app.test_request_context():
         assert callable(require_auth(role="org:admin")(view))
 
@@ -259,7 +259,7 @@ def by_cookie(
 
 
 def test_accepts_the_first_cookie_that_verifies(service: Service) -> None:
-    """The cookie is accepted with the instance's suffix or without a suffix; others are not."""
+    """Cookies with the instance's suffix or without a suffix are accepted; others are not."""
     own = f"__session_{cookie_suffix(service)}"
     assert by_cookie(service, own) == by_cookie(service, "__session") == 200
     assert by_cookie(service, "__session_AAAAAAAA") == by_cookie(service, "__client") == 401
@@ -285,7 +285,7 @@ def test_prefers_a_bearer_token_over_a_cookie(service: Service) -> None:
 
 
 def test_treats_an_expired_cookie_as_anonymous_if_optional(service: Service) -> None:
-    """An expired cookie counts as no token. Forged cookies and expired bearers are refused."""
+    """An expired cookie is ignored. Forged cookies and expired bearer tokens are refused."""
     path = add_view(service, require_auth(optional=True))
     http = service.app.test_client(use_cookies=False)
     expired = service.clerk.session_token(clerk_id("user"), exp=1)
@@ -330,7 +330,7 @@ def test_requires_an_origin_for_an_unsafe_method_by_cookie(
 
 
 def test_ignores_cookies_without_authorized_parties(make_service: MakeService) -> None:
-    """Cookies are refused without authorized parties, because any site could send them."""
+    """Without authorized parties, cookies are refused, because any site could send them."""
     assert by_cookie(make_service(CLERK_AUTHORIZED_PARTIES=None), "__session") == 401
 
 

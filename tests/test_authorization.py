@@ -42,7 +42,11 @@ def test_answers_as_clerks_sdk_does(number: int) -> None:
 
 
 def test_reads_the_organization_as_clerks_sdk_does() -> None:
-    """Id, role, slug and permissions equal the SDK's. Permissions must be a list to count."""
+    """
+    Id, role, slug and permissions are the same as in the SDK.
+
+    Permissions that are not a list are ignored.
+    """
     compared = [case for case in CASES if "raises" not in case and case["has"] in (True, False)]
     assert len(compared) > len(CASES) / 2
     for case in compared:
@@ -58,7 +62,7 @@ def test_reads_the_organization_as_clerks_sdk_does() -> None:
 
 
 def test_reads_the_packed_permissions() -> None:
-    """``fpm`` has numbers only for the organization's features, so ``u:ai`` is skipped."""
+    """The numbers in ``fpm`` apply to the organization's features, not to the user's ``u:ai``."""
     assert parse_organization(PRO) == Organization(
         "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
     )

@@ -222,7 +222,7 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
 def test_does_not_retry_a_permanent_error(
     api: BackendApi, backend: Backend, behaviour: Behaviour, reason: str, text: str
 ) -> None:
-    """The error names a remedy. A redirect is such an error, and is not followed."""
+    """The error names a remedy. A redirect also raises an error, and is not followed."""
     backend.behaviours = [behaviour]
     error = failure_of(lambda: api.list_users(None, 0))
     assert (error.reason, len(backend.requests)) == (reason, 1)
@@ -283,7 +283,7 @@ def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reaso
 
 
 def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -> None:
-    """The deadline applies to every whole request, not only to the first on a connection."""
+    """The deadline applies to every request on a connection, not only to the first one."""
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         api.count_users()
         for behaviour in (dripping_headers, dripping):
@@ -352,7 +352,7 @@ def test_honours_retry_after(backend: Backend, status: int) -> None:
 
 
 def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
-    """A longer Retry-After is reduced to a minute, and the call still ends at its timeout."""
+    """A Retry-After of more than a minute is reduced. The call still ends at its timeout."""
     backend.always = limiting("999999999")
     with BackendApi(backend.api_url, SECRET_KEY, pace=0.003) as api:
         assert failure_of(api.count_users).reason == "rate_limited"
@@ -449,7 +449,7 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 def test_never_exceeds_a_rate(
     steps: list[tuple[str, int]], interval: int, wakes_early: bool
 ) -> None:
-    """Requests start as early as the rate and a hold allow, and never earlier."""
+    """Requests start without unnecessary delay, but never exceed the rate or ignore a hold."""
     clock, limit = Clock(wakes_early), RateLimit(interval)
     free_at = held_until = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -500,7 +500,11 @@ LOUD: dict[str, Behaviour] = {
 def test_shows_neither_the_key_nor_the_answer(
     api: BackendApi, backend: Backend, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Errors, logs and the client's repr contain neither. Even debug logs omit the key."""
+    """
+    Errors, logs and the client's repr contain neither the key nor the response.
+
+    Even the debug log of httpcore does not contain the key.
+    """
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
     error = failure_of(lambda: api.list_users(None, 0))
@@ -533,7 +537,7 @@ def test_prints_nothing_about_a_retry(
 
 
 class TestTheFake:
-    """The fake API behaves as Clerk documents, because other tests rely on that."""
+    """The fake API behaves as documented by Clerk. Other tests rely on it."""
 
     @staticmethod
     def get(backend: Backend, path: str) -> Any:

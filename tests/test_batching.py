@@ -299,7 +299,7 @@ def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
-    """Eleven calls by two users that arrive during a read share one statement."""
+    """Eleven calls for two users share one statement if they arrive during another read."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
@@ -358,9 +358,9 @@ def test_does_not_let_a_locked_row_delay_others(
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> None:
     """
-    A batch that times out on a row that is being inserted is retried one by one.
+    If a batch times out on a row that is being inserted, each delivery is retried alone.
 
-    No query returns this row before its transaction commits.
+    Queries do not return this row until its transaction commits.
     """
     inserted_id = clerk_id("user")
     wait_for_callers = count_callers(batcher_of(service, "_deliver"))

@@ -1,4 +1,4 @@
-"""Downloads end at their deadline, even if the server or the resolver does not answer."""
+"""Downloads end at their deadline, even if the server or the resolver does not respond."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_fetches_from_the_backend_api_with_the_secret_key(
 def test_fetches_once_for_each_worker(
     issuer: Issuer, clerkhooks_config: Config, tmp_path: Path
 ) -> None:
-    """Each worker fetches the keys once, when it starts. No token causes another fetch."""
+    """Each worker fetches the keys when it starts. Tokens do not cause another fetch."""
     variables = {"CLERK_JWT_KEY": "", "CLERK_JWKS_URL": issuer.url}
     url = clerkhooks_config["DATABASE_URL"]
     migrate(url, CLERK)
