@@ -192,7 +192,7 @@ def test_reads_values_back_unchanged(
     assert (summary, run.well) == ({"unchanged": 2}, True)
     for row in rows_of(application):
         found = {name: getattr(row, name) for name in GOOD}
-        if found["moment"].tzinfo is not None:  # as on PostgreSQL; SQLite stores no zone
+        if found["moment"].tzinfo is not None:  # on PostgreSQL; SQLite stores no time zone
             found["moment"] = found["moment"].astimezone(UTC).replace(tzinfo=None)
         assert found == {name: expected for name, (_, _, expected) in GOOD.items()}
 
@@ -215,7 +215,7 @@ def test_reads_values_back_unchanged(
 def test_counts_other_values_as_absent(
     make_application: MakeApplication, empty_database: str, name: str, values: list[Any]
 ) -> None:
-    """A value is absent if it exceeds the type's limits or, without *parse*, has another type."""
+    """A value that does not fit the column's type counts as absent."""
     application = make_application(empty_database, {"value": from_clerk("value", TYPES[name])})
     for value in values:
         assert deliver(application, value=value).value is None, value
@@ -285,7 +285,7 @@ def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
     ids=repr,
 )
 def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> None:
-    """A type is refused if the database could reject a value, which would make events fail."""
+    """A type with unknown limits is refused, because its values could make events fail."""
     with pytest.raises(ValueError, match=r"User\.value has an unsupported type"):
         declare({"value": type_})
 

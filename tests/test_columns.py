@@ -257,7 +257,7 @@ def test_stores_valid_values(
     assert wide.outcome(body) == "applied"
     row = read(wide, user_id)
     value = getattr(row, column)
-    if isinstance(value, datetime) and value.tzinfo is None:  # SQLite stores no zone
+    if isinstance(value, datetime) and value.tzinfo is None:  # SQLite stores no time zone
         value = value.replace(tzinfo=UTC)
     assert value == expected
     assert type(value) is type(expected)
@@ -429,7 +429,7 @@ def test_fills_a_column_declared_later(
 def test_does_not_overwrite_a_newer_webhook(
     make_application: MakeApplication, empty_database: str, backend: Backend
 ) -> None:
-    """A sync does not overwrite webhooks that clear a field or delete a user during the sync."""
+    """A sync does not undo a webhook that clears a field or deletes a user during the sync."""
     ids = [backend.sign_up(at=1000, public_metadata={"plan": "pro"}) for _ in range(2)]
     application = make_application(
         empty_database, {"plan": from_clerk("public_metadata.plan", sa.Text)}

@@ -60,7 +60,7 @@ def test_is_not_ready_while_sessions_are_read_only(service: Service) -> None:
 def test_does_not_mistake_replication_lag_for_a_deletion(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If an existing row cannot be read, the response is 500, not that the user is deleted."""
+    """If an existing row cannot be read, the response is a 500, not the 401 for deleted users."""
     users: Any = service.app.extensions["clerkhooks"].users
     user_id = clerk_id("user")
     assert service.outcome(user_event(user_id)) == "applied"

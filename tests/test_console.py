@@ -1,4 +1,4 @@
-"""The console in this process: access control, content of pages, and absence of writes."""
+"""The console in this process: access control, page content and read-only behaviour."""
 
 from __future__ import annotations
 
@@ -775,7 +775,7 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
     ],
 )
 def test_refuses_malformed_urls(console: Console, path: str) -> None:
-    """Malformed filters and cursors return 400."""
+    """The response to malformed filters and cursors is 400."""
     answer = console.get(path)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
     assert_strict(answer)
@@ -795,7 +795,7 @@ def test_refuses_characters_that_the_database_refuses(console: Console, path: st
 
 @pytest.mark.parametrize("fields", [("ada", "\0"), ("ada", "yesterday")])
 def test_refuses_malformed_searches(console: Console, fields: tuple[str, ...]) -> None:
-    """A malformed search or cursor returns 400."""
+    """The response to a malformed search or cursor is 400."""
     answer = console.search(*fields)
     assert (answer.status_code, answer.content_type) == (400, "application/problem+json")
 
@@ -929,7 +929,7 @@ def test_formats_a_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
-    """A time is formatted even if it is in the future because another clock is fast."""
+    """A time in the future, caused by a difference between clocks, can also be formatted."""
     now = datetime.now(UTC)
     assert texts.ago(now - timedelta(seconds=seconds), now) == text
 

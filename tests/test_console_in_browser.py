@@ -173,7 +173,7 @@ def follow(page: Page, link: Locator) -> None:
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """Three clicks lead from the overview to the user, and three steps back to the overview."""
+    """Three clicks lead from the overview to the user, and the Back button leads back."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -225,7 +225,7 @@ def test_runs_all_checks(visit: Open) -> None:
 
 @pytest.mark.parametrize("path", ["/users", "/messages"])
 def test_pages(visit: Open, path: str) -> None:
-    """The links to older pages lead to each row once. One click leads back to the newest page."""
+    """Paging shows each row once. One click leads from the oldest page to the newest."""
     page, seen = visit(path), set[str]()
     for _ in range(20):
         links = page.locator("tbody a").all()
@@ -329,7 +329,7 @@ def test_is_accessible_and_fits(
 
 
 def take_picture(page: Page, name: str) -> None:
-    """Save a screenshot in the folder PICTURES, if this environment variable is set."""
+    """Save a screenshot if the environment variable PICTURES names a folder."""
     if folder := os.environ.get("PICTURES"):
         safe = "".join(
             character if character.isalnum() or character == "-" else "_" for character in name

@@ -61,7 +61,7 @@ def test_combines_url_options_with_its_own_limits(
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_raises_sqlalchemy_errors(service: Service) -> None:
-    """An error is one of SQLAlchemy's. It has an SQLSTATE, and does not quote parameters."""
+    """An error has SQLAlchemy's type and an SQLSTATE, and does not quote parameters."""
     database = database_of(service)
     statement = sa.text("SELECT 1 / CAST(:divisor AS integer), CAST(:email AS text)")
     with pytest.raises(DBAPIError) as raised:
@@ -133,7 +133,7 @@ def test_loses_nothing_to_the_isolation_level_of_the_engine(
 
 
 def test_commits_apart_from_the_applications_transaction(application: Application) -> None:
-    """If the application's transaction is rolled back, the row from authentication is kept."""
+    """If the application's transaction rolls back, the row that authentication added is kept."""
     user_id = clerk_id("user")
 
     @application.app.before_request
@@ -239,7 +239,7 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """An in-memory database is separate for each connection. The error recommends a file."""
+    """Each connection would open its own in-memory database. The error recommends a file."""
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI is an in-memory SQLite database" in str(raised.value)

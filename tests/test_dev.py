@@ -50,7 +50,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Restore the signal handlers that a run in this process replaces."""
+    """Restore the signal handlers that a run in this process has replaced."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     logging.disable(logging.NOTSET)  # a demonstration disables logging
@@ -145,7 +145,7 @@ def test_passes_every_check_and_ends_with_0(
 
 
 def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exit status is 1, so that a script can detect the failure."""
+    """If a check fails, the exit status is 1, so that a script can detect it."""
     monkeypatch.setattr(demonstration, "_QUERY", "SELECT 1 WHERE false")
     result = CliRunner().invoke(main, ["dev", "--once", "--port", "0"])
     assert result.exit_code == 1

@@ -212,7 +212,7 @@ PUBLISHED = [
 def test_compares_the_instances_of_both_keys(
     correct: dict[str, str], backend: Backend, keys: list[Any], code: str, level: str
 ) -> None:
-    """Both keys belong to the same instance if its two APIs publish a common key."""
+    """Both keys belong to one instance if the two APIs publish the same signing key."""
     backend.jwks = key_set(*keys)
     found = find(correct)
     codes = {"keys_of_one_instance", "keys_of_two_instances", "instances_not_compared"}
@@ -424,7 +424,7 @@ def test_continues_after_a_check_that_fails() -> None:
 def test_gives_up_on_a_clerk_that_does_not_answer(
     clerk: FakeClerk, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If Clerk accepts a request and never responds, the checks that need it are skipped."""
+    """If Clerk accepts a request and never responds, the checks that need Clerk are skipped."""
     monkeypatch.setattr(findings, "TIMEOUT", 0.2)
     backend.always = stalling
     values = clerk.environ | {
@@ -449,7 +449,7 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """The output has marks as text, or codes as JSON. If there is an error, the status is 1."""
+    """Text output has marks, and JSON output has codes. With an error, the status is 1."""
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0

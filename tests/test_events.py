@@ -129,7 +129,7 @@ def test_parses_every_payload_file() -> None:
     ],
 )
 def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> None:
-    """The error's reason says what is wrong with the body."""
+    """The error's reason describes the problem with the body."""
     for body in bodies:
         with pytest.raises(EventError) as refused:
             event(body)
@@ -236,7 +236,7 @@ def test_treats_an_odd_field_as_absent(value: Any) -> None:
 
 @pytest.mark.parametrize(("field", "limit"), [("email", 320), ("image_url", 2048)])
 def test_drops_a_text_that_does_not_fit(field: str, limit: int) -> None:
-    """An email address or URL that is too long is dropped, because part of it is useless."""
+    """An email address or URL that is too long is dropped. A truncated one would be useless."""
     fitting, long = ("x" * (limit - 2) + "@é", "x" * (limit - 1) + "@é")
     assert getattr(profile(**{field: fitting}), field) == fitting
     assert getattr(profile(**{field: long}), field) is None
