@@ -156,7 +156,7 @@ def engines_of(service: Service) -> tuple[sa.Engine, sa.Engine]:
 
 @contextmanager
 def paused(point: PausePoint, request: Request) -> Iterator[Future[TestResponse]]:
-    """Run *request* in a thread until it reaches *point*; let it go on when the block ends."""
+    """Run *request* in a thread until it reaches *point*; resume it when the block ends."""
     with ThreadPool(1) as pool:
         answer = pool.submit(request)
         try:
