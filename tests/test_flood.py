@@ -1,4 +1,4 @@
-"""The real server with thousands of connections, or more work than it can do in time."""
+"""The real server with thousands of connections, or with more work than it can do in time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ only_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def descriptors() -> Iterator[int]:
-    """Raise this process's limit on open files as far as allowed, and return it."""
+    """Raise this process's limit on open files to the maximum allowed, and return the limit."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield allow_descriptors()
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -52,7 +52,7 @@ def test_serves_beside_5000_connections_that_send_little(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int, kind: Kind
 ) -> None:
     """All deliveries and new clients get a 200 despite 5,000 slow or idle connections."""
-    count = min(5000, descriptors - 1000)  # fewer if the machine does not allow 5,000
+    count = min(5000, descriptors - 1000)  # fewer on a machine that does not allow 5,000
     with (
         serving(database_url, clerk, tmp_path / "log") as server,
         held(server.port, count, kind) as count_open,
@@ -70,7 +70,7 @@ def test_serves_beside_5000_connections_that_send_little(
 def test_serves_a_sender_that_opens_more_connections_than_it_needs(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
 ) -> None:
-    """No message times out when 500 at a time are sent over 2,400 persistent connections."""
+    """No message times out if a sender has 2,400 connections and sends 500 messages at a time."""
     connections = min(2400, descriptors - 1000)
     with serving(database_url, clerk, tmp_path / "log") as server:
         with new_clients(server.port) as health:
@@ -85,7 +85,7 @@ def test_serves_a_sender_that_opens_more_connections_than_it_needs(
 def test_closes_the_longest_idle_connection_for_a_new_one(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """With a limit of 20, the server keeps 18 connections and closes those idle for longest."""
+    """Near a limit of 20 connections, the worker closes the longest-idle one for each new one."""
     with (
         serving(
             database_url,
@@ -109,7 +109,7 @@ def test_closes_the_longest_idle_connection_for_a_new_one(
 def test_raises_its_limit_of_descriptors(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
 ) -> None:
-    """A worker that starts with a limit of 256 descriptors raises it as far as allowed."""
+    """A worker that starts with a limit of 256 descriptors raises it to the maximum allowed."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, descriptors))
     with serving(database_url, clerk, tmp_path / "log") as server:
         for worker in psutil.Process(server.process.pid).children():
@@ -123,7 +123,12 @@ def test_raises_its_limit_of_descriptors(
 def test_gives_up_on_a_request_that_does_not_arrive(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """After ten seconds, a slow head is cut off without a response and a slow body is refused."""
+    """
+    A request that does not arrive completely within ten seconds is abandoned.
+
+    If the header is incomplete, the connection is closed without a response. If the body is
+    incomplete, the request is refused.
+    """
     with (
         serving(database_url, clerk, tmp_path / "log", WEB_CONCURRENCY="1") as server,
         connected(server) as head,
@@ -171,8 +176,8 @@ def handle_signals(server: Server) -> bool:
     """
     Return whether both workers have installed gunicorn's signal handlers.
 
-    A SIGTERM that arrives earlier, while a worker starts, is lost. SIGABRT's handler is the last to
-    be installed.
+    A SIGTERM that arrives earlier, while a worker is starting, is lost. The handler for SIGABRT is
+    installed last.
     """
     workers = psutil.Process(server.process.pid).children()
     statuses = [Path(f"/proc/{worker.pid}/status").read_text() for worker in workers]
@@ -185,9 +190,10 @@ def test_refuses_early_what_it_cannot_process_in_time(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
     """
-    While 40 deliveries wait for locked rows, most of them are refused with 503.
+    Of 40 simultaneous deliveries that need locked rows, most get a 503.
 
-    Refusals are counted, their retries succeed, and deliveries for other users are processed.
+    The refusals are counted, and the deliveries succeed when they are retried. Meanwhile,
+    deliveries for other users are processed.
     """
     token = "x" * 20
     with (
@@ -247,7 +253,7 @@ def connected(server: Server) -> Iterator[socket.socket]:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Return whether *connection* is still open. It must not receive data."""
+    """Return whether *connection*, on which the server sends no data, is still open."""
     connection.settimeout(0.001)
     try:
         return connection.recv(1) != b""
@@ -258,7 +264,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def send_byte(connection: socket.socket) -> bytes | None:
-    """Send a byte; return received data, None without data, or b"" for a closed connection."""
+    """Send a byte. Return the data received, None if there is none yet, or b"" if closed."""
     connection.settimeout(0.001)
     try:
         connection.sendall(b"x")

@@ -99,7 +99,7 @@ stop()
 @pytest.mark.parametrize("keepalive", [0, 2])
 @pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
 def test_gives_a_request_a_deadline(sent: str, keepalive: int) -> None:
-    """The deadline counts from the first byte, whether the head or the body is slow."""
+    """The deadline counts from the first byte, whether the header or the body is slow."""
     run(
         f"""
 connection = connect({sent})
@@ -197,7 +197,7 @@ stop()
 
 
 def test_closes_idle_connections_near_its_limit() -> None:
-    """With a limit of ten, nine connections stay open; a new one replaces the longest idle."""
+    """With a limit of ten, nine connections stay open; the longest-idle one makes room."""
     run("""
 connections = [connect() for _ in range(9)]
 gevent.sleep(0.3)
@@ -212,7 +212,7 @@ stop()
 
 
 def test_accepts_more_at_once_while_busy() -> None:
-    """An idle worker accepts one connection at a time; with 16 open requests it accepts three."""
+    """An idle worker accepts one connection at a time, and three if 16 requests are open."""
     run("""
 server = own.server_class(served, spawn=None)
 assert server.max_accept == 1
@@ -238,9 +238,10 @@ stop()
 
 def test_sends_what_follows_a_held_header_in_order() -> None:
     """
-    A held header is sent before a body, a file or a stream, or alone without a body.
+    The response header is held back until it can be sent together with the body.
 
-    The parts of a stream are not held back.
+    A body, a file or a stream follows the header. A response without a body has only the header.
+    The parts of a stream are sent at once.
     """
     run("""
 import struct, sys, tempfile
@@ -281,7 +282,7 @@ stop()
 
 
 def test_serves_tls_like_its_base_class() -> None:
-    """A TLS connection is served by gunicorn's gevent worker, with its own timeout."""
+    """A TLS connection is served by the code of gunicorn's gevent worker, with its timeout."""
     run("""
 import ssl
 from gunicorn.workers.ggevent import GeventWorker
