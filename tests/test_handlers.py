@@ -66,7 +66,7 @@ def test_gets_the_event_once(
     pattern: str,
 ) -> None:
     """
-    A handler registered for a type, a family or all types gets each message once.
+    A handler registered for a type, a family of types or all types gets each message once.
 
     The event carries the message's data and version. Registering a handler twice has no effect, and
     the decorator returns the handler itself, so that other code can call it.
@@ -162,7 +162,7 @@ def test_refuses_a_handler_that_would_not_run(
 
 
 def later(_event: Event) -> Any:
-    """Return a generator without being a generator function."""
+    """Return a generator, although this is not itself a generator function."""
     return generator(_event)
 
 
@@ -172,7 +172,7 @@ def later_still(_event: Event) -> Any:
 
 
 def no_argument() -> None:
-    """Take no event."""
+    """Do nothing. A handler must accept an event, but this function has no parameter."""
 
 
 @pytest.mark.parametrize("handler", [later, later_still, no_argument])
@@ -181,7 +181,7 @@ def test_fails_the_message_if_the_handler_cannot_run(
     handler: Any,
 ) -> None:
     """
-    A message fails if its handler returns a generator or takes no event.
+    A message fails if its handler returns a generator or accepts no event.
 
     The response is 500, the message is recorded as failed, and its changes are rolled back.
     """
@@ -257,7 +257,7 @@ def test_shares_handlers_between_applications_of_one_object(
     """
     All applications created with the same ``ClerkHooks`` share its handlers.
 
-    Test suites call an application factory several times.
+    Test suites need this, because they call an application factory several times.
     """
     application = make_application(make_database("sqlite"))
     url = make_database("sqlite")
@@ -273,7 +273,7 @@ def test_shares_handlers_between_applications_of_one_object(
 
 
 def test_gets_the_outcome_of_user_events(application: Application) -> None:
-    """A stale event also reaches the handlers once; the application's tables may need it."""
+    """Handlers also get a stale event once, because the application's tables may need it."""
     inside, after = Recorder(), Recorder()
     application.hooks.on("user.*")(inside)
     application.hooks.on("user.*", after_commit=True)(after)
@@ -345,7 +345,7 @@ def test_flushes_pending_objects_at_commit(application: Application) -> None:
 
 
 def test_calls_every_handler_again_on_retry(application: Application) -> None:
-    """Writes of earlier handlers are rolled back, and the retry calls all handlers again."""
+    """If a handler fails, all writes are rolled back, and the retry calls every handler again."""
     recorder, after = Recorder(), Recorder()
     failing = [True]
 
@@ -477,7 +477,7 @@ def test_fails_the_message_with_an_error_of_any_class(
     error: Exception,
     expected: str,
 ) -> None:
-    """Any exception from a handler, even clerkhooks' own, is answered with 500 and recorded."""
+    """Any exception from a handler, even one of clerkhooks' own, causes a 500 and is recorded."""
 
     @application.hooks.on("*")
     def fail(_event: Event) -> None:
@@ -494,7 +494,7 @@ def test_fails_the_message_if_a_handler_aborts(
     caplog: pytest.LogCaptureFixture,
     status: int,
 ) -> None:
-    """``abort`` or ``get_or_404`` in a handler leads to a 500, and the failure is logged."""
+    """If a handler calls ``abort`` or ``get_or_404``, the response is 500; an error is logged."""
     application.hooks.on("*")(lambda _: abort(status))
     with caplog.at_level(logging.ERROR, logger="clerkhooks"):
         assert application.deliver(organization(), "msg_1").status_code == 500
@@ -544,7 +544,7 @@ def test_is_called_after_the_commit(
 
 
 def test_may_commit_after_the_commit(application: Application) -> None:
-    """A handler that runs after the commit has its own transaction, which it may commit."""
+    """A handler that runs after the commit may commit its own, separate transaction."""
     user_id = clerk_id("user")
 
     @application.hooks.on("user.*", after_commit=True)
@@ -629,7 +629,7 @@ def test_limits_its_own_wait_for_a_row_lock(
     make_application: MakeApplication,
     make_database: MakeDatabase,
 ) -> None:
-    """Even with handlers, a locked row leads to a 500, and the message is recorded as failed."""
+    """A locked row causes a 500 and a recorded failure, even if a handler is registered."""
     application = make_application(make_database("postgresql"))
     application.hooks.on("*")(Recorder())
     user_id = clerk_id("user")

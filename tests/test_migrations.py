@@ -254,7 +254,7 @@ def test_use_a_schema_of_their_own(
 def test_explain_a_schema_that_does_not_exist(
     make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """The message shows a statement that creates a schema."""
+    """The message shows a statement that creates the schema."""
     url = make_url(make_database("postgresql"))
     url = url.update_query_dict({"options": "-csearch_path=nowhere"})
     result = run(clerk, url.render_as_string(hide_password=False), UPGRADE)

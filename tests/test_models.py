@@ -1,4 +1,4 @@
-"""User models, and the guarded write for an application's own tables."""
+"""User models, and ``upsert``, the version-checked write for an application's own tables."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_refuses_a_write_that_cannot_be_guarded(application: Application, teams:
     """
     An unversioned model, an incomplete key or an unknown column raises an error.
 
-    The delivery is answered with 500.
+    The response to the delivery is 500.
     """
     errors: list[Exception] = []
 
