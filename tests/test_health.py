@@ -18,7 +18,7 @@ from tests.support import Service
 
 
 def reason(service: Service) -> str | None:
-    """Return why the service is not ready, or None if it is."""
+    """Return the reason why the service is not ready, or None if it is ready."""
     response = service.http.get("/readyz")
     if response.status_code == 200:
         assert response.get_json() == {"status": "ok"}
@@ -28,7 +28,7 @@ def reason(service: Service) -> str | None:
 
 
 def test_is_healthy_without_a_database(unreachable: Service) -> None:
-    """A restart would not restore the database, so ``/healthz`` does not query it."""
+    """``/healthz`` does not query the database, because a restart would not restore it."""
     assert unreachable.http.get("/healthz").get_json() == {"status": "ok"}
 
 
@@ -39,7 +39,7 @@ def test_is_not_ready_without_a_database(unreachable: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/healthz/", "/readyz/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """A platform's health check counts a redirect as a failure."""
+    """A path with a trailing slash causes no redirect, which would fail a health check."""
     assert service.http.get(path).get_json() == {"status": "ok"}
 
 
@@ -121,7 +121,7 @@ def test_is_not_ready_while_a_file_refuses_writes(
 def test_is_ready_while_another_process_writes(
     migrated_url: MigratedUrl, make_service: MakeService, tmp_path: Path
 ) -> None:
-    """While another process holds SQLite's write lock, the database counts as writable."""
+    """If another process holds SQLite's write lock, the database is still counted as writable."""
     file = tmp_path / "file.db"
     shutil.copy(migrated_url("sqlite").removeprefix("sqlite:///"), file)
     service = make_service(DATABASE_URL=f"sqlite:///{file}")

@@ -42,7 +42,7 @@ def test_gives_each_request_an_id(service: Service, method: str, path: str) -> N
 
 
 def test_gives_an_aborted_request_an_id(service: Service) -> None:
-    """A URL value preprocessor may abort a request before any other hook runs."""
+    """A request has an id even if a URL value preprocessor aborts it before any other hook."""
     tenants = Blueprint("tenants", __name__)
     tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
     tenants.add_url_rule("/tenants", view_func=str)
@@ -68,7 +68,7 @@ def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:
 
 
 def test_adds_the_id_to_the_line_of_a_failing_handler(application: Application) -> None:
-    """A failure after the commit can be traced by the id in the platform's router log."""
+    """A failure after the commit is logged with the id that the platform's router also logs."""
 
     @application.hooks.on("user.updated", after_commit=True)
     def fail(_event: object) -> None:
@@ -86,7 +86,7 @@ def test_adds_the_id_to_the_line_of_a_failing_handler(application: Application) 
 
 @pytest.mark.parametrize("sent", ["a", "A.b_c:/+=-9" * 11, "x" * 128])
 def test_keeps_an_incoming_id(service: Service, sent: str) -> None:
-    """The id links a log line to the log of the platform's router."""
+    """An incoming id is kept, because it links a log line to the log of the platform's router."""
     answer = service.http.get("/healthz", headers={"X-Request-ID": sent})
     assert answer.headers["X-Request-ID"] == sent
 
@@ -128,7 +128,7 @@ def test_colours_only_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logs_one_line_per_delivery_in_an_application(application: Application) -> None:
-    """In an application only deliveries are logged, and responses get no request id."""
+    """In an application, only deliveries are logged, and responses have no request id."""
     user_id = clerk_id("user")
     with captured_lines(JsonFormatter()) as written:
         assert application.outcome(user_event(user_id), "msg_1") == "applied"
@@ -149,7 +149,7 @@ def test_logs_one_line_per_delivery_in_an_application(application: Application) 
 
 
 def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subprocess.PIPE) -> str:
-    """Run *code*, which trusts *clerk*, in a separate process; return its output."""
+    """Run *code* in a separate process and return the output. CLERK is *clerk*'s environment."""
     code = f"CLERK = {clerk.environ!r}\nDATABASE = 'sqlite:///{folder}/logs.db'\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -182,7 +182,7 @@ def test_prints_each_service_in_its_own_format(clerk: FakeClerk, tmp_path: Path)
 
 
 def test_logs_requests_of_an_application_on_request(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``request_log="text"`` prints a line per request, including the application's routes."""
+    """``request_log="text"`` prints a line for each request, even to the application's routes."""
     code = """
 import sys
 from flask import Flask
@@ -243,7 +243,7 @@ app.test_client().get("/api/me")
 def test_prints_each_line_once_beside_a_root_logger(
     clerk: FakeClerk, tmp_path: Path, before: bool
 ) -> None:
-    """Only the root handler prints the lines, whenever ``logging.basicConfig`` is called."""
+    """Only the root handler prints the lines, no matter when ``basicConfig`` is called."""
     printed = run_script(ROOT_LOGGER.format(before=before), clerk, tmp_path)
     assert printed.splitlines() == ["root request"] * 2
 

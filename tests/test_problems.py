@@ -30,7 +30,7 @@ PROBLEM = "application/problem+json"
 
 @pytest.fixture
 def written() -> Iterator[list[str]]:
-    """The logged lines, as JSON."""
+    """Collect the logged lines, as JSON."""
     with captured_lines(JsonFormatter()) as written:
         yield written
 
@@ -80,9 +80,9 @@ def test_logs_the_caller(service: Service, written: list[str]) -> None:
 
 def test_answers_a_failure_without_its_text(service: Service, written: list[str]) -> None:
     """
-    A failure's response, log line and database record do not quote the database's error text.
+    The response, log line and record of a failure do not quote the database's error text.
 
-    That text may contain the row. The retry is processed.
+    The error text may contain the row. A retry of the message is processed.
     """
     user_id = clerk_id("user")
     body = user_event(user_id)
@@ -154,7 +154,7 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
 def test_answers_500_if_the_failure_cannot_be_recorded(
     unreachable: Service, written: list[str]
 ) -> None:
-    """Without a database, the log reports the failure and that it could not be recorded."""
+    """Without a database, two lines are logged: the failure, and the failure to record it."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
     not_recorded, failure, _ = shown(written)
     assert not_recorded["event"] == "failure_not_recorded"
