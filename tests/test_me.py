@@ -92,7 +92,7 @@ def test_refuses_the_presence_of_an_impersonator(service: Service) -> None:
     "authorization", [None, "", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Token abc"]
 )
 def test_asks_for_a_token(service: Service, authorization: str | None) -> None:
-    """Without a bearer token, the response is 401 and names the scheme."""
+    """Without a bearer token, the response is 401, and ``WWW-Authenticate`` is ``Bearer``."""
     response = service.http.get(
         "/api/me", headers={"Authorization": authorization} if authorization is not None else {}
     )
@@ -121,7 +121,7 @@ def test_accepts_the_scheme_in_any_case(service: Service, scheme: str) -> None:
     ({"header": {"typ": "at+jwt"}}, "token_type_mismatch"),
 ])  # fmt: skip
 def test_refuses_an_invalid_token(service: Service, claims: dict[str, object], reason: str) -> None:
-    """Each token is answered with 401 and its reason, and creates no user."""
+    """An invalid token gets a 401 with a specific reason, and no user is created."""
     response = service.call(clerk_id("user"), **claims)  # type: ignore[arg-type]
     assert (response.status_code, response.get_json()["reason"]) == (401, reason)
     assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -129,7 +129,7 @@ def test_refuses_an_invalid_token(service: Service, claims: dict[str, object], r
 
 
 def test_refuses_a_token_of_a_deleted_user(service: Service) -> None:
-    """A deleted user's valid token is answered with 401 and does not restore the user."""
+    """A valid token of a deleted user gets a 401 and does not restore the user."""
     user_id = clerk_id("user")
     service.outcome(deletion(user_id))
     for method, path in (("GET", "/api/me"), ("PUT", "/api/me/presence")):
@@ -147,7 +147,7 @@ def test_refuses_a_token_of_a_deleted_user(service: Service) -> None:
 def test_never_answers_a_stranger_with_a_5xx(
     service: Service, authorization: str, path: str
 ) -> None:
-    """Malformed headers and paths are answered with a 4xx."""
+    """Malformed headers and paths cause a 4xx response, never a 5xx."""
     assert (
         service.http.get(
             "/api/me", headers={"Authorization": f"Bearer {authorization}"}
@@ -158,7 +158,7 @@ def test_never_answers_a_stranger_with_a_5xx(
 
 
 def test_answers_503_without_keys(make_service: MakeService) -> None:
-    """Without a session key, webhooks work, and protected routes answer with 503."""
+    """Without a session key, webhooks are processed, and protected routes return 503."""
     bare = make_service(
         CLERK_JWT_KEY=None, CLERK_PUBLISHABLE_KEY=None, CLERK_AUTHORIZED_PARTIES=None
     )

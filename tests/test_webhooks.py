@@ -84,7 +84,7 @@ def test_ignores_types_that_no_database_could_store(service: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/webhooks/clerk", "/webhooks/clerk/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """Neither path redirects, because Svix counts a redirect as a failure."""
+    """A path with a trailing slash causes no redirect, which Svix would treat as a failure."""
     body = user_event(clerk_id("user"))
     assert (
         service.http.post(path, data=body, headers=service.clerk.headers(body)).status_code == 200
@@ -101,7 +101,7 @@ def test_refuses_other_methods(service: Service, method: str) -> None:
 
 
 def test_answers_a_bad_signature_with_401(service: Service) -> None:
-    """A body that was modified after signing is refused with a reason. Nothing is written."""
+    """A body that was modified after signing is refused with a reason, and nothing is written."""
     body = user_event(clerk_id("user"))
     response = service.http.post(
         "/webhooks/clerk", data=body + b" ", headers=service.clerk.headers(body)
@@ -153,7 +153,7 @@ def test_answers_a_verified_message_that_is_not_an_event_with_400(
 
 
 def test_reads_no_more_than_a_mebibyte(service: Service) -> None:
-    """A body of 1 MiB is processed; one byte more is answered with 413."""
+    """A body of 1 MiB is processed; a body that is one byte larger gets a 413."""
     body = user_event(clerk_id("user"), public_metadata={"x": ""})
     padded = body.replace(b'"x":""', b'"x":"' + b"y" * (1024 * 1024 - len(body)) + b'"')
     assert service.outcome(padded) == "applied"
@@ -208,7 +208,7 @@ HEADER_VALUES = st.text(
 def test_never_answers_a_stranger_with_a_5xx(
     unreachable: Service, headers: dict[str, str], body: bytes
 ) -> None:
-    """Hostile headers and bodies are answered with 401, without a query."""
+    """Hostile headers and bodies are answered with 401, without a database query."""
     response = unreachable.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 401
 
