@@ -27,7 +27,7 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def age(service: Service, message_id: str, **days: float) -> None:
-    """Set each named time of a message to that number of days ago."""
+    """Move each named time of a message to the given number of days before now."""
     state: State = service.app.extensions["clerkhooks"]
     values = {name: datetime.now(UTC) - timedelta(days=number) for name, number in days.items()}
     table = state.store.messages
@@ -37,10 +37,10 @@ def age(service: Service, message_id: str, **days: float) -> None:
 
 def test_deletes_old_messages_and_no_users(service: Service) -> None:
     """
-    Messages older than the given age are deleted.
+    Messages that were received and processed longer ago than the given age are deleted.
 
-    Messages that have been retried since then are kept, as are users. A deleted message that is
-    delivered again is stale.
+    Users are kept, and so is an old message that was retried recently. If a deleted message is
+    delivered again, it is stale.
     """
     user_id = clerk_id("user")
     bodies = {
@@ -74,7 +74,7 @@ def test_deletes_in_batches(service: Service, count: int) -> None:
 
 @pytest.mark.parametrize("older_than", ["6d", "167h", "0w"])
 def test_needs_force_to_delete_recent_messages(service: Service, older_than: str) -> None:
-    """Svix retries for days, and the log prevents a second run of an application's handlers."""
+    """Svix retries for days, and without the log, an application's handlers would run twice."""
     result = run(service, "prune", "--older-than", older_than)
     assert result.exit_code == 2
     assert "--force" in result.output
@@ -106,7 +106,7 @@ def test_explains_itself(service: Service) -> None:
 
 
 def test_reports_a_database_failure(unreachable: Service) -> None:
-    """The exit status is 2, and no traceback or database message is printed."""
+    """The exit status is 2. Neither a traceback nor the database's error text is printed."""
     for command in ("prune", "log"):
         result = run(unreachable, command)
         assert result.exit_code == 2
@@ -127,7 +127,7 @@ def delivered(service: Service) -> dict[str, str]:
 
 
 def logged(service: Service, *arguments: str) -> list[str]:
-    """Return the ids that the log shows as JSON; the table must show the same."""
+    """Return the ids that the log lists as JSON; the table must list the same ids."""
     found = [
         json.loads(line) for line in run(service, "log", *arguments, "--json").stdout.splitlines()
     ]
@@ -163,7 +163,7 @@ def test_follows_the_log(
     service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     """
-    Each new message is printed once, and a failed message again after its retry.
+    Each new message is printed once. A failed message is printed again after its retry.
 
     Ctrl-C ends the command with status 0.
     """
@@ -314,7 +314,7 @@ def test_refuses_to_send_with_invalid_options(
 
 
 def test_refuses_to_send_a_file_that_is_nested_too_deeply(service: Service, tmp_path: Path) -> None:
-    """Python's parser raises RecursionError, which is not a ValueError."""
+    """For such a file, Python's parser raises RecursionError, which is not a ValueError."""
     file = tmp_path / "deep.json"
     file.write_text("[" * 100_000)
     result = run(service, "send", "user.created", "--file", str(file))

@@ -112,7 +112,7 @@ def test_syncs_only_the_named_users(syncing: Service, backend: Backend) -> None:
 
 @pytest.mark.parametrize("which", ["--missing", "--failed"])
 def test_syncs_only_selected_users(syncing: Service, backend: Backend, which: str) -> None:
-    """Options select rows without a profile, or users whose messages failed."""
+    """Options select users without a profile, or users whose messages failed."""
     user_id = backend.sign_up(at=LONG_AGO)
     syncing.call(user_id)
     result = run(syncing, which, "--json")
@@ -123,7 +123,7 @@ def test_syncs_only_selected_users(syncing: Service, backend: Backend, which: st
 
 
 def test_withholds_deletions_and_says_how_to_force_them(syncing: Service, backend: Backend) -> None:
-    """If Clerk has no users, the key is probably wrong."""
+    """If Clerk has no users, nobody is deleted, because the key is probably wrong."""
     user_id = backend.sign_up(at=LONG_AGO)
     assert run(syncing).exit_code == 0
     syncing.rows("UPDATE users SET created_at = '2020-01-01 00:00:00.000000'")
@@ -193,7 +193,7 @@ def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
 
 
 def test_reports_a_database_failure(make_service: MakeService, backend: Backend) -> None:
-    """The exit status is 2, and no traceback or database message is printed."""
+    """The exit status is 2. Neither a traceback nor the database's error text is printed."""
     service = make_service(**backend.environ)
     service.rows("ALTER TABLE users RENAME TO elsewhere")
     try:
@@ -214,7 +214,7 @@ def test_reports_a_database_failure(make_service: MakeService, backend: Backend)
 def test_can_be_interrupted_and_run_again(
     syncing: Service, backend: Backend, command: list[str]
 ) -> None:
-    """Ctrl-C ends a sync at once, even if Clerk does not respond; the next one completes."""
+    """Ctrl-C ends a sync at once, even if Clerk does not respond. The next sync completes."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     count = iter(range(100))

@@ -31,7 +31,7 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def listed(service: Service, *arguments: str) -> list[str]:
-    """Return the ids that are listed as JSON; the table must list the same."""
+    """Return the ids that are listed as JSON; the table must list the same ids."""
     users = json.loads(run(service, "users", *arguments, "--json").stdout)["users"]
     table = run(service, "users", *arguments).stdout
     if users:
@@ -56,7 +56,7 @@ def people(service: Service) -> dict[str, str]:
 
 
 def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> None:
-    """All users are listed, or only deleted ones, or only those without a profile."""
+    """The command lists all users, only deleted users, or only users without a profile."""
     assert listed(service) == list(people.values())[::-1]
     assert listed(service, "--deleted") == [people["deleted"]]
     assert listed(service, "--unsynced") == [people["unfilled"]]
@@ -66,7 +66,7 @@ def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> Non
 def test_finds_by_id_email_and_beginning_of_the_name(
     service: Service, people: dict[str, str]
 ) -> None:
-    """The last name counts, too. Case is ignored, and a percent sign is not a wildcard."""
+    """The search covers last names, too. It ignores case, and a percent sign is no wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -76,7 +76,7 @@ def test_finds_by_id_email_and_beginning_of_the_name(
 
 
 def test_reports_characters_that_cannot_be_stored(service: Service) -> None:
-    """Python decodes a byte of an argument that is not UTF-8 as a lone surrogate."""
+    """In an argument, Python decodes a byte that is not valid UTF-8 as a lone surrogate."""
     ended = run(service, "users", "\udcff")
     assert ended.exit_code == 2
     assert "Some characters cannot be represented in the database's encoding" in ended.output
@@ -171,7 +171,7 @@ def test_cuts_lines_to_the_width_of_the_terminal(
 
 
 def test_reports_a_database_failure(unreachable: Service) -> None:
-    """The exit status is 2, and no traceback or database message is printed."""
+    """The exit status is 2. Neither a traceback nor the database's error text is printed."""
     for arguments in (["users"], ["user", clerk_id("user")]):
         result = run(unreachable, *arguments)
         assert result.exit_code == 2
