@@ -54,7 +54,7 @@ def scrape(service: Service) -> Samples:
 
 @pytest.fixture
 def counted(make_service: MakeService) -> Service:
-    """The service, with metrics switched on."""
+    """Create the service with metrics enabled."""
     return make_service(METRICS_TOKEN=TOKEN)
 
 
@@ -152,7 +152,7 @@ def test_counts_connections_right_after_an_outage(
     """
     Failed attempts to connect do not change the number of connections in use.
 
-    SQLAlchemy's pool checks in even connections that could not be opened.
+    SQLAlchemy's pool emits a check-in event even for a connection that could not be opened.
     """
     url = make_database("postgresql")
     migrate(url, clerk)
@@ -203,7 +203,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
-        # Only the result of the thread that the keys started last counts; this one is too late.
+        # The keys accept a result only from the fetch thread that they started last.
         keys._fetch_now()
     found = scrape(service)
     assert keys.age is None
@@ -228,9 +228,9 @@ def test_is_hidden_without_the_right_token(counted: Service, header: str | None)
 @pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE", "TRACE", "ANY"])
 def test_refuses_other_methods(counted: Service, service: Service, method: str) -> None:
     """
-    A caller with the token gets 405 for another method.
+    Any method except GET and HEAD gets a 405 if the caller sends the token.
 
-    Without the token, or without METRICS_TOKEN, every method is answered with 404.
+    Without the token, or if METRICS_TOKEN is not set, every method gets a 404.
     """
     answer = counted.http.open("/metrics", method=method, headers=AUTHORIZED)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
@@ -325,7 +325,7 @@ def test_counts_each_application_separately(make_service: MakeService) -> None:
 
 
 def deliver_and_call(server: Server, count: int) -> None:
-    """Deliver and call *count* times on separate connections, so that both workers take part."""
+    """Send *count* webhooks and API calls on separate connections, so both workers take part."""
     for _ in range(count):
         user_id = clerk_id("user")
         assert server.deliver(user_event(user_id)).status == 200
@@ -357,7 +357,7 @@ def test_adds_up_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path
     """
     The counters of two workers are added up, even after one of them was killed.
 
-    A killed worker's gauges disappear, and the server removes its files when it stops.
+    A killed worker's gauges disappear. When the server stops, it removes all metrics files.
     """
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -393,7 +393,7 @@ def test_adds_up_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path
 
 
 def test_waits_for_a_file_being_created(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A new file is empty at first and has no valid length yet."""
+    """A reader waits for a file that another worker has created but not yet written to."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     file = tmp_path / "counter_1.db"
     file.touch()
@@ -433,9 +433,9 @@ print(len(removals))
 
 def test_starts_from_zero_at_each_boot(clerk: FakeClerk, tmp_path: Path) -> None:
     """
-    Each boot uses a new, empty directory, which only its master process removes.
+    Each server start uses a new, empty directory, which only the master process removes.
 
-    A directory left in the environment by an earlier server is ignored.
+    If PROMETHEUS_MULTIPROC_DIR already names a directory, that directory is not used.
     """
     own = {"METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": "/nowhere", "TMPDIR": str(tmp_path)}
     variables = environ(**clerk.environ, **own, DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
