@@ -1,4 +1,4 @@
-"""The variables, commands and paths in deployment files exist."""
+"""All variables, commands and paths that the deployment files mention exist."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def variables_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [*FILES, "compose.yaml"])
 def test_sets_only_variables_that_are_read(name: str) -> None:
-    """Deployment files contain no misspelt variables, which the service would ignore."""
+    """Deployment files contain no misspelled variables, which the service would ignore."""
     assert variables_of(name) - OF_POSTGRES <= set(VARIABLES)
 
 
@@ -77,12 +77,12 @@ def test_sets_only_variables_that_are_read(name: str) -> None:
     "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
 )
 def test_asks_for_the_secret(name: str) -> None:
-    """The files ask for the required variable; Railway's and Fly's formats cannot."""
+    """The files require the secret, except Railway's and Fly's, whose formats cannot."""
     assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
 
 
 def test_serves_and_migrates_with_the_same_commands_everywhere() -> None:
-    """Every platform runs the Procfile's commands; Heroku and Dokku read the Procfile."""
+    """All platforms run the commands in the Procfile; Heroku and Dokku read the file itself."""
     release, web = PROCFILE["release"], PROCFILE["web"]
     assert load("fly.toml")["deploy"]["release_command"] == release
     assert load("fly.toml")["processes"] == {"web": web}
@@ -176,7 +176,7 @@ def test_builds_and_serves_as_the_dockerfile_says(clerk: FakeClerk, tmp_path: Pa
 
 
 def build(root: Path, variables: dict[str, str]) -> None:
-    """Run the Dockerfile's build steps in *root*; add its ENV to *variables*."""
+    """Run the Dockerfile's build steps in *root*, and add its ENV values to *variables*."""
     for name, rest in instructions():
         if name == "COPY":
             copy(rest.split()[0], root)

@@ -56,7 +56,7 @@ def test_serves_callers_in_order(threads: ThreadPool) -> None:
 
 
 def test_admits_as_many_as_it_has_slots(threads: ThreadPool) -> None:
-    """With two slots, a third caller waits."""
+    """A third caller waits while both of two slots are in use."""
     slots, log = Slots(2, TIMEOUT), list[int]()
     with slots.use():
         use(slots, log, 0)
@@ -94,7 +94,7 @@ def test_refuses_at_once_if_uses_take_long() -> None:
 
 
 def test_refuses_the_last_first(threads: ThreadPool) -> None:
-    """While no slot becomes free, the last callers are refused and the first keeps waiting."""
+    """If no slot becomes free, the last callers are refused, and the first keeps waiting."""
     slots, log = Slots(1, 1.5), list[int]()
     with slots.use():
         queued = queue(threads, slots, log, 5)
@@ -147,7 +147,7 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
 
 
 def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
-    """With two slots, the third caller is refused, and admitted once a slot is free."""
+    """With two slots, a third caller is refused at once, but admitted after one becomes free."""
     slots = Slots(2, 0)
     with slots.use():
         with slots.use(), pytest.raises(Overloaded), slots.use():
@@ -157,7 +157,7 @@ def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
 
 
 def test_overloaded_is_a_request_error_and_a_database_error() -> None:
-    """Code that catches database errors also catches ``Overloaded``, which can be copied."""
+    """``Overloaded`` is caught by code that catches database errors, and it can be copied."""
     error = copy.copy(Overloaded())
     assert isinstance(error, RequestError)
     assert isinstance(error, sa.exc.SQLAlchemyError)

@@ -173,7 +173,7 @@ def test_limits_waits_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> N
 def test_lets_doctor_recognize_a_transaction_pooler(
     clerk: FakeClerk, empty_url: str, mode: str, named: str, found: bool
 ) -> None:
-    """Doctor asks for ``DATABASE_POOLER`` in transaction mode if it is not set."""
+    """In transaction mode, doctor asks for ``DATABASE_POOLER`` if the variable is not set."""
     migrate(empty_url, clerk)
     with pgbouncer(empty_url, mode) as url:
         values = clerk.environ | {"DATABASE_URL": url, "DATABASE_POOLER": named}

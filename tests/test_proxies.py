@@ -47,7 +47,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_proxy(
     tmp_path: Path, clerk: FakeClerk, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeProxy]:
-    """Start a proxy behind which every host answers as Clerk does."""
+    """Start a proxy that responds to requests for any host as Clerk would."""
     certificate = tmp_path / "certificate.pem"
     proxy.write_certificate(certificate, HOST)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -80,7 +80,7 @@ def test_asks_clerk_through_the_proxy(
     url: str,
     target: str,
 ) -> None:
-    """TLS through HTTP and SOCKS proxies is verified, and names are not resolved locally."""
+    """TLS through HTTP and SOCKS proxies is verified, and host names are not resolved locally."""
     through = make_proxy(tunnel)
     monkeypatch.setenv(variable, url.format(through.address))
     with BackendApi(API, SECRET_KEY, patience=2) as api:
@@ -111,7 +111,7 @@ def test_asks_no_proxy_for_excepted_hosts(
     through = make_proxy(proxy.connect)
     monkeypatch.setenv("https_proxy", f"http://{through.address}")
     monkeypatch.setenv("NO_PROXY", excepted)
-    with pytest.raises((httpx.HTTPError, TimeoutError)):  # example.com has no such host
+    with pytest.raises((httpx.HTTPError, TimeoutError)):  # the host does not exist
         download(f"{API}/jwks", {}, timeout=2, max_size=1000)
     assert through.targets == []
 
@@ -166,7 +166,7 @@ def test_reports_a_proxy_that_does_not_connect(
 def test_reports_an_unusable_password(
     monkeypatch: pytest.MonkeyPatch, make_proxy: MakeProxy
 ) -> None:
-    """A SOCKS password is limited to 255 bytes, and a host name cannot have an empty label."""
+    """A SOCKS password over 255 bytes or a proxy host with an empty label raises an error."""
     through = make_proxy(proxy.socks_password)
     for url in (f"socks5://user:{'x' * 300}@{through.address}", "socks5://a..b:1080"):
         monkeypatch.setenv("ALL_PROXY", url)
