@@ -150,7 +150,7 @@ def test_answers_a_call_with_what_the_webhook_wrote(
 def test_does_not_wait_to_update_last_seen(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """While a webhook locks the row, a call returns the committed row without updating it."""
+    """While a webhook holds the row's lock, a call returns the committed row unchanged."""
     user_id, point = make_caller(service, LONG_AGO), PausePoint()
     with registered_handler(service.app, point):
         delivered, called = overtake(
@@ -167,7 +167,7 @@ def test_does_not_wait_to_update_last_seen(
 def test_waits_for_the_row_of_an_uncommitted_first_call(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """A webhook waits for an uncommitted first call, then updates or tombstones its row."""
+    """A webhook waits for an uncommitted first call, then updates or tombstones the new row."""
     user_id = clerk_id("user")
     with (
         uncommitted_first_call(service, user_id) as commit,
@@ -207,7 +207,7 @@ def test_updates_last_seen_once_for_two_calls(service: Service) -> None:
 def test_keeps_presence_and_profile_apart(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """Presence set during a webhook survives an update, and is refused after a deletion."""
+    """Presence that is set during an update is kept. After a deletion, presence is refused."""
     user_id = make_user(service, known=True)
     set_online = call(service, user_id, "PUT", "/api/me/presence", {"isOnline": True})
     delivered, put = run_contending(service, delivery(service, body_of(user_id)), set_online)
@@ -248,7 +248,7 @@ def test_applies_a_retry_that_waits_for_a_failing_attempt(service: Service, plai
 
 
 def test_counts_two_failures(service: Service) -> None:
-    """Two attempts that fail at the same time count as two, and no user is stored."""
+    """Two attempts that fail at the same time are counted as two, and no user is stored."""
     user_id = clerk_id("user")
     attempt = delivery(service, user_event(user_id), "msg_1")
     with before_failure_record(service, FailingHandler(always=True)) as record:
@@ -260,7 +260,7 @@ def test_counts_two_failures(service: Service) -> None:
 
 
 def make_user(service: Service, known: bool) -> str:
-    """Return a user id; create the row if the user is *known*."""
+    """Return a user id; if *known* is true, create the user's row."""
     user_id = clerk_id("user")
     if known:
         service.outcome(user_event(user_id, at=1000, first_name="Before"))

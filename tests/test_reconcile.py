@@ -89,7 +89,7 @@ class World:
             assert self.service.call(user_id).status_code in (200, 401)
 
     def sync(self, _user: str, number: int) -> None:
-        """Run a sync; perform the next *number* steps during it, one before each request."""
+        """Run a sync and perform the next *number* steps during it, one before each request."""
         if self.running:  # this step is performed during another run
             with pytest.raises(connections.AlreadyRunning):
                 sync(self.service, self.backend, force=True)
@@ -115,7 +115,7 @@ class World:
             raise failures[0]
 
     def check(self, excluded: AbstractSet[str] = frozenset()) -> None:
-        """Check that Clerk's users have rows with their profiles; other rows are tombstones."""
+        """Check that Clerk's users have rows with profiles, and that other rows are tombstones."""
         for user_id in set(self.ids) - excluded:
             row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
             data = self.backend.users.get(user_id)
@@ -126,7 +126,7 @@ class World:
                 assert row == (profile.email, profile.name, profile.image_url, None)
 
     def has_signed_up(self, user_id: str) -> bool:
-        """Return whether the user has ever signed up, even if deleted since."""
+        """Return whether the user has ever signed up, even if the user has been deleted since."""
         return any(user_id.encode() in body for _, body in self.sent)
 
     def _tick(self) -> None:
@@ -152,8 +152,8 @@ def test_ends_in_clerks_state(
     """
     A run repairs the table after any interleaving of changes, webhooks, calls and runs.
 
-    Delivering all webhooks repairs every row, except those of users whom a run did not find because
-    of an outage. A final run repairs these as well.
+    After that, delivering all webhooks again repairs every row, unless a run did not find the user
+    because of an outage. A final run repairs those rows as well.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
@@ -177,7 +177,7 @@ def test_ends_in_clerks_state(
 def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
     inclusive: bool, gaps: list[int], changes: list[tuple[bool, int]]
 ) -> None:
-    """No remaining user is skipped or repeated if others sign up or are deleted in between."""
+    """No user is skipped or repeated if other users sign up or are deleted during the listing."""
     times = {number: LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
     ids = [clerk_id("user") for _ in times]
     created_at = {user_id: times[number] for number, user_id in enumerate(ids)}
@@ -198,8 +198,8 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
             """
             Return a page; then let a user sign up, or delete one.
 
-            At most half a page of users is deleted. The listing tolerates that even if all of them
-            were created in the same millisecond.
+            At most half a page of users is deleted. The listing tolerates this number even if all
+            users were created in the same millisecond.
             """
             after = -1 if created_at_after is None else created_at_after - inclusive
             found = sorted((at, user_id) for user_id, at in created_at.items() if at > after)
@@ -422,21 +422,21 @@ def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
 
 
 def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backend) -> None:
-    """A second run is refused during the first, and accepted as soon as the first has ended."""
+    """A second run is refused during the first run, and accepted once the first has ended."""
     store = store_of(syncing)
     with connections.sole_writer(store):
         with pytest.raises(connections.AlreadyRunning), connections.sole_writer(store):
             pass
         with connections.reader(store) as connection:
             assert connection.scalar(sa.text("SELECT 1")) == 1
-    for _ in range(10):  # even if the server notices a closed connection late
+    for _ in range(10):  # the server may notice a closed connection late
         with connections.sole_writer(store):
             pass
     assert sync(syncing, backend)[0] == {}
 
 
 def test_does_not_overwrite_a_concurrent_webhook(syncing: Service, backend: Backend) -> None:
-    """A run does not overwrite a webhook applied between its read and its write of a row."""
+    """A webhook that is applied between a run's read and write of a row is not overwritten."""
     names = ("changed", "deleted", "created")
     users = {name: backend.sign_up(at=LONG_AGO) for name in names}
     syncing.clerk_service.deliver(
@@ -509,7 +509,7 @@ def lock_timeout(service: Service) -> Exception:
 
 
 def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) -> None:
-    """A run does not read users who sign up during it, even if one does at every request."""
+    """A run does not read users who sign up during the run, even if one signs up per request."""
     early = [backend.sign_up(at=LONG_AGO + number) for number in range(3)]
     requests: list[str] = []
 
@@ -528,7 +528,7 @@ def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) ->
 
 
 def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
-    """If a proxy drops the query or has cached a page, the run fails."""
+    """If a proxy drops the query string or returns a cached page, the run fails."""
     for number in range(3):
         backend.sign_up(at=LONG_AGO + number)
     whole = answering_json(200, list(backend.users.values()))
@@ -563,7 +563,7 @@ def test_deletes_nobody_with_the_key_of_another_instance(
 
 
 def test_stops_if_it_loses_its_lock(syncing: Service, backend: Backend) -> None:
-    """After a failover another run may have begun, so this run must not write any more."""
+    """After a failover, another run may have begun, so this run must stop writing."""
     if syncing.database_url.startswith("sqlite"):
         pytest.skip("the lock on a file lasts as long as the process")
     user_id = backend.sign_up(at=LONG_AGO)
