@@ -400,7 +400,7 @@ def test_translates_other_spellings_of_a_database_url(spelling: str) -> None:
 
 
 def test_lists_every_fault_at_once() -> None:
-    """One message states each variable's problem and where to find the right value."""
+    """One message states each variable's problem and says where to find the right value."""
     environ = {variable: next(iter(kinds.values()))[0] for variable, kinds in BAD.items()}
     with pytest.raises(SettingsError) as refused:
         ServiceSettings.from_mapping(environ)
@@ -439,7 +439,7 @@ def test_names_the_variable_that_was_read() -> None:
     ],
 )
 def test_reads_a_key_with_changed_line_breaks(text: str) -> None:
-    """Platforms change line breaks, and users copy parts of the PEM text."""
+    """Platforms change line breaks, and users may copy only the base64 body of a PEM block."""
     assert read(CLERK_JWT_KEY=text).jwt_keys == (CLERK.private_key.public_key(),)
 
 
@@ -528,7 +528,7 @@ def exit_message(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_loads_the_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A .env beside wsgi.py is read. Real variables win, even if they are empty."""
+    """A .env beside wsgi.py is read. Environment variables win, even if they are empty."""
     lines = [f"CLERK_WEBHOOK_SECRET={whsec(24)}", "PORT=1", "WEB_CONCURRENCY=3", "LOG_FORMAT=text"]
     (tmp_path / ".env").write_text("\n".join(lines))
     environment.setenv("PORT", "2")
@@ -551,7 +551,7 @@ def test_leaves_the_environment_alone(environment: pytest.MonkeyPatch, tmp_path:
 
 
 def test_needs_no_env_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a .env, real variables are read."""
+    """Without a .env, only environment variables are read."""
     assert read_environ(tmp_path) == dict(os.environ)
 
 
@@ -593,7 +593,7 @@ def test_explains_an_env_file_that_is_not_text(
     content: bytes | None,
     problem: str,
 ) -> None:
-    """A file that is not UTF-8, or cannot be opened, is reported without a traceback."""
+    """If the file is not UTF-8 or cannot be opened, it is reported without a traceback."""
     environment.setenv("PORT", "1")
     if content is None:  # root can read a file without permissions
         environment.setattr("clerkhooks.settings.dotenv_values", refuse)
@@ -603,7 +603,7 @@ def test_explains_an_env_file_that_is_not_text(
 
 
 def refuse(_path: Path) -> dict[str, str | None]:
-    """Raise PermissionError, as when the file is unreadable."""
+    """Raise PermissionError, as if the file were unreadable."""
     raise PermissionError
 
 
@@ -656,7 +656,7 @@ def test_reads_an_application_before_the_environment(
 def test_takes_lists_and_numbers_from_an_application(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``app.config`` may hold lists, tuples, sets and numbers."""
+    """``app.config`` may contain lists, tuples, sets and numbers."""
     config: dict[str, Any] = {
         "CLERK_WEBHOOK_SECRET": [whsec(24), whsec(32)],
         "CLERK_JWT_KEY": (PEM, OTHER_PEM),
@@ -697,7 +697,7 @@ def test_does_not_read_the_service_in_an_application(
 def test_lists_every_fault_of_an_application(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """``init_app`` raises one SettingsError, wherever the invalid values come from."""
+    """``init_app`` raises one SettingsError for all invalid values, whatever their source."""
     environment.setenv("CLERK_ISSUER", "x")
     with pytest.raises(SettingsError) as refused:
         Application(CLERK, f"sqlite:///{tmp_path}/x.db", DATABASE_POOL_SIZE=0, METRICS_TOKEN=7)
@@ -706,7 +706,7 @@ def test_lists_every_fault_of_an_application(
 
 
 def test_reads_nothing_but_its_variables_from_an_application() -> None:
-    """Other keys of ``app.config`` are ignored; the environment is used unchanged."""
+    """Other keys of ``app.config`` are ignored, and the environment is left unchanged."""
     config = {"SECRET_KEY": "x", "PORT": 1, "LOG_FORMAT": None, "CLERK_AUDIENCE": []}
     values = merge_config(config, {"PORT": "2", "CLERK_AUDIENCE": "a", "HOME": "/root"})
     assert values == {"PORT": 1, "CLERK_AUDIENCE": "a", "HOME": "/root"}
