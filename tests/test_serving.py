@@ -134,7 +134,7 @@ def test_serves_async_views_of_an_application(
     database_url: str, clerk: FakeClerk, tmp_path: Path, worker: str
 ) -> None:
     """
-    Concurrent async views each see their own caller while webhooks are delivered.
+    Concurrent async views each see their own caller while webhooks are being delivered.
 
     The application chooses the worker class.
     """
@@ -191,7 +191,7 @@ def test_serves_beside_clients_that_never_finish(
 
 
 def test_passes_long_headers_to_the_application(server: Server) -> None:
-    """A token of 16 KiB or more reaches the application, which answers with its own reason."""
+    """A token of 16 KiB or more reaches the application, which refuses it with a reason."""
     for length, reason in ((16 * 1024, "token_malformed"), (20 * 1024, "token_too_long")):
         answer = server.request(
             "GET", "/api/me", headers={"Authorization": "Bearer " + "a" * length}
@@ -237,7 +237,7 @@ def test_refuses_malformed_chunks(server: Server, method: str, path: str, status
 def wait_for_a_waiter(server: Server) -> None:
     """Wait until a request is blocked by a ``write_lock``."""
     if server.database_url.startswith("sqlite"):
-        # SQLite does not show waiting connections. After this response, the delivery is accepted.
+        # SQLite does not show waiting connections. After this response, the delivery has arrived.
         assert server.request("GET", "/healthz").status == 200
         return
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -313,8 +313,8 @@ def test_does_not_serve_with_an_invalid_worker_count(
     """
     An invalid WEB_CONCURRENCY stops the server before it listens.
 
-    Gunicorn reads the variable before any configuration file and exits with a traceback if it
-    cannot parse it. Other invalid values get clerkhooks' own message.
+    Gunicorn reads the variable before any configuration file, and exits with a traceback if the
+    value is not a number. For other invalid values, clerkhooks prints its own message.
     """
     port = free_port()
     right = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "PORT": str(port)}
@@ -362,7 +362,7 @@ def test_serve_checks_the_settings_before_gunicorn_does(
 def test_serve_counts_an_empty_worker_count_as_unset(
     clerk: FakeClerk, tmp_path: Path, value: str, workers: int
 ) -> None:
-    """Gunicorn itself would exit with a traceback."""
+    """``serve`` uses the default for an empty variable; gunicorn would exit with a traceback."""
     variables = clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
     command = [sys.executable, "-m", "clerkhooks", "serve", "--print-config"]
     ended = run(command, environ(**variables | {"WEB_CONCURRENCY": value}))
@@ -371,7 +371,7 @@ def test_serve_counts_an_empty_worker_count_as_unset(
 
 
 def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
-    """A missing secret stops the server before it listens, with one message."""
+    """If the secret is missing, the server prints one message and exits before it listens."""
     port = free_port()
     variables = environ(PORT=str(port), DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
     ended = run(web_command(), variables)
@@ -385,7 +385,11 @@ def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
 def test_counts_an_empty_variable_as_unset(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """Platforms may set a variable to an empty string. Without any key, the log warns once."""
+    """
+    A variable that a platform sets to an empty string counts as unset.
+
+    If no session key is set, one warning is logged.
+    """
     empty = dict.fromkeys(VARIABLES.keys() - {"WEB_CONCURRENCY", "PORT", "DATABASE_URL"}, "")
     variables = empty | {"CLERK_WEBHOOK_SECRET": clerk.environ["CLERK_WEBHOOK_SECRET"]}
     with serving(database_url, clerk, tmp_path / "server.log", **variables) as server:
