@@ -84,7 +84,7 @@ def as_json(value: Any) -> bytes:
 
 
 def raw_token(header: bytes, payload: bytes) -> str:
-    """Return a token made of these bytes, signed by the instance."""
+    """Return a token with this header and payload, signed by the instance."""
     signed = f"{base64url(header)}.{base64url(payload)}"
     signature = CLERK.private_key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
     return f"{signed}.{base64url(signature)}"
@@ -175,7 +175,7 @@ def test_returns_the_session() -> None:
     [({"sub": "user_2"}, {"sub": "user_2"}), ({}, {}), ("user_2", None), (False, None)],
 )
 def test_detects_impersonation(act: Any, actor: Any) -> None:
-    """``act`` of any shape counts as impersonation."""
+    """An ``act`` claim of any shape counts as impersonation."""
     session = verify_session_token(token(act=act), [KEY], RULES, NOW)
     assert (session.actor, session.impersonated) == (actor, True)
 
@@ -206,7 +206,7 @@ def test_refuses_a_malformed_token(text: str) -> None:
 
 
 def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
-    """Otherwise a signature could be encoded in several ways: 256 bytes leave 4 bits unused."""
+    """The last four bits of a signature are unused and must be zero: its encoding is unique."""
     valid = token()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     stray = valid[:-1] + digits[digits.index(valid[-1]) + 1]
@@ -255,7 +255,7 @@ def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
     ],
 )
 def test_checks_the_header(name: str, values: list[Any], reason: str | None) -> None:
-    """Type, algorithm and category must match a session token; unknown parameters are ignored."""
+    """Type, algorithm and category must be a session token's; other parameters are ignored."""
     assert {reason_of(token({name: value})) for value in values} == {reason}
 
 
@@ -268,7 +268,7 @@ def test_accepts_deeply_nested_claims() -> None:
 
 
 def test_checks_in_clerks_order() -> None:
-    """Form, header, signature, claims: an unsigned token cannot probe the claim checks."""
+    """Claims are checked after the signature, so an unsigned token cannot probe these checks."""
     header, payload, signature = token({"alg": "none"}, sub=5).split(".")
     assert reason_of(f"{header}.{payload}.A") == "token_malformed"
     assert reason_of(f"{header}.{payload}.AAAA") == "token_algorithm_refused"
@@ -435,6 +435,6 @@ def test_reads_the_token_of_a_header_unchanged(text: str) -> None:
     | st.from_regex(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 )
 def test_raises_nothing_but_its_own_error(text: str) -> None:
-    """Any text gives a Session or raises Unauthenticated."""
+    """For any string, verification returns a Session or raises Unauthenticated."""
     reason = reason_of(text)
     assert reason is None or re.fullmatch("(token|session)_[a-z_]+", reason)

@@ -133,7 +133,7 @@ def test_refuses_a_header_changed_after_signing(clerk: FakeClerk, header: str) -
 
 
 def test_refuses_a_body_that_is_not_utf8(clerk: FakeClerk) -> None:
-    """Svix signs text, so it never sends such a body."""
+    """Svix signs text, so it never sends a body that is not valid UTF-8."""
     assert reason_of(signed(clerk), clerk, b"\xff") == "body_not_utf8"
 
 
@@ -165,7 +165,7 @@ def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) 
 
 
 def test_does_not_load_the_client_of_svix() -> None:
-    """The client would cost each worker 16 MB of memory and 0.2 s at startup."""
+    """Svix's API client would cost each worker 16 MB of memory and 0.2 s at startup."""
     code = "import sys, clerkhooks.service; sys.exit('svix' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
 
@@ -194,7 +194,7 @@ def test_refuses_everything_without_a_secret(clerk: FakeClerk) -> None:
     ],
 )
 def test_finds_a_good_signature_among_garbled_ones(clerk: FakeClerk, garbage: str) -> None:
-    """One valid signature is enough, before or after any other text."""
+    """One valid signature is enough, regardless of any other text before or after it."""
     headers = signed(clerk)
     good = headers["svix-signature"]
     assert reason_of(headers | {"svix-signature": f"{garbage} {good}"}, clerk) is None
@@ -239,7 +239,7 @@ def test_refuses_lenient_base64(clerk: FakeClerk) -> None:
 
 @pytest.mark.parametrize("blank", ["\x1c", "\x85"])
 def test_trims_only_what_javascript_trims(clerk: FakeClerk, blank: str) -> None:
-    """Python's strip() removes more characters than Clerk's SDK, and would accept too much."""
+    """Python's strip() removes more characters than Clerk's SDK does, so it is not used."""
     headers = signed(clerk)
     for name, reason in [
         ("svix-id", "signature_mismatch"),

@@ -92,7 +92,7 @@ def test_refreshes_in_the_background_after_five_minutes(
 
 
 def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) -> None:
-    """The keys verify tokens for twelve hours. Then calls are answered with 503."""
+    """During an outage, the fetched keys remain in use for twelve hours. Then calls get a 503."""
     keys = fetched(FetchedKeys(issuer.url))
     verifier, token = SessionVerifier(keys, TokenRules()), CLERK.session_token(clerk_id("user"))
     issuer.behaviour, start = answering(b"", 500), clock.now
@@ -145,7 +145,7 @@ def test_keeps_good_keys_after_any_bad_answer(
     caplog: pytest.LogCaptureFixture,
     behaviour: Behaviour,
 ) -> None:
-    """Only a valid key set replaces the keys. Other fetches end in time and log a warning."""
+    """Only a valid key set replaces the keys. Any other fetch ends in time and logs a warning."""
     keys = fetched(FetchedKeys(issuer.url))
     monkeypatch.setattr(signing_keys, "TIMEOUT", 0.6)
     issuer.behaviour, clock.now = behaviour, clock.now + 300
@@ -193,7 +193,7 @@ def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock)
 
 
 def test_fetches_nothing_for_a_false_signature(issuer: Issuer, clock: Clock) -> None:
-    """The key of a known ``kid`` is not fetched again if the signature is invalid."""
+    """If the ``kid`` is known but the signature is invalid, no keys are fetched."""
     keys = fetched(FetchedKeys(issuer.url, cooldown=0))
     assert {refusal_reason(keys, OTHER) for _ in range(20)} == {"token_signature_mismatch"}
     wait_for_fetches()
