@@ -28,7 +28,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """Something that belongs to a user."""
+    """A row that belongs to a user."""
 
     __tablename__ = "notes"
 
@@ -123,7 +123,7 @@ def test_has_no_version_columns(name: str) -> None:
 
 
 def test_does_not_load_deferred_columns() -> None:
-    """A deferred column is not loaded with each call."""
+    """A deferred column is never loaded for a snapshot, and reading it raises an error."""
     assert "biography" not in {column.name for column in COLUMNS}
     with pytest.raises(AttributeError, match=ADVICE):
         _ = snapshot().biography
@@ -168,7 +168,7 @@ def test_refuses_relationships_with_advice(read: Callable[[Any], object]) -> Non
 
 @pytest.mark.parametrize("name", ["nmae", "_private", "mro", "__html__", "__len__"])
 def test_refuses_an_unknown_attribute(name: str) -> None:
-    """An unknown attribute or protocol raises AttributeError, so that ``hasattr`` works."""
+    """An unknown attribute or special method raises AttributeError, so that ``hasattr`` works."""
     with pytest.raises(AttributeError):
         getattr(snapshot(), name)
     assert not hasattr(snapshot(), name)

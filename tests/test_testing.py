@@ -67,7 +67,7 @@ def test_packs_permissions_without_loss(
 def test_refuses_to_grant_what_clerk_cannot_grant(
     clerk_service: ClerkService, wrong: dict[str, Any], message: str
 ) -> None:
-    """A test with such a session would prove nothing about production."""
+    """A test with permissions that Clerk cannot grant would prove nothing about production."""
     with pytest.raises(ValueError, match=message):
         clerk_service.token("user_1", **wrong)
 
@@ -89,7 +89,7 @@ def test_fails_if_a_sign_up_is_refused(clerk_service: ClerkService) -> None:
 
 
 def test_delivers_events_in_their_order(clerk_service: ClerkService) -> None:
-    """Each event is newer than the one before, even within a millisecond; a retry is not."""
+    """Each event is newer than the one before, even in the same millisecond; a retry is not."""
     user_id = clerk_service.sign_up()
     for number in range(20):
         data = user_data(

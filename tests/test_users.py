@@ -56,7 +56,7 @@ def test_replaces_a_missing_time_by_the_other(
     service: Service, data: dict[str, int], timestamp: int | None, version: tuple[int, int]
 ) -> None:
     """
-    An event with only one time uses it for both.
+    If an event has only one of the two times, that time is used for both.
 
     Events without times rank below all others, in the order of their delivery attempts.
     """
@@ -159,7 +159,7 @@ def test_ends_the_same_in_every_order(
         for number, event in deliveries:
             if event is None:
                 service.call(user_id)
-            elif event[1] or event[2]:  # with neither time the order is best effort
+            elif event[1] or event[2]:  # without any time, the order is best effort
                 body = envelope(
                     user_id,
                     event[0],
