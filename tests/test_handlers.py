@@ -219,7 +219,7 @@ def test_calls_a_method_once(application: Application) -> None:
 
 
 def test_calls_handlers_in_registration_order(application: Application) -> None:
-    """Handlers inside the transaction run first, then those after the commit."""
+    """Handlers inside the transaction run first, followed by handlers after the commit."""
     called: list[str] = []
 
     def register(name: str, pattern: str, *, after_commit: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The log: one line per request, with the request id that the response carries."""
+"""The log: one line per request, with the same request id as in the response."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_gives_each_request_an_id(service: Service, method: str, path: str) -> N
 
 
 def test_gives_an_aborted_request_an_id(service: Service) -> None:
-    """A request has an id even if a URL value preprocessor aborts it before any other hook."""
+    """Requests have an id even if a URL value preprocessor aborts them before other hooks run."""
     tenants = Blueprint("tenants", __name__)
     tenants.url_value_preprocessor(lambda _endpoint, _values: abort(404))
     tenants.add_url_rule("/tenants", view_func=str)
@@ -149,7 +149,11 @@ def test_logs_one_line_per_delivery_in_an_application(application: Application) 
 
 
 def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subprocess.PIPE) -> str:
-    """Run *code* in a separate process and return the output. CLERK is *clerk*'s environment."""
+    """
+    Run *code* in a separate process, and return its output.
+
+    In *code*, CLERK contains the variables of *clerk*, and DATABASE is the URL of a SQLite file.
+    """
     code = f"CLERK = {clerk.environ!r}\nDATABASE = 'sqlite:///{folder}/logs.db'\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -91,7 +91,7 @@ def test_refuses_a_malformed_age(service: Service, older_than: str) -> None:
 
 @pytest.mark.parametrize("since", ["0001-01-01T00:00+01:00", "9999-12-31T23:59-01:00"])
 def test_refuses_a_time_that_is_out_of_range(service: Service, since: str) -> None:
-    """In UTC, the time would be before year 1 or after year 9999."""
+    """A time that would be before year 1 or after year 9999 in UTC is refused."""
     result = run(service, "log", "--since", since)
     assert (result.exit_code, "is out of range" in result.output) == (2, True), result.output
 

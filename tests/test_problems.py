@@ -36,7 +36,7 @@ def written() -> Iterator[list[str]]:
 
 
 def shown(written: list[str]) -> list[dict[str, Any]]:
-    """Return the parsed lines."""
+    """Return the logged lines, parsed as JSON."""
     return [json.loads(line) for line in written]
 
 
@@ -242,7 +242,7 @@ def test_leaves_responses_as_they_are(service: Service) -> None:
 
 
 class ClientClosed(HTTPException):
-    """An error whose status ``http.HTTPStatus`` does not define."""
+    """An error with a status code that ``http.HTTPStatus`` does not define."""
 
     code = 460
     description = "The client went away."

@@ -79,7 +79,7 @@ def test_lets_the_newer_of_two_versions_win(
 def test_keeps_a_deleted_user_deleted(
     service: Service, known: bool, plain: bool, first: str, second: str, outcome: str
 ) -> None:
-    """The user stays deleted if a newer update or another deletion comes at the same time."""
+    """The user stays deleted if a newer update or a second deletion arrives at the same time."""
     user_id = make_user(service, known)
     bodies = {"deletion": deletion(user_id, 1001), "update": user_event(user_id, at=1002)}
     requests = [delivery(service, bodies[name]) for name in (first, second)]

@@ -355,7 +355,7 @@ ODD: list[Any] = [
 
 
 def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backend) -> None:
-    """Malformed users are counted and reported without their content; the others are synced."""
+    """Users with malformed data are counted and reported, and all other users are synced."""
     for number, odd in enumerate(ODD):
         backend.users[f"odd {number}"] = odd
     user_id = backend.sign_up(

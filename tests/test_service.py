@@ -28,7 +28,7 @@ def test_creates_the_instance_folder(tmp_path: Path) -> None:
     "url", ["postgresql://db.example.com/name", "sqlite:///file:x.db?uri=true"]
 )
 def test_does_not_check_other_databases(tmp_path: Path, url: str) -> None:
-    """PostgreSQL has no folder, and a ``file:`` URI is not checked."""
+    """PostgreSQL has no folder to check, and the folder in a ``file:`` URI is not checked."""
     _check_sqlite_folder(make_app(tmp_path / "instance"), make_url(url))
     assert not (tmp_path / "instance").exists()
 

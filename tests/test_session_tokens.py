@@ -151,7 +151,7 @@ def test_gives_every_verdict_of_clerks_sdk() -> None:
 
 
 def test_differs_from_clerks_sdk_in_the_scheme_and_in_odd_features_only() -> None:
-    """The scheme is required but not case-sensitive; a malformed ``fea`` is tolerated."""
+    """The scheme is required but not case-sensitive; a malformed ``fea`` claim is tolerated."""
     odd = [case for case in SDK["cases"] if {"scheme", "o shape"} & set(case["may_be_stricter"])]
     looser = {case["name"] for case in odd if not case["accept"] and sdk_verdict(case) is None}
     stricter = {case["name"] for case in odd if case["accept"] and sdk_verdict(case) is not None}
@@ -416,7 +416,7 @@ raw_tokens = st.builds(
     "text", ["", " ", " a.b.c", "a.b.c\x85", "a.b.c\xa0", "\x1ca.b.c", "a.b.c"]
 )
 def test_reads_the_token_of_a_header_unchanged(text: str) -> None:
-    """Python's strip() would accept tokens that Clerk's SDK refuses."""
+    """After Python's strip(), tokens that Clerk's SDK refuses would be accepted."""
     authenticator = Authenticator(SessionVerifier(ConfiguredKeys((KEY,)), RULES), frozenset(), ())
     with Flask(__name__).test_request_context(
         environ_overrides={"HTTP_AUTHORIZATION": f"bearer {text}"}

@@ -28,7 +28,7 @@ BODY = b'{"type":"user.created","data":{}}'
 
 
 def signed(clerk: FakeClerk, body: bytes = BODY, at: int = NOW) -> dict[str, str]:
-    """Return Svix's headers as the service passes them on, by lower-case name."""
+    """Return Svix's headers with lower-case names, as ``verify_signature`` expects."""
     return {name.lower(): value for name, value in clerk.headers(body, "msg_1", at).items()}
 
 
@@ -270,7 +270,7 @@ def test_raises_nothing_but_its_own_error(headers: dict[str, str], body: bytes, 
     st.lists(texts),
 )
 def test_verifies_anything_that_was_signed(body: str, message_id: str, garbage: list[str]) -> None:
-    """Any signed body with any id verifies, with any garbage around its signature."""
+    """Any signed body with any id is accepted, even with garbage around the signature."""
     message_id = f"m{message_id}m"
     signature = SDK_SECRET.sign(message_id, datetime.fromtimestamp(NOW, UTC), body)
     signatures = [*garbage, signature, *garbage]

@@ -1,4 +1,4 @@
-"""The service under common start commands, and behind nginx."""
+"""The service with common start commands, and behind nginx."""
 
 from __future__ import annotations
 

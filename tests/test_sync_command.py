@@ -166,7 +166,7 @@ def test_refuses_wrong_use(service: Service, arguments: list[str], message: str)
 
 
 def test_asks_for_the_key(service: Service) -> None:
-    """Without CLERK_SECRET_KEY, the message says where to find it."""
+    """Without CLERK_SECRET_KEY, the message says where to find the key."""
     result = run(service)
     assert result.exit_code == 2
     assert "CLERK_SECRET_KEY is not set" in result.output
