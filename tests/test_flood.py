@@ -264,7 +264,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def send_byte(connection: socket.socket) -> bytes | None:
-    """Send a byte. Return the data received, None if there is none yet, or b"" if closed."""
+    """Send a byte. Return the data received, None after a timeout, or b"" if disconnected."""
     connection.settimeout(0.001)
     try:
         connection.sendall(b"x")

@@ -417,7 +417,7 @@ def test_loses_nothing_to_a_handler_that_ends_the_transaction(
     """
     A handler that commits, rolls back or breaks the transaction causes a 500.
 
-    None of the message's changes are committed. A retry is applied once the handler behaves.
+    None of the message's changes are committed. A retry is applied once the handler is fixed.
     """
     user_id, recorder, misbehaving = clerk_id("user"), Recorder(), [True]
     body = user_event(user_id)

@@ -39,7 +39,7 @@ def test_is_not_ready_without_a_database(unreachable: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/healthz/", "/readyz/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """A path with a trailing slash causes no redirect, which would fail a health check."""
+    """A trailing slash does not cause a redirect, because a redirect fails a health check."""
     assert service.http.get(path).get_json() == {"status": "ok"}
 
 

@@ -171,7 +171,7 @@ def test_answers_503_without_keys(make_service: MakeService) -> None:
 
 @pytest.mark.parametrize("origin", [ORIGIN, "http://[::1]:3000"])
 def test_allows_authorized_origins(make_service: MakeService, origin: str) -> None:
-    """Preflights, successes and refusals carry the CORS headers that a browser needs."""
+    """Preflight, success and error responses have the CORS headers that a browser needs."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"{ORIGIN},http://[::1]:3000")
     allowance = preflight(service, origin)
     assert allowance.status_code == 200

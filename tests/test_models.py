@@ -118,9 +118,9 @@ def team(at: int, name: str | None, **data: Any) -> bytes:
 @pytest.mark.usefixtures("teams")
 def test_ends_with_the_newest_version(application: Application) -> None:
     """
-    The newest version wins in every order.
+    The newest version wins, whatever the order of the events.
 
-    ``upsert`` returns whether it wrote, and leaves other columns unchanged.
+    ``upsert`` returns whether it wrote the row, and leaves other columns unchanged.
     """
     events = {at: team(at, f"Name {at}") for at in (1, 2, 3)}
     for order in permutations(events):

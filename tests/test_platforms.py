@@ -1,4 +1,4 @@
-"""All variables, commands and paths that the deployment files mention exist."""
+"""Every variable, command and path in the deployment files exists."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(name: str) -> Any:
 
 
 def find(value: Any, *keys: str) -> Iterator[Any]:
-    """Yield the values of *keys*, wherever they are in *value*."""
+    """Yield the values of *keys*, at any depth of *value*."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key in keys:

@@ -56,7 +56,7 @@ def test_serves_callers_in_order(threads: ThreadPool) -> None:
 
 
 def test_admits_as_many_as_it_has_slots(threads: ThreadPool) -> None:
-    """A third caller waits while both of two slots are in use."""
+    """If there are two slots and both are in use, a third caller waits."""
     slots, log = Slots(2, TIMEOUT), list[int]()
     with slots.use():
         use(slots, log, 0)
@@ -110,7 +110,7 @@ class Killed(BaseException):
 
 
 def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No slot is lost if a caller is killed while it waits or just after it gets its turn."""
+    """No slot is lost if a caller is killed while waiting or just after it gets its turn."""
     slots = Slots(1, TIMEOUT)
     began_at = slots.begin()
 

@@ -121,7 +121,7 @@ def test_works_in_session_mode(
 
 
 def test_works_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
-    """No statement depends on session state from an earlier one."""
+    """No statement depends on session state from an earlier statement."""
     with (
         pgbouncer(empty_url, "transaction", default_pool_size="4") as url,
         serving(clerk, url, empty_url, "transaction") as service,

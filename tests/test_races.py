@@ -207,7 +207,7 @@ def test_updates_last_seen_once_for_two_calls(service: Service) -> None:
 def test_keeps_presence_and_profile_apart(
     service: Service, body_of: BodyOf, status: int, row: Row
 ) -> None:
-    """Presence that is set during an update is kept. After a deletion, presence is refused."""
+    """Presence that is set during an update is kept. After a deletion, it cannot be set."""
     user_id = make_user(service, known=True)
     set_online = call(service, user_id, "PUT", "/api/me/presence", {"isOnline": True})
     delivered, put = run_contending(service, delivery(service, body_of(user_id)), set_online)

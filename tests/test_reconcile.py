@@ -150,10 +150,10 @@ def test_ends_in_clerks_state(
     syncing: Service, backend: Backend, steps: list[Step], order: Any
 ) -> None:
     """
-    A run repairs the table after any interleaving of changes, webhooks, calls and runs.
+    After any sequence of changes, webhooks, calls and runs, a last run repairs all rows.
 
-    After that, delivering all webhooks again repairs every row, unless a run did not find the user
-    because of an outage. A final run repairs those rows as well.
+    Before that run, delivering all webhooks again repairs every row, unless an earlier run did not
+    find the user because of an outage.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)

@@ -42,7 +42,7 @@ def test_does_not_check_other_databases(tmp_path: Path, url: str) -> None:
     ],
 )
 def test_refuses_a_folder_that_cannot_be_written(tmp_path: Path, url: str, message: str) -> None:
-    """The error names the variable and suggests PostgreSQL before any request fails."""
+    """The service does not start. The error names the variable and suggests PostgreSQL."""
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=f"DATABASE_URL {message}") as raised:
         _check_sqlite_folder(make_app(tmp_path / "file" / "instance"), make_url(url))

@@ -206,7 +206,7 @@ def test_refuses_a_malformed_token(text: str) -> None:
 
 
 def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
-    """The last four bits of a signature are unused and must be zero: its encoding is unique."""
+    """The four unused bits at the end of a signature must be zero, so its encoding is unique."""
     valid = token()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     stray = valid[:-1] + digits[digits.index(valid[-1]) + 1]
@@ -220,7 +220,7 @@ def test_refuses_stray_bits_at_the_end_of_a_part() -> None:
     ("length", "reason"), [(MAX_LENGTH, "token_malformed"), (MAX_LENGTH + 1, "token_too_long")]
 )
 def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
-    """A longer token is refused before it is parsed."""
+    """A token over 16 KiB is refused before it is parsed."""
     assert reason_of("A" * length) == reason
 
 
@@ -255,7 +255,7 @@ def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
     ],
 )
 def test_checks_the_header(name: str, values: list[Any], reason: str | None) -> None:
-    """Type, algorithm and category must be a session token's; other parameters are ignored."""
+    """Type, algorithm and category must fit a session token; other parameters are ignored."""
     assert {reason_of(token({name: value})) for value in values} == {reason}
 
 

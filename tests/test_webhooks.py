@@ -84,7 +84,7 @@ def test_ignores_types_that_no_database_could_store(service: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/webhooks/clerk", "/webhooks/clerk/"])
 def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
-    """A path with a trailing slash causes no redirect, which Svix would treat as a failure."""
+    """A trailing slash does not cause a redirect, because Svix counts a redirect as a failure."""
     body = user_event(clerk_id("user"))
     assert (
         service.http.post(path, data=body, headers=service.clerk.headers(body)).status_code == 200

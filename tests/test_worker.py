@@ -241,7 +241,7 @@ def test_sends_what_follows_a_held_header_in_order() -> None:
     The response header is held back until it can be sent together with the body.
 
     A body, a file or a stream follows the header. A response without a body has only the header.
-    The parts of a stream are sent at once.
+    Each part of a stream is sent without delay.
     """
     run("""
 import struct, sys, tempfile
