@@ -110,12 +110,12 @@ _BACKEND_API_REMEDIES = {
     "Clerk Dashboard, API keys, Secret keys. If CLERK_API_URL is set, check it too.",
     "secret_key_forbidden": "CLERK_SECRET_KEY is not allowed to read users, or a proxy or firewall "
     "blocks the request. See Clerk Dashboard, API keys, Secret keys.",
-    "rate_limited": "Other programs use up the instance's rate limit: 1,000 requests in 10 s "
+    "rate_limited": "Other programs are using up the instance's rate limit: 1,000 requests in 10 s "
     "in production, 100 in development. Try again later.",
     "api_unreachable": "Check https://status.clerk.com, this machine's network, and "
     "CLERK_API_URL if it is set. Then try again.",
-    "answer_unusable": "The answer is not in Clerk's format. Leave CLERK_API_URL unset to use "
-    "https://api.clerk.com, and check for a proxy that answers instead of Clerk.",
+    "answer_unusable": "The response is not in Clerk's format. Leave CLERK_API_URL unset to use "
+    "https://api.clerk.com, and check for a proxy that responds instead of Clerk.",
     "proxy_invalid": PROXY_REMEDY,
 }
 

@@ -203,7 +203,7 @@ FINAL: dict[str, tuple[Behaviour, str, str]] = {
     "404": (
         answering(404, HTML),
         "answer_unusable",
-        "answered 404.\nThe answer is not in Clerk's format. Leave CLERK_API_URL unset",
+        "answered 404.\nThe response is not in Clerk's format. Leave CLERK_API_URL unset",
     ),
     "422": (refusing(422, "form_param_invalid"), "answer_unusable", "answered 422."),
     "redirect": (answering(302, Location="/v1/elsewhere"), "answer_unusable", "answered 302."),

@@ -417,7 +417,7 @@ def test_runs_all_checks(console: Console, monkeypatch: pytest.MonkeyPatch) -> N
     console.service.deliver(user_event(clerk_id("user")))
     words = console.read("/console/checks")
     assert re.search("warning keys Old. Look. ok settings Every variable is valid. ok ", words)
-    assert "The database answers, and has every table and column." in words
+    assert "The database responds, and has every table and column." in words
 
 
 def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> None:
@@ -425,7 +425,7 @@ def test_reports_that_the_database_is_away(make_unreachable: MakeService) -> Non
     console = Console(make_unreachable(CONSOLE_PASSWORD=PASSWORD))
     for path in ("/console", "/console/checks"):
         words = console.read(path)
-        assert "error database The database does not answer (OperationalError" in words
+        assert "error database The database does not respond (OperationalError" in words
         assert "Check that it is running, and reachable from here" in words
     answer = console.get("/console/users")
     assert (answer.status_code, answer.get_json()["reason"]) == (503, "database_unavailable")
@@ -440,8 +440,8 @@ def test_reports_that_the_database_is_not_migrated(
     console = Console(make_service(DATABASE_URL=make_database(kind), CONSOLE_PASSWORD=PASSWORD))
     words = console.read("/console")
     assert (
-        "1 error The figures appear once the database answers, accepts writes and is migrated. "
-        "error database The database answers, but is not migrated. "
+        "1 error The figures appear once the database responds, accepts writes and is migrated. "
+        "error database The database responds, but is not migrated. "
         "Migrate: flask --app wsgi db upgrade" in words
     )
 

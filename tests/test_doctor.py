@@ -301,7 +301,7 @@ def test_compares_the_schema_with_the_code(
     rows(url, "CREATE TABLE notes (id INTEGER)")
     code, what = judge()
     assert code == "database_not_migrated"
-    assert what.endswith("answers, but is not migrated.")
+    assert what.endswith("responds, but is not migrated.")
     migrate(url, clerk)
     assert judge()[0] == "database_ready"
     rows(url, "ALTER TABLE users ADD COLUMN of_a_later_release TEXT")
@@ -310,7 +310,7 @@ def test_compares_the_schema_with_the_code(
     rows(url, "ALTER TABLE webhook_messages DROP COLUMN error")
     code, what = judge()
     assert code == "database_not_migrated"
-    assert what.endswith("answers, but lacks tables or columns that this release needs.")
+    assert what.endswith("responds, but lacks tables or columns that this release needs.")
     rows(url, "DROP TABLE users")
     rows(url, "CREATE TABLE users (id INTEGER)")
     assert judge()[0] == "database_of_others"
@@ -335,7 +335,7 @@ def test_gives_up_on_a_database_that_does_not_answer(
     monkeypatch.setattr(doctor.database, "DATABASE_TIMEOUT", 0.1)
     found = find(correct)
     may_end.set()
-    assert found["database_unreachable"].what.endswith("does not answer (TimeoutError).")
+    assert found["database_unreachable"].what.endswith("does not respond (TimeoutError).")
 
 
 def test_names_the_commands_of_the_service(

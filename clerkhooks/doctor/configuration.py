@@ -66,11 +66,11 @@ def check_webhook_secrets(case: Case) -> Iterator[Finding]:
     read, unread = SECRET_VARIABLES
     if case.text(read) and case.text(unread) not in ("", case.text(read)):
         what = f"{unread} is ignored because {read} is set to a different value."
-        remedy = "Keep the correct one and remove the other."
+        remedy = "Keep the variable with the correct value, and remove the other."
         yield Finding("webhook_secret_unread", Level.WARNING, unread, what, remedy)
     count = len(set(secrets))
     if count < len(secrets):
-        what, remedy = "The same signing secret is listed twice.", "Remove one of them."
+        what, remedy = "The same signing secret is listed more than once.", "List it once."
         yield Finding("webhook_secret_repeated", Level.WARNING, subject, what, remedy)
     if count > 1:
         what = f"{count} signing secrets are accepted: a rotation is in progress."

@@ -163,7 +163,7 @@ def judge_database(
 
 
 def _describe_unreachable(where: str, error: Exception, program: Program) -> Finding:
-    what = f"{where} does not answer ({describe(error)})."
+    what = f"{where} does not respond ({describe(error)})."
     remedy = "Check that it is running, and reachable from here with this user and password."
     if program is SERVICE:
         remedy = f"{remedy} {VARIABLES['DATABASE_URL']}"
@@ -173,7 +173,7 @@ def _describe_unreachable(where: str, error: Exception, program: Program) -> Fin
 def _judge_readiness(store: Store, program: Program, where: str) -> Finding:
     fault, subject = find_fault(store), "database"
     if fault is None:
-        what = f"{where} answers, and has every table and column."
+        what = f"{where} responds, and has every table and column."
         return Finding("database_ready", Level.OK, subject, what)
     if fault == "database_read_only":
         what = f"{where} is read-only."
@@ -196,7 +196,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
         remedy = found.remedy(connection.engine.url)
         return Finding("database_of_others", Level.ERROR, subject, what, remedy)
     fault = "lacks tables or columns that this release needs" if present else "is not migrated"
-    what = f"{where} answers, but {fault}."
+    what = f"{where} responds, but {fault}."
     return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)
 
 
@@ -242,7 +242,7 @@ def _judge_unfilled(store: Store, program: Program) -> Finding:
         what = "No user has been without a profile for over an hour."
         return Finding("users_filled", Level.OK, "users", what)
     users = count(unfilled, "user")
-    what = f"{users} without a profile for over an hour: no webhook has delivered it."
+    what = f"{users} without a profile for over an hour: no webhook has delivered the profile."
     remedy = (
         "Check that the endpoint is subscribed to user.created and user.updated. "
         f"Then repair: {program.command} sync --missing"

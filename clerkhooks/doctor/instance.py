@@ -82,7 +82,7 @@ def _compare_keys(case: Case, url: str, keys: Sequence[RSAPublicKey]) -> Finding
         return Finding("jwt_keys_not_compared", Level.SKIPPED, subject, what)
     published = {key.public_numbers() for key in found.values()}
     if published.isdisjoint(key.public_numbers() for key in keys):
-        what = f"{host} does not publish this key: every token is refused."
+        what = f"{host} does not publish this key, so every token is refused."
         remedy = "Copy the JWT public key of the same instance: Clerk Dashboard, API keys."
         return Finding("jwt_key_of_another_instance", Level.ERROR, subject, what, remedy)
     return Finding("jwt_keys_match", Level.OK, subject, f"{host} publishes this key.")
@@ -126,7 +126,7 @@ def check_clock(case: Case) -> Iterator[Finding]:
     try:
         offset = run_with_timeout(findings.TIMEOUT, lambda: _measure_clock(url))
     except Exception:  # noqa: BLE001  # an offline machine fails in many ways
-        what = f"Not compared: {urlsplit(url).hostname} did not send its time."
+        what = f"Not compared: {urlsplit(url).hostname} did not send the time."
         yield Finding("clock_not_compared", Level.SKIPPED, "clock", what)
         return
     remedy = "Synchronize the clock with NTP: timedatectl set-ntp true"
@@ -170,11 +170,11 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
         with BackendApi(api_url, key, patience=limit, timeout=limit) as api:
             users = run_with_timeout(findings.TIMEOUT, api.count_users)
     except TimeoutError:
-        what = "Skipped: Clerk's Backend API did not answer in time."
+        what = "Skipped: Clerk's Backend API did not respond in time."
         return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
     except BackendApiError as error:
         if error.reason in ("rate_limited", "api_unreachable", "proxy_invalid"):
-            what = f"Skipped: no usable answer from Clerk's Backend API ({error.reason})."
+            what = f"Skipped: no usable response from Clerk's Backend API ({error.reason})."
             return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
         what, _, remedy = str(error).partition("\n")
         return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
