@@ -32,7 +32,7 @@ def split(text: str) -> tuple[str, ...]:
     parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
     # A value with only separators would count as unset and disable a check.
     if not parts:
-        raise ValueError("is a list without entries.")
+        raise ValueError("contains no entries, only separators.")
     return parts
 
 
@@ -68,10 +68,10 @@ def parse_webhook_secret(text: str) -> bytes:
     raw = _decode_base64(text.removeprefix("whsec_"))
     # The svix library would accept any text here, and then reject every message.
     if raw is None:
-        raise ValueError("is not a signing secret: whsec_ and base64 are expected.")
+        raise ValueError("is not a signing secret, which is whsec_ followed by base64.")
     if not 24 <= len(raw) <= 75:  # Svix's own limits
         raise ValueError(
-            "is not a signing secret: it must hold 24 to 75 bytes. Was it copied completely?"
+            "is not a signing secret, which encodes 24 to 75 bytes. Was it copied completely?"
         )
     return raw
 

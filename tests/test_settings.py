@@ -76,7 +76,7 @@ def faults(**environ: Any) -> dict[str, str]:
 
 
 def test_needs_a_signing_secret_only() -> None:
-    """All other variables have defaults."""
+    """Only the signing secret is required. All other variables have defaults."""
     assert read() == ServiceSettings(webhook_secrets=(b"s" * 24,))
     minimal = {"CLERK_WEBHOOK_SECRET": whsec(24)}
     assert Settings.from_mapping(minimal) == Settings(webhook_secrets=(b"s" * 24,))
@@ -84,7 +84,7 @@ def test_needs_a_signing_secret_only() -> None:
 
 
 def test_counts_an_empty_variable_as_unset() -> None:
-    """Platforms may set a variable to an empty string."""
+    """An empty variable counts as unset, because some platforms create empty variables."""
     assert read(**dict.fromkeys(set(VARIABLES) - {"CLERK_WEBHOOK_SECRET"}, "")) == read()
     assert read(**dict.fromkeys(set(VARIABLES) - {"CLERK_WEBHOOK_SECRET", "DYNO"}, " \n")) == read()
 
@@ -213,7 +213,7 @@ BAD = {
     "CLERK_WEBHOOK_SECRET": {
         "is an API key": ["sk_test_abc", "pk_test_abc", f"{whsec(24)},sk_live_x"],
         "24 to 75 bytes": [whsec(23), whsec(76), "whsec_", whsec(24) + "," + whsec(23)],
-        "whsec_ and base64": [
+        "whsec_ followed by base64": [
             whsec(25)[:-3] + "x==",
             whsec(25)[:-2],
             whsec(24) + "!",
@@ -221,7 +221,7 @@ BAD = {
             "x_" + whsec(24),
             "-_" * 20,
         ],
-        "is a list without entries": [",", " , "],
+        "contains no entries": [",", " , "],
     },
     "DATABASE_URL": {
         "is not a database URL": ["x", "postgres://h:port/n", "://", "postgres:/h"],
@@ -298,9 +298,9 @@ BAD = {
         "is an http:// URL to another": [*BAD_URLS["http"], "https://a.b,http://a.b"],
         "is not a URL such as https://host": ["Native", "NATIVE"],
         "which browsers omit": ["https://a.b:443", "http://localhost:80"],
-        "is a list without entries": [",", ", ,"],
+        "contains no entries": [",", ", ,"],
     },
-    "CLERK_AUDIENCE": {"is a list without entries": [","]},
+    "CLERK_AUDIENCE": {"contains no entries": [","]},
     "CONSOLE_PASSWORD": {
         "must be at least 16": [
             "x",
@@ -360,14 +360,14 @@ PLATFORMS = ("DYNO", "RENDER", "RAILWAY_PROJECT_ID", "FLY_APP_NAME", "K_SERVICE"
 
 @pytest.mark.parametrize("variable", PLATFORMS)
 def test_needs_a_database_on_a_platform(variable: str) -> None:
-    """On an ephemeral file system, a SQLite file is lost at the next restart."""
+    """DATABASE_URL is required: on an ephemeral file system, a SQLite file would be lost."""
     assert "do not persist" in faults(**{variable: "x"})["DATABASE_URL"]
     assert "is not a database URL" in faults(**{variable: "x"}, DATABASE_URL="x")["DATABASE_URL"]
     assert read(**{variable: "x"}, DATABASE_URL="sqlite:////tmp/x.db").database_url
 
 
 def test_uses_sqlite_on_a_platform_with_a_volume(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A volume that is mounted at the instance folder is persistent."""
+    """SQLite is accepted if a persistent volume is mounted at the instance folder."""
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "instance")
     assert read(FLY_APP_NAME="x").database_url == DEFAULT_DATABASE_URL
 
@@ -454,7 +454,7 @@ def test_reads_several_keys(separator: str, mangle: Any) -> None:
 
 
 def test_shows_no_secret_in_its_repr() -> None:
-    """The representation may appear in a traceback."""
+    """The representation may appear in a traceback, so it must not contain secrets."""
     environ = CLERK.environ | {
         "DATABASE_URL": "postgres://user:password@host/n",
         "CLERK_SECRET_KEY": "sk_live_abc",
@@ -784,7 +784,7 @@ def test_has_no_side_effect_when_it_is_imported(tmp_path: Path) -> None:
 
 
 def test_loads_its_modules_on_first_use(tmp_path: Path) -> None:
-    """``import clerkhooks`` loads no submodules: gunicorn.conf.py must monkey-patch first."""
+    """``import clerkhooks`` loads no submodules, so gunicorn.conf.py can monkey-patch first."""
     code = "import sys, clerkhooks; print([n for n in sys.modules if n.startswith('clerkhooks.')])"
     ended = run_python(code, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[]\n", "")
