@@ -49,7 +49,7 @@ OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message
     "--since",
     type=parse_time,
     metavar="TIME",
-    help="Only messages since this time, or of this age: 2026-01-31T08:00, 10m or 30d.",
+    help="Only messages since this time, such as 2026-01-31T08:00, or up to this old: 10m, 30d.",
 )
 @limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new messages until Ctrl-C.")

@@ -56,8 +56,8 @@ def database_failures() -> Iterator[None]:
         ) from None
     except SQLAlchemyError as error:
         raise CannotDo(
-            f"Database error ({describe(error)}). Check the database's URL, and that it has been "
-            "migrated. In the service: flask --app wsgi db upgrade"
+            f"Database error ({describe(error)}). Check the database's URL, and that the "
+            "database has been migrated. In the service: flask --app wsgi db upgrade"
         ) from None
 
 

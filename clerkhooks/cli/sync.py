@@ -38,7 +38,7 @@ _FINDINGS = {
 @click.option("--check", is_flag=True, help="Report differences and change nothing.")
 @click.option("--missing", is_flag=True, help="Only users without a profile.")
 @click.option("--failed", is_flag=True, help="Only users whose messages failed.")
-@click.option("--force", is_flag=True, help="Delete any number of users.")
+@click.option("--force", is_flag=True, help="Delete users even if many are missing from Clerk.")
 @json_lines_option
 @click.pass_context
 @with_appcontext
@@ -156,7 +156,7 @@ def _failures() -> Iterator[None]:
         with database_failures():
             yield
     except AlreadyRunning:
-        raise CannotDo("Another sync is running. Wait until it ends.") from None
+        raise CannotDo("Another sync is running. Wait until it has finished.") from None
     except BackendApiError as error:
         raise CannotDo(f"{error}\n{_CONTINUE}") from None
     except KeyboardInterrupt:
