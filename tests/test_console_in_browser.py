@@ -251,7 +251,7 @@ def test_filters_messages(visit: Open) -> None:
     """The form filters by outcome, time and type, and still shows its values afterwards."""
     page = visit("/messages")
     page.get_by_label("Outcome").select_option("applied")
-    page.get_by_label("Received in the last").select_option("24 hours")
+    page.get_by_label("Received").select_option("in the last 24 hours")
     page.get_by_label("Type").fill("user.deleted")
     follow(page, page.get_by_role("button", name="Show"))
     assert page.locator("tbody tr").count() == 1
