@@ -85,7 +85,7 @@ def test_serves_a_sender_that_opens_more_connections_than_it_needs(
 def test_closes_the_longest_idle_connection_for_a_new_one(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
-    """Near a limit of 20 connections, the worker closes the longest-idle one for each new one."""
+    """Near its limit of 20, a worker closes the longest-idle connection if a new one arrives."""
     with (
         serving(
             database_url,

@@ -162,7 +162,7 @@ def test_refuses_a_handler_that_would_not_run(
 
 
 def later(_event: Event) -> Any:
-    """Return a generator, although this is not itself a generator function."""
+    """Return a generator, although this function is not itself a generator function."""
     return generator(_event)
 
 

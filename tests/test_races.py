@@ -180,7 +180,7 @@ def test_waits_for_the_row_of_an_uncommitted_first_call(
 
 
 def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
-    """Of two first calls, one creates the row, and both return it."""
+    """Of two simultaneous first calls, one creates the row, and both return it."""
     user_id, other_id = clerk_id("user"), clerk_id("user")
     with paused_before(service, "INSERT INTO users") as point:
         answers = overtake(point, call(service, user_id), call(service, user_id))
@@ -195,7 +195,7 @@ def test_creates_a_user_once_for_two_first_calls(service: Service) -> None:
 
 
 def test_updates_last_seen_once_for_two_calls(service: Service) -> None:
-    """If ``last_seen`` is old, one of two calls updates it, and both return the new value."""
+    """Of two concurrent calls, one updates an old ``last_seen``; both return the new value."""
     user_id = make_caller(service, LONG_AGO)
     with paused_before(service, "UPDATE users") as point:
         answers = overtake(point, call(service, user_id), call(service, user_id))

@@ -131,7 +131,7 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """No result is looser than the SDK's; stricter results have a reason that the case allows."""
+    """No result is looser than the SDK's. A stricter result must have a reason from the case."""
     assert len(SDK["cases"]) == 400
     compared = [
         case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])

@@ -215,7 +215,7 @@ def test_trusts_only_its_own_keys(clerkhooks_app: Flask) -> None:
 
 
 def test_is_loaded_by_nothing_but_tests() -> None:
-    """No other module imports pytest or the plugin, so production runs without them."""
+    """No module except the plugin imports pytest or the plugin, so production needs neither."""
     files = list(Path(clerkhooks.__file__).parent.rglob("*.py"))
     assert len(files) > 10
     for file in files:
