@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_gives_an_aborted_request_an_id(service: Service) -> None:
     assert (response.status_code, line["status"]) == (404, 404)
     assert line["request_id"] == response.headers["X-Request-ID"]
     assert line["duration_ms"] >= 0
+
+
+def test_measures_the_whole_request(service: Service) -> None:
+    """The duration of a request includes that of its view, whatever the view uses."""
+    service.app.add_url_rule("/slow", view_func=lambda: time.sleep(0.05) or "")
+    with captured_lines(JsonFormatter()) as written:
+        service.http.get("/slow")
+    [line] = map(json.loads, written)
+    assert line["duration_ms"] >= 50
 
 
 def test_adds_the_id_to_every_line_of_a_request(service: Service) -> None:

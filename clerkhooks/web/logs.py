@@ -101,6 +101,7 @@ def init_request_log(app: Flask, log_format: RequestLog) -> None:
         logger.addHandler(ServiceHandler())
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+    app.before_request(_start_clock)
     app.after_request(_log_request)
 
 
@@ -132,6 +133,10 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
         error = record.exc_info[1]
         extra |= {"error": describe(error), "frames": frames(error)}
     return extra | {"request_id": request_state().request_id} if has_request_context() else extra
+
+
+def _start_clock() -> None:
+    request_state()
 
 
 def _log_request(response: Response) -> Response:
