@@ -1,4 +1,4 @@
-"""Authorization: an implementation of Clerk's ``has()`` for claims of a verified token."""
+"""An implementation of Clerk's ``has()`` for the claims of a verified session token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """The factors that must be verified, and the maximum age in minutes, with Clerk's names."""
+    """The factors to verify and the maximum age in minutes. The keys are the same as Clerk's."""
 
     level: Level
     afterMinutes: float
 
 
 class Conditions(TypedDict, total=False):
-    """The conditions of ``has()`` and ``require_auth``. None means no condition."""
+    """The conditions of ``has()`` and ``require_auth``. A condition of None is ignored."""
 
     role: str | None
     permission: str | None
@@ -50,7 +50,7 @@ _SCOPES = {"o": "o", "org": "o", "organization": "o", "u": "u", "user": "u"}
 
 
 class MalformedClaims(Exception):
-    """Claims that Clerk's SDK rejects grant nothing."""
+    """Clerk's SDK rejects the claims. They grant nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,9 @@ class Organization:
 
 def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
     """
-    Return the active organization from claims of version 1 or 2, or None.
+    Return the active organization from *claims*, or None if it is missing or invalid.
+
+    Tokens of version 1 and version 2 are supported.
 
     Raises:
         MalformedClaims: Clerk's SDK throws an error for these claims.
@@ -97,7 +99,7 @@ def parse_organization(claims: Mapping[str, Any]) -> Organization | None:
 
 def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -> bool:
     """
-    Return whether there are conditions and the session meets all of them.
+    Return whether the session meets every condition. Without conditions, return False.
 
     Missing or malformed claims meet no condition.
 
@@ -119,7 +121,7 @@ def is_authorized(claims: Mapping[str, Any], **conditions: Unpack[Conditions]) -
 
 def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
     """
-    Return the minutes since the first and the second factor were verified; None if unknown.
+    Return the minutes since each of the two factors was verified, or None if unknown.
 
     The value -1 means that the factor is not set up.
     """
@@ -133,7 +135,7 @@ def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def parse_reverification(reverification: object) -> Reverification | None:
-    """Return the level and the age that a preset or an object defines; None if invalid."""
+    """Return the level and age of a preset or an object, or None if it is invalid."""
     if isinstance(reverification, str):
         return PRESETS.get(reverification)
     if not isinstance(reverification, Mapping):
@@ -150,8 +152,8 @@ def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
 
     Raises:
         TypeError: the name of a condition is unknown, or its value has the wrong type.
-        ValueError: no session could ever meet the condition. For example, tokens never contain
-            system permissions.
+        ValueError: no session can meet the condition. For example, tokens never contain system
+            permissions.
     """
     given = _drop_absent(conditions)
     for name, value in given.items():
@@ -199,8 +201,8 @@ def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) ->
     """
     Return the permissions from claims of version 2.
 
-    ``per`` lists permission names. ``fpm`` has a bit mask for each feature of the organization. The
-    position of each set bit is an index into ``per``.
+    ``per`` lists permission names. ``fpm`` contains one bit mask for each feature of the
+    organization. The position of each set bit is an index into ``per``.
     """
     features = _split_by_scope(claims.get("fea"))["o"]
     per, fpm = packed.get("per"), packed.get("fpm")
@@ -225,7 +227,7 @@ def _parse_bits(text: str) -> int:
 
 
 def _split_by_scope(listed: object) -> dict[str, list[str]]:
-    """Return the values in a claim such as ``o:dashboard,u:ai,ou:teams``, by scope."""
+    """Group the values of a claim such as ``o:dashboard,u:ai,ou:teams`` by scope."""
     found: dict[str, list[str]] = {"o": [], "u": []}
     if _is_falsy(listed):
         return found
@@ -241,7 +243,7 @@ def _split_by_scope(listed: object) -> dict[str, list[str]]:
 
 
 def _is_listed(listed: object, wanted: str) -> bool:
-    """Return whether a claim lists *wanted*. A prefix, ``org:`` or ``user:``, selects a scope."""
+    """Return whether a claim lists *wanted*. A prefix (``org:`` or ``user:``) selects a scope."""
     if not isinstance(listed, str) or not listed:
         return False
     found = _split_by_scope(listed)
@@ -284,4 +286,4 @@ def _is_fresh(claims: Mapping[str, Any], reverification: object) -> bool:
         return first
     if wanted["level"] == "second_factor":
         return second
-    return first and second  # a first factor that is not set up is never fresh
+    return first and second  # a first factor that is not set up counts as unverified

@@ -29,7 +29,7 @@ LEEWAY = 5  # seconds
 MAX_LENGTH = 16 * 1024  # characters
 LAST_SECOND = 253_402_300_799  # the end of the year 9999
 SESSION_CATEGORY = "cl_B7d4PD111AAA"
-ANY_CATEGORY = "cl_I7d4PD111III"  # on every token of instances that opted out of categories
+ANY_CATEGORY = "cl_I7d4PD111III"  # in every token of an instance that opted out of categories
 _FORM = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
 _RS256 = RSAAlgorithm(RSAAlgorithm.SHA256)
 
@@ -39,7 +39,7 @@ Claims = NewType("Claims", Mapping[str, Any])
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
-    """The configuration's rules for tokens. An empty rule is not enforced."""
+    """The configured rules for tokens. An empty rule is not enforced."""
 
     issuers: frozenset[str] = frozenset()
     authorized_parties: frozenset[str] = frozenset()
@@ -50,7 +50,7 @@ class TokenRules:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A signed-in session, from its verified token."""
+    """A signed-in session, as described by its verified token."""
 
     id: str
     user_id: str
@@ -58,7 +58,7 @@ class Session:
 
     @property
     def organization(self) -> Organization | None:
-        """The active organization, or None if its claims are missing or malformed."""
+        """The active organization, or None if the claims about it are missing or malformed."""
         try:
             return parse_organization(self.claims)
         except MalformedClaims:
@@ -66,7 +66,7 @@ class Session:
 
     @property
     def actor(self) -> Mapping[str, Any] | None:
-        """The claims of an impersonator, such as ``sub``, or None."""
+        """The claims about the impersonator, such as ``sub``, or None without impersonation."""
         actor = self.claims.get("act")
         return actor if isinstance(actor, dict) else None
 
@@ -77,24 +77,24 @@ class Session:
 
     @property
     def factor_verification_age(self) -> tuple[float, float] | None:
-        """Minutes since each factor was verified, or -1 if the factor is not set up."""
+        """Minutes since each factor was verified; -1 for a factor that is not set up."""
         return parse_factor_ages(self.claims)
 
     def has(self, **conditions: Unpack[Conditions]) -> bool:
         """
         Return whether the session meets every condition, as Clerk's own ``has()`` does.
 
-        A permission is ``org:feature:action``; a feature or plan may begin with ``org:`` or
-        ``user:``.
+        A permission has the form ``org:feature:action``. A feature or plan may begin with ``org:``
+        or ``user:``.
 
         Raises:
-            TypeError: a condition is not one of ``Conditions``.
+            TypeError: the name of a condition is unknown.
         """
         return is_authorized(self.claims, **conditions)
 
 
 class UnverifiedToken(NamedTuple):
-    """The decoded parts of a token. Nothing in it is verified."""
+    """The decoded parts of a token, before any of them is verified."""
 
     unverified_header: Mapping[str, Any]
     unverified_payload: bytes
@@ -111,7 +111,7 @@ class SessionVerifier:
 
     def verify(self, token: str, now: float, *, in_cookie: bool = False) -> Session:
         """
-        Return the session of *token*, if it is valid; *now* is in seconds since the epoch.
+        Verify *token* and return its session. *now* is in seconds since the epoch.
 
         A token from a cookie must have an ``azp`` if authorized parties are configured.
 
@@ -119,8 +119,8 @@ class SessionVerifier:
             Unauthenticated: the token is not valid. ``reason`` names the failed check.
             KeysUnavailable: no key is available to verify the token.
 
-        Source: Clerk, "Manual JWT verification". The checks are at least as strict as those of
-        @clerk/backend 3.25.
+        Source: Clerk, "Manual JWT verification". Every token that @clerk/backend 3.25 rejects is
+        rejected here too.
         """
         if len(token) > MAX_LENGTH:
             raise Unauthenticated("token_too_long")
@@ -134,10 +134,10 @@ class SessionVerifier:
 
 def parse_form(token: str) -> UnverifiedToken:
     """
-    Decode the three parts of *token*: canonical base64url, and a JSON object as header.
+    Decode the three parts of *token*. They must be canonical base64url.
 
-    PyJWT's parser takes 32 µs longer, 5 % of a call. It also accepts padding, NaN and headers in
-    UTF-16, all of which Clerk's SDK rejects.
+    The header must be a JSON object. PyJWT's parser takes 32 µs longer, which is 5 % of a call. It
+    also accepts padding, NaN and headers in UTF-16, which Clerk's SDK rejects.
 
     Raises:
         Unauthenticated: ``token_malformed``.
@@ -150,7 +150,12 @@ def parse_form(token: str) -> UnverifiedToken:
 
 
 def verify_header(header: Mapping[str, Any]) -> None:
-    """Reject other algorithms, and OAuth, template and machine tokens with the same key."""
+    """
+    Require the header of an RS256 session token.
+
+    OAuth, template and machine tokens may be signed with the same key. Their type or category is
+    different.
+    """
     _require(header.get("typ", "JWT") == "JWT", "token_type_mismatch")
     _require(header.get("alg") == "RS256", "token_algorithm_refused")
     category = header.get("cat", SESSION_CATEGORY)
@@ -174,14 +179,15 @@ def verify_claims(
     Raises:
         Unauthenticated: a claim is not valid. ``reason`` names the first such claim.
     """
-    # A machine's id begins with mch_. A template's token has no sid, and outlives the session.
+    # The subject of a machine token begins with mch_. A template token has no sid, and may outlive
+    # the session.
     _require(is_user_id(claims.get("sub")), "token_subject_malformed")
     _require(isinstance(claims.get("sid"), str) and claims["sid"] != "", "token_session_missing")
     _require(_parse_seconds(claims, "exp") > now - LEEWAY, "token_expired")
     if "nbf" in claims:
         _require(_parse_seconds(claims, "nbf") <= now + LEEWAY, "token_not_active_yet")
     _require(_parse_seconds(claims, "iat") <= now + LEEWAY, "token_issued_in_the_future")
-    if rules.issuers:  # instances may share a key
+    if rules.issuers:  # several instances may share a signing key
         _require(_is_one_of(claims.get("iss"), rules.issuers), "token_issuer_mismatch")
     if rules.audience and claims.get("aud") not in (None, "", []):
         _require(_has_audience(claims["aud"], rules.audience), "token_audience_mismatch")
@@ -200,7 +206,7 @@ def verify_authorized_party(
         is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
         _require(is_ours, "token_authorized_party_mismatch")
     else:
-        # Tokens of native apps and of the Backend API have no azp. A browser's cookie has one.
+        # Tokens from native apps and from the Backend API have no azp. Cookies from browsers do.
         _require(rules.native and not in_cookie, "token_authorized_party_missing")
 
 
@@ -219,7 +225,7 @@ def _has_audience(aud: object, audience: frozenset[str]) -> bool:
 
 
 def _decode_base64url(part: str) -> bytes:
-    # Python ignores stray bits at the end, so one signature would have several encodings.
+    # Python ignores stray bits at the end, so several encodings of a signature would be accepted.
     try:
         raw = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
     except binascii.Error:
@@ -240,8 +246,8 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _parse_seconds(claims: Mapping[str, Any], name: str) -> int:
-    """Return a NumericDate in whole seconds, truncated as in JavaScript. Reject strings."""
+    """Return the claim *name* in whole seconds, truncated as in JavaScript. Reject strings."""
     value = claims.get(name)
-    if not strict_json.is_number(value) or not abs(value) <= LAST_SECOND:  # or NaN
+    if not strict_json.is_number(value) or not abs(value) <= LAST_SECOND:  # also rejects NaN
         raise Unauthenticated(f"token_{name}_malformed")
     return int(value)

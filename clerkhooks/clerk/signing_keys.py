@@ -1,4 +1,4 @@
-"""Keys for session tokens: configured, or fetched from Clerk and kept during outages."""
+"""The keys that verify session tokens. They are configured or fetched from Clerk."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from clerkhooks.clerk.download import download
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 3.0  # seconds, for a whole fetch, and for waiting for another thread's fetch
-BRIEF_TIMEOUT = 0.5  # seconds: a working issuer answers sooner
-MAX_ANSWER = 256 * 1024  # bytes; Clerk's response has about 2 kB
+TIMEOUT = 3.0  # the timeout in seconds of a whole fetch, also when another thread waits for it
+BRIEF_TIMEOUT = 0.5  # in seconds; a working issuer responds sooner
+MAX_ANSWER = 256 * 1024  # in bytes; Clerk's response is about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
-COOLDOWN = 30.0  # seconds between two fetches, even if the first one failed or hangs
-KEEP_FOR = 12 * 3600.0  # seconds that keys are used without another successful fetch
+COOLDOWN = 30.0  # seconds between the starts of two fetches, even if the first one fails or hangs
+KEEP_FOR = 12 * 3600.0  # seconds that keys stay in use without another successful fetch
 
 
 @dataclass(frozen=True)
 class ConfiguredKeys:
-    """Keys from the configuration. All are tried; the ``kid`` of a token is ignored."""
+    """Keys from the configuration. All of them are tried; the token's ``kid`` is ignored."""
 
     keys: tuple[RSAPublicKey, ...]
 
@@ -47,11 +47,11 @@ class ConfiguredKeys:
 @dataclass
 class FetchedKeys:
     """
-    The keys at *url*, for one process.
+    The keys at *url*, cached for one process.
 
     Lookups of known keys never wait. Fetches run in a separate thread, at most one per cooldown
-    (single flight), so that forged tokens do not cause requests to Clerk. Only a valid key set
-    replaces the known keys.
+    (single flight), so forged tokens cannot flood Clerk with requests. The known keys stay in use
+    until a valid key set replaces them or *keep_for* seconds have passed.
     """
 
     url: str
@@ -73,7 +73,7 @@ class FetchedKeys:
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """
-        Return the key with the id *kid*. Fetch an unknown key if the cooldown is over.
+        Return the key with the id *kid*. An unknown key causes a fetch, once per cooldown.
 
         Raises:
             Unauthenticated: ``unknown_key``.
@@ -99,9 +99,9 @@ class FetchedKeys:
             raise KeysUnavailable("keys_unavailable", retry_after)
 
     def _wait_for_fetch(self) -> None:
-        # If another thread is fetching, waiting for it is enough. While keys are known, only the
-        # thread that started the fetch waits for the full timeout. Otherwise a flood of forged
-        # tokens could occupy every thread.
+        # If a fetch is running, wait for it instead of starting another. While keys are known, only
+        # the thread that started the fetch waits for the full timeout. Otherwise, forged tokens
+        # could occupy every thread.
         fetch, is_ours = self._start_or_join()
         if fetch is not None:
             fetch.join(TIMEOUT if is_ours or not self._usable() else BRIEF_TIMEOUT)
@@ -111,7 +111,7 @@ class FetchedKeys:
         return self._start_or_join()[0]
 
     def _start_or_join(self) -> tuple[threading.Thread | None, bool]:
-        """Return the latest fetch, which may have ended, and whether this call started it."""
+        """Return the latest fetch, running or ended, and whether this call started it."""
         with self._guard:
             if time.monotonic() < self._tried_at + self.cooldown:
                 return self._fetch, False
@@ -137,10 +137,10 @@ class FetchedKeys:
             )
             return
         with self._guard:
-            # A fetch that hung may end after a later fetch and return older keys.
+            # A fetch that hangs may end after a later fetch, and return older keys.
             is_current = self._fetch is threading.current_thread()
             if is_current:
-                self._keys = keys  # set before the time, because other threads read the time first
+                self._keys = keys  # set before _fetched_at, which other threads read first
                 self._fetched_at = time.monotonic()
         self.on_fetch(is_current)
 
@@ -151,7 +151,7 @@ SigningKeys = ConfiguredKeys | FetchedKeys
 
 def fetch_key_set(url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
     """
-    Return the RS256 keys of the JWKS at *url* by their ids, skipping other keys.
+    Return the RS256 keys of the JWKS at *url* by key id. Other keys are skipped.
 
     Raises:
         ValueError: the status is not 200, or the body is not a JWKS with an RS256 key.
@@ -181,5 +181,5 @@ def _parse_key(jwk: Any) -> RSAPublicKey | None:
         key = RSAAlgorithm.from_jwk({"kty": "RSA", "n": jwk.get("n"), "e": jwk.get("e")})
     except Exception:  # noqa: BLE001  # malformed numbers raise many kinds of errors
         return None
-    # OpenSSL raises on larger keys instead of reporting that a signature is invalid.
+    # With larger keys, OpenSSL raises an error instead of reporting an invalid signature.
     return key if isinstance(key, RSAPublicKey) and 2048 <= key.key_size <= 8192 else None

@@ -8,7 +8,7 @@ from typing import Any, Never, TypeGuard
 
 def parse(text: bytes | str) -> Any:
     """
-    Return the value of *text*.
+    Parse *text* and return its value.
 
     Raises:
         ValueError: *text* is not JSON in UTF-8, contains NaN or Infinity, or is nested too deeply.
@@ -22,7 +22,7 @@ def parse(text: bytes | str) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether *value* is a JSON number. A bool is not one, although it is an int."""
+    """Return whether *value* is a JSON number. A bool is an int in Python, but not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -31,7 +31,7 @@ def _refuse_constant(name: str) -> Never:
 
 
 def _parse_int(digits: str) -> int | float:
-    # Python refuses to convert thousands of digits; JavaScript reads them as a float.
+    # Python refuses to parse an integer with thousands of digits. JavaScript parses it as a float.
     return int(digits) if len(digits) < 300 else float(digits)
 
 
