@@ -1,4 +1,4 @@
-"""``python -m clerkhooks``: the commands, even if the package is not installed."""
+"""Run the commands with ``python -m clerkhooks``, even if the package is not installed."""
 
 from __future__ import annotations
 

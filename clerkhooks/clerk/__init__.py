@@ -1,1 +1,1 @@
-"""Interfaces of Clerk and Svix: signatures, events, session tokens, and Clerk's APIs."""
+"""The interfaces to Clerk and Svix: signatures, events, session tokens, and Clerk's APIs."""

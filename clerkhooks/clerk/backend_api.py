@@ -1,4 +1,4 @@
-"""A client for the part of Clerk's Backend API that reconciliation uses."""
+"""A client for the parts of Clerk's Backend API that reconciliation needs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from clerkhooks.clerk import strict_json
 from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer, load_certificates
 from clerkhooks.errors import BackendApiError, ProxyUrlError
 
-PAGE = 500  # users per page; Clerk silently reduces a higher limit to ten
+PAGE = 500  # users per page; for a higher limit, Clerk silently returns only ten
 IDS = 100  # the maximum number of ids that Clerk accepts in one request
-# Requests per second. Clerk allows 100 and 10; the rest is left to the application.
+# Requests per second. Clerk allows 100 in production and 10 in development. The remainder is
+# available to the application.
 LIVE_RATE, TEST_RATE = 90, 9
-TIMEOUT = 60.0  # seconds, for a whole exchange
-RETRY_TIMEOUT = 120.0  # seconds until a call gives up
-MAX_PAUSE = 60.0  # seconds, even if Retry-After is longer
-MAX_ANSWER = 64 * 1024 * 1024  # bytes; twice the size of a page with the maximum metadata
+TIMEOUT = 60.0  # the timeout of a whole exchange, in seconds
+RETRY_TIMEOUT = 120.0  # a call gives up after this many seconds
+MAX_PAUSE = 60.0  # the longest pause in seconds, even if Retry-After is longer
+MAX_ANSWER = 64 * 1024 * 1024  # in bytes: twice the size of a page with the maximum metadata
 # Without a handler, Python would print each retry to stderr.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 class RateLimit:
-    """Spaces the starts of requests by *interval* seconds, across all threads."""
+    """Limits all threads together to one new request every *interval* seconds."""
 
     def __init__(self, interval: float) -> None:
         self._interval, self._free_at, self._held_until = interval, 0.0, 0.0
@@ -38,7 +39,8 @@ class RateLimit:
 
     def wait(self) -> None:
         """Wait until one more request may begin."""
-        with self._guard:  # held while waiting, because no other thread could begin earlier
+        # The lock is held while waiting, because no other thread could begin earlier.
+        with self._guard:
             while (pause := max(self._free_at, self._held_until) - time.monotonic()) > 0:
                 time.sleep(pause)
             self._free_at = time.monotonic() + self._interval
@@ -49,7 +51,7 @@ class RateLimit:
 
 
 class _Temporary(BackendApiError):
-    """An error that a retry may resolve. *retry_after* is in seconds, or None if unknown."""
+    """An error that calls for a retry. *retry_after* is in seconds, or None if unknown."""
 
     def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
         super().__init__(reason, what)
@@ -61,7 +63,8 @@ class BackendApi:
     A client that retries requests and respects rate limits. Threads may share it.
 
     Every method raises BackendApiError on failure, after at most *patience* seconds of retries.
-    *pace* scales patience and all pauses, so that tests take less time. *timeout* is in seconds.
+    *pace* scales *patience* and all pauses; a small value makes tests faster. *timeout* is in
+    seconds.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests.
     """
@@ -75,7 +78,7 @@ class BackendApi:
         pace: float = 1.0,
         timeout: float = TIMEOUT,
     ) -> None:
-        certificates = load_certificates(api_url)  # once, for all connections
+        certificates = load_certificates(api_url)  # loaded once and shared by all connections
         self._connect: Callable[[], Connection] = lambda: Connection(
             api_url,
             {"Authorization": f"Bearer {secret_key}"},
@@ -125,11 +128,11 @@ class BackendApi:
         return self._list(**page)
 
     def list_newest(self, limit: int) -> list[Any]:
-        """Return the *limit* newest user objects as Clerk sent them, newest first."""
+        """Return the newest user objects as Clerk sent them: at most *limit*, newest first."""
         return self._list(limit=limit, order_by="-created_at")
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
-        """Return the users with these ids, at most 100. Omit users that do not exist."""
+        """Return the users with these ids (at most 100). Omit users that do not exist."""
         if len(user_ids) > IDS:
             raise ValueError(f"Clerk accepts at most {IDS} ids in one request.")
         # Without ids, Clerk lists all users. Without a limit, it returns at most ten users.
@@ -139,7 +142,7 @@ class BackendApi:
         """
         Return whether Clerk's own error code confirms that the user does not exist.
 
-        A 404 from a proxy or a wrong URL proves nothing.
+        The status 404 alone proves nothing: a proxy or a wrong URL can also cause it.
         """
         path = f"/users/{quote(user_id, safe='')}"
         return self._retry(lambda: _judge_user(self._send(path), user_id))
@@ -178,7 +181,7 @@ class BackendApi:
             raise _Temporary("api_unreachable", str(error)) from None
         except (httpx.InvalidURL, UnicodeError):
             raise BackendApiError("api_unreachable", "has a URL that cannot be used") from None
-        # The library's own text is omitted, because it may quote the request or the response.
+        # httpx's error message is omitted, because it may quote the request or the response.
         except httpx.HTTPError as error:
             what = f"did not answer ({type(error).__name__})"
             raise _Temporary("api_unreachable", what) from None
@@ -197,7 +200,7 @@ class BackendApi:
 
 
 def _judge(answer: Answer) -> Any:
-    """Return the content of a successful response."""
+    """Return the parsed JSON of a successful response."""
     status, what = answer.status, f"answered {answer.status}"
     if status == 200:
         try:
@@ -212,7 +215,7 @@ def _judge(answer: Answer) -> Any:
 
 
 def _judge_user(answer: Answer, user_id: str) -> bool:
-    """Return True if *answer* proves that the user is gone, False if the user exists."""
+    """Return True if *answer* proves that the user does not exist, False if the user exists."""
     if answer.status == 404 and _is_not_found(answer.body):
         return True
     user = _judge(answer)

@@ -17,8 +17,9 @@ from clerkhooks.events import Version
 
 EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
 NEW_USER = "New User"
-LAST_MILLISECOND = 253_402_300_799_999  # the end of 9999, the maximum in Python and databases
-FIRST_MILLISECOND = 10**11  # in 1973; a smaller value is in seconds
+# The end of the year 9999, which is the latest time that Python and the databases support.
+LAST_MILLISECOND = 253_402_300_799_999
+FIRST_MILLISECOND = 10**11  # a time in 1973; smaller values are in seconds
 _USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 """Characters that databases reject: NUL and lone surrogates."""
@@ -27,7 +28,7 @@ UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
-    The stored part of a Clerk user. Every string fits its column and can be stored.
+    The stored part of a Clerk user. Every string can be stored and is short enough.
 
     Each field is a column of ``users``. In a tombstone, and before the first event, all fields
     except the name are None.
@@ -66,7 +67,7 @@ class Snapshot:
 
     @property
     def version(self) -> Version:
-        """The version, which is comparable with versions of events."""
+        """The snapshot's version, which can be compared with the version of an event."""
         return Version(self.updated_at, 0, "")
 
 
@@ -80,7 +81,8 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
     Return the event in *message*.
 
     Raises:
-        EventError: it is not a JSON object with a type, or it is a user event without a valid id.
+        EventError: the body is not a JSON object with a type, or it is a user event without a
+            valid id.
 
     Source: Clerk, "Webhooks overview", structure of the payload.
     """
@@ -109,8 +111,8 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     """
     Return the stored part of a user object from an event or from the Backend API.
 
-    A field that is null, empty, too long, not storable or of the wrong type counts as absent. A
-    long name is truncated.
+    A field counts as absent if it is null, empty, too long or not storable, or has the wrong type.
+    A long name is truncated.
     """
     address = find_primary(data, "primary_email_address_id", "email_addresses")
     email = _text(address.get("email_address"), EMAIL_LENGTH)
@@ -169,7 +171,8 @@ def milliseconds(value: object) -> int | None:
         return None
     if value != int(value):
         return None
-    # The envelope's time is in seconds in Clerk's documentation, but milliseconds in deliveries.
+    # In Clerk's documentation, the envelope's time is in seconds. In real deliveries, it is in
+    # milliseconds.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
 
 

@@ -21,13 +21,13 @@ BASE62 = string.digits + string.ascii_letters
 
 
 def clerk_id(prefix: str) -> str:
-    """Return a new id in Clerk's form: prefix, underscore, 27 base-62 characters."""
+    """Return a new id as Clerk would create it: prefix, underscore, 27 base-62 characters."""
     return f"{prefix}_" + "".join(secrets.choice(BASE62) for _ in range(27))
 
 
 @dataclass(frozen=True)
 class FakeClerk:
-    """The keys of one instance, newly generated unless given."""
+    """A fake Clerk instance. Keys that are not passed are generated."""
 
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(24), repr=False)
     private_key: rsa.RSAPrivateKey = field(
@@ -49,7 +49,7 @@ class FakeClerk:
 
     @property
     def public_key_pem(self) -> str:
-        """The JWT public key, as Clerk's dashboard shows it."""
+        """The JWT public key in PEM, the format that Clerk's dashboard shows."""
         public = self.private_key.public_key()
         return public.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -74,7 +74,7 @@ class FakeClerk:
         **claims: Any,
     ) -> str:
         """
-        Return a session token (version 2) of *user_id* that expires after *lifetime* seconds.
+        Return a session token (version 2) for *user_id* that expires after *lifetime* seconds.
 
         *header* and *claims* are added to the defaults. A claim of None is omitted.
         """
@@ -124,7 +124,7 @@ def user_data(
     last_name: str | None,
     updated_at: int,
 ) -> dict[str, Any]:
-    """Return the ``data`` of a user event, with all of Clerk's fields. *updated_at* is in ms."""
+    """Return the complete ``data`` of a user event. *updated_at* is in milliseconds."""
     address_id = clerk_id("idn")
     address: dict[str, Any] = {
         "email_address": email,
@@ -168,7 +168,7 @@ def event_data(
     """
     Return the ``data`` of an event of any type. *updated_at* is in milliseconds.
 
-    User data is complete. Data of sessions, organizations and memberships has the main fields.
+    User data is complete. Sessions, organizations and memberships have only their main fields.
     *profile* contains the user's ``email``, ``first_name`` and ``last_name``.
     """
     if event_type == "user.deleted":

@@ -1,4 +1,4 @@
-"""Declared columns: further fields of Clerk's user object that an application stores."""
+"""Declared columns: additional fields of Clerk's user object that an application stores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[^.\s][^.]*)*")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """The path to a declared column's value in Clerk's user object, and its parser."""
+    """The source of a declared column: a path in Clerk's user object, and a parser."""
 
     path: str
     parse: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         """
-        Reject a path that can never have a value, or whose value must never be stored.
+        Reject a malformed path, or a path to a value that must not be stored.
 
         Raises:
             ValueError: the path is malformed or leads into ``private_metadata``.
@@ -41,7 +41,7 @@ class Field:
         Return the value in *data*, a user object, or None if it is absent.
 
         Raises:
-            Exception: ``parse`` failed, for example because it did not expect the value.
+            Exception: ``parse`` raised an exception, for example for an unexpected value.
         """
         value, path = data, self.path
         if path == PHONE_NUMBER:
@@ -53,7 +53,7 @@ class Field:
 
 
 def find_primary(data: Mapping[str, Any], id_name: str, list_name: str) -> Mapping[str, Any]:
-    """Return the list item whose id is the primary id in *data*, or an empty mapping."""
+    """Return the primary item of a list in *data*, or an empty mapping if it is missing."""
     primary, listed = data.get(id_name), data.get(list_name)
     if not isinstance(primary, str) or not isinstance(listed, list):
         return {}
