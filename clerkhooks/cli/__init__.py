@@ -1,1 +1,1 @@
-"""The command line: ``clerkhooks``, also as ``python -m clerkhooks``."""
+"""The command line, which runs as ``clerkhooks`` or as ``python -m clerkhooks``."""

@@ -1,4 +1,4 @@
-"""The commands of an application: ``flask clerk …``, and ``clerkhooks …`` in the service."""
+"""The commands for an application (``flask clerk …``) and the service (``clerkhooks …``)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
     Show a user's row with its source and version, and the latest messages about the user.
 
-    Exit status: 0 if the user has a row, else 1.
+    Exit status: 0 if the user has a row, 1 otherwise.
     """
     with database_failures():
         store = current_state().store

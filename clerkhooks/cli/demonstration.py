@@ -19,7 +19,7 @@ _QUERY = "SELECT id, name, email, date(deleted_at) FROM users ORDER BY created_a
 
 
 class Demonstration:
-    """Sends webhooks and API calls of three users to *app*, which trusts *clerk*."""
+    """Sends the webhooks and API calls of three users to *app*. *clerk* signs them."""
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
         self._client, self._clerk = app.test_client(), clerk
@@ -28,7 +28,7 @@ class Demonstration:
         self._results: list[bool] = []
 
     def run(self, database: Path) -> bool:
-        """Send the requests and check the rows in *database*; return whether all checks passed."""
+        """Send the requests, check the rows in *database*, and return whether all is correct."""
         self._show_ordering()
         self._show_first_call()
         self._show_deletion()
@@ -83,7 +83,7 @@ class Demonstration:
         print_table(("id", "name", "email", "deleted_at"), rows)
 
     def _sign(self, event_type: str, user_id: str, name: str, after: int = 0) -> Message:
-        """Return a signed event of a user; *after* is in milliseconds since the sign-up."""
+        """Return a signed event about a user. *after* is in milliseconds since the sign-up."""
         first_name, last_name = name.split()
         profile = {"first_name": first_name, "last_name": last_name}
         email, at = f"{first_name.lower()}@example.org", self._start + after
@@ -102,7 +102,7 @@ class Demonstration:
         self._report("GET /api/me", response, expected, meaning)
 
     def _report(self, label: str, response: TestResponse, expected: str, meaning: str) -> None:
-        """Compare the status and the outcome, reason or name of *response* with *expected*."""
+        """Compare *response* (the status, and the outcome, reason or name) with *expected*."""
         body = response.get_json()
         told = body.get("outcome") or body.get("reason") or body.get("name")
         answer = f"{response.status_code} {told}"

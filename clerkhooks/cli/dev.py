@@ -41,11 +41,11 @@ TOKEN_LIFETIME = 3600  # seconds
 @click.pass_context
 def dev(context: click.Context, once: bool, port: int) -> None:
     """
-    Try the service on this machine: no Clerk account, settings or database server needed.
+    Try the service on this machine, without a Clerk account, settings or a database server.
 
-    Creates the service with a temporary SQLite database and newly generated keys, sends it signed
-    webhooks and API calls, and shows the results. The service then runs until you press Ctrl-C. The
-    database is deleted at the end.
+    This command creates the service with a temporary SQLite database and new keys. It sends signed
+    webhooks and API calls to the service and shows the results. The service then runs until you
+    press Ctrl-C. The database is deleted at the end.
 
     Your environment variables, .env file and database are not used.
 
@@ -56,9 +56,9 @@ def dev(context: click.Context, once: bool, port: int) -> None:
 
 def run(port: int, *, once: bool) -> bool:
     """
-    Run the demonstration and, unless *once*, serve until a signal arrives.
+    Run the demonstration and, unless *once* is true, serve until a signal arrives.
 
-    Returns whether every check passed.
+    Return whether every check passed.
 
     Raises:
         CannotDo: *port* cannot be used.
@@ -74,7 +74,7 @@ def run(port: int, *, once: bool) -> bool:
         _report("database", str(database))
         _report("server", url)
         demonstration = Demonstration(app, clerk)
-        logging.disable(logging.WARNING)  # the demonstration prints its requests itself
+        logging.disable(logging.WARNING)  # the demonstration prints the requests itself
         ok = demonstration.run(database)
         logging.disable(logging.NOTSET)
         if not once:
@@ -85,9 +85,10 @@ def run(port: int, *, once: bool) -> bool:
 
 
 def _interrupt_on_signals() -> None:
-    """Raise KeyboardInterrupt for every signal that asks the process to end."""
+    """Raise KeyboardInterrupt for every signal that should end the process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup ignores SIGHUP on purpose. A shell ignores SIGINT for all background jobs.
+        # Under nohup, SIGHUP must stay ignored. SIGINT must not, because shells ignore it in all
+        # background jobs.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
@@ -103,7 +104,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
-    """Create the service and its tables. It reads neither the environment nor ``.env``."""
+    """Create the service and its tables. The environment and ``.env`` are not read."""
     from clerkhooks import create_app
 
     own = {"DATABASE_URL": f"sqlite:///{database}", "CONSOLE_PASSWORD": password}
@@ -114,7 +115,7 @@ def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
 
 
 def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: str) -> None:
-    """Print how to continue, and serve until a signal arrives."""
+    """Print instructions, and serve until a signal arrives."""
     port, fd = listener.getsockname()[1], listener.fileno()
     server = make_server(HOST, port, app, threaded=True, fd=fd)
     # The service logs each request itself.

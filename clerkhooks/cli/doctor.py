@@ -28,10 +28,11 @@ def doctor(context: click.Context, as_json: bool) -> None:
     """
     Check the configuration, the keys, the clock and the database.
 
-    Works even if the service does not start. Reads the environment and .env, sends a few requests
-    to Clerk and a few queries to the database. Changes nothing and prints no secrets.
+    This command works even if the service does not start. It reads the environment and .env, and
+    sends a few requests to Clerk and a few queries to the database. It changes nothing and prints
+    no secrets.
 
-    Exit status: 0 if there are no errors, 1 if there are.
+    Exit status: 0 if there are no errors, 1 otherwise.
     """
     findings = []
     values, faults = _read_environ()

@@ -1,4 +1,4 @@
-"""``clerkhooks``: the service's commands."""
+"""The command ``clerkhooks``, with all commands of the service."""
 
 from __future__ import annotations
 

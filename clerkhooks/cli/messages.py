@@ -1,4 +1,4 @@
-"""``log`` and ``prune``, the commands for received messages."""
+"""The commands ``log`` and ``prune``, which list and delete received messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ COLUMNS = (
     "error",
 )
 POLL = 1.0  # seconds
-OVERLAP = timedelta(seconds=15)  # longer than a transaction: an earlier message may commit later
+# Messages may be committed out of order. The overlap is longer than any transaction.
+OVERLAP = timedelta(seconds=15)
 
 
 @click.command()
@@ -67,8 +68,8 @@ def log(
     """
     List the latest messages, newest last.
 
-    A message counts as failed until a retry succeeds. With --follow, it is printed again after each
-    retry.
+    A message counts as failed until a retry succeeds. With --follow, a message is printed again
+    after each retry.
     """
     listing = queries.list_messages(
         current_state().store,
@@ -91,7 +92,7 @@ def log(
 def _follow(
     listing: queries.Listing[Message], since: datetime, shown: list[Message]
 ) -> Iterator[list[Message]]:
-    """Yield, about once a second, the messages that are new or were retried."""
+    """Yield new and retried messages, about once a second."""
     states = {message.message_id: _state(message) for message in shown}
     while True:
         looked = datetime.now(UTC)
@@ -135,9 +136,9 @@ def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
     """
     Delete old messages, in small batches that do not block deliveries.
 
-    Svix retries a message for days. If it redelivers a message that you have deleted, users stay
-    correct, because their rows are newer, but an application's handlers run again. Messages younger
-    than 7 days are therefore deleted only with --force.
+    Svix retries a message for more than a day. If a message is redelivered after you have deleted
+    it, users stay correct, because their rows are newer. However, an application's handlers run
+    again. Messages younger than 7 days are therefore deleted only with --force.
     """
     if older_than < SAFE_AGE and not force:
         raise click.UsageError(

@@ -1,7 +1,7 @@
 """
 Options, output and error messages that several commands share.
 
-The ``parse_…`` functions are parameter types: they raise BadParameter for a malformed value.
+The ``parse_…`` functions are types of parameters. They raise BadParameter for a malformed value.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ limit_option: Callable[..., Any] = click.option(
 
 
 class CannotDo(click.ClickException):
-    """The command cannot run: a setting is missing, or something does not respond. Status 2."""
+    """The command cannot run, for example because a setting is missing. Exit status 2."""
 
     exit_code = 2
 
 
 @contextmanager
 def database_failures() -> Iterator[None]:
-    """Raise CannotDo for a database error, without its text, which may quote a row."""
+    """Raise CannotDo for a database error. Omit the error's text, which may quote a row."""
     try:
         yield
     except (DataError, UnicodeEncodeError) as error:
@@ -62,7 +62,7 @@ def database_failures() -> Iterator[None]:
 
 
 def command(name: str) -> str:
-    """Return a command as the user of the current application types it."""
+    """Return the complete command line of a command in the current application."""
     return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
 
 
@@ -75,7 +75,7 @@ def parse_age(text: str) -> timedelta:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse an ISO 8601 time, by default in UTC. An age counts back from now."""
+    """Parse an ISO 8601 time, by default in UTC, or an age, which counts back from now."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -87,14 +87,14 @@ def parse_time(text: str) -> datetime:
 
 
 def parse_user_id(text: str) -> str:
-    """Return *text* if it is the id of a Clerk user."""
+    """Validate the id of a Clerk user, and return it."""
     if not is_user_id(text):
         raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
     return text
 
 
 def printable(value: object) -> str:
-    """Return *value* for a terminal, with control and formatting characters replaced."""
+    """Format *value* for a terminal. Replace control and formatting characters."""
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
     text = "-" if value is None or value == "" else str(value)
@@ -102,7 +102,7 @@ def printable(value: object) -> str:
 
 
 def mark(ok: bool) -> str:
-    """Return a tick or a cross, or an ASCII character if the output's encoding lacks them."""
+    """Return a tick or a cross. If the output's encoding lacks them, return + or x."""
     try:
         "✓✗".encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -111,7 +111,7 @@ def mark(ok: bool) -> str:
 
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print *rows* below *names*, cut to the width of the terminal."""
+    """Print *rows* below the heading *names*. Cut each line to the width of the terminal."""
     lines = [tuple(names), *(tuple(map(printable, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     limit = get_terminal_size().columns if sys.stdout.isatty() else None
@@ -129,7 +129,7 @@ def print_reports(names: Sequence[str], reports: Sequence[object]) -> None:
 
 
 def as_object(report: Any) -> dict[str, Any]:
-    """Return a dataclass as a JSON object, with times in ISO 8601, UTC."""
+    """Convert a dataclass to a JSON object. Times are formatted as ISO 8601."""
     return {
         name: value.isoformat() if isinstance(value, datetime) else value
         for name, value in asdict(report).items()

@@ -1,4 +1,4 @@
-"""``send``: post a signed event, to try a change without a tunnel."""
+"""The command ``send``: post a signed event, without a tunnel to Clerk."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def send(
     """
     Post an event as Clerk would, signed with the configured secret.
 
-    EVENT is a type such as user.created, user.updated or user.deleted. Prints the request and the
-    response. The server refuses an event that was tampered with or signed over 5 minutes ago.
+    EVENT is a type such as user.created, user.updated or user.deleted. The request and the response
+    are printed. The server refuses an event that was tampered with, or that was signed more than 5
+    minutes ago.
 
     Exit status: 0 if every delivery was accepted, 1 if one was refused, 2 if the server does not
     respond.
@@ -116,7 +117,7 @@ def _make_event(
 
 
 def _own_url() -> str:
-    """Return the URL of this application's endpoint on this machine, with its usual port."""
+    """Return the local URL of this application's webhook endpoint, with the usual port."""
     is_service = current_app.name == "clerkhooks"
     port = current_state().values.get("PORT") or (8000 if is_service else 5000)
     with current_app.test_request_context():
@@ -142,7 +143,7 @@ def _read(file: TextIO) -> dict[str, Any]:
 
 
 def _set(event: dict[str, Any], change: str) -> None:
-    """Set a field by its path; a value that is not valid JSON is a string."""
+    """Set a field by its path. A value that is not valid JSON is used as a string."""
     path, equals, text = change.partition("=")
     *parents, last = path.split(".")
     if not equals or not all([*parents, last]):

@@ -1,4 +1,4 @@
-"""``clerkhooks serve``: start gunicorn, optionally after the migrations."""
+"""``clerkhooks serve``: migrate the database if requested, and start gunicorn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clerkhooks.settings import PROJECT, ServiceSettings, exit_if_invalid, read_
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
-    Serve with gunicorn, as `gunicorn wsgi:app` does, after checking the settings.
+    Check the settings, then start the server like `gunicorn wsgi:app`.
 
     --migrate is for platforms without a release step. If several hosts start at once, one migrates
     and the others wait. ARGUMENTS are passed to gunicorn.
@@ -25,7 +25,7 @@ def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     os.chdir(PROJECT)
     with exit_if_invalid():
         settings = ServiceSettings.from_mapping(read_environ())
-    # gunicorn parses this on import, and exits with a traceback if it is empty or invalid.
+    # gunicorn parses this variable on import, and exits with a traceback if it is empty or invalid.
     os.environ["WEB_CONCURRENCY"] = str(settings.web_concurrency)
     if migrate:
         _migrate()

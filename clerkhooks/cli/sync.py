@@ -1,4 +1,4 @@
-"""``sync``: make the tables match Clerk."""
+"""The command ``sync``, which updates the users table from Clerk."""
 
 from __future__ import annotations
 
@@ -54,16 +54,17 @@ def sync(
     """
     Update all users, or the given ones, from Clerk's Backend API.
 
-    Run it after installation, after an outage, and on a schedule. Webhooks and API calls may
-    continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted. You
-    can interrupt a sync at any time and run it again. Needs CLERK_SECRET_KEY.
+    Run this command after installation, after an outage, and on a schedule. Webhooks and API calls
+    may continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted.
+    You can interrupt a sync at any time and run it again. CLERK_SECRET_KEY is required.
 
-    Without --force, no user is deleted if Clerk has none of the newest users, or if more than 20
-    users and more than a tenth of all users are missing from Clerk. With --json, findings include
+    Without --force, no user is deleted if all of the newest users are missing from Clerk, or if
+    more than 20 users and more than a tenth of all users are missing. With --json, findings include
     the values of fields, and the summary is the last line.
 
-    Exit status: 0 if the tables match Clerk; 1 if a user could not be read, deletions were
-    withheld, a given user is unknown, or --check found a difference; 2 if the sync could not run.
+    Exit status: 0 if the users match Clerk; 1 if a user could not be read, users were not deleted
+    without --force, a given user is unknown, or --check found a difference; 2 if the sync could not
+    run.
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")
@@ -81,7 +82,7 @@ def sync(
 
 
 def _print_finding(finding: Finding) -> None:
-    """Print a finding without field values, which are profile data."""
+    """Print a finding, but not the values of fields, which are profile data."""
     subject = finding.user_id or "A user without an id"
     text = f"{subject} {_FINDINGS[finding.kind]}"
     details = finding.reason or ", ".join(finding.fields)
@@ -120,7 +121,7 @@ def _print_json_summary(run: Reconciliation, finished: bool) -> None:
 
 @contextmanager
 def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconciliation]:
-    """Yield a reconciliation, and print its summary at the end, even after an error."""
+    """Yield a reconciliation. At the end, print its summary, even after an error."""
     settings, store = current_state().settings, current_state().store
     if settings.secret_key is None:
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
@@ -143,7 +144,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
 
 
 def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
-    """End the previous progress bar and show a new one; without a terminal, print a line."""
+    """Replace the progress bar with a new one. Without a terminal, print a line instead."""
     bars.close()
     bar = click.progressbar(repeat(None), total, label, file=sys.stderr, show_pos=True)
     return bars.enter_context(bar).update
@@ -151,7 +152,7 @@ def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], No
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Raise CannotDo for an error that ends a sync early."""
+    """Raise CannotDo for an error that stops a sync."""
     try:
         with database_failures():
             yield
