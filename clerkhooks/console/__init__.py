@@ -1,4 +1,4 @@
-"""``/console``: read-only pages about users, messages and the state of the service."""
+"""``/console``: read-only pages about users, webhooks and the state of the service."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _answer(view: Callable[P, Response]) -> Callable[P, Response]:
     def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
         try:
             return view(*args, **kwargs)
-        except DataError:  # the database cannot represent a character of a filter, such as NUL
+        except DataError:  # a filter has a character that the database cannot store, such as NUL
             return problem(400, "filter_malformed")
         except SQLAlchemyError as error:
             annotate(error=describe(error))

@@ -1,4 +1,4 @@
-"""Console access: HTTP Basic, and strict response headers."""
+"""HTTP Basic authentication and strict response headers for the console."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ HEADERS = {
 
 def check_password() -> Response | None:
     """
-    Return None if the current request has the right password, otherwise a 401 response.
+    Return None if the current request has the correct password, otherwise a 401 response.
 
-    The user name is ignored. Attempts are not limited, since CONSOLE_PASSWORD has at least 16
+    The user name is ignored. Attempts are not limited, because CONSOLE_PASSWORD has at least 16
     characters.
     """
     password, sent = current_state().settings.console_password, _read_password()
@@ -39,7 +39,7 @@ def check_password() -> Response | None:
 
 
 def set_headers(response: Response) -> Response:
-    """Forbid scripts, framing, sniffing and caching."""
+    """Set headers that forbid scripts, framing, MIME sniffing and caching."""
     response.headers.update(HEADERS)
     return response
 

@@ -31,14 +31,14 @@ from clerkhooks.web.problems import read_body
 from clerkhooks.web.state import annotate, current_state
 
 PAGE = 50
-LATEST = 20  # messages on a user's page
+LATEST = 20  # the number of messages shown on a user's page
 MAX_SEARCH = 320  # characters
 DAY = timedelta(hours=24)
 PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
 SHOWN = ("all", "unfilled", "deleted")
 
 
-# A template environment that an application's templates and filters cannot change.
+# This template environment is separate, so an application's templates and filters do not change it.
 _ENVIRONMENT: Final = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -69,7 +69,7 @@ def show_overview() -> Response:
 
 
 def show_checks() -> Response:
-    """Run all checks of the doctor. Each request to Clerk has a timeout of 5 s."""
+    """Run and show the doctor's checks. Each request to Clerk has a timeout of 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
     findings += judge_database(state.store, program)
@@ -100,7 +100,7 @@ def show_message(message_id: str) -> Response:
 
 
 def list_users() -> Response:
-    """Show users, newest first. A POST is a search."""
+    """Show users, newest first. A POST request searches."""
     if request.method == "POST":
         return _search_users()
     shown = _read_argument("show") or "all"
@@ -115,10 +115,11 @@ def list_users() -> Response:
 
 def _search_users() -> Response:
     """
-    Show the users that match the posted form. If only one does, redirect to its page.
+    Show the users that match the posted form. Redirect to the user if only one matches.
 
-    The search term is not in the URL: it may be a name or an email, and platforms log URLs. A form
-    forged by another site is harmless: it changes nothing, and the site cannot read the page.
+    The search term may be a name or an email, so it is not part of the URL, which platforms log. A
+    form that another site submits is harmless: it changes nothing, and the site cannot read the
+    page.
     """
     form = parse_qs(read_body().decode("utf-8", "replace"))
     search, after = (form.get(name, [""])[0].strip() for name in ("search", "after"))
@@ -158,7 +159,7 @@ def _find_program() -> Program:
 
 
 def _sort(findings: list[Finding]) -> list[Finding]:
-    """Return *findings*, most severe first."""
+    """Sort *findings*, most severe first."""
     return sorted(findings, key=lambda finding: [*Level].index(finding.level))
 
 

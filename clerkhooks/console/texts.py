@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(then: datetime, now: datetime) -> str:
-    """Format the time since *then*, which is in the future if another clock is ahead."""
+    """Format the time since *then*. If another clock is ahead, *then* may be in the future."""
     passed = int((now - then).total_seconds())
     if abs(passed) < 2:
         return "just now"

@@ -45,10 +45,10 @@ def diagnose(
     project: Path = PROJECT,
 ) -> Iterator[Finding]:
     """
-    Yield the findings of *checks* about the variables in *values*, including the ok ones.
+    Run *checks* on the variables in *values*, and yield all findings, including ok ones.
 
-    *unread* are faults that were found earlier, such as an unreadable ``.env``. A check takes a few
-    seconds at most, changes nothing and raises nothing.
+    *unread* lists faults that were found earlier, such as an unreadable ``.env``. Each check takes
+    at most a few seconds and changes nothing. If a check raises an exception, a finding reports it.
     """
     settings, faults = _read_settings(values, program.settings)
     case = Case(values, settings, (*unread, *faults), project, program)
@@ -66,7 +66,7 @@ def _read_settings(
     values: Mapping[str, Any], kind: type[Settings]
 ) -> tuple[Settings, tuple[Fault, ...]]:
     """
-    Return the settings in *values* without the invalid variables, and the faults.
+    Return the settings from the valid variables in *values*, and the faults of the others.
 
     A placeholder replaces an invalid signing secret, so that the other settings can be checked.
     """
@@ -75,7 +75,7 @@ def _read_settings(
     except SettingsError as error:
         faults = error.faults
     invalid = {fault.variable for fault in faults}
-    # Without the platform's variable, a missing DATABASE_URL is not a fault.
+    # The platform's variable is left out too, because it makes a missing DATABASE_URL a fault.
     left_out = invalid | EPHEMERAL_PLATFORMS.keys()
     usable = {name: values.get(name) for name in values if name not in left_out}
     if invalid.intersection(SECRET_VARIABLES):

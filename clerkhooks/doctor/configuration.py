@@ -31,7 +31,7 @@ def check_settings(case: Case) -> Iterator[Finding]:
 
 
 def check_names(case: Case) -> Iterator[Finding]:
-    """Check for misspelled variables, and for a key that only front ends can read."""
+    """Check for misspelled variables, and for a key that is set only for the front end."""
     for name in sorted(case.values):
         if not case.text(name):
             continue
@@ -59,7 +59,7 @@ def _compare_front_end(case: Case, name: str) -> Iterator[Finding]:
 
 
 def check_webhook_secrets(case: Case) -> Iterator[Finding]:
-    """Check that one signing secret is configured, and only once."""
+    """Check that exactly one signing secret is configured, without duplicates."""
     if case.invalid.intersection(SECRET_VARIABLES):
         return
     secrets, subject = case.settings.webhook_secrets, "signing secret"
@@ -117,7 +117,7 @@ def _kind(key: str) -> str:
 
 
 def check_authorized_parties(case: Case) -> Iterator[Finding]:
-    """Check that authorized parties are set, and that production has no local ones."""
+    """Check that authorized parties are set, and that production allows no local origins."""
     parties, name = case.settings.authorized_parties, "CLERK_AUTHORIZED_PARTIES"
     if name in case.invalid:
         return

@@ -1,4 +1,4 @@
-"""Checks of the database: whether it answers, is migrated, and is receiving events."""
+"""Checks of the database: whether it responds, is migrated, and is receiving events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from clerkhooks.store.models import (
 )
 from clerkhooks.web.health import find_fault
 
-DATABASE_TIMEOUT = 15.0  # seconds for all queries; each query also has a shorter timeout
+DATABASE_TIMEOUT = 15.0  # seconds for all queries together; each query has a shorter timeout
 MAX_SILENCE = timedelta(days=7)
 MAX_UNFILLED = timedelta(hours=1)
 
@@ -97,7 +97,7 @@ def plain_store(url: sa.URL) -> Store:
     """
     Return the service's tables in the database at *url*, without connecting to it.
 
-    The connections work through any pooler, and leave no session settings behind.
+    The connections work through any pooler, and do not change session settings.
     """
 
     class Plain(DeclarativeBase):
@@ -132,7 +132,7 @@ def _name_database(case: Case) -> str:
     url = make_url(cast("ServiceSettings", case.settings).database_url)
     if _is_sqlite(url):
         return f"SQLite in {(url.database or '').partition('?')[0]}"
-    # An unescaped @ makes a part of the password look like the host.
+    # If a password contains an unescaped @, a part of it looks like the host.
     if case.text("DATABASE_URL").count("@") > 1:
         return "PostgreSQL (its URL has more than one @; in a password, write %40)"
     host = url.host or url.query.get("host") or "the local socket"
@@ -144,9 +144,10 @@ def judge_database(
     store: Store, program: Program = SERVICE, where: str = "The database"
 ) -> list[Finding]:
     """
-    Return the findings about the database of *store*, which they refer to as *where*.
+    Check the database of *store* and return the findings. They call the database *where*.
 
-    The first finding says whether the database can be used. If it cannot, there are no others.
+    The first finding says whether the database can be used. If it cannot, there is only one
+    finding.
     """
     try:
         readiness = _judge_readiness(store, program, where)

@@ -15,11 +15,11 @@ from clerkhooks.errors import Fault
 from clerkhooks.settings import ServiceSettings, Settings, as_text
 
 T = TypeVar("T")
-TIMEOUT = 5.0  # seconds, for one request to another machine
+TIMEOUT = 5.0  # the timeout of one request to another machine, in seconds
 
 
 class Level(StrEnum):
-    """The severity of a finding, worst first. Only an error makes the whole diagnosis fail."""
+    """The severity of a finding, most severe first. Only errors make the diagnosis fail."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -32,8 +32,8 @@ class Finding:
     """
     The result of a check. It contains no secrets.
 
-    *code* is stable. *what* describes the situation; *remedy* says what to do. Warnings and errors
-    have a remedy.
+    *code* identifies the kind of finding and is stable. *what* describes the situation, and
+    *remedy* the solution. Warnings and errors have a remedy.
     """
 
     code: str
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Program:
-    """The kind of program to check: its settings, and how a user types its commands."""
+    """A kind of program to check, with its class of settings and its commands."""
 
     settings: type[Settings]
     command: str
@@ -81,7 +81,7 @@ class Case:
         return frozenset(fault.variable for fault in self.faults)
 
     def text(self, variable: str) -> str:
-        """Return the value of *variable* as text, empty if it is unset."""
+        """Return the value of *variable* as text, or an empty string if it is unset."""
         return as_text(self.values.get(variable))
 
 
@@ -92,9 +92,9 @@ def count(number: int, noun: str) -> str:
 
 def run_with_timeout(seconds: float, work: Callable[[], T]) -> T:
     """
-    Return the result of *work*, which runs in a separate thread.
+    Run *work* in a separate thread and return its result.
 
-    After a timeout, the thread is abandoned, since a hanging resolver cannot be interrupted.
+    After a timeout, the thread is abandoned, because a hanging DNS lookup cannot be interrupted.
 
     Raises:
         TimeoutError: *work* takes longer than *seconds*.

@@ -1,4 +1,4 @@
-"""Checks that send requests to Clerk: keys, clock, Backend API."""
+"""Checks of the keys, the clock and the Backend API. They send requests to Clerk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from clerkhooks.doctor.findings import Case, Finding, Level, count, run_with_tim
 from clerkhooks.errors import PROXY_REMEDY, BackendApiError, ProxyUrlError, describe
 from clerkhooks.web.auth import find_keys
 
-MAX_TOKEN_SKEW = 5.0  # seconds: the leeway of session tokens
-MAX_WEBHOOK_SKEW = 300.0  # seconds: Svix's tolerance for timestamps
+MAX_TOKEN_SKEW = 5.0  # the leeway for session tokens, in seconds
+MAX_WEBHOOK_SKEW = 300.0  # Svix's tolerance for timestamps, in seconds
 KEY_VARIABLES = (
     "CLERK_JWT_KEY",
     "CLERK_PUBLISHABLE_KEY",
@@ -89,7 +89,7 @@ def _compare_keys(case: Case, url: str, keys: Sequence[RSAPublicKey]) -> Finding
 
 
 class _NotFetchedError(Exception):
-    """No key could be fetched. The text names the host and the cause."""
+    """No key could be fetched. The message names the host and the cause."""
 
 
 def _fetch_keys(case: Case, url: str, headers: Mapping[str, str]) -> dict[str, RSAPublicKey]:
@@ -97,7 +97,7 @@ def _fetch_keys(case: Case, url: str, headers: Mapping[str, str]) -> dict[str, R
     Return the key set at *url*, which is fetched once per diagnosis.
 
     Raises:
-        _NotFetchedError: the fetch failed, or failed for an earlier check.
+        _NotFetchedError: the fetch failed, now or in an earlier check.
     """
     request = (url, *headers.items())
     if request not in case.key_sets:
@@ -114,14 +114,14 @@ def _try_to_fetch(
     try:
         return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
     except Exception as error:  # noqa: BLE001  # an endpoint may return anything
-        # A parser's ValueError quotes its input.
+        # The text of a parser's ValueError is omitted, because it quotes the input.
         cause = "no key set" if isinstance(error, ValueError) else describe(error)
         host = urlsplit(url).hostname
         return _NotFetchedError(f"no key could be fetched from {host} ({cause})")
 
 
 def check_clock(case: Case) -> Iterator[Finding]:
-    """Check this machine's clock against Clerk's."""
+    """Compare this machine's clock with Clerk's clock."""
     url = case.settings.api_url
     try:
         offset = run_with_timeout(findings.TIMEOUT, lambda: _measure_clock(url))
@@ -148,7 +148,7 @@ def _measure_clock(url: str) -> float:
     before = time.time()
     answer = download(url, {}, timeout=findings.TIMEOUT / 2, max_size=1024 * 1024)
     date = parsedate_to_datetime(answer.headers["Date"])
-    # The header has whole seconds only.
+    # The Date header contains only whole seconds.
     return (before + time.time()) / 2 - (date.timestamp() + 0.5)
 
 
@@ -188,7 +188,7 @@ def compare_instances(case: Case) -> Iterator[Finding]:
     publishable, secret, url = settings.publishable_key, settings.secret_key, settings.jwks_url
     if not case.invalid.isdisjoint(KEY_VARIABLES[1:]) or not (publishable and secret and url):
         return
-    # The keys of production and development always differ, so no request is needed.
+    # A production key and a development key never match, so no request is needed for them.
     if publishable[3:7] == secret[3:7]:
         headers = {"Authorization": f"Bearer {secret}"}
         yield _compare_key_ids(case, f"{settings.api_url}/v1/jwks", headers, url)
