@@ -1,4 +1,4 @@
-"""The event that handlers receive, and the registry of handlers."""
+"""The events that handlers receive, and the registry of handlers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Outcome(StrEnum):
 
 class Version(NamedTuple):
     """
-    The version of an object's state, compared from left to right. Times are in ms.
+    The version of an object. Fields are compared in this order. Times are in milliseconds.
 
-    An event without times has ``updated_at`` -1, which ranks below all others, and the time of the
-    delivery attempt as ``timestamp``.
+    If an event has no times, ``updated_at`` is -1, which ranks below all other versions, and
+    ``timestamp`` is the time of the delivery attempt.
     """
 
     updated_at: int
@@ -39,9 +39,10 @@ class Event:
     """
     A verified event from Clerk, as handlers receive it.
 
-    *data* is the object as Clerk sent it. It may contain profile data and one-time codes: do not
-    log it. *occurred_at* is in UTC, or None if the event has no time. *outcome* is ``applied`` or
-    ``stale``. It is always ``applied`` for event types that only handlers process.
+    *data* is the object as Clerk sent it. Do not log *data*: it may contain profile data and
+    one-time passcodes. *occurred_at* is in UTC, or None if the event has no time. *outcome* is
+    ``applied`` or ``stale``. For event types that only handlers process, *outcome* is always
+    ``applied``.
     """
 
     type: str
@@ -73,7 +74,7 @@ class Handlers:
 
         Raises:
             ValueError: *pattern* is not an event type, a family or ``*``.
-            TypeError: *handler* is asynchronous or a generator, which nothing would run.
+            TypeError: *handler* is not callable, is asynchronous, or is a generator function.
         """
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(
@@ -89,7 +90,7 @@ class Handlers:
             self._registered.append(entry)
 
     def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
-        """Return the handlers of *event_type*, each once."""
+        """Return the handlers for *event_type*, without duplicates."""
         found: list[Handler] = []
         for pattern, when, handler in self._registered:
             if when is after_commit and handler not in found and _matches(pattern, event_type):

@@ -40,17 +40,17 @@ DEFAULT_ROUTES = ("webhooks", "me")
 
 class ClerkHooks(Generic[U]):
     """
-    Keeps an application's users in sync with Clerk, and authenticates calls to it.
+    Keeps a table of users in sync with Clerk, and authenticates an application's callers.
 
     *db* is the application's Flask-SQLAlchemy object. *model* derives from ``ClerkUser`` and
-    ``db.Model``; by default, it is a plain model with the table ``users``. One object serves any
+    ``db.Model``. By default, it is a plain model with the table ``users``. One object can serve any
     number of applications::
 
         hooks = ClerkHooks(db, User)
         hooks.init_app(app)
 
     Raises:
-        ValueError: a column of *model* cannot work as declared, or its table's name is taken.
+        ValueError: a column of *model* is declared incorrectly, or the table already exists.
         TypeError: *model* does not derive from ``ClerkUser``.
     """
 
@@ -85,12 +85,13 @@ class ClerkHooks(Generic[U]):
         """
         Register routes, commands and error handling on *app*, after ``db.init_app(app)``.
 
-        *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``;
-        *url_prefix* moves all of them. With *problems*, every HTTP error of the application becomes
-        ``application/problem+json``. *request_log* logs each request to stdout, as ``json`` or as
-        ``text``; ``auto`` means text on a terminal and JSON elsewhere. Without it, only deliveries
-        are logged, to the logger ``clerkhooks``. Variables that ``app.config`` lacks are read from
-        *environ*, by default ``os.environ``. Nothing else in the application is changed.
+        *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``.
+        *url_prefix* is added to all of them. With *problems*, every HTTP error of the application
+        becomes ``application/problem+json``. *request_log* logs each request to stdout, as ``json``
+        or as ``text``; ``auto`` means text on a terminal and JSON elsewhere. By default, only
+        deliveries are logged, to the logger ``clerkhooks``. A variable that is not in
+        ``app.config`` is read from *environ*, by default ``os.environ``. Nothing else in the
+        application is changed.
 
         Raises:
             SettingsError: the configuration in ``app.config`` and the environment is invalid.
@@ -102,7 +103,7 @@ class ClerkHooks(Generic[U]):
         values = merge_config(app.config, os.environ if environ is None else environ)
         settings = Settings.from_mapping(values)
         state = app.extensions[EXTENSION] = self._make_state(app, settings, values)
-        app.register_error_handler(RequestError, from_request_error)  # raised by require_auth
+        app.register_error_handler(RequestError, from_request_error)  # used by require_auth
         if problems:
             app.register_error_handler(HTTPException, from_http_exception)
         if request_log is not None:
@@ -111,7 +112,7 @@ class ClerkHooks(Generic[U]):
         app.register_blueprint(blueprint, url_prefix=url_prefix)
         app.cli.add_command(clerk)
         auth.refuse_unprotected(app)
-        request_started.connect(auth.refuse_unprotected, app)  # views that are registered later
+        request_started.connect(auth.refuse_unprotected, app)  # for views registered later
 
     def on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
         """
@@ -119,9 +120,9 @@ class ClerkHooks(Generic[U]):
 
         The handler takes one ``Event``. It runs inside the message's transaction, once for each
         message, including stale ones. Its writes through ``db.session`` are committed with the
-        message. If it raises or ends the transaction, the response is 500, and Svix retries the
-        message. With *after_commit*, it runs after the commit, at most once, and its errors are
-        only logged.
+        message. If the handler raises an exception or ends the transaction, the response is 500,
+        and Svix retries the message. With *after_commit*, the handler runs after the commit, at
+        most once, and its errors are only logged.
 
         Raises:
             ValueError: *pattern* is malformed.
@@ -136,17 +137,17 @@ class ClerkHooks(Generic[U]):
 
     @property
     def current_user(self) -> U:
-        """The current caller, in a view with ``require_auth``: a frozen copy of the row."""
+        """A frozen copy of the current caller's row, for views with ``require_auth``."""
         return cast("U", auth.get_user())
 
     @property
     def optional_user(self) -> U | None:
-        """The current caller, or None for an anonymous caller of an optional view."""
+        """A frozen copy of the current caller's row, or None if the caller is anonymous."""
         return cast("U | None", auth.get_user())
 
     @property
     def optional_session(self) -> Session | None:
-        """The session of the current caller, or None if an optional view's caller is anonymous."""
+        """The session of the current caller, or None if the caller is anonymous."""
         return cast("Session | None", auth.get_session())
 
     def include_name(self, name: str | None, type_: str, parent_names: Any) -> bool:
@@ -213,7 +214,7 @@ def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Bluepri
     if "health" in wanted:
         health.add_routes(blueprint)
     if "metrics" in wanted and settings.metrics_token is not None:
-        from clerkhooks.web.metrics import init_metrics  # loads prometheus-client
+        from clerkhooks.web.metrics import init_metrics  # also imports prometheus-client
 
         init_metrics(state)
         health.add_metrics(blueprint)
@@ -226,7 +227,7 @@ def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Bluepri
 
 def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:
     """Return the application's engine options, merged as Flask-SQLAlchemy merges them."""
-    options = dict(getattr(db, "_engine_options", None) or {})  # SQLAlchemy(engine_options=…)
+    options = dict(getattr(db, "_engine_options", None) or {})  # from SQLAlchemy(engine_options=…)
     bind = (app.config.get("SQLALCHEMY_BINDS") or {}).get(bind_key)
     if isinstance(bind, dict):
         options |= bind

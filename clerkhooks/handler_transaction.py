@@ -1,4 +1,4 @@
-"""A message's transaction in the application's session, shared with its handlers."""
+"""The transaction that a message and its handlers share, in the application's session."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def apply_with_handlers(
     Apply *event* with *write*, call *handlers*, and commit everything in one transaction.
 
     Raises:
-        Overloaded: the application's pool had no connection in time.
+        Overloaded: the application's pool provided no connection in time.
         RuntimeError: a handler ended the transaction, or the commit did not save the message.
         Exception: any error of a handler or the database. Everything is rolled back.
     """
@@ -58,9 +58,9 @@ def apply_with_handlers(
         for handler in handlers:
             with _ending_refused(session, connection):
                 call_handler(handler, event, outcome)
-            # If a handler swallowed a database error, PostgreSQL silently rolls back on COMMIT.
-            # After a rollback, an empty commit succeeds. In both cases, the message would be
-            # answered with 200 and lost.
+            # If a handler swallowed a database error, PostgreSQL silently rolls back on COMMIT. If
+            # a handler rolled back, the commit succeeds but saves nothing. In both cases, the
+            # response would be 200 and the message would be lost.
             execute = session.connection(bind_arguments={"clause": store.messages}).execute
             if scoped() is not session or not _is_processed(store, execute, event):
                 raise RuntimeError(_ENDED)
@@ -79,7 +79,7 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
     Call *handler* with *event*.
 
     Raises:
-        TypeError: the result is a coroutine or a generator, which nothing would run.
+        TypeError: *handler* returned a coroutine or a generator, which nothing would run.
     """
     message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
     result = handler(Event(*message, outcome))
@@ -88,7 +88,7 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
 
 
 def _begin(session: Session, store: Store) -> sa.Connection:
-    """Return the session's connection, in a transaction even if its engine is in AUTOCOMMIT."""
+    """Return the session's connection in a transaction, even if the engine is in AUTOCOMMIT."""
     bind = {"clause": store.users}
     try:
         connection = session.connection(bind_arguments=bind)
@@ -96,9 +96,9 @@ def _begin(session: Session, store: Store) -> sa.Connection:
             return connection
         session.commit()  # in AUTOCOMMIT, earlier statements are already committed
         is_postgresql = connection.dialect.name == "postgresql"
-        level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # the pool resets it
+        level = "READ COMMITTED" if is_postgresql else "SERIALIZABLE"  # reset by the pool
         return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
-    except sa.exc.TimeoutError as error:  # of the application's pool
+    except sa.exc.TimeoutError as error:  # the application's pool is exhausted
         raise Overloaded from error
 
 
@@ -122,10 +122,10 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
             raise RuntimeError(_ENDED)
 
     sa_event.listen(session, "before_commit", refuse)
-    sa_event.listen(connection, "commit", refuse)  # for db.session.connection().commit()
+    sa_event.listen(connection, "commit", refuse)  # detects db.session.connection().commit()
     try:
         yield
-    except SystemExit as error:  # so that the failure is recorded and answered with 500
+    except SystemExit as error:  # a RuntimeError is recorded, and the response is 500
         raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)
@@ -136,7 +136,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
 
 @contextmanager
 def _own_limits(connection: sa.Connection) -> Iterator[None]:
-    """Set our limits in the application's transaction, and restore its own at the end."""
+    """Set our timeouts in the application's transaction, and restore the previous ones."""
     if connection.dialect.name != "postgresql":
         begin_immediate(connection)
         yield
