@@ -1,4 +1,4 @@
-"""``DATABASE_URL`` as written for libpq, SQLAlchemy, node-postgres and hosting providers."""
+"""Parse ``DATABASE_URL`` in the syntax of libpq, SQLAlchemy, node-postgres or a platform."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parse_database_url(text: str) -> str:
             "is an in-memory SQLite database, which is separate for each worker. Use a file."
         )
     path = url.database.removeprefix("file:")
-    # Not Path.is_dir(), which raises if a parent folder is not readable.
+    # Path.is_dir() would raise an error if a parent folder is not readable.
     if path.startswith("/") and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
         raise ValueError("names a SQLite file in a folder that does not exist.")
     _check_with_sqlalchemy(text)
@@ -44,7 +44,7 @@ def parse_database_url(text: str) -> str:
 
 
 def _name_hosts_apart(text: str) -> str:
-    """Translate libpq's syntax for several hosts, ``//a:1,b:2/name``, to SQLAlchemy's."""
+    """Translate a URL with several hosts, ``//a:1,b:2/name``, to SQLAlchemy's syntax."""
     found = _SEVERAL_HOSTS.fullmatch(text)
     if found is None:
         return text
@@ -55,10 +55,10 @@ def _name_hosts_apart(text: str) -> str:
 
 def _parse_postgresql(url: URL) -> str:
     query: dict[str, Any] = dict(url.query)
-    if isinstance(query.get("options"), tuple):  # repeated, as SQLAlchemy documents
+    if isinstance(query.get("options"), tuple):  # SQLAlchemy allows a repeated parameter
         query["options"] = " ".join(query["options"])
     query |= _translate_tls(query.pop("ssl", None), query.get("sslmode"))
-    if url.host and "%" in url.host:  # the folder of a socket, in libpq's syntax
+    if url.host and "%" in url.host:  # in libpq's syntax, the folder of a Unix socket
         query["host"], url = unquote(url.host), url.set(host="")
     url = url.set(query=query)
     text = url.render_as_string(hide_password=False)
@@ -82,13 +82,13 @@ def _translate_tls(ssl: object, sslmode: object) -> dict[str, str]:
 
 def _check_with_sqlalchemy(url: str) -> None:
     try:
-        create_engine(url)  # does not connect
+        create_engine(url)  # checks the URL without connecting
     except (ArgumentError, ValueError, TypeError):  # the error message may quote a password
         raise ValueError("is not a database URL that SQLAlchemy accepts.") from None
 
 
 def _check_with_libpq(url: str) -> None:
-    from psycopg import ProgrammingError  # imported late, after gevent's monkey-patching
+    from psycopg import ProgrammingError  # imported late, because gevent must monkey-patch first
     from psycopg.conninfo import conninfo_to_dict
 
     try:

@@ -1,8 +1,8 @@
 """
-The exceptions, grouped by what the caller can do about them.
+The exceptions that clerkhooks raises.
 
-Each has a ``reason``: a stable snake_case code for tests, logs and clients. Exceptions never
-contain input, secrets or profile data, so all of them may be logged.
+Each exception has a ``reason``: a stable snake_case code for tests, logs and clients. Exceptions
+never contain input, secrets or profile data, so all of them may be logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 
 
 class ClerkhooksError(Exception):
-    """The base class of clerkhooks' own exceptions. The text is the reason by default."""
+    """The base class of clerkhooks' exceptions. By default, the message is the reason."""
 
     def __init__(self, reason: str, text: str | None = None) -> None:
         super().__init__(text or reason)
@@ -25,47 +25,47 @@ class ClerkhooksError(Exception):
 
 
 class RequestError(ClerkhooksError):
-    """The base class of errors that ``web/problems.py`` turns into responses of *status*."""
+    """The base class of errors that ``web/problems.py`` turns into HTTP error responses."""
 
     status: HTTPStatus
     retry_after: int | None = None  # seconds
 
 
 class SignatureError(RequestError):
-    """The webhook's signature cannot be verified: 401."""
+    """The webhook's signature cannot be verified. The response is 401."""
 
     status = HTTPStatus.UNAUTHORIZED
 
 
 class EventError(RequestError):
-    """A verified webhook is not an event: 400, so Svix retries it."""
+    """A verified webhook is not a valid event. The response is 400, so Svix retries."""
 
     status = HTTPStatus.BAD_REQUEST
 
 
 class Unauthenticated(RequestError):
-    """The request has no valid session: 401."""
+    """The request has no valid session. The response is 401."""
 
     status = HTTPStatus.UNAUTHORIZED
 
 
 class BadRequest(RequestError):
-    """The request body is not valid: 400."""
+    """The request is not valid. The response is 400."""
 
     status = HTTPStatus.BAD_REQUEST
 
 
 class BodyTooLarge(RequestError):
-    """The request body is over 1 MiB: 413."""
+    """The request body is larger than 1 MiB. The response is 413."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class Forbidden(RequestError):
     """
-    The session is valid, but not sufficient: 403.
+    The session is valid, but not sufficient. The response is 403.
 
-    *reverification* is the required level if the user can reach it by verifying factors again.
+    If the user can gain access by verifying factors again, *reverification* is the required level.
     """
 
     status = HTTPStatus.FORBIDDEN
@@ -76,7 +76,7 @@ class Forbidden(RequestError):
 
 
 class KeysUnavailable(RequestError):
-    """No key is available to verify a session token: 503."""
+    """No key is available to verify a session token. The response is 503."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -87,7 +87,7 @@ class KeysUnavailable(RequestError):
 
 class BackendApiError(ClerkhooksError):
     """
-    Clerk's Backend API failed. The text quotes neither the request nor the response.
+    A call to Clerk's Backend API failed. The message quotes no request and no response.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
     ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.
@@ -122,9 +122,9 @@ _BACKEND_API_REMEDIES = {
 
 class ProxyUrlError(ClerkhooksError):
     """
-    A proxy variable in the environment is invalid: ``proxy_invalid``.
+    A proxy variable in the environment is invalid. *reason* is ``proxy_invalid``.
 
-    The text names the variables and never quotes their values, which may contain passwords.
+    The message names the variables. It does not quote their values, which may contain passwords.
     """
 
     def __init__(self, variables: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ class ProxyUrlError(ClerkhooksError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A variable, its problem, and where to find the right value. Never quotes the value."""
+    """A problem with a variable, and where to find the right value. The value is not quoted."""
 
     variable: str
     problem: str
@@ -149,9 +149,9 @@ class Fault:
 
 class SettingsError(ClerkhooksError, click.ClickException):
     """
-    Invalid configuration. The text lists every problem and shows no value.
+    The configuration is invalid. The message lists every problem and shows no value.
 
-    Commands of an application, such as ``flask clerk users``, print the text and exit with
+    Commands of an application, such as ``flask clerk users``, print the message and exit with
     status 2. For any other exception in an application's factory, Flask shows a traceback.
     """
 
@@ -166,14 +166,14 @@ class SettingsError(ClerkhooksError, click.ClickException):
 
 
 def describe(error: BaseException) -> str:
-    """Return the class and SQLSTATE of *error*, without its text, which may quote a row."""
+    """Return the class and SQLSTATE of *error*, but not its message, which may quote a row."""
     cause = getattr(error, "orig", None)
     sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
     return f"{type(error).__name__} {sqlstate}" if sqlstate else type(error).__name__
 
 
 def frames(error: BaseException) -> list[str]:
-    """Return the traceback of *error*: the end of each file's path, the line and the function."""
+    """Return the stack frames of *error*: the last two parts of the path, line and function."""
     return [
         f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)

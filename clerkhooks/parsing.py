@@ -1,8 +1,8 @@
 """
 Parsers for the values of variables.
 
-Each parser raises ValueError for an invalid value. The message completes a sentence that
-starts with the variable's name, such as "must be a number.", and never quotes the value.
+Each parser raises ValueError for an invalid value. The message, such as "must be a number.",
+continues a sentence that begins with the variable's name. It never quotes the value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PEM = re.compile(
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Return the entries of a list that is separated by commas or spaces."""
+    """Return the entries of a list. Commas, spaces or both separate the entries."""
     parts = tuple(part for part in re.split(r"[,\s]+", text) if part)
     # A value with only separators would count as unset and disable a check.
     if not parts:
@@ -37,7 +37,7 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def list_of(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """Return a parser for a list of values that *parse* accepts."""
+    """Return a parser for a list. *parse* parses each entry."""
     return lambda text: tuple(map(parse, split(text)))
 
 
@@ -53,7 +53,7 @@ def number_up_to(most: int) -> Callable[[str], int]:
 
 
 def _decode_base64(text: str) -> bytes | None:
-    """Decode canonical base64. Otherwise return None, because Clerk's SDK rejects the text."""
+    """Decode canonical base64. For any other text, which Clerk's SDK rejects, return None."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -69,7 +69,7 @@ def parse_webhook_secret(text: str) -> bytes:
     # The svix library would accept any text here, and then reject every message.
     if raw is None:
         raise ValueError("is not a signing secret, which is whsec_ followed by base64.")
-    if not 24 <= len(raw) <= 75:  # Svix's own limits
+    if not 24 <= len(raw) <= 75:  # the same limits as Svix's
         raise ValueError(
             "is not a signing secret, which encodes 24 to 75 bytes. Was it copied completely?"
         )
@@ -80,8 +80,8 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     r"""
     Return the RSA public keys from one or more PEM blocks.
 
-    Platforms change line breaks, so real line breaks, literal ``\n``, no line breaks and a bare
-    base64 body are accepted.
+    Some platforms change line breaks. Therefore the text may have real line breaks, literal ``\n``
+    or no line breaks. A bare base64 body is accepted too.
     """
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:
@@ -115,21 +115,25 @@ def parse_publishable_key(text: str) -> str:
 
 
 def parse_secret_key(text: str) -> str:
-    """Return a secret key of Clerk's Backend API."""
+    """Validate a secret key for Clerk's Backend API, and return it."""
     if not re.fullmatch(r"sk_(?:test|live)_[A-Za-z0-9]+", text):
         raise ValueError("is not a secret key.")
     return text
 
 
 def parse_password(text: str) -> str:
-    """Return a password that is valid in a header, and long: login attempts are unlimited."""
+    """
+    Validate a password or a bearer token, and return it.
+
+    It must be valid in a header. It must be long, because the number of attempts is not limited.
+    """
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise ValueError("must be at least 16 printable ASCII characters, without spaces.")
     return text
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a parser for one of *choices*."""
+    """Return a parser that accepts only *choices*."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -140,7 +144,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def parse_url(text: str) -> str:
-    """Return an https URL, or an http URL to a loopback address, without a trailing slash."""
+    """Validate a URL: https, or http to a loopback address. Return it without a final slash."""
     url = _split_url(text)
     if re.search("[?#]", text) or url.scheme not in ("https", "http"):
         raise ValueError("is not an https:// URL.")
@@ -149,10 +153,11 @@ def parse_url(text: str) -> str:
 
 
 def parse_authorized_party(text: str) -> str:
-    """Return an authorized party: an origin or ``native``."""
+    """Validate an authorized party, which is an origin or ``native``, and return it."""
     if text == NATIVE:
         return text
-    # Not only https: Clerk's SDKs for browser extensions and phones send azp with other schemes.
+    # Schemes other than https are valid: Clerk's SDKs for browser extensions and phones send them
+    # in azp.
     url = _split_url(text)
     if text != f"{url.scheme}://{url.netloc}" or text != text.lower() or text.endswith(":"):
         raise ValueError(
@@ -168,11 +173,11 @@ def parse_authorized_party(text: str) -> str:
 def _split_url(text: str) -> SplitResult:
     try:
         url = urlsplit(text)
-        _ = url.port  # raises ValueError for an invalid port
+        _ = url.port  # an invalid port raises ValueError
     except ValueError:
         raise ValueError("is not a URL.") from None
     is_whole = url.scheme and url.hostname and url.username is None and _is_host(url.hostname)
-    # Browsers and DNS encode international host names as xn--.
+    # Browsers and DNS encode international host names in ASCII, with the prefix xn--.
     if not is_whole or re.search(r"[^!-~]|[*\\<>\"']", text):
         raise ValueError("is not a URL such as https://host, without wildcards or passwords.")
     return url
@@ -188,7 +193,7 @@ def _refuse_plain_http(url: SplitResult) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether *host*, a name or an address without brackets, is this machine."""
+    """Return whether *host* is this machine. An IPv6 address must not have brackets."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -31,7 +31,7 @@ ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
 
 
 class Base(DeclarativeBase):
-    """The service's declarative base. It names every constraint for migrations."""
+    """The service's declarative base. It gives constraints the names that migrations use."""
 
     metadata = sa.MetaData(
         naming_convention={
@@ -69,7 +69,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
     Raises:
         SettingsError: *config* is invalid.
-        SystemExit: the environment is invalid. The exit status is 2, with one message.
+        SystemExit: the environment is invalid. A message is printed, and the exit status is 2.
     """
     if config is None:
         with exit_if_invalid():
@@ -79,7 +79,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config.update({name: config[name] for name in VARIABLES if name in config})
     app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
     app.config["DATABASE_POOL_SIZE"] = settings.pool_size
-    if settings.pooler == "transaction":  # flask db upgrade uses the application's engine
+    if settings.pooler == "transaction":  # for flask db upgrade, which uses this engine
         options = {"connect_args": {"prepare_threshold": None}}
         app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.url_map.merge_slashes = False  # Svix counts a redirect as a failure
@@ -102,7 +102,7 @@ def _check_sqlite_folder(app: Flask, url: sa.URL) -> None:
         return
     folder = Path(app.instance_path, str(url.database)).parent
     if folder == Path(app.instance_path):
-        with suppress(OSError):  # the next check reports the folder as not writable
+        with suppress(OSError):  # the check below reports the problem
             folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         is_default = str(url) == DEFAULT_DATABASE_URL

@@ -1,4 +1,4 @@
-"""The configuration: one frozen object, read from variables and validated as a whole."""
+"""The configuration: a frozen object that contains the validated values of all variables."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from clerkhooks.errors import Fault, SettingsError
 
 PROJECT = Path(__file__).resolve().parent.parent
 SECRET_VARIABLES = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
-DEFAULT_DATABASE_URL = "sqlite:///clerkhooks.db"  # in the instance folder
-VERSION_TABLE = "clerkhooks_version"  # other programs may have an alembic_version
+DEFAULT_DATABASE_URL = "sqlite:///clerkhooks.db"  # a file in the instance folder
+VERSION_TABLE = "clerkhooks_version"  # other programs may use the default, alembic_version
 _ENDPOINT = "Clerk Dashboard, Webhooks, your endpoint, Signing Secret: whsec_…"
 _GENERATE = "Any secret of at least 16 characters, such as the output of: openssl rand -hex 16"
 VARIABLES = {
@@ -57,8 +57,8 @@ EPHEMERAL_PLATFORMS = {
 }
 """Variables that identify platforms with an ephemeral file system."""
 Parsers = Mapping[str, tuple[str, Callable[[str], Any]]]
-# The variable of each field, and its parser. Settings handles the signing secrets and the
-# publishable key separately.
+# The variable and the parser of each field. Settings parses the signing secrets and the publishable
+# key separately.
 _PARSERS: Parsers = {
     "jwt_keys": ("CLERK_JWT_KEY", parsing.parse_jwt_keys),
     "jwks_url": ("CLERK_JWKS_URL", parsing.parse_url),
@@ -86,7 +86,7 @@ _SERVICE_PARSERS: Parsers = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The configuration of one application. Its repr shows no secret."""
+    """The configuration of one application. Its repr shows no secrets."""
 
     webhook_secrets: tuple[bytes, ...] = field(repr=False)
     jwt_keys: tuple[RSAPublicKey, ...] = field(repr=False, default=())
@@ -155,14 +155,14 @@ class ServiceSettings(Settings):
 
 
 def merge_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return *environ* with the variables of ``app.config``, which win unless they are empty."""
+    """Merge ``app.config`` into *environ*. Non-empty values in ``app.config`` are preferred."""
     own = {name: config[name] for name in VARIABLES if as_text(config.get(name))}
     return dict(environ) | own
 
 
 def read_environ(project: Path = PROJECT) -> dict[str, str]:
     """
-    Return the environment and the variables of *project*'s ``.env``; the environment wins.
+    Return *project*'s ``.env`` merged with the environment, which takes precedence.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -171,7 +171,7 @@ def read_environ(project: Path = PROJECT) -> dict[str, str]:
         loaded = {name: value or "" for name, value in dotenv_values(project / ".env").items()}
         if any("\0" in text for text in (*loaded, *loaded.values())):
             raise ValueError
-    except (OSError, ValueError) as error:  # a variable cannot contain a NUL
+    except (OSError, ValueError) as error:  # the file contains NUL or is not UTF-8
         is_other = isinstance(error, UnicodeDecodeError)
         problem = "is not UTF-8 text." if is_other else "cannot be read."
         remedy = "Check its permissions, or start again from .env.example."
@@ -181,7 +181,7 @@ def read_environ(project: Path = PROJECT) -> dict[str, str]:
 
 @contextmanager
 def exit_if_invalid() -> Iterator[None]:
-    """Turn a SettingsError into one message on stderr and SystemExit with status 2."""
+    """After a SettingsError, print its message to stderr and exit with status 2."""
     try:
         yield
     except SettingsError as error:
@@ -217,7 +217,7 @@ class _Reader:
 
 
 def as_text(value: Any) -> str:
-    """Return *value* as text. In ``app.config`` it may also be a list or a number."""
+    """Return *value* as text. A value in ``app.config`` may also be a list or a number."""
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return ",".join(map(str, value)).strip()
     return "" if value is None else str(value).strip()
