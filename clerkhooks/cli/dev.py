@@ -41,7 +41,7 @@ TOKEN_LIFETIME = 3600  # seconds
 @click.pass_context
 def dev(context: click.Context, once: bool, port: int) -> None:
     """
-    Try the service on this machine, without a Clerk account, settings or a database server.
+    Try the service on this machine. It needs no Clerk account, settings or database server.
 
     This command creates the service with a temporary SQLite database and new keys. It sends signed
     webhooks and API calls to the service and shows the results. The service then runs until you
