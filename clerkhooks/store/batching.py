@@ -1,8 +1,8 @@
 """
-Group commit: calls that arrive together become one statement and one commit.
+Group commit: calls that arrive at the same time share one statement and one commit.
 
-For reads, this pattern is known as a data loader. Without it, a service on PostgreSQL with two
-workers processed 28 % fewer deliveries and 22 % fewer calls per second.
+For reads, this pattern is known as a data loader. Without batching, a service on PostgreSQL with
+two workers processed 28 % fewer deliveries and 22 % fewer calls per second.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_WAIT = 0.1  # seconds that a batch waits for the previous one before both run concurrently
+MAX_WAIT = 0.1  # the maximum time in seconds that a batch waits for the previous batch
 MAX_BATCH = 64
-MAX_IDLE_WAIT = 0.01  # seconds a batch waits for callers while the event loop is busy
+MAX_IDLE_WAIT = 0.01  # the maximum time in seconds that a batch waits for more callers
 
 
 class _Batch(Generic[T, R]):
-    """Items that are executed together, by the caller that added the first one."""
+    """Items that are executed together. The caller that added the first item executes all."""
 
     def __init__(self) -> None:
         self.items: list[T] = []
         self.keys: set[Hashable] = set()
         self.results: Sequence[R] | None = None
         self.error: Exception | None = None
-        self.done = threading.Lock()  # held until there are results or an error
+        self.done = threading.Lock()  # locked until there are results or an error
         self.done.acquire()
 
 
 class Batcher(Generic[T, R]):
     """
-    Execute an item immediately, and batch the items that arrive while it runs.
+    Executes an item immediately, and batches the items that arrive during the execution.
 
     Items of a batch have no *keys* in common. If a batch fails, each caller retries its item alone,
     unless *concerns_all* returns true for the error.
@@ -58,7 +58,7 @@ class Batcher(Generic[T, R]):
         Return the result of *execute* for *item*.
 
         Raises:
-            Exception: the exception of *execute*, as a separate object for each caller.
+            Exception: *execute* raised it. Each caller gets a separate exception object.
         """
         batch, place = self._join(item)
         if place == 0:
@@ -75,7 +75,7 @@ class Batcher(Generic[T, R]):
         return result
 
     def _join(self, item: T) -> tuple[_Batch[T, R], int]:
-        """Add *item* to the open batch or a new one; return the batch and the item's index."""
+        """Add *item* to the open batch or a new one. Return the batch and the item's index."""
         keys = self._keys(item)
         with self._guard:
             batch = self._open
@@ -86,18 +86,22 @@ class Batcher(Generic[T, R]):
             return batch, len(batch.items) - 1
 
     def _lead(self, batch: _Batch[T, R]) -> None:
-        """Execute *batch* after the previous one or MAX_WAIT. Until then it accepts items."""
+        """
+        Execute *batch* after the previous batch has ended, or after MAX_WAIT.
+
+        Until then, more items can be added to *batch*.
+        """
         has_turn = False
         try:
-            # Try without a timeout first. Under gevent, a timeout needs a timer, and starting one
-            # takes longer than taking the lock.
+            # Try without a timeout first. Under gevent, a timeout needs a timer, and starting a
+            # timer takes longer than acquiring the lock.
             has_turn = self._turn.acquire(blocking=False) or self._turn.acquire(timeout=MAX_WAIT)
             _wait_for_callers()
             self._close(batch)
             batch.results = self._execute(batch.items)
         except Exception as error:  # noqa: BLE001  # each caller raises it or retries alone
             batch.error = error
-        finally:  # even if this caller is killed; the others then retry alone
+        finally:  # if this caller is killed, the other callers retry alone
             self._close(batch)
             if has_turn:
                 self._turn.release()
@@ -111,11 +115,11 @@ class Batcher(Generic[T, R]):
 
 def _wait_for_callers() -> None:
     """
-    Yield, so that callers that are about to arrive can join the batch.
+    Let other threads run, so that their calls can join the batch.
 
-    With gevent, requests whose data have arrived are read and parsed first: a statement for all of
-    them takes less time than a statement now and another later. Without load, no requests are
-    waiting, and the call returns at once.
+    With gevent, all requests that have already arrived are read and parsed first, because one
+    statement for all of them takes less time than several statements. Without load, no requests are
+    waiting, and this function returns at once.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):

@@ -19,8 +19,8 @@ from clerkhooks.store import postgresql
 from clerkhooks.store.pool import OrderedPool
 from clerkhooks.store.postgresql import Pooler
 
-BUSY_TIMEOUT = 4.0  # seconds that a writer waits for SQLite's write lock
-POOL_TIMEOUT = 2.0  # seconds that a request waits for a connection
+BUSY_TIMEOUT = 4.0  # the maximum time in seconds that a writer waits for SQLite's write lock
+POOL_TIMEOUT = 2.0  # the maximum time in seconds that a request waits for a connection
 _MEMORY = Fault(
     "SQLALCHEMY_DATABASE_URI",
     "is an in-memory SQLite database, which is separate for each connection.",
@@ -32,9 +32,9 @@ class Database:
     """
     Access to an application's database through a private engine.
 
-    Every statement commits by itself (AUTOCOMMIT), independently of the application's engine. Waits
-    are bounded: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen server, and 4 s
-    for SQLite's write lock. A forked process gets a new pool.
+    Every statement is committed separately (AUTOCOMMIT), independently of the application's engine.
+    Every wait has a timeout: 2 s for a lock, 3 s for a statement, about 4 s for a dead or frozen
+    server, and 4 s for SQLite's write lock. A forked process gets a new pool.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Database:
         *pooler* is the mode of the connection pooler in front of PostgreSQL, if any.
 
         Raises:
-            SettingsError: the database is SQLite in memory.
+            SettingsError: the database is an in-memory SQLite database.
         """
         self.dialect_name, self.pool_size, self._pid = engine.dialect.name, pool_size, os.getpid()
         create = partial(
@@ -70,7 +70,7 @@ class Database:
             arguments = {"timeout": BUSY_TIMEOUT, "check_same_thread": False}
             self.engine = create(engine.url, connect_args=arguments)
             event.listen(self.engine, "connect", _set_up_sqlite)
-        elif "creator" in options:  # for instance a cloud provider's connector with its own driver
+        elif "creator" in options:  # such as a cloud provider's connector, which chooses the driver
             self.engine = create(engine.url, creator=options["creator"])
             postgresql.listen(self.engine)
         else:
@@ -81,7 +81,7 @@ class Database:
         self.dialect = self.engine.dialect
 
     def connect(self) -> sa.Connection:
-        """Return a connection, which goes back to the pool at the end of its ``with`` block."""
+        """Return a connection. The end of its ``with`` block returns it to the pool."""
         if self._pid != os.getpid():
             # Processes that share a socket would read each other's responses.
             self.engine.dispose(close=False)
@@ -91,14 +91,14 @@ class Database:
     def execute(
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
-        """Execute a statement, and return its rows. On SQLite, the statement must only read."""
+        """Execute a statement and return its rows. On SQLite, the statement must be read-only."""
         with self.connect() as connection:
             return connection.execute(statement, parameters).all()
 
     def write(
         self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[sa.Row[Any]]:
-        """Execute a statement that writes, and return its rows."""
+        """Execute a statement that writes, and return the rows from its RETURNING clause."""
         with self.connect() as connection, sqlite_transaction(connection):
             return connection.execute(statement, parameters).all()
 
@@ -108,7 +108,7 @@ def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
     """
     Run the block's statements in one transaction on SQLite.
 
-    On PostgreSQL, each of our statements is a complete transaction.
+    On PostgreSQL, do nothing, because each statement is a complete transaction.
     """
     if connection.dialect.name != "sqlite":
         yield
@@ -137,12 +137,12 @@ def begin_immediate(connection: sa.Connection, timeout: float = BUSY_TIMEOUT) ->
     """
     Begin a transaction on SQLite and take the write lock immediately.
 
-    SQLite's busy handler backs off and is unfair: under contention some writers starve. It also
-    blocks every greenlet of the process, even the one that holds the lock. So the lock is polled
-    here.
+    SQLite's busy handler backs off and is unfair: under contention, some writers starve. It also
+    blocks every greenlet of the process, even the one that holds the lock. Therefore, this function
+    polls the lock.
 
     Raises:
-        OperationalError: another writer kept the lock for *timeout* seconds.
+        OperationalError: the lock was not available within *timeout* seconds.
     """
     driver = cast("sqlite3.Connection", connection.connection.driver_connection)
     if driver.in_transaction:
@@ -171,7 +171,7 @@ def _refuse_memory(url: sa.URL) -> None:
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # FULL: a message that was answered with 200 must survive a power failure. In WAL mode, NORMAL
-    # does not sync each commit.
+    # FULL is needed, because a message must survive a power failure after the endpoint has returned
+    # 200. In WAL mode, NORMAL does not sync each commit.
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")

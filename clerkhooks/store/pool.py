@@ -15,13 +15,13 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from clerkhooks.errors import RequestError
 
-RETRY_AFTER = 1  # seconds; short, because users wait for calls; Svix retries on its own schedule
+RETRY_AFTER = 1  # seconds; short, because users are waiting (Svix retries on its own schedule)
 _CHECK_INTERVAL = 0.1  # seconds
-_WEIGHT = 0.2  # the weight of the latest use in the average duration
+_WEIGHT = 0.2  # the weight of the latest duration in the moving average
 
 
 class Overloaded(RequestError, sa.exc.TimeoutError):
-    """The request cannot be served in time. Nothing was changed; retry later."""
+    """The request cannot be served in time. Nothing was changed, so it can be retried."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after = RETRY_AFTER
@@ -34,23 +34,23 @@ class Slots:
     """
     A fair semaphore with *size* slots. Callers are served in order of arrival.
 
-    A caller is refused as soon as its expected wait exceeds *timeout* seconds. The estimate depends
-    on the number of callers ahead of it and the duration of recent uses. With a timeout of 0, no
-    caller waits.
+    A caller is refused as soon as its expected wait exceeds *timeout* seconds. The expected wait
+    depends on the number of callers ahead and on the average time that a slot is occupied. With a
+    timeout of 0, no caller waits.
     """
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size, self.timeout = size, timeout
-        self._guard = threading.RLock()  # garbage collection may end a use at any time
-        self._free = [None] * size  # a list's pop() and append() are atomic, and fast
+        self._guard = threading.RLock()  # garbage collection may call end() at any time
+        self._free = [None] * size  # pop() and append() of a list are atomic and fast
         self._waiting: deque[threading.Lock] = deque()
-        self._duration = 0.0  # seconds that a use takes, on average
-        self._changed_at = monotonic()  # when a use last began or ended
+        self._duration = 0.0  # the average time in seconds that a slot is occupied
+        self._changed_at = monotonic()  # the last time a slot was taken or freed
 
     @contextmanager
     def use(self) -> Iterator[None]:
         """
-        Run the block in a slot.
+        Occupy a slot while the ``with`` block is running.
 
         Raises:
             Overloaded: the wait would be too long.
@@ -63,7 +63,7 @@ class Slots:
 
     def begin(self) -> float:
         """
-        Wait for a slot, and return the time at which the use begins.
+        Wait for a slot, and return the time at which it was taken.
 
         Raises:
             Overloaded: the wait would be too long.
@@ -74,7 +74,7 @@ class Slots:
         return self._changed_at
 
     def end(self, began_at: float) -> None:
-        """End the use that began at *began_at*, and give its slot to the next caller."""
+        """Free the slot that was taken at *began_at*, and give it to the next caller."""
         self._changed_at = monotonic()
         self._duration += _WEIGHT * (self._changed_at - began_at - self._duration)
         self._free.append(None)
@@ -95,10 +95,10 @@ class Slots:
             if not self._free:
                 self._refuse_if_late(len(self._waiting))
             self._waiting.append(turn)
-        self._serve()  # a use may have ended in the meantime
+        self._serve()  # a slot may have become free since the first attempt
         try:
             self._wait(turn)
-        except BaseException:  # even if this caller is killed
+        except BaseException:  # this caller was refused or killed
             self._leave(turn)
             raise
 
@@ -119,11 +119,11 @@ class Slots:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 return
-        self._free.append(None)  # this caller had just received a slot
+        self._free.append(None)  # this caller had already received a slot
         self._serve()
 
     def _refuse_if_late(self, before: int, is_late: bool = False) -> None:
-        # If no use has begun or ended for a while, the current uses take at least that long.
+        # If no slot has been taken or freed for a while, slots are occupied for at least that long.
         duration = max(self._duration, monotonic() - self._changed_at)
         if is_late or duration * (before + 1) / self.size > self.timeout:
             raise Overloaded
@@ -132,7 +132,8 @@ class Slots:
 class OrderedPool(QueuePool):
     """A first-in, first-out pool that refuses callers that would wait too long."""
 
-    # By default, the logger would be below "clerkhooks", and the service would print its records.
+    # By default, the pool's logger would be a child of "clerkhooks", and the service would print
+    # its records.
     _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The private engine's PostgreSQL connections: limits, poolers, failovers, dead networks."""
+"""PostgreSQL connections of the private engine: timeouts, poolers, failovers, outages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sqlalchemy import event
 
 Pooler = Literal["session", "transaction"]
 LOCK_TIMEOUT, STATEMENT_TIMEOUT = "2s", "3s"
-MAX_IDLE = 30.0  # seconds; networks keep idle connections for longer
+MAX_IDLE = 30.0  # in seconds; networks drop idle connections only after a longer time
 READ_ONLY = "25006"
 _LIMITS = {"lock_timeout": LOCK_TIMEOUT, "statement_timeout": STATEMENT_TIMEOUT, "timezone": "UTC"}
 _SESSION_LIMITS = _LIMITS | {"idle_in_transaction_session_timeout": "15s"}
-_LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers whose connect arguments are libpq's
+_LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers that accept libpq's arguments
 _KEPT = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
 _CHECKED_IN = "clerkhooks.checked_in"
 
@@ -32,7 +32,7 @@ def _set_config(limits: Mapping[str, str], *, is_local: bool) -> bytes:
 
 class TimeoutConnection(psycopg.Connection[Any]):
     """
-    A connection that times out if the server does not answer at all.
+    A connection that times out if the server does not respond.
 
     A frozen server does not enforce its own timeouts. Its sockets stay open, so TCP does not
     detect the failure.
@@ -58,12 +58,12 @@ class LocalLimitsCursor(psycopg.ClientCursor[Any]):
     """
     A cursor for a pooler that may use a different server connection for each transaction.
 
-    Session settings and prepared statements would affect other clients. So the limits are sent
-    with each statement, in the same message, and end with its implicit transaction.
+    Session settings and prepared statements would affect other clients. Therefore, the timeouts are
+    sent together with each statement, and apply only to the implicit transaction of the statement.
     """
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> LocalLimitsCursor:
-        """Execute *query* with the limits, and keep only the result of *query*."""
+        """Execute *query* with the timeouts, and keep only the result of *query*."""
         if isinstance(query, Composable):
             query = query.as_bytes(self)
         text = query.encode() if isinstance(query, str) else query
@@ -77,16 +77,17 @@ class LocalLimitsCursor(psycopg.ClientCursor[Any]):
 def connect_arguments(
     engine: sa.Engine, options: Mapping[str, Any], pooler: Pooler | None
 ) -> dict[str, Any]:
-    """Return the application's connect arguments, such as certificates, and our limits."""
+    """Return our timeouts and the application's connect arguments, such as certificates."""
     arguments: dict[str, Any] = {
         "connect_timeout": "2",
-        # By default, TCP takes hours to detect a dead peer. The user timeout is in milliseconds,
-        # the keepalive times are in seconds.
+        # By default, TCP takes hours to detect a dead peer. The user timeout is in milliseconds.
+        # The keepalive times are in seconds.
         "tcp_user_timeout": "4000",
         "keepalives_idle": "30",
         "keepalives_interval": "10",
         "keepalives_count": "3",
-        # With this, the server, not the driver, rejects text that its encoding cannot represent.
+        # With this setting, text that the server's encoding cannot represent is rejected by the
+        # server and not by the driver.
         "client_encoding": "utf8",
     }
     if engine.dialect.driver in _LIBPQ:
@@ -99,13 +100,13 @@ def connect_arguments(
 
 
 def listen(engine: sa.Engine) -> None:
-    """Set limits on each new connection of *engine*, and drop connections that are read-only."""
+    """Set timeouts on each new connection of *engine*, and drop read-only connections."""
     event.listen(engine, "connect", _set_limits)
     event.listen(engine, "handle_error", _invalidate_read_only)
 
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
-    """Do the same as ``listen``, use ``TimeoutConnection``, and drop stale connections."""
+    """Do the same as ``listen``. Also use ``TimeoutConnection`` and drop stale connections."""
 
     @event.listens_for(engine, "do_connect")
     def connect(
@@ -121,7 +122,7 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
 
 
 def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
-    """Allow statements on *connection* to take *seconds*. The caller must invalidate it."""
+    """Allow statements on *connection* to take *seconds*. Invalidate it after use."""
     driver = connection.connection.driver_connection
     timeout = f"{seconds:.0f}s"
     if isinstance(driver, TimeoutConnection):
@@ -132,12 +133,12 @@ def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
 
 
 def _set_limits(connection: Any, _record: object) -> None:
-    # Set after connecting, because poolers reject limits as startup parameters.
+    # The timeouts are set after connecting, because poolers reject them as startup parameters.
     connection.cursor().execute(_set_config(_SESSION_LIMITS, is_local=False).decode())
 
 
 def _invalidate_read_only(context: sa.ExceptionContext) -> None:
-    """Have the pool replace all connections if a failover has left one of them read-only."""
+    """Make the pool replace all connections if one is read-only, as after a failover."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 
@@ -147,15 +148,16 @@ def _note_checkin(_connection: object, record: Any) -> None:
 
 
 def _make_poll() -> select.poll:
-    """Return the system's poll: gevent's switches greenlets even with a timeout of 0."""
+    """Return the system's poll. gevent's poll would switch greenlets, even with timeout 0."""
     monkey = sys.modules.get("gevent.monkey")
     return (monkey.get_original("select", "poll") if monkey else select.poll)()
 
 
 def _replace_stale(connection: TimeoutConnection, record: Any, _proxy: object) -> None:
-    """Have the pool replace a connection that the server or a network may have dropped."""
+    """Make the pool replace a connection that the server or a network may have dropped."""
     is_old = monotonic() - record.info.get(_CHECKED_IN, monotonic()) > MAX_IDLE
-    # An idle connection with readable data has been closed by the server. No round trip is needed.
+    # An idle connection with readable data has been closed by the server. This check needs no round
+    # trip.
     poll = _make_poll()  # select() cannot watch descriptors above 1,023
     poll.register(connection.pgconn.socket, select.POLLIN)
     if is_old or poll.poll(0):
