@@ -18,11 +18,13 @@ from clerkhooks.clerk.events import UNSTORABLE
 from clerkhooks.clerk.fields import Field
 
 logger = logging.getLogger(__name__)
-MAX_INDEXED = 2000  # bytes: a btree index rejects rows over about 2.7 kB
-MAX_DIGITS = 2000  # and the largest exponent; PostgreSQL stores up to 16,383 decimal places
-MAX_SINGLE_PRECISION = 24  # bits: up to FLOAT(24), PostgreSQL uses REAL (four bytes)
+MAX_INDEXED = 2000  # in bytes; a btree index rejects rows larger than about 2.7 kB
+# The maximum number of digits, and the maximum exponent. PostgreSQL stores up to 16,383 decimal
+# places.
+MAX_DIGITS = 2000
+MAX_SINGLE_PRECISION = 24  # in bits; PostgreSQL uses REAL (four bytes) up to FLOAT(24)
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38
-MAX_DEPTH = 200  # levels of JSON nesting, far below the limits of PostgreSQL and SQLite
+MAX_DEPTH = 200  # nested levels of JSON; PostgreSQL and SQLite have much higher limits
 _EXACT = Context(prec=1000)
 _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 
@@ -30,7 +32,7 @@ _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 def read_fields(
     fields: Mapping[sa.Column[Any], Field], data: Mapping[str, Any], dialect: sa.Dialect
 ) -> dict[str, Any]:
-    """Return the declared columns' values from a user object; None if absent or unstorable."""
+    """Return the values of the declared columns. Absent and unstorable values become None."""
     return {
         column.name: _read_field(column, field, data, dialect) for column, field in fields.items()
     }
@@ -47,7 +49,7 @@ def _read_field(
         return _normalize(column.type, value, dialect)
     except ValueError:
         return None
-    except Exception as error:  # noqa: BLE001  # application code that processes user input
+    except Exception as error:  # noqa: BLE001  # an application's parser may raise anything
         # The error's text is not logged, because it may quote the value.
         extra = {"column": column.name, "error": type(error).__name__}
         logger.warning("column_not_parsed", extra=extra)
@@ -55,9 +57,9 @@ def _read_field(
 
 
 def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
-    """Return *value* as it will be read back, so that it can be compared with the row."""
+    """Convert *value* to the form that the database returns, to compare it with the row."""
     if isinstance(type_, sa.DateTime) and isinstance(value, datetime) and value.tzinfo is not None:
-        value = value.astimezone(UTC)  # SQLite stores no zone
+        value = value.astimezone(UTC)  # SQLite stores no time zone
         keeps_zone = type_.timezone and dialect.name != "sqlite"
         return value if keeps_zone else value.replace(tzinfo=None)
     if _is_numeric(type_) and _is_number(value, float | Decimal):
@@ -67,7 +69,7 @@ def _normalize(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect)
 
 
 def _round(type_: sa.Numeric[Any], value: float | Decimal) -> Decimal:
-    """Return *value* as the database rounds it."""
+    """Round *value* in the same way as the database."""
     exact = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
     if type_.precision is None:
         return exact
@@ -75,7 +77,7 @@ def _round(type_: sa.Numeric[Any], value: float | Decimal) -> Decimal:
 
 
 def _bind(type_: sa.types.TypeEngine[Any], value: Any, dialect: sa.Dialect) -> Any:
-    """Return *value* as converted by the application's own type decorators."""
+    """Convert *value* with the application's type decorators."""
     while isinstance(type_, sa.types.TypeDecorator) and value is not None:
         if type(type_).process_bind_param is not sa.types.TypeDecorator.process_bind_param:
             value = type_.process_bind_param(value, dialect)
@@ -130,7 +132,7 @@ def _is_storable_integer(kind: sa.Integer, value: Any) -> bool:
 
 
 def _is_storable_float(kind: sa.Float[Any], value: Any) -> bool:
-    if not _is_number(value, int | float) or not abs(value) <= sys.float_info.max:  # or NaN
+    if not _is_number(value, int | float) or not abs(value) <= sys.float_info.max:  # not NaN
         return False
     is_single = isinstance(kind, sa.REAL) or (kind.precision or 53) <= MAX_SINGLE_PRECISION
     return not is_single or value == 0 or MIN_SINGLE <= abs(value) <= MAX_SINGLE
@@ -139,7 +141,7 @@ def _is_storable_float(kind: sa.Float[Any], value: Any) -> bool:
 def _is_storable_numeric(kind: sa.Numeric[Any], value: Any) -> bool:
     if not _is_number(value, int | float | Decimal) or not _is_short(value):
         return False
-    if abs(value) > sys.float_info.max:  # SQLite stores a float
+    if abs(value) > sys.float_info.max:  # SQLite stores the number as a float
         return False
     return kind.precision is None or bool(
         abs(_round(kind, value)) < Decimal(10) ** (kind.precision - (kind.scale or 0))
@@ -147,7 +149,11 @@ def _is_storable_numeric(kind: sa.Numeric[Any], value: Any) -> bool:
 
 
 def _is_short(value: float | Decimal) -> bool:
-    """Return whether *value* is finite and has few digits: 1E-999999999 would exhaust memory."""
+    """
+    Return whether *value* is finite and does not have too many digits.
+
+    A value such as 1E-999999999 would exhaust the memory.
+    """
     _, digits, exponent = (value if isinstance(value, Decimal) else Decimal(value)).as_tuple()
     return isinstance(exponent, int) and len(digits) <= MAX_DIGITS and abs(exponent) <= MAX_DIGITS
 
@@ -181,7 +187,7 @@ _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
 def make_encoder(
     type_: sa.types.TypeEngine[Any], dialect: sa.Dialect
 ) -> Callable[[Any], Any] | None:
-    """Return a function that encodes values of *type_* for JSON, or None if none is needed."""
+    """Return a function that encodes values of *type_* for JSON, or None if JSON fits them."""
     kind = _implementation(type_)
     if isinstance(kind, sa.JSON):
         return to_json if dialect.name == "sqlite" else None
@@ -231,7 +237,7 @@ def _is_storable_json(value: Any, depth: int = 0) -> bool:
 
 def to_json(value: Any) -> str:
     """
-    Return *value* as JSON text, without escapes for non-ASCII characters.
+    Encode *value* as JSON, without escapes for non-ASCII characters.
 
     PostgreSQL may reject such escapes if the database's encoding is not UTF-8.
     """

@@ -25,7 +25,7 @@ _FIELD = "clerkhooks.field"
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """A timezone-aware UTC time on every database, whatever the session's time zone."""
+    """A timezone-aware UTC time, regardless of the database and the session's time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -46,19 +46,21 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
         return "DateTime(timezone=True)"
 
 
-# Alembic renders a column's type from its module and repr. With these, a generated migration says
-# sa.DateTime(timezone=True) and needs no import from clerkhooks.
+# Alembic renders the type of a column from the module and the repr of its class. With this module
+# and the repr above, a generated migration contains sa.DateTime(timezone=True) and does not import
+# clerkhooks.
 UTCDateTime.__module__ = "sqlalchemy.types"
 
-# Compare bytes where order matters: linguistic collations differ between servers.
+# Strings whose order matters are compared byte by byte, because linguistic collations differ
+# between servers.
 Bytewise = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 class Versioned:
     """
-    Version columns, which make rows converge for any order of events; see ``upsert``.
+    Version columns. With ``upsert``, rows converge regardless of the order of events.
 
-    They are NULL until an event fills the row.
+    The columns are NULL until an event fills the row.
     """
 
     version_updated_at: Mapped[int | None] = mapped_column(sa.BigInteger)
@@ -71,8 +73,8 @@ class ClerkUser(Versioned):
     Mixin for the application's user model. Users are matched by Clerk's id alone.
 
     The profile columns depend only on Clerk's data. Times are in UTC. The version columns are NULL
-    until the row is filled, and again after ``user.deleted``. A tombstone with a version was
-    written by a sync that did not find the user; later evidence from Clerk revives the user.
+    until the row is filled, and again after ``user.deleted``. If a tombstone has a version, it was
+    written by a sync that did not find the user. Newer data from Clerk restores such a user.
     """
 
     if TYPE_CHECKING:
@@ -102,13 +104,13 @@ def from_clerk(
     path: str, *column: Any, parse: Callable[[Any], Any] | None = None, **options: Any
 ) -> MappedColumn[Any]:
     """
-    Declare a column that keeps a field of Clerk's user object, versioned like the profile.
+    Declare a column that stores a field of Clerk's user object, versioned like the profile.
 
     *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
-    ``primary_phone_number``. *parse* receives the value, which the user may have chosen, and
-    returns the value to store. If *parse* raises ValueError, or the column cannot store the value,
-    the value counts as absent. *column* and *options* are passed to ``mapped_column``; the
-    column must be nullable. Use ``sa.JSON`` for objects and lists.
+    ``primary_phone_number``. *parse* receives the value, which may be user input, and returns the
+    value to store. If *parse* raises ValueError, or the column cannot store the value, the value
+    counts as absent. *column* and *options* are passed to ``mapped_column``. The column must be
+    nullable. Use ``sa.JSON`` for objects and lists.
 
     Raises:
         ValueError: *path* is malformed or leads into ``private_metadata``.
@@ -164,10 +166,10 @@ def _check_declared(column: sa.Column[Any], where: str) -> None:
 
 def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
     """
-    Return the table of the message log. It holds ids, types and outcomes, but no payload.
+    Return the message log's table. It contains ids, types and outcomes, but no payloads.
 
     Raises:
-        ValueError: *metadata* already has a table of that name.
+        ValueError: *metadata* already has a table with that name.
     """
     key = MESSAGES if schema is None else f"{schema}.{MESSAGES}"
     if key in metadata.tables:
@@ -198,10 +200,10 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 
 def add_indexes(users: sa.Table) -> None:
     """
-    Add the indexes for operators' queries, independent of the model's ``__table_args__``.
+    Add the indexes for operators' queries, even if the model sets ``__table_args__``.
 
-    No index has a column that every event writes, not even in its condition: PostgreSQL would then
-    add each new version of a row to all indexes, and no update could be a HOT update.
+    No index and no index condition contains a column that every event writes. Otherwise, PostgreSQL
+    would add each new version of a row to all indexes, and no update could be a HOT update.
     """
     wanted = {
         "created_at": None,

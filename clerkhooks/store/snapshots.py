@@ -23,7 +23,7 @@ class Snapshot:
     _model: type[ClerkUser]
 
     def __setattr__(self, name: str, value: object) -> Never:
-        """Raise AttributeError: the copy is never written back."""
+        """Raise AttributeError, because a change would never be saved."""
         model = self._model.__name__
         raise AttributeError(
             f"current_user is a read-only copy of the row, so {name} cannot be set. "
@@ -61,7 +61,7 @@ class Snapshot:
 
 
 def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
-    """Return the columns of a snapshot: all except version columns and deferred columns."""
+    """Return the columns of a snapshot, which exclude version columns and deferred columns."""
     properties = _properties(mapper)
     return [
         column
@@ -74,7 +74,7 @@ def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
 def make_snapshots(
     mapper: Mapper[Any], columns: Sequence[sa.Column[Any]]
 ) -> Callable[[Sequence[Any]], Any]:
-    """Return a function that makes a snapshot from a row of these *columns*."""
+    """Return a function that makes a snapshot from a row with these *columns*."""
     properties, model = _properties(mapper), mapper.class_
     names = tuple(properties.get(column, column).key for column in columns)
     kind: Any = type(model.__name__, (Snapshot,), {"__slots__": names, "_model": model})

@@ -1,10 +1,10 @@
 """
-The SQL that writes and reads users, and decides which of two versions wins.
+The SQL that reads and writes users, and decides which of two versions wins.
 
 The comparison is part of the statement, so there is no race between reading and writing. SQLite
 and PostgreSQL share most of the SQL, but read rows from a JSON parameter in different ways.
-Placeholders such as ``{users}`` are replaced once for each application, with names quoted for its
-dialect.
+Placeholders such as ``{users}`` are replaced once for each application. The names are quoted for
+the application's dialect.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PROFILE = ("email", "name", "image_url")
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
-# Clerk never reuses an id, so a tombstone from user.deleted is final. A tombstone that a sync wrote
-# has a version: the user was not found at that time, but later evidence may revive the user.
+# Clerk never reuses an id, so a tombstone from user.deleted is final. A tombstone from a sync has a
+# version, which shows when the user was not found. Newer data from Clerk restores the user.
 _UPSERT_USERS = """
 INSERT INTO {users} AS u
     (id, {kept}, is_online, last_seen, created_at, updated_at, deleted_at, {version})
@@ -43,8 +43,8 @@ WHERE (u.deleted_at IS NULL OR u.version_updated_at IS NOT NULL) AND ({wins})
 RETURNING id
 """
 
-# A redelivered message neither waits for the user's row nor locks it. The count is deliberate:
-# PostgreSQL may turn EXISTS into a join that reads the whole log.
+# A redelivered message neither waits for the user's row nor locks it. This condition uses count(*),
+# because PostgreSQL might turn EXISTS into a join that reads the whole log.
 _IS_NEW = """id IS NOT NULL AND (
         SELECT count(*) FROM {messages} AS m
         WHERE m.message_id = r.message_id AND m.outcome <> 'failed') = 0"""
@@ -55,7 +55,7 @@ _EVENT_WINS = """
         OR (u.version_updated_at, u.version_timestamp, u.version_message_id)
          < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
 
-# A user that the Backend API returns is not deleted, even if an earlier sync missed it.
+# If the Backend API returns a user, the user exists, even if an earlier sync wrote a tombstone.
 _SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
 
 # Each message is processed once. The retry of a failed message updates its row.
@@ -99,7 +99,7 @@ ON CONFLICT (id) DO NOTHING
 RETURNING {every_column}
 """
 
-# Skips a locked row: last_seen is not worth waiting for.
+# A locked row is skipped, because an update of last_seen can wait for the next call.
 _MOVE_LAST_SEEN = """
 UPDATE {users} SET last_seen = :now
 WHERE id = (
@@ -114,8 +114,8 @@ WHERE id = :id AND deleted_at IS NULL
 RETURNING {every_column}
 """
 
-# One index lookup for each id. Without OFFSET, a connection may keep a plan from when the table was
-# small, and scan the whole table after it has grown.
+# This statement looks up each id in the index. Without OFFSET, a connection might keep a query plan
+# that was made for a small table, and scan the whole table after it has grown.
 _SELECT_ON_POSTGRESQL = """
 SELECT {every_column_of_found}
 FROM json_to_recordset(CAST(:rows AS json)) AS r (id text),
@@ -126,7 +126,7 @@ SELECT {every_column} FROM {users}
 WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows))
 """
 
-# A column that was declared later is NULL in rows that already have Clerk's newest state.
+# After a column is declared, it is NULL even in rows that already have Clerk's newest version.
 _FILL_DECLARED = """
 WITH r AS ({snapshot_rows})
 UPDATE {users} AS u SET {declared_from_r}, updated_at = :now
@@ -136,7 +136,7 @@ WHERE u.id = r.id AND u.deleted_at IS NULL AND u.version_updated_at = r.version_
 RETURNING {updated}
 """
 
-# The tombstone ranks above every update before the sync; a later event revives the user.
+# The tombstone ranks above every update before the sync. A later event restores the user.
 _TOMBSTONE = """
 UPDATE {users} SET
     {erased}, name = '{deleted_user}', is_online = false, deleted_at = :now, updated_at = :now,
@@ -155,9 +155,9 @@ class Statements:
     """
     The statements for one application's tables, in one dialect.
 
-    *columns* are the columns of the users that statements return. The parameter ``rows`` is a JSON
-    array of objects whose keys are column names. It contains each user and each message at most
-    once. Times must be timezone-aware.
+    *columns* are the columns that statements return for a user. The parameter ``rows`` is a JSON
+    array of objects. Their keys are column names. The array contains each user and each message at
+    most once. Times must be timezone-aware.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Statements:
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> str:
-        """Encode *rows* of column values as the parameter ``rows``."""
+        """Encode *rows*, which map column names to values, for the parameter ``rows``."""
         encoded = [dict(row) for row in rows]
         for row in encoded:
             for name, encoder in self._encoders.items():
@@ -244,7 +244,7 @@ class Statements:
         return ("id", *self.kept, "deleted_at", *VERSION_COLUMNS)
 
     def _rows(self, names: Iterable[str]) -> str:
-        """Return the query that reads rows of these columns from the parameter ``rows``."""
+        """Return a query that reads rows with these columns from the parameter ``rows``."""
         quote = self.dialect.identifier_preparer.quote
         if not self._is_postgresql:
             each = (f"json_extract(value, '$.\"{name}\"') AS {quote(name)}" for name in names)
