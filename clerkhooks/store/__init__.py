@@ -1,4 +1,4 @@
-"""The database: tables, SQL statements, the message log, and operators' queries."""
+"""The database: tables, SQL statements, the message log, and queries for operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clerkhooks.store.statements import Statements
 
 
 class Store:
-    """The tables of one application, in its database."""
+    """The tables and SQL statements of one application."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Store:
         messages: sa.Table,
         fields: dict[sa.Column[Any], Field],
     ) -> None:
-        """Use the table of *mapper* for users; *fields* are the model's declared columns."""
+        """Use the table of *mapper* for users. *fields* are the model's declared columns."""
         self.database, self.messages, self.fields = database, messages, fields
         self.users = cast("sa.Table", mapper.local_table)
         columns = read_columns(mapper)

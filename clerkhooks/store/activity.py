@@ -28,7 +28,7 @@ class Lag(NamedTuple):
 
 
 def find_lag(store: Store, since: datetime) -> Lag | None:
-    """Return the lag of the newest messages received since *since*, or None."""
+    """Return the lag of the newest messages since *since*, or None if there are no messages."""
     columns = store.messages.c
     query = (
         sa.select(columns.occurred_at, columns.processed_at)
@@ -45,7 +45,7 @@ def find_lag(store: Store, since: datetime) -> Lag | None:
 
 
 def find_last_received(store: Store) -> datetime | None:
-    """Return the time at which the last new message arrived."""
+    """Return the time at which the newest message arrived, or None if the log is empty."""
     at = store.messages.c.received_at
     [(last,)] = store.database.execute(sa.select(sa.func.max(at, type_=at.type)))
     return cast("datetime | None", last)
@@ -53,7 +53,7 @@ def find_last_received(store: Store) -> datetime | None:
 
 def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
     """
-    Return the number of messages received since *since*, by outcome.
+    Return the number of messages with each outcome since *since*.
 
     If there are more than MAX_COUNT, only the newest are counted.
     """
@@ -89,7 +89,7 @@ def count_users(store: Store) -> int:
 
 
 def count_tombstones(store: Store) -> int:
-    """Return the number of users that were deleted or that a sync did not find."""
+    """Return the number of deleted users, including users that a sync did not find."""
     return _count(store, store.users, sa.not_(is_live(store.users)))
 
 

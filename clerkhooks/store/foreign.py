@@ -1,4 +1,4 @@
-"""Detection of other programs' tables with names that clerkhooks uses."""
+"""Detection of tables from other programs that have the same names as clerkhooks' tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from clerkhooks.store.models import MESSAGES, OWN_COLUMNS, make_messages_table
 
-MAX_COLUMNS = 12  # listed in a message
+MAX_COLUMNS = 12  # the maximum number of columns listed in a message
 _OTHER_FILE = "Use another file, such as sqlite:////path/to/clerkhooks.db, in DATABASE_URL."
 _OTHER_SCHEMA = (
     "Use another database, or a separate schema: run CREATE SCHEMA clerkhooks, and append "
@@ -19,7 +19,7 @@ _OTHER_SCHEMA = (
 
 @dataclass(frozen=True)
 class FoundTable:
-    """A table with a name that clerkhooks uses; *missing* are the columns that it lacks."""
+    """A table with a name that clerkhooks uses. *missing* contains the columns it lacks."""
 
     name: str
     schema: str | None
@@ -37,7 +37,7 @@ class FoundTable:
         )
 
     def remedy(self, url: sa.URL) -> str:
-        """Return advice that fits the database at *url*."""
+        """Return advice for the database at *url*."""
         is_sqlite = url.get_backend_name() == "sqlite"
         separator = "&" if url.query else "?"
         elsewhere = _OTHER_FILE if is_sqlite else _OTHER_SCHEMA.format(separator=separator)
@@ -50,7 +50,7 @@ class FoundTable:
 
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
-    """Return the first table with one of our names in the schema that migrations use."""
+    """Return the first table that has a name of clerkhooks, in the schema for migrations."""
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict

@@ -1,4 +1,4 @@
-"""The message log. Each message is processed once; a failure stays until a retry succeeds."""
+"""The message log. Messages are processed once. Failures are kept until a retry succeeds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
     """
     Record in a separate transaction that *event* failed.
 
-    A failure never overwrites a success. If the database is unavailable, log a warning instead:
-    Svix retries in any case.
+    A failure never overwrites a success. If the database is unavailable, log a warning instead.
+    Svix retries in both cases.
     """
     row = {
         "message_id": event.message_id,
@@ -33,7 +33,7 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
         "error": describe(error),
     }
     reason = error
-    if not is_unanswered(error):  # otherwise another statement would only time out again
+    if not is_unanswered(error):  # after such an error, another statement would also time out
         try:
             store.database.write(store.statements.record_failure, row)
             return
@@ -45,9 +45,9 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
 
 def is_unanswered(error: Exception) -> bool:
     """
-    Return whether PostgreSQL was silent, SQLite stayed locked, or the pool was exhausted.
+    Return whether *error* is a timeout of PostgreSQL, SQLite's write lock, or the pool.
 
-    These are not the message's fault; retrying now would only time out again.
+    The message does not cause such errors, and an immediate retry would also time out.
     """
     silent = ("OperationalError", "OperationalError SQLITE_BUSY")
     unanswered = isinstance(error, OperationalError) and describe(error) in silent
@@ -61,11 +61,11 @@ def is_locked(error: Exception) -> bool:
 
 def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     """
-    Delete messages received and processed before *before*; yield the size of each batch.
+    Delete messages received and processed before *before*. Yield the size of each batch.
 
     Each batch is a separate transaction and skips rows that a delivery has locked, so that no
-    writer waits long. Users are not changed. If a pruned message is redelivered, its version
-    decides whether it is applied.
+    writer waits long. Users are not changed. If a deleted message arrives again, it is applied only
+    if its version is newer.
     """
     table = store.messages
     old = (
@@ -85,5 +85,5 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
 
 
 def is_failed(table: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition for failed messages, in the form that the partial index uses."""
+    """Return the condition for failed messages, in the form that the partial index needs."""
     return table.c.outcome == sa.literal_column(f"'{Outcome.FAILED}'")

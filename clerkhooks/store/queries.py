@@ -1,4 +1,4 @@
-"""Read-only queries for operators, about users and messages."""
+"""Read-only queries about users and messages, for operators."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
 
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
     """
-    Return the condition of a row that no event and no sync has filled in.
+    Return the condition for rows that neither an event nor a sync has filled in.
 
-    It includes the condition of the partial index, which must not depend on the version.
+    The condition includes the condition of the partial index, which must not depend on the version.
     """
     has_no_profile = (users.c.email.is_(None), users.c.image_url.is_(None), is_live(users))
     return sa.and_(users.c.version_updated_at.is_(None), *has_no_profile)
 
 
 class Cursor(NamedTuple):
-    """The position after a page of rows: the time and the key of its last row."""
+    """The position after a page of rows: the time and the key of the page's last row."""
 
     at: datetime
     key: str
@@ -62,7 +62,7 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UserReport:
-    """A row of ``users``. The version's times are in milliseconds."""
+    """A row of ``users``. The times of the version are in milliseconds."""
 
     id: str
     email: str | None
@@ -79,12 +79,12 @@ class UserReport:
 
     @property
     def cursor(self) -> Cursor:
-        """The cursor of a page that ends with this row."""
+        """The cursor that continues after this row."""
         return Cursor(self.created_at, self.id)
 
     @property
     def as_of(self) -> datetime | None:
-        """The time of the row's version, or None if there is no version or it has no time."""
+        """The time of the row's version, or None if the version is missing or has no time."""
         if self.version_updated_at is None or self.version_updated_at < 0:
             return None
         return datetime.fromtimestamp(self.version_updated_at / 1000, UTC)
@@ -115,7 +115,7 @@ class MessageReport:
 
     @property
     def cursor(self) -> Cursor:
-        """The cursor of a page that ends with this row."""
+        """The cursor that continues after this row."""
         return Cursor(self.received_at, self.message_id)
 
 
@@ -124,7 +124,7 @@ R = TypeVar("R", UserReport, MessageReport)
 
 class Page(NamedTuple, Generic[R]):
     """
-    Rows, newest first, and the cursor of the next page.
+    A page of rows, newest first, and the cursor for the next page.
 
     If *is_cut* is true, MAX_EXAMINED rows were examined before the page was full.
     """
@@ -137,9 +137,9 @@ class Page(NamedTuple, Generic[R]):
 @dataclass(frozen=True)
 class Listing(Generic[R]):
     """
-    A query for rows of a table, newest first; made by ``list_users`` and ``list_messages``.
+    A query for the rows of a table, newest first.
 
-    *conditions* use an index; *filters* do not.
+    ``list_users`` and ``list_messages`` create it. *conditions* use an index, *filters* do not.
     """
 
     store: Store
@@ -167,11 +167,11 @@ class Listing(Generic[R]):
         if len(rows) > limit:
             return Page(rows[:limit], rows[limit - 1].cursor)
         if oldest is not None:
-            return Page(rows, Cursor(oldest, ""), is_cut=True)  # every key sorts after an empty one
+            return Page(rows, Cursor(oldest, ""), is_cut=True)  # "" sorts before all keys
         return Page(rows, None)
 
     def read_all(self, limit: int, before: Cursor | None = None) -> list[R]:
-        """Return up to *limit* rows older than *before*, from as many pages as needed."""
+        """Return up to *limit* rows older than *before*. Read several pages if necessary."""
         page = self.read_page(limit, before)
         found = page.rows
         while page.next is not None and len(found) < limit:
@@ -180,7 +180,7 @@ class Listing(Generic[R]):
         return found
 
     def read_new(self, since: datetime, watched: Sequence[str]) -> list[R]:
-        """Return rows from *since* on, and rows with an id in *watched*, oldest first."""
+        """Return rows that are not older than *since* or are in *watched*, oldest first."""
         at, key = self.order
         query = self._select().where(*self.conditions, *self.filters)
         return self._read(query.where(sa.or_(at >= since, key.in_(watched))).order_by(at, key))
@@ -193,7 +193,7 @@ class Listing(Generic[R]):
         return [self.report(**row._mapping) for row in self.store.database.execute(query)]
 
     def _find_oldest(self, query: sa.Select[Any]) -> datetime | None:
-        """Return the time of the last of MAX_EXAMINED rows, or None if there are fewer."""
+        """Return the time of row number MAX_EXAMINED, or None if there are fewer rows."""
         at, _ = self.order
         times = query.with_only_columns(at).order_by(None).order_by(at.desc())
         rows = self.store.database.execute(times.offset(MAX_EXAMINED - 1).limit(1))
@@ -204,11 +204,11 @@ def list_users(
     store: Store, search: str | None = None, *, deleted: bool = False, unsynced: bool = False
 ) -> Listing[UserReport]:
     """
-    List users.
+    Return a query for users.
 
-    *search* is an id, a complete email address, or the beginning of the name or of its part after
-    the first space. *deleted* selects tombstones. *unsynced* selects rows that no event and no sync
-    has filled in.
+    *search* is an id, a complete email address, or the beginning of a first or last name. The last
+    name is the part of the name after the first space. *deleted* selects tombstones. *unsynced*
+    selects rows that neither an event nor a sync has filled in.
     """
     columns, text = store.users.c, (search or "").strip()
     conditions: Conditions = []
@@ -228,7 +228,7 @@ def list_users(
 
 
 def _has_name(store: Store, text: str) -> sa.ColumnElement[bool]:
-    """Return the condition that the name, or its part after a space, starts with *text*."""
+    """Return the condition that the first name or the last name starts with *text*."""
     name = store.users.c.name
     beginning = sa.func.lower(re.sub(r"([%_/])", r"/\1", text)) + "%"
     find = sa.func.strpos if store.database.dialect_name == "postgresql" else sa.func.instr
@@ -244,7 +244,11 @@ def list_messages(
     user_id: str | None = None,
     event_type: str | None = None,
 ) -> Listing[MessageReport]:
-    """List messages received at *since* or later. A filter that is None matches every message."""
+    """
+    Return a query for messages that were received at *since* or later.
+
+    An argument of None selects all messages.
+    """
     columns = store.messages.c
     conditions: Conditions = []
     filters: Conditions = []
