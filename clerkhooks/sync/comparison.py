@@ -13,7 +13,7 @@ from clerkhooks.store.statements import PROFILE
 
 
 class Result(StrEnum):
-    """The result for one user."""
+    """The result of a sync for one user."""
 
     CREATED = "created"
     UPDATED = "updated"
@@ -27,7 +27,7 @@ class Result(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    A user whose row differs from Clerk's data, or that could not be compared.
+    A user whose row differs from Clerk's data or could not be compared.
 
     *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``
     or ``failed``. *fields* maps the name of each field that differs to its stored value and its
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
-    """A user at Clerk, the *values* of its columns, and the stored *row* or None."""
+    """A user from Clerk, the *values* to store, and the stored *row* (None if missing)."""
 
     snapshot: Snapshot
     values: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def kind(self) -> str:
-        """The kind of finding if the row differs."""
+        """The kind of finding to report if the row differs."""
         if self.row is None:
             return "missing_here"
         if self.row.deleted_at is not None:
@@ -69,14 +69,14 @@ class Comparison:
 
     @property
     def lacks_declared(self) -> bool:
-        """Whether the row is as new as the snapshot, but a declared column is not filled."""
+        """Whether a declared column is not filled, although the row is up to date."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """The stored value and the value at Clerk of each column that differs."""
+        """The stored value and Clerk's value of each column that differs."""
         if self.row is None:
             return {}
         pairs = {name: (getattr(self.row, name), self.values[name]) for name in self.values}

@@ -1,4 +1,4 @@
-"""The lock and the connections of a run, which have longer timeouts than a request."""
+"""The lock and the connections of a sync. The timeouts are longer than for requests."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.store import Store
 from clerkhooks.store.postgresql import allow_longer_statements
 
-# A lock timeout, a deadlock, a serialization failure, or SQLite's write lock.
+# The codes for lock timeouts, deadlocks, serialization failures, and SQLite's write lock.
 _BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-_LOCK = 7_233_190_213  # arbitrary; the same in all releases, but not the migrations' lock
+_LOCK = 7_233_190_213  # an arbitrary id, the same in all releases; migrations use another
 _STATEMENT_TIMEOUT = 30.0  # seconds
 
 
 class AlreadyRunning(ClerkhooksError):
-    """Another run is in progress on this database."""
+    """Another sync is running on this database."""
 
 
 @contextmanager
 def sole_writer(store: Store) -> Iterator[sa.Connection]:
     """
-    Yield a connection for the only run that may write.
+    Yield a connection for the only sync that may write.
 
     Raises:
-        AlreadyRunning: another run is in progress.
+        AlreadyRunning: another sync is running.
     """
     hold_lock = _file_lock if store.database.dialect_name == "sqlite" else _advisory_lock
     with hold_lock(store) as lock, reader(store) as connection:
@@ -39,7 +39,7 @@ def sole_writer(store: Store) -> Iterator[sa.Connection]:
 
 
 def check_lock(connection: sa.Connection) -> None:
-    """Raise SQLAlchemyError if the session that holds the run's lock has ended."""
+    """Raise SQLAlchemyError if the session that holds the sync's lock has ended."""
     lock = connection.info["lock"]
     if lock is not None:
         lock.exec_driver_sql("SELECT 1")
@@ -47,21 +47,21 @@ def check_lock(connection: sa.Connection) -> None:
 
 @contextmanager
 def reader(store: Store) -> Iterator[sa.Connection]:
-    """Yield a connection for a run that changes nothing."""
+    """Yield a connection that has longer timeouts than the connections of requests."""
     with store.database.connect() as connection:
         try:
             if connection.dialect.name == "postgresql":
                 allow_longer_statements(connection, _STATEMENT_TIMEOUT)
             yield connection
         finally:
-            connection.invalidate()  # a request must not get the longer timeouts
+            connection.invalidate()  # requests must not get the longer timeouts
 
 
 def _is_busy(error: Exception) -> bool:
     return isinstance(error, OperationalError) and describe(error).endswith(_BUSY)
 
 
-# stamina logs the errors that it retries. Their messages contain no row data.
+# stamina logs errors before it retries. The logged messages contain no row data.
 retry = stamina.RetryingCaller(attempts=6, wait_initial=0.05, wait_max=2.0).on(_is_busy)
 """Run a whole transaction, and repeat it after lock timeouts and deadlocks."""
 
@@ -75,7 +75,7 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
     writes nothing, so it does not hold back vacuum.
     """
     with store.database.connect() as connection:
-        connection.detach()  # the pool may have a size of one
+        connection.detach()  # otherwise a pool of size one would be exhausted
         connection.exec_driver_sql("BEGIN")
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         try:
@@ -90,7 +90,7 @@ def _advisory_lock(store: Store) -> Iterator[sa.Connection]:
 @contextmanager
 def _file_lock(store: Store) -> Iterator[None]:
     """Hold a lock on a file beside the database. The kernel releases it on process exit."""
-    import fcntl  # missing on Windows, where an application may be developed
+    import fcntl  # does not exist on Windows, where an application may be developed
 
     file = store.database.execute(sa.text("PRAGMA database_list"))[0].file
     with Path(f"{file}-sync").open("a") as locked:

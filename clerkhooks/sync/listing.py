@@ -1,4 +1,4 @@
-"""Listing of all users in the Backend API, while users sign up and are deleted."""
+"""List all users in the Backend API, even while users are signing up or being deleted."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from clerkhooks.errors import BackendApiError
 
 def read_all(api: BackendApi) -> Iterator[list[Any]]:
     """
-    Yield all users that exist now, each once, oldest first, page by page.
+    Yield pages of all users that exist now, oldest first. Each user is yielded once.
 
-    The cursor is the time of creation. With an offset, each sign-up or deletion during the run
+    The cursor is the time of creation. With an offset, each sign-up or deletion during the sync
     would shift the following pages, and a user could be read twice or never. Clerk does not
     document whether the cursor is inclusive, so pages overlap by a millisecond and known users are
-    skipped. Users created in the same millisecond are read with an offset. It advances by half a
-    page, so no user is missed if up to half a page of them is deleted meanwhile.
+    skipped. An offset is needed only for users created in the same millisecond. It advances by half
+    a page, so no user is missed unless more than half a page of these users is deleted.
 
-    Users who sign up during the run are not read, so the run ends. A short page is not the end:
-    Clerk returns fewer users if it does not accept the limit.
+    Users who sign up during the sync are not read, so the sync ends. A short page is not the last
+    page: Clerk returns fewer users if it does not accept the limit.
 
     Raises:
-        BackendApiError: a page is repeated, for instance because a proxy drops the query.
+        BackendApiError: a page is repeated, for example because a proxy drops the query.
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
@@ -51,7 +51,7 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
 
 
 def id_of(data: Any) -> str | None:
-    """Return a user object's id, or None if it is malformed and must not be reported."""
+    """Return a user object's id. A malformed id must not be reported, so return None for it."""
     user_id = data.get("id") if isinstance(data, dict) else None
     return user_id if is_user_id(user_id) else None
 

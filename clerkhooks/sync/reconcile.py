@@ -1,4 +1,4 @@
-"""Reconciliation of the users table with Clerk's Backend API, while events arrive."""
+"""Reconcile the users table with Clerk's Backend API, even while events are arriving."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ T = TypeVar("T")
 Advance = Callable[[int], object]
 # The Backend API may not yet return a user whose first call has just created the row.
 MIN_AGE = timedelta(minutes=10)
-# If a run would delete more than 20 users and more than a tenth, its key is probably wrong.
+# If a sync would delete more than 20 users and more than a tenth of all users, the secret key is
+# probably wrong.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
 
@@ -38,12 +39,12 @@ THREADS = 8
 @dataclass
 class Reconciliation:
     """
-    One run. A *check* changes nothing; *force* permits any number of deletions.
+    One sync. With *check*, nothing is changed. *force* permits any number of deletions.
 
     *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
-    finding: a difference that a check found, or a failure. *begin* is called for each part of the
-    run with its name and its number of users, if known. It returns a function that is called with
-    the number of users processed since the last call.
+    finding: a difference that a check found, or a failure. *begin* is called before each part of
+    the sync, with the name of the part and the number of users (None if unknown). *begin* returns a
+    function that is called with the number of users processed since the last call.
     """
 
     api: BackendApi
@@ -63,11 +64,11 @@ class Reconciliation:
 
     @property
     def well(self) -> bool:
-        """Whether the table matches Clerk's data after the run, or did during a check."""
+        """Whether the table matches Clerk's data after the sync, or matched it in a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
 
     def sync_all(self) -> None:
-        """Sync all users at Clerk, then all users that exist only here."""
+        """Sync all users at Clerk, then tombstone users that exist only in the table."""
         is_trusted = self._knows_instance()
         advance = self.begin("users at Clerk", self.api.count_users())
         for page in read_all(self.api):
@@ -80,7 +81,7 @@ class Reconciliation:
         self._tombstone(self._find_deleted(chunks, advance), is_trusted=is_trusted)
 
     def sync_some(self, user_ids: Sequence[str]) -> None:
-        """Sync these users."""
+        """Sync the users with these ids."""
         chunks = _batched(dict.fromkeys(user_ids), IDS)
         self._sync_chunks(chunks, len(user_ids), is_trusted=True)
 
@@ -91,7 +92,7 @@ class Reconciliation:
         self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
 
     def sync_failed(self) -> None:
-        """Sync the users of messages that failed and have not succeeded since."""
+        """Sync the users of failed messages that no retry has processed."""
         messages = self.store.messages
         chunks = self._chunks(messages.c.clerk_user_id, is_failed(messages))
         self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
@@ -105,7 +106,7 @@ class Reconciliation:
     def _chunks(
         self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]
     ) -> Iterator[list[str]]:
-        """Yield the ids in *key* of rows that meet *conditions*, in chunks of IDS."""
+        """Yield the ids in the column *key* of rows that meet *conditions*, in chunks."""
         query = sa.select(key).distinct().where(*conditions).order_by(key).limit(IDS)
         after = ""
         while ids := list(self.connection.scalars(query.where(key > after))):
@@ -113,7 +114,7 @@ class Reconciliation:
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
-        """Return whether Clerk has any of our newest users. If not, the key may be wrong."""
+        """Return whether Clerk returns any of the newest users. If not, the key may be wrong."""
         users = self.store.users
         filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
         newest = filled.order_by(users.c.created_at.desc()).limit(IDS)
@@ -134,7 +135,7 @@ class Reconciliation:
             self.counts.update(retry(self._write, snapshots))
 
     def _parse(self, users: Iterable[Any]) -> dict[str, Snapshot]:
-        """Return the users by id, and report malformed ones."""
+        """Return the parsed users by id. Report malformed users."""
         found = {}
         for data in users:
             try:
@@ -160,7 +161,7 @@ class Reconciliation:
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
     def _write(self, snapshots: Mapping[str, Snapshot]) -> list[Result]:
-        """Update the rows that are older than *snapshots*, in one transaction."""
+        """Update the rows that are older than *snapshots*, in one transaction. Return results."""
         statements = self.store.statements
         with sqlite_transaction(self.connection):
             compared = self._compare(snapshots)
@@ -168,7 +169,7 @@ class Reconciliation:
             unfilled = [each for each in compared if each.lacks_declared]
             changed = self._execute(statements.merge_snapshots, behind)
             changed |= self._execute(statements.fill_declared, unfilled)
-        # Between reading and writing, a webhook may have written newer data.
+        # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
         return [
             Result.FRESHER_HERE if each.snapshot.user_id in missed else each.result
@@ -211,8 +212,8 @@ class Reconciliation:
         """
         Yield the ids for which Clerk returns 404. With *apply*, update the other users.
 
-        Absence from a list is not enough: pages shift while users sign up, and Clerk returns fewer
-        users if it does not accept the limit.
+        If a user is not in a list, that does not prove a deletion: pages shift while users are
+        signing up, and Clerk returns fewer users if it does not accept the limit.
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
@@ -221,7 +222,7 @@ class Reconciliation:
                     self._apply(found)
                 known, asked = set(map(id_of, found)), list(chain.from_iterable(group))
                 absent = [user_id for user_id in asked if user_id not in known]
-                for ids in _batched(absent, THREADS):  # the caller stops if there are too many
+                for ids in _batched(absent, THREADS):  # the caller may stop early
                     yield from compress(ids, pool.map(self.api.is_gone, ids))
                 advance(len(asked))
 
