@@ -8,10 +8,11 @@ fixture that creates the application under test::
     def clerkhooks_app(clerkhooks_config):
         return create_app(clerkhooks_config)
 
-Nothing is patched: the tests hold the keys that sign events and tokens, and the application
-verifies them as in production.
+Nothing is patched. The tests sign events and tokens with their own keys, and the application
+verifies the signatures as in production.
 
-PYTEST_DONT_REWRITE: a conftest.py may import types from here before pytest loads the plugin.
+PYTEST_DONT_REWRITE avoids a warning if conftest.py imports types from here before pytest loads the
+plugin.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ _PERMISSION = re.compile(r"org:([^:,\s]+):([^:,\s]+)")
 
 @pytest.fixture(scope="session")
 def clerk() -> FakeClerk:
-    """Return a Clerk instance whose keys the tests hold. All tests share its keys."""
+    """Return a fake Clerk instance. All tests share its keys."""
     return FakeClerk()
 
 
 @pytest.fixture
 def clerkhooks_config(clerk: FakeClerk, tmp_path: Path) -> dict[str, Any]:
-    """Return a configuration that trusts ``clerk``, with a separate SQLite file for each test."""
+    """Return a configuration that trusts ``clerk``. Each test has a separate SQLite file."""
     url = f"sqlite:///{tmp_path / 'clerkhooks.db'}"
     return {**clerk.environ, "DATABASE_URL": url, "SQLALCHEMY_DATABASE_URI": url, "TESTING": True}
 
 
 @pytest.fixture
 def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
-    """Return the application under test: the service. Override it with your own factory."""
+    """Return the service. To test your own application, override this fixture."""
     from clerkhooks import create_app
 
     return create_app(clerkhooks_config)
@@ -57,7 +58,7 @@ def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
 
 @pytest.fixture
 def clerk_service(clerkhooks_app: Flask, clerk: FakeClerk) -> Iterator[ClerkService]:
-    """Return the application as Clerk and signed-in users see it. Create missing tables."""
+    """Create missing tables, and return the application as Clerk and its users see it."""
     with clerkhooks_app.app_context():
         clerkhooks_app.extensions["sqlalchemy"].create_all()
     yield ClerkService(clerkhooks_app, clerk)
@@ -68,8 +69,9 @@ class ClerkService:
     """
     An application in this process, and the Clerk instance that it trusts.
 
-    A token with a role, permissions, or an organization's plan or feature is for the organization
-    ``organization_id``, unless you pass another. ``http`` is the client of an anonymous caller.
+    If a token has a role, a permission, or a plan or feature of an organization, the token is for
+    the organization ``organization_id``, unless you pass another. ``http`` is the client of an
+    anonymous caller.
     """
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
@@ -90,7 +92,7 @@ class ClerkService:
         **data: Any,
     ) -> str:
         """
-        Deliver ``user.created`` for a new user and return the id. *data* replaces fields.
+        Deliver ``user.created`` for a new user and return the id. *data* overrides fields.
 
         Raises:
             AssertionError: the application did not accept the event.
@@ -116,9 +118,9 @@ class ClerkService:
         """
         Deliver a signed event and return the response.
 
-        The event is newer than all earlier events, unless *data* has an older ``updated_at``
-        (milliseconds). A retry has the same *message_id*. *timestamp* (seconds) is the time of the
-        attempt, by default now.
+        The event is newer than all earlier events, unless *data* has an older ``updated_at`` (in
+        milliseconds). To simulate a retry, pass the same *message_id* again. *timestamp* is the
+        time of the attempt in seconds, by default the current time.
         """
         body = event_body(event_type, data, self._next_event())
         return self.deliver_body(body, message_id, timestamp)
@@ -126,7 +128,7 @@ class ClerkService:
     def deliver_body(
         self, body: bytes, message_id: str | None = None, timestamp: int | None = None
     ) -> TestResponse:
-        """Sign and deliver *body*, which need not be an event, and return the response."""
+        """Sign and deliver *body*, even if it is not an event, and return the response."""
         headers = self.clerk.headers(body, message_id, timestamp)
         return self.http.post(self._webhook_path, data=body, headers=headers)
 
@@ -144,11 +146,11 @@ class ClerkService:
         """
         Return a session token (version 2) for *user_id*, as Clerk would create it.
 
-        *role* has the form ``org:admin``, each permission the form ``org:notes:delete``. *plan* and
-        *feature* may begin with ``org:`` or ``user:``; without a prefix, they belong to the
+        *role* has the form ``org:admin``. Each permission has the form ``org:notes:delete``. *plan*
+        and *feature* may begin with ``org:`` or ``user:``. Without a prefix, they belong to the
         organization if the token has one. *organization* is an id. *claims* such as ``fva=[0, 0]``
-        are added unchanged and replace others; a claim of None is omitted. ``lifetime=`` is in
-        seconds.
+        are added unchanged and override other claims. A claim of None is omitted. ``lifetime=`` is
+        in seconds.
 
         Raises:
             ValueError: Clerk would never put that permission, plan or feature in a token.
@@ -244,7 +246,7 @@ def session_claims(
 
 
 def _parse_permission(permission: str) -> tuple[str, str]:
-    """Return the feature and the action."""
+    """Return the feature and the action of a permission such as ``org:notes:delete``."""
     found = _PERMISSION.fullmatch(permission)
     if found is None:
         raise ValueError(
