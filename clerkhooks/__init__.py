@@ -1,4 +1,4 @@
-"""Keep a users table in sync with Clerk, and authenticate calls with Clerk's sessions."""
+"""Keep a users table in sync with Clerk, and authenticate calls with session tokens."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

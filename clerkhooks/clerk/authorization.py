@@ -15,7 +15,7 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """The factors to verify and the maximum age in minutes. The keys are the same as Clerk's."""
+    """The factors to verify and their maximum age in minutes. The names are Clerk's own."""
 
     level: Level
     afterMinutes: float
@@ -50,7 +50,7 @@ _SCOPES = {"o": "o", "org": "o", "organization": "o", "u": "u", "user": "u"}
 
 
 class MalformedClaims(Exception):
-    """Clerk's SDK rejects the claims. They grant nothing."""
+    """The claims are malformed, so Clerk's SDK rejects them. They grant nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def parse_factor_ages(claims: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def parse_reverification(reverification: object) -> Reverification | None:
-    """Return the level and age of a preset or an object, or None if it is invalid."""
+    """Return the level and age that *reverification* requires, or None if it is invalid."""
     if isinstance(reverification, str):
         return PRESETS.get(reverification)
     if not isinstance(reverification, Mapping):
@@ -148,7 +148,7 @@ def parse_reverification(reverification: object) -> Reverification | None:
 
 def check_conditions(conditions: Mapping[str, Any]) -> Conditions:
     """
-    Validate *conditions*, and return those that are not None.
+    Validate *conditions*, and return all conditions that are not None.
 
     Raises:
         TypeError: the name of a condition is unknown, or its value has the wrong type.

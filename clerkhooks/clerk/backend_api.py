@@ -38,7 +38,7 @@ class RateLimit:
         self._guard = threading.Lock()
 
     def wait(self) -> None:
-        """Wait until one more request may begin."""
+        """Wait until another request may begin."""
         # The lock is held while waiting, because no other thread could begin earlier.
         with self._guard:
             while (pause := max(self._free_at, self._held_until) - time.monotonic()) > 0:
@@ -46,7 +46,7 @@ class RateLimit:
             self._free_at = time.monotonic() + self._interval
 
     def hold(self, seconds: float) -> None:
-        """Pause all threads: Retry-After applies to the key, not to the thread."""
+        """Pause all threads, because Retry-After applies to the secret key, not to a thread."""
         self._held_until = max(self._held_until, time.monotonic() + seconds)
 
 

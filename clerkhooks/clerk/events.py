@@ -28,7 +28,7 @@ UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
-    The stored part of a Clerk user. Every string can be stored and is short enough.
+    The stored part of a Clerk user. Every string is storable and fits its column.
 
     Each field is a column of ``users``. In a tombstone, and before the first event, all fields
     except the name are None.
@@ -183,7 +183,7 @@ def _text(value: object, length: int) -> str | None:
 
 
 def _name(value: object) -> str | None:
-    # Not truncated here, because the full name is truncated later.
+    # The name is not truncated here, because the full name is truncated later.
     if not isinstance(value, str) or UNSTORABLE.search(value):
         return None
     return value.strip()

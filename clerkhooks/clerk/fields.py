@@ -38,7 +38,7 @@ class Field:
 
     def find(self, data: Any) -> Any:
         """
-        Return the value in *data*, a user object, or None if it is absent.
+        Return the field's value in the user object *data*, or None if it is absent.
 
         Raises:
             Exception: ``parse`` raised an exception, for example for an unexpected value.

@@ -66,7 +66,7 @@ class Session:
 
     @property
     def actor(self) -> Mapping[str, Any] | None:
-        """The claims about the impersonator, such as ``sub``, or None without impersonation."""
+        """The claims about the impersonator, or None if the user is not being impersonated."""
         actor = self.claims.get("act")
         return actor if isinstance(actor, dict) else None
 
@@ -151,10 +151,10 @@ def parse_form(token: str) -> UnverifiedToken:
 
 def verify_header(header: Mapping[str, Any]) -> None:
     """
-    Require the header of an RS256 session token.
+    Require that *header* belongs to a session token that is signed with RS256.
 
-    OAuth, template and machine tokens may be signed with the same key. Their type or category is
-    different.
+    OAuth, template and machine tokens may be signed with the same key. They are rejected, because
+    their type or category is different.
     """
     _require(header.get("typ", "JWT") == "JWT", "token_type_mismatch")
     _require(header.get("alg") == "RS256", "token_algorithm_refused")
@@ -206,7 +206,7 @@ def verify_authorized_party(
         is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
         _require(is_ours, "token_authorized_party_mismatch")
     else:
-        # Tokens from native apps and from the Backend API have no azp. Cookies from browsers do.
+        # Tokens from native apps and from the Backend API have no azp. Browsers' cookies have it.
         _require(rules.native and not in_cookie, "token_authorized_party_missing")
 
 

@@ -37,7 +37,7 @@ def verify_signature(
     """
     Return the message if one of its signatures matches one of *secrets*.
 
-    *headers* have lower-case names; *now* is in seconds since the epoch.
+    The names in *headers* are in lower case. *now* is in seconds since the epoch.
 
     Raises:
         SignatureError: the message cannot be verified. ``reason`` names the failed check.

@@ -19,7 +19,7 @@ from clerkhooks.clerk.download import download
 from clerkhooks.errors import KeysUnavailable, Unauthenticated, describe
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 3.0  # the timeout in seconds of a whole fetch, also when another thread waits for it
+TIMEOUT = 3.0  # the timeout in seconds, for a fetch and for waiting until a fetch ends
 BRIEF_TIMEOUT = 0.5  # in seconds; a working issuer responds sooner
 MAX_ANSWER = 256 * 1024  # in bytes; Clerk's response is about 2 kB
 REFRESH_AFTER = 5 * 60.0  # seconds
@@ -73,7 +73,9 @@ class FetchedKeys:
 
     def find(self, kid: object) -> Sequence[RSAPublicKey]:
         """
-        Return the key with the id *kid*. An unknown key causes a fetch, once per cooldown.
+        Return the key with the id *kid*. An unknown id causes a fetch.
+
+        There is at most one fetch per cooldown.
 
         Raises:
             Unauthenticated: ``unknown_key``.
@@ -117,7 +119,8 @@ class FetchedKeys:
                 return self._fetch, False
             fetch = threading.Thread(target=self._fetch_now, name="signing-keys", daemon=True)
             self._tried_at, self._fetch = time.monotonic(), None
-            # start() raises if the system cannot create a thread. The known keys stay in use.
+            # start() raises an error if the system cannot create a thread. The known keys stay in
+            # use.
             with suppress(RuntimeError):
                 fetch.start()
                 self._fetch = fetch

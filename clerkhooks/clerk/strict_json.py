@@ -22,7 +22,7 @@ def parse(text: bytes | str) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether *value* is a JSON number. A bool is an int in Python, but not a number."""
+    """Return whether *value* is a JSON number. A bool is an int in Python, but not in JSON."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
