@@ -1,4 +1,8 @@
-"""Parse ``DATABASE_URL`` in the syntax of libpq, SQLAlchemy, node-postgres or a platform."""
+"""
+Parse ``DATABASE_URL``.
+
+The syntaxes of libpq, SQLAlchemy, node-postgres and hosting providers are supported.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Demonstration:
         self._results: list[bool] = []
 
     def run(self, database: Path) -> bool:
-        """Send the requests, check the rows in *database*, and return whether all is correct."""
+        """Send the requests and check *database*. Return whether every check passed."""
         self._show_ordering()
         self._show_first_call()
         self._show_deletion()

@@ -41,7 +41,7 @@ TOKEN_LIFETIME = 3600  # seconds
 @click.pass_context
 def dev(context: click.Context, once: bool, port: int) -> None:
     """
-    Try the service on this machine. It needs no Clerk account, settings or database server.
+    Try the service on this machine. You need no Clerk account, settings or database server.
 
     This command creates the service with a temporary SQLite database and new keys. It sends signed
     webhooks and API calls to the service and shows the results. The service then runs until you
@@ -87,8 +87,8 @@ def run(port: int, *, once: bool) -> bool:
 def _interrupt_on_signals() -> None:
     """Raise KeyboardInterrupt for every signal that should end the process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Under nohup, SIGHUP must stay ignored. SIGINT must not, because shells ignore it in all
-        # background jobs.
+        # Under nohup, SIGHUP must stay ignored. SIGINT is always handled, because shells make every
+        # background job ignore it.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 

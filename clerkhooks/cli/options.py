@@ -1,7 +1,8 @@
 """
 Options, output and error messages that several commands share.
 
-The ``parse_…`` functions are types of parameters. They raise BadParameter for a malformed value.
+The ``parse_…`` functions are parameter types for click. They raise BadParameter for malformed
+values.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def database_failures() -> Iterator[None]:
 
 
 def command(name: str) -> str:
-    """Return the complete command line of a command in the current application."""
+    """Return the command line that runs the command *name* in the current application."""
     return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
 
 

@@ -100,7 +100,7 @@ def show_message(message_id: str) -> Response:
 
 
 def list_users() -> Response:
-    """Show users, newest first. A POST request searches."""
+    """Show users, newest first. For a POST request, search for users."""
     if request.method == "POST":
         return _search_users()
     shown = _read_argument("show") or "all"

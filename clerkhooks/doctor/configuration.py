@@ -31,7 +31,7 @@ def check_settings(case: Case) -> Iterator[Finding]:
 
 
 def check_names(case: Case) -> Iterator[Finding]:
-    """Check for misspelled variables, and for a key that is set only for the front end."""
+    """Check for misspelled variables, and for a publishable key that only front ends read."""
     for name in sorted(case.values):
         if not case.text(name):
             continue

@@ -144,10 +144,10 @@ def judge_database(
     store: Store, program: Program = SERVICE, where: str = "The database"
 ) -> list[Finding]:
     """
-    Check the database of *store* and return the findings. They call the database *where*.
+    Check the database of *store*. The returned findings refer to the database as *where*.
 
-    The first finding says whether the database can be used. If it cannot, there is only one
-    finding.
+    The first finding says whether the database can be used. If the database cannot be used, there
+    are no further findings.
     """
     try:
         readiness = _judge_readiness(store, program, where)

@@ -32,8 +32,8 @@ class Finding:
     """
     The result of a check. It contains no secrets.
 
-    *code* identifies the kind of finding and is stable. *what* describes the situation, and
-    *remedy* the solution. Warnings and errors have a remedy.
+    *code* identifies the kind of finding and is stable. *what* describes the situation. *remedy*
+    describes the solution. Warnings and errors have a remedy.
     """
 
     code: str
