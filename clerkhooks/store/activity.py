@@ -28,7 +28,7 @@ class Lag(NamedTuple):
 
 
 def find_lag(store: Store, since: datetime) -> Lag | None:
-    """Return the lag of the newest messages since *since*, or None if there are no messages."""
+    """Return the lag of the newest messages from *since* or later, or None without messages."""
     columns = store.messages.c
     query = (
         sa.select(columns.occurred_at, columns.processed_at)
@@ -53,7 +53,7 @@ def find_last_received(store: Store) -> datetime | None:
 
 def count_outcomes(store: Store, since: datetime) -> dict[str, int]:
     """
-    Return the number of messages with each outcome since *since*.
+    Return the number of messages with each outcome, received at *since* or later.
 
     If there are more than MAX_COUNT, only the newest are counted.
     """
@@ -94,7 +94,7 @@ def count_tombstones(store: Store) -> int:
 
 
 def count_new_users(store: Store, since: datetime) -> int:
-    """Return the number of users created since *since*."""
+    """Return the number of users created at *since* or later."""
     return _count(store, store.users, store.users.c.created_at >= since)
 
 

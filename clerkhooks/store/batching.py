@@ -58,7 +58,7 @@ class Batcher(Generic[T, R]):
         Return the result of *execute* for *item*.
 
         Raises:
-            Exception: *execute* raised it. Each caller gets a separate exception object.
+            Exception: *execute* failed. Each caller gets a separate exception object.
         """
         batch, place = self._join(item)
         if place == 0:

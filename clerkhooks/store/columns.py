@@ -24,7 +24,7 @@ MAX_INDEXED = 2000  # in bytes; a btree index rejects rows larger than about 2.7
 MAX_DIGITS = 2000
 MAX_SINGLE_PRECISION = 24  # in bits; PostgreSQL uses REAL (four bytes) up to FLOAT(24)
 MIN_SINGLE, MAX_SINGLE = 1.2e-38, 3.4e38
-MAX_DEPTH = 200  # nested levels of JSON; PostgreSQL and SQLite have much higher limits
+MAX_DEPTH = 200  # levels of nested JSON; PostgreSQL and SQLite have much higher limits
 _EXACT = Context(prec=1000)
 _INTEGERS = {sa.SmallInteger: 2**15, sa.BigInteger: 2**63, sa.Integer: 2**31}
 
@@ -187,7 +187,7 @@ _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
 def make_encoder(
     type_: sa.types.TypeEngine[Any], dialect: sa.Dialect
 ) -> Callable[[Any], Any] | None:
-    """Return a function that encodes values of *type_* for JSON, or None if JSON fits them."""
+    """Return a function that encodes values of *type_* for JSON, or None if it is not needed."""
     kind = _implementation(type_)
     if isinstance(kind, sa.JSON):
         return to_json if dialect.name == "sqlite" else None

@@ -126,7 +126,7 @@ def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
 
 
 def is_autocommit(connection: sa.Connection) -> bool:
-    """Return whether *connection* is in autocommit mode, without a round trip."""
+    """Return whether *connection* is in autocommit mode. No round trip is needed."""
     driver = connection.connection.driver_connection
     if connection.dialect.name == "sqlite" and getattr(driver, "isolation_level", "") is None:
         return True

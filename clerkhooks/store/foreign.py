@@ -50,7 +50,7 @@ class FoundTable:
 
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
-    """Return the first table that has a name of clerkhooks, in the schema for migrations."""
+    """Return the first table in the current schema with a name that clerkhooks uses."""
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict

@@ -55,17 +55,18 @@ def is_unanswered(error: Exception) -> bool:
 
 
 def is_locked(error: Exception) -> bool:
-    """Return whether PostgreSQL gave up waiting for a lock."""
+    """Return whether PostgreSQL canceled a statement that was waiting for a lock."""
     return describe(error) == "OperationalError 55P03"
 
 
 def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     """
-    Delete messages received and processed before *before*. Yield the size of each batch.
+    Delete old messages. Yield the size of each batch.
 
-    Each batch is a separate transaction and skips rows that a delivery has locked, so that no
-    writer waits long. Users are not changed. If a deleted message arrives again, it is applied only
-    if its version is newer.
+    A message is old if it was received and last processed earlier than *before*. Each batch is a
+    separate transaction and skips rows that a delivery has locked, so that no writer waits long.
+    Users are not changed. If a deleted message arrives again, it is applied only if its version is
+    newer.
     """
     table = store.messages
     old = (

@@ -70,7 +70,7 @@ class Versioned:
 
 class ClerkUser(Versioned):
     """
-    Mixin for the application's user model. Users are matched by Clerk's id alone.
+    Mixin for the application's user model. Users are matched only by Clerk's id.
 
     The profile columns depend only on Clerk's data. Times are in UTC. The version columns are NULL
     until the row is filled, and again after ``user.deleted``. If a tombstone has a version, it was

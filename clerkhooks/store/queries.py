@@ -139,7 +139,8 @@ class Listing(Generic[R]):
     """
     A query for the rows of a table, newest first.
 
-    ``list_users`` and ``list_messages`` create it. *conditions* use an index, *filters* do not.
+    ``list_users`` and ``list_messages`` return listings. *conditions* use an index, and *filters*
+    do not.
     """
 
     store: Store
@@ -180,7 +181,7 @@ class Listing(Generic[R]):
         return found
 
     def read_new(self, since: datetime, watched: Sequence[str]) -> list[R]:
-        """Return rows that are not older than *since* or are in *watched*, oldest first."""
+        """Return rows from *since* or later, and rows with an id in *watched*, oldest first."""
         at, key = self.order
         query = self._select().where(*self.conditions, *self.filters)
         return self._read(query.where(sa.or_(at >= since, key.in_(watched))).order_by(at, key))

@@ -126,7 +126,7 @@ SELECT {every_column} FROM {users}
 WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows))
 """
 
-# After a column is declared, it is NULL even in rows that already have Clerk's newest version.
+# A newly declared column is NULL even in rows that already have Clerk's newest version.
 _FILL_DECLARED = """
 WITH r AS ({snapshot_rows})
 UPDATE {users} AS u SET {declared_from_r}, updated_at = :now

@@ -14,9 +14,9 @@ from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.store import Store
 from clerkhooks.store.postgresql import allow_longer_statements
 
-# The codes for lock timeouts, deadlocks, serialization failures, and SQLite's write lock.
+# The error codes for lock timeouts, deadlocks, serialization failures, and SQLite's write lock.
 _BUSY = ("55P03", "40P01", "40001", "SQLITE_BUSY")
-_LOCK = 7_233_190_213  # an arbitrary id, the same in all releases; migrations use another
+_LOCK = 7_233_190_213  # an arbitrary id of the lock, the same in all releases
 _STATEMENT_TIMEOUT = 30.0  # seconds
 
 

@@ -161,7 +161,7 @@ class Reconciliation:
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
     def _write(self, snapshots: Mapping[str, Snapshot]) -> list[Result]:
-        """Update the rows that are older than *snapshots*, in one transaction. Return results."""
+        """Update rows that are older than *snapshots*, in one transaction. Return the results."""
         statements = self.store.statements
         with sqlite_transaction(self.connection):
             compared = self._compare(snapshots)
@@ -212,8 +212,8 @@ class Reconciliation:
         """
         Yield the ids for which Clerk returns 404. With *apply*, update the other users.
 
-        If a user is not in a list, that does not prove a deletion: pages shift while users are
-        signing up, and Clerk returns fewer users if it does not accept the limit.
+        A user's absence from a list does not prove a deletion: pages shift while users are signing
+        up, and Clerk returns fewer users if it does not accept the limit.
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(chunks, THREADS):
