@@ -173,7 +173,7 @@ def describe(error: BaseException) -> str:
 
 
 def frames(error: BaseException) -> list[str]:
-    """Return the stack frames of *error*: the last two parts of the path, line and function."""
+    """Return the stack frames of *error*: the end of the path, the line, and the function."""
     return [
         f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)

@@ -23,10 +23,10 @@ class Outcome(StrEnum):
 
 class Version(NamedTuple):
     """
-    The version of an object. Fields are compared in this order. Times are in milliseconds.
+    The version of an object. The fields are compared in the order of their declaration.
 
-    If an event has no times, ``updated_at`` is -1, which ranks below all other versions, and
-    ``timestamp`` is the time of the delivery attempt.
+    Times are in milliseconds. If an event has no times, ``updated_at`` is -1, which ranks below all
+    other versions, and ``timestamp`` is the time of the delivery attempt.
     """
 
     updated_at: int

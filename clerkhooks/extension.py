@@ -50,7 +50,7 @@ class ClerkHooks(Generic[U]):
         hooks.init_app(app)
 
     Raises:
-        ValueError: a column of *model* is declared incorrectly, or the table already exists.
+        ValueError: a column of *model* is declared incorrectly, or the table's name is in use.
         TypeError: *model* does not derive from ``ClerkUser``.
     """
 

@@ -58,7 +58,7 @@ def clerkhooks_app(clerkhooks_config: dict[str, Any]) -> Flask:
 
 @pytest.fixture
 def clerk_service(clerkhooks_app: Flask, clerk: FakeClerk) -> Iterator[ClerkService]:
-    """Create missing tables, and return the application as Clerk and its users see it."""
+    """Create missing tables, and return a ``ClerkService`` for the application."""
     with clerkhooks_app.app_context():
         clerkhooks_app.extensions["sqlalchemy"].create_all()
     yield ClerkService(clerkhooks_app, clerk)
@@ -207,8 +207,8 @@ def session_claims(
     """
     Return the claims of a member of *organization*, or of a user without an organization.
 
-    Claims that only a member can have refer to *default_organization*, unless *organization* is
-    set.
+    Some claims require a membership. If *organization* is not set, these claims refer to
+    *default_organization*.
 
     Raises:
         ValueError: Clerk would never put that permission, plan or feature in a token.
