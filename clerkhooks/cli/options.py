@@ -48,7 +48,7 @@ class CannotDo(click.ClickException):
 
 @contextmanager
 def database_failures() -> Iterator[None]:
-    """Raise CannotDo for a database error. Omit the error's text, which may quote a row."""
+    """Raise CannotDo for a database error. Omit the error's message, which may quote a row."""
     try:
         yield
     except (DataError, UnicodeEncodeError) as error:
@@ -76,7 +76,7 @@ def parse_age(text: str) -> timedelta:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse an ISO 8601 time, by default in UTC, or an age, which counts back from now."""
+    """Parse an ISO 8601 time, or an age such as 10m. The default time zone is UTC."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

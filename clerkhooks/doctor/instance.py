@@ -114,7 +114,7 @@ def _try_to_fetch(
     try:
         return run_with_timeout(findings.TIMEOUT, lambda: fetch_key_set(url, headers))
     except Exception as error:  # noqa: BLE001  # an endpoint may return anything
-        # The text of a parser's ValueError is omitted, because it quotes the input.
+        # The message of a parser's ValueError is omitted, because it quotes the input.
         cause = "no key set" if isinstance(error, ValueError) else describe(error)
         host = urlsplit(url).hostname
         return _NotFetchedError(f"no key could be fetched from {host} ({cause})")

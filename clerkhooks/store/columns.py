@@ -50,7 +50,7 @@ def _read_field(
     except ValueError:
         return None
     except Exception as error:  # noqa: BLE001  # an application's parser may raise anything
-        # The error's text is not logged, because it may quote the value.
+        # The error's message is not logged, because it may quote the value.
         extra = {"column": column.name, "error": type(error).__name__}
         logger.warning("column_not_parsed", extra=extra)
         return None
