@@ -87,7 +87,7 @@ class KeysUnavailable(RequestError):
 
 class BackendApiError(ClerkhooksError):
     """
-    A call to Clerk's Backend API failed. The message quotes no request and no response.
+    A call to Clerk's Backend API failed. The message never quotes the request or response.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
     ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.
@@ -137,7 +137,7 @@ class ProxyUrlError(ClerkhooksError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem with a variable, and where to find the right value. The value is not quoted."""
+    """A problem with a variable, and a remedy. The current value is never quoted."""
 
     variable: str
     problem: str

@@ -53,7 +53,7 @@ def number_up_to(most: int) -> Callable[[str], int]:
 
 
 def _decode_base64(text: str) -> bytes | None:
-    """Decode canonical base64. For any other text, which Clerk's SDK rejects, return None."""
+    """Decode canonical base64. Return None for other strings, which Clerk's SDK rejects."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -66,7 +66,7 @@ def parse_webhook_secret(text: str) -> bytes:
     if text.startswith(("sk_", "pk_")):
         raise ValueError("is an API key, not the signing secret of a webhook endpoint.")
     raw = _decode_base64(text.removeprefix("whsec_"))
-    # The svix library would accept any text here, and then reject every message.
+    # The svix library would accept any string here, and then reject every message.
     if raw is None:
         raise ValueError("is not a signing secret, which is whsec_ followed by base64.")
     if not 24 <= len(raw) <= 75:  # the same limits as Svix's
@@ -80,8 +80,8 @@ def parse_jwt_keys(text: str) -> tuple[RSAPublicKey, ...]:
     r"""
     Return the RSA public keys from one or more PEM blocks.
 
-    Some platforms change line breaks. Therefore the text may have real line breaks, literal ``\n``
-    or no line breaks. A bare base64 body is accepted too.
+    Some platforms change line breaks. Therefore, the value may contain real line breaks, literal
+    ``\n`` or no line breaks. A bare base64 body is accepted too.
     """
     text = text.replace("\\r", "").replace("\\n", "\n").strip("\"' \n")
     if "PRIVATE KEY" in text:

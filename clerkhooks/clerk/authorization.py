@@ -15,7 +15,7 @@ Preset = Literal["strict_mfa", "strict", "moderate", "lax"]
 
 
 class Reverification(TypedDict):
-    """The factors to verify and their maximum age in minutes. The names are Clerk's own."""
+    """The factors to verify and their maximum age in minutes. Clerk uses the same names."""
 
     level: Level
     afterMinutes: float

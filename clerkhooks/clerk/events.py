@@ -145,7 +145,7 @@ def storable(text: str) -> str:
 
 
 def storable_id(message_id: str) -> str:
-    """Return *message_id* or, if it is not storable, its beginning followed by a digest."""
+    """Return *message_id*. If it is not storable, return its beginning and a digest."""
     if storable(message_id) == message_id:
         return message_id
     digest = sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()

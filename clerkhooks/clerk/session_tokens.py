@@ -206,7 +206,7 @@ def verify_authorized_party(
         is_ours = _is_one_of(claims["azp"], rules.authorized_parties)
         _require(is_ours, "token_authorized_party_mismatch")
     else:
-        # Tokens from native apps and from the Backend API have no azp. Browsers' cookies have it.
+        # Tokens from native apps and the Backend API have no azp. Cookies from browsers have one.
         _require(rules.native and not in_cookie, "token_authorized_party_missing")
 
 

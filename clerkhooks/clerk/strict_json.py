@@ -1,4 +1,4 @@
-"""A JSON parser that is as strict as JavaScript's ``JSON.parse``."""
+"""A strict JSON parser, like JavaScript's ``JSON.parse``."""
 
 from __future__ import annotations
 

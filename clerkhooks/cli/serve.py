@@ -15,7 +15,7 @@ from clerkhooks.settings import PROJECT, ServiceSettings, exit_if_invalid, read_
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(migrate: bool, arguments: tuple[str, ...]) -> None:
     """
-    Check the settings, then start the server like `gunicorn wsgi:app`.
+    Check the settings, then run `gunicorn wsgi:app`.
 
     --migrate is for platforms without a release step. If several hosts start at once, one migrates
     and the others wait. ARGUMENTS are passed to gunicorn.
