@@ -19,7 +19,7 @@ TIMEOUT = 5.0  # the timeout of one request to another machine, in seconds
 
 
 class Level(StrEnum):
-    """The severity of a finding, most severe first. Only errors make the diagnosis fail."""
+    """The severity levels of findings, in descending order. Only errors fail a diagnosis."""
 
     ERROR = "error"
     WARNING = "warning"

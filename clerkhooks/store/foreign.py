@@ -50,7 +50,7 @@ class FoundTable:
 
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
-    """Return the first table in the current schema with a name that clerkhooks uses."""
+    """Return the first table whose name clerkhooks uses. Search only the current schema."""
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict

@@ -21,7 +21,7 @@ _WEIGHT = 0.2  # the weight of the latest duration in the moving average
 
 
 class Overloaded(RequestError, sa.exc.TimeoutError):
-    """The request cannot be served in time. Nothing was changed, so it can be retried."""
+    """The request cannot be served in time. Nothing was changed. The caller can retry."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after = RETRY_AFTER
