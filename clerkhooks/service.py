@@ -49,14 +49,14 @@ hooks = ClerkHooks(db)
 
 
 class Service(Flask):
-    """Flask without two steps of each request that the service's own routes do not need."""
+    """A Flask application that skips two steps of a request. The service needs neither."""
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Return *func*: no view is asynchronous, and Flask would inspect each for every request."""
+        """Return *func* unchanged, because the service has no asynchronous views."""
         return func
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Match the path alone: no route depends on the Host header, which Flask would encode."""
+        """Match only the path, because no route depends on the Host header."""
         if request is None:
             return super().create_url_adapter(None)
         script, path = request.root_path, request.path
