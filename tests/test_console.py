@@ -280,7 +280,9 @@ def test_keeps_two_applications_apart(make_service: MakeService) -> None:
 def test_adds_neither_hooks_nor_extensions(service: Service) -> None:
     """The console adds a blueprint to the application, and no hooks outside that blueprint."""
     app = service.app
-    assert app.before_request_funcs.keys() == {"clerkhooks.console"}
+    assert app.before_request_funcs.keys() == {None, "clerkhooks.console"}
+    [of_all_requests] = app.before_request_funcs[None]
+    assert of_all_requests.__module__ == "clerkhooks.web.logs"
     assert set_headers not in app.after_request_funcs[None]
     assert {name for name in app.extensions if "console" in name} == set()
     with app.test_client() as http:
