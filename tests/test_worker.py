@@ -315,3 +315,22 @@ asked.append((infinite, infinite))
 assert raise_descriptor_limit() == 65536 and len(asked) == 2
 stop()
 """)
+
+
+def test_pauses_between_connections() -> None:
+    """After each connection, the other workers have time to accept the next one."""
+    run("""
+worker.ACCEPT_PAUSE = 0.3
+accepted_at, handle = [], own.handle
+
+def note_and_handle(*arguments):
+    accepted_at.append(time.monotonic())
+    handle(*arguments)
+
+own.handle = note_and_handle
+connections = [connect() for _ in range(3)]
+gevent.sleep(1)
+first, second, third = accepted_at
+assert second - first >= 0.29 and third - second >= 0.29, accepted_at
+stop()
+""")

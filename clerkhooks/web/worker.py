@@ -28,6 +28,7 @@ REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a
 MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
+ACCEPT_PAUSE = 0.001  # seconds, in which other workers can accept
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -240,6 +241,18 @@ class _Server(StreamServer):  # type: ignore[misc]
     def max_accept(self) -> int:
         """The number of connections to accept in this iteration."""
         return 1 + self._count_requests() // REQUESTS_PER_ACCEPT
+
+    def do_handle(self, *arguments: Any) -> None:
+        """
+        Serve an accepted connection, and pause before accepting another one.
+
+        Otherwise one of two workers often takes seven of eight connections that arrive together,
+        because the other process is not yet running.
+        """
+        super().do_handle(*arguments)
+        self.stop_accepting()
+        self._timer = self.loop.timer(ACCEPT_PAUSE)
+        self._timer.start(self._start_accepting_if_started)
 
 
 def raise_descriptor_limit() -> int:
