@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
                     del created_at[user_id]
             return [{"id": user_id, "created_at": at} for at, user_id in page]
 
-    read = [user["id"] for page in listing.read_all(Api()) for user in page]
+    read = [user["id"] for page in listing.read_all(Api(), listing.IdSet()) for user in page]
     assert len(read) == len(set(read))
     assert remaining <= set(read)
 
@@ -332,13 +333,41 @@ def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Bac
     make_old(syncing)
 
     def forget_in_lists(_path: str, query: Query) -> None:
-        if "user_id" in query:
+        if "user_id" in query or "offset" in query:
             backend.behaviours.append(answering_json(200, []))
 
     backend.before = forget_in_lists
-    summary, _, _ = sync(syncing, backend)
-    assert summary == {"unchanged": 1}
+    summary, _, _ = sync(syncing, backend, force=True)
+    assert summary == {}
     assert backend.requests[-1][0] == f"/v1/users/{user_id}"
+    assert syncing.user(user_id, ("deleted_at",)) == (None,)
+
+
+def test_asks_only_about_rows_whose_users_were_not_listed(
+    syncing: Service, backend: Backend
+) -> None:
+    """A listed user is known to exist, so a run sends few requests besides those for pages."""
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(20)]
+    sync(syncing, backend)
+    make_old(syncing)
+    backend.delete(users[7])
+    for check in (True, False):
+        backend.requests.clear()
+        sync(syncing, backend, check=check)
+        newest, asked = [query["user_id"] for _, query in backend.requests if "user_id" in query]
+        assert (sorted(newest), asked) == (sorted(users), [users[7]])
+        assert backend.requests[-1][0] == f"/v1/users/{users[7]}"
+
+
+def test_holds_a_million_ids_in_little_memory() -> None:
+    """Each id is found, and no other one. A set of strings would take more than 100 MB."""
+    seen = listing.IdSet()
+    ids = (f"user_{number:027}" for number in range(1_000_000))
+    assert all(map(seen.add, ids))
+    assert sum(map(sys.getsizeof, seen._buckets)) < 16e6
+    assert not seen.add("user_" + "0" * 27)
+    assert all(f"user_{number:027}" in seen for number in range(0, 1_000_000, 1000))
+    assert not any(f"user_{number}" in seen for number in range(1000))
 
 
 ODD: list[Any] = [

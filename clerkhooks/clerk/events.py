@@ -62,13 +62,17 @@ class Snapshot:
 
     user_id: str
     updated_at: int
-    profile: Profile
     data: Mapping[str, Any] = field(repr=False)
 
     @property
     def version(self) -> Version:
         """The snapshot's version, which can be compared with the version of an event."""
         return Version(self.updated_at, 0, "")
+
+    @property
+    def profile(self) -> Profile:
+        """The stored part. It is parsed at each access, because few rows differ from Clerk."""
+        return parse_profile(self.data)
 
 
 def is_user_id(value: object) -> bool:
@@ -136,7 +140,7 @@ def parse_snapshot(data: object) -> Snapshot:
     updated_at = milliseconds(data.get("updated_at"))
     if updated_at is None:
         raise EventError("updated_at_missing")
-    return Snapshot(data["id"], updated_at, parse_profile(data), data)
+    return Snapshot(data["id"], updated_at, data)
 
 
 def storable(text: str) -> str:

@@ -114,17 +114,20 @@ WHERE id = :id AND deleted_at IS NULL
 RETURNING {every_column}
 """
 
-# This statement looks up each id in the index. Without OFFSET, a connection might keep a query plan
+_SELECT = """
+SELECT {every_column_of_u} FROM ({id_rows}) AS r JOIN {users_of_r} ON u.id = r.id
+"""
+
+# Rows that already have Clerk's newest version are left out, unless a declared column is NULL.
+_COMPARE = """
+SELECT r.id AS sought, {state_of_u}
+FROM ({version_rows}) AS r LEFT JOIN {users_of_r} ON u.id = r.id
+WHERE (u.version_updated_at = r.version_updated_at) IS NOT TRUE
+    OR u.deleted_at IS NOT NULL {or_declared_is_null}
+"""
+# The subquery looks up each id in the index. Without OFFSET, a connection might keep a query plan
 # that was made for a small table, and scan the whole table after it has grown.
-_SELECT_ON_POSTGRESQL = """
-SELECT {every_column_of_found}
-FROM json_to_recordset(CAST(:rows AS json)) AS r (id text),
-    LATERAL (SELECT * FROM {users} AS u WHERE u.id = r.id OFFSET 0) AS found
-"""
-_SELECT_ON_SQLITE = """
-SELECT {every_column} FROM {users}
-WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows))
-"""
+_USERS_OF_R_ON_POSTGRESQL = "LATERAL (SELECT * FROM {users} AS u WHERE u.id = r.id OFFSET 0) AS u"
 
 # A newly declared column is NULL even in rows that already have Clerk's newest version.
 _FILL_DECLARED = """
@@ -180,7 +183,6 @@ class Statements:
         upsert = _UPSERT_USERS.format(**names, is_new=_IS_NEW.format(**names), wins=_EVENT_WINS)
         merge = _UPSERT_USERS.format(**names, is_new="true", wins=_SNAPSHOT_WINS)
         record = _RECORD_MESSAGES.format(**names, outcome=outcome)
-        select = _SELECT_ON_POSTGRESQL if self._is_postgresql else _SELECT_ON_SQLITE
 
         self.apply = self._text(
             _APPLY_ON_POSTGRESQL, names, upsert_users=upsert, record_messages=record
@@ -190,11 +192,18 @@ class Statements:
         self.record_messages = self._text("WITH r AS ({event_rows})" + record, names)
         """The same in two steps, for SQLite, which has no data-modifying CTEs."""
         self.merge_snapshots = self._text("WITH r AS ({snapshot_rows})" + merge, names)
+        state = (sa.column("sought", sa.Text), *(users.c[name] for name in self._state))
+        self.compare = self._text(_COMPARE, names).columns(*state)
+        """
+        Return the state of each row that lacks something of a snapshot, or is missing.
+
+        The column ``sought`` has the id; ``id`` is NULL if the row is missing.
+        """
         self.fill_declared = self._text(_FILL_DECLARED, names) if fields else None
         self.tombstone = self._text(_TOMBSTONE, names)
         self.record_failure = self._text(_RECORD_FAILURE, names)
         self.create_first_seen = self._text(_CREATE_FIRST_SEEN, names).columns(*columns)
-        self.select = self._text(select, names).columns(*columns)
+        self.select = self._text(_SELECT, names).columns(*columns)
         self.move_last_seen = self._text(_MOVE_LAST_SEEN, names).columns(*columns)
         self.set_presence = self._text(_SET_PRESENCE, names).columns(*columns)
 
@@ -227,7 +236,11 @@ class Statements:
                 f"(u.{name} IS NULL AND r.{name} IS NOT NULL)" for name in declared
             ),
             "every_column": ", ".join(columns),
-            "every_column_of_found": ", ".join(f"found.{name}" for name in columns),
+            "every_column_of_u": ", ".join(f"u.{name}" for name in columns),
+            "state_of_u": ", ".join(f"u.{quote(name)}" for name in self._state),
+            "users_of_r": self._users_of_r(table(self.users)),
+            "or_declared_is_null": "".join(f" OR u.{name} IS NULL" for name in declared),
+            "version_rows": self._rows(("id", "version_updated_at")),
             "event_rows": self._rows(self._state + _MESSAGE),
             "typed_columns": self._typed(self._state + _MESSAGE),
             "snapshot_rows": self._rows(self._state),
@@ -238,6 +251,11 @@ class Statements:
             "skip_locked": "FOR UPDATE SKIP LOCKED" if self._is_postgresql else "",
             "updated": "u.id" if self._is_postgresql else "id",
         }
+
+    def _users_of_r(self, users: str) -> str:
+        """Return a subquery for the row of one id."""
+        template = _USERS_OF_R_ON_POSTGRESQL if self._is_postgresql else "{users} AS u"
+        return template.format(users=users)
 
     @property
     def _state(self) -> tuple[str, ...]:

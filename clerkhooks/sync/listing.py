@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,40 @@ from clerkhooks.clerk.events import is_user_id, milliseconds
 from clerkhooks.errors import BackendApiError
 
 
-def read_all(api: BackendApi) -> Iterator[list[Any]]:
+class IdSet:
     """
-    Yield pages of all users that exist now, oldest first. Each user is yielded once.
+    A set of ids, stored as 64-bit hashes to save memory.
+
+    A million ids take 15 MB, about a tenth of the size of a set of strings. The probability that an
+    id is mistaken for one of a million others is 5e-14.
+    """
+
+    def __init__(self) -> None:
+        self._buckets = [array("q") for _ in range(2**15)]
+
+    def add(self, user_id: str) -> bool:
+        """Add an id; return whether it is new."""
+        bucket, number = self._find(user_id)
+        if number in bucket:
+            return False
+        bucket.append(number)
+        return True
+
+    def __contains__(self, user_id: str) -> bool:
+        """Return whether the id has been added."""
+        bucket, number = self._find(user_id)
+        return number in bucket
+
+    def _find(self, user_id: str) -> tuple[array[int], int]:
+        number = hash(user_id)
+        return self._buckets[number % len(self._buckets)], number
+
+
+def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
+    """
+    Yield pages of all users that exist now, oldest first. Add the ids to *seen*.
+
+    Each user is yielded once.
 
     The cursor is the time of creation. With an offset, each sign-up or deletion during the sync
     would shift the following pages, and a user could be read twice or never. Clerk does not
@@ -29,24 +61,22 @@ def read_all(api: BackendApi) -> Iterator[list[Any]]:
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
     after, offset = -1, 0
-    seen: dict[str, int] = {}
     last: list[str] = []
     while page := api.list_users(after - 1 if after > 0 else None, offset):
-        times = {_key(data): _created_at(data) for data in page}
-        new = [data for data in page if _key(data) not in seen and _created_at(data) <= bound]
-        newest = max(times.values())
+        keys, times = [_key(data) for data in page], [_created_at(data) for data in page]
+        each = zip(page, keys, times, strict=True)
+        new = [data for data, key, time in each if time <= bound and seen.add(key)]
+        newest = max(times)
         if newest > after:
             after, offset, last = newest, 0, []
-            seen = {key: time for key, time in (seen | times).items() if time >= newest - 1}
-        elif list(times) == last:
+        elif keys == last:
             raise BackendApiError("answer_unusable", "answered with the same page again")
         else:
-            last = list(times)
+            last = keys
             offset += max(1, len(page) // 2 if new else len(page))
-            seen |= times
         if new:
             yield new
-        if min(times.values()) > bound:
+        if min(times) > bound:
             return
 
 

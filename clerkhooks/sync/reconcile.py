@@ -16,7 +16,7 @@ from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.errors import EventError
 from clerkhooks.store import Store
-from clerkhooks.store.columns import read_fields
+from clerkhooks.store.columns import read_fields, to_json
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
@@ -24,7 +24,7 @@ from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.store.statements import profile_columns
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
-from clerkhooks.sync.listing import id_of, read_all
+from clerkhooks.sync.listing import IdSet, id_of, read_all
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
@@ -34,6 +34,7 @@ MIN_AGE = timedelta(minutes=10)
 # probably wrong.
 MAX_DELETED, MAX_DELETED_SHARE = 20, 10
 THREADS = 8
+ROWS = 5000  # ids read from the database at a time
 
 
 @dataclass
@@ -71,46 +72,43 @@ class Reconciliation:
         """Sync all users at Clerk, then tombstone users that exist only in the table."""
         is_trusted = self._knows_instance()
         advance = self.begin("users at Clerk", self.api.count_users())
-        for page in read_all(self.api):
+        seen = IdSet()
+        for page in read_all(self.api, seen):
             self._apply(page)
             advance(len(page))
         users = self.store.users
         is_old = users.c.created_at < datetime.now(UTC) - MIN_AGE
-        chunks = self._chunks(users.c.id, is_live(users), is_old)
-        advance = self.begin("rows here", self._count_live())
-        self._tombstone(self._find_deleted(chunks, advance), is_trusted=is_trusted)
+        ids = self._read_ids(users.c.id, is_live(users), is_old)
+        unseen = (user_id for user_id in ids if user_id not in seen)
+        advance = self.begin("rows only here", None)
+        self._tombstone(self._find_deleted(unseen, advance), is_trusted=is_trusted)
 
     def sync_some(self, user_ids: Sequence[str]) -> None:
         """Sync the users with these ids."""
-        chunks = _batched(dict.fromkeys(user_ids), IDS)
-        self._sync_chunks(chunks, len(user_ids), is_trusted=True)
+        self._sync_ids(dict.fromkeys(user_ids), len(user_ids), is_trusted=True)
 
     def sync_missing(self) -> None:
         """Sync the users that have no profile yet."""
         users = self.store.users
-        chunks = self._chunks(users.c.id, is_unfilled(users))
-        self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
+        ids = self._read_ids(users.c.id, is_unfilled(users))
+        self._sync_ids(ids, None, is_trusted=self._knows_instance())
 
     def sync_failed(self) -> None:
         """Sync the users of failed messages that no retry has processed."""
         messages = self.store.messages
-        chunks = self._chunks(messages.c.clerk_user_id, is_failed(messages))
-        self._sync_chunks(chunks, None, is_trusted=self._knows_instance())
+        ids = self._read_ids(messages.c.clerk_user_id, is_failed(messages))
+        self._sync_ids(ids, None, is_trusted=self._knows_instance())
 
-    def _sync_chunks(
-        self, chunks: Iterable[list[str]], total: int | None, *, is_trusted: bool
-    ) -> None:
-        gone = self._find_deleted(chunks, self.begin("users", total), apply=True)
+    def _sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
+        gone = self._find_deleted(ids, self.begin("users", total), apply=True)
         self._tombstone(gone, is_trusted=is_trusted)
 
-    def _chunks(
-        self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]
-    ) -> Iterator[list[str]]:
-        """Yield the ids in the column *key* of rows that meet *conditions*, in chunks."""
-        query = sa.select(key).distinct().where(*conditions).order_by(key).limit(IDS)
+    def _read_ids(self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]) -> Iterator[str]:
+        """Yield the ids in the column *key* of rows that meet *conditions*."""
+        query = sa.select(key).distinct().where(*conditions).order_by(key).limit(ROWS)
         after = ""
-        while ids := list(self.connection.scalars(query.where(key > after))):
-            yield ids
+        while ids := self.connection.scalars(query.where(key > after)).all():
+            yield from ids
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
@@ -129,7 +127,9 @@ class Reconciliation:
         """Compare *users* with their rows. Update older rows, or report them in a check."""
         snapshots = self._parse(users)
         if self.check:
-            for comparison in self._compare(snapshots):
+            compared = self._compare(snapshots)
+            self.counts[Result.UNCHANGED] += len(snapshots) - len(compared)
+            for comparison in compared:
                 self._tell_drift(comparison)
         elif snapshots:
             self.counts.update(retry(self._write, snapshots))
@@ -147,10 +147,19 @@ class Reconciliation:
         return found
 
     def _compare(self, snapshots: Mapping[str, Snapshot]) -> list[Comparison]:
-        rows = self._read_states(list(snapshots))
+        """Return the users whose rows are missing, or may differ."""
+        rows = [
+            {"id": each.user_id, "version_updated_at": each.updated_at}
+            for each in snapshots.values()
+        ]
+        states = self.connection.execute(self.store.statements.compare, {"rows": to_json(rows)})
         return [
-            Comparison(snapshot, self._values(snapshot), rows.get(user_id))
-            for user_id, snapshot in snapshots.items()
+            Comparison(
+                snapshots[row.sought],
+                self._values(snapshots[row.sought]),
+                row if row.id is not None else None,
+            )
+            for row in states
         ]
 
     def _tell_drift(self, comparison: Comparison) -> None:
@@ -160,8 +169,8 @@ class Reconciliation:
             user_id = comparison.snapshot.user_id
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
-    def _write(self, snapshots: Mapping[str, Snapshot]) -> list[Result]:
-        """Update rows that are older than *snapshots*, in one transaction. Return the results."""
+    def _write(self, snapshots: Mapping[str, Snapshot]) -> Counter[Result]:
+        """Update rows that are older than *snapshots*, in one transaction. Count the results."""
         statements = self.store.statements
         with sqlite_transaction(self.connection):
             compared = self._compare(snapshots)
@@ -171,16 +180,12 @@ class Reconciliation:
             changed |= self._execute(statements.fill_declared, unfilled)
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
-        return [
+        counts = Counter(
             Result.FRESHER_HERE if each.snapshot.user_id in missed else each.result
             for each in compared
-        ]
-
-    def _read_states(self, user_ids: Sequence[str]) -> dict[str, Any]:
-        kept, columns = self.store.statements.kept, self.store.users.c
-        names = ("id", *kept, "deleted_at", *VERSION_COLUMNS)
-        states = sa.select(*(columns[name] for name in names)).where(columns.id.in_(user_ids))
-        return {row.id: row for row in self.connection.execute(states)}
+        )
+        counts[Result.UNCHANGED] += len(snapshots) - len(compared)
+        return counts
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return the column values for *snapshot*."""
@@ -207,7 +212,7 @@ class Reconciliation:
         return set(self.connection.execute(statement, parameters).scalars())
 
     def _find_deleted(
-        self, chunks: Iterable[list[str]], advance: Advance, *, apply: bool = False
+        self, ids: Iterable[str], advance: Advance, *, apply: bool = False
     ) -> Iterator[str]:
         """
         Yield the ids for which Clerk returns 404. With *apply*, update the other users.
@@ -216,14 +221,14 @@ class Reconciliation:
         up, and Clerk returns fewer users if it does not accept the limit.
         """
         with ThreadPool(THREADS) as pool:
-            for group in _batched(chunks, THREADS):
+            for group in _batched(_batched(ids, IDS), THREADS):
                 found = list(chain.from_iterable(pool.map(self.api.find_users, group)))
                 if apply:
                     self._apply(found)
                 known, asked = set(map(id_of, found)), list(chain.from_iterable(group))
                 absent = [user_id for user_id in asked if user_id not in known]
-                for ids in _batched(absent, THREADS):  # the caller may stop early
-                    yield from compress(ids, pool.map(self.api.is_gone, ids))
+                for some in _batched(absent, THREADS):  # the caller stops if there are too many
+                    yield from compress(some, pool.map(self.api.is_gone, some))
                 advance(len(asked))
 
     def _tombstone(self, gone: Iterator[str], *, is_trusted: bool) -> None:
@@ -240,9 +245,11 @@ class Reconciliation:
             self._tombstone_some(ids)
 
     def _tombstone_some(self, ids: Sequence[str]) -> None:
-        here = {row.id: row.deleted_at is None for row in self._read_states(ids).values()}
+        users = self.store.users
+        states = sa.select(users.c.id, is_live(users)).where(users.c.id.in_(ids))
+        here = self.connection.execute(states).all()
         self.counts[Result.UNKNOWN] += len(ids) - len(here)
-        live = [user_id for user_id, is_live in here.items() if is_live]
+        live = [user_id for user_id, is_here in here if is_here]
         if self.check:
             self.drifted += len(live)
             for user_id in live:
