@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -126,6 +127,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
     tell = _print_json if as_json else _print_finding
     began, finished = time.monotonic(), False
+    gc.freeze()  # else each page has the collector visit all modules: 7 µs for each user
     api = BackendApi(settings.api_url, settings.secret_key)
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
@@ -135,6 +137,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
             yield run
             finished = True
         finally:
+            gc.unfreeze()
             bars.close()
             if as_json:
                 _print_json_summary(run, finished)

@@ -10,6 +10,8 @@ from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import is_user_id, milliseconds
 from clerkhooks.errors import BackendApiError
 
+_BUCKETS = 2**16  # so that a bucket of a million ids has 15
+
 
 class IdSet:
     """
@@ -20,11 +22,12 @@ class IdSet:
     """
 
     def __init__(self) -> None:
-        self._buckets = [array("q") for _ in range(2**15)]
+        self._buckets = [array("q") for _ in range(_BUCKETS)]
 
     def add(self, user_id: str) -> bool:
         """Add an id; return whether it is new."""
-        bucket, number = self._find(user_id)
+        number = hash(user_id)
+        bucket = self._buckets[number % _BUCKETS]
         if number in bucket:
             return False
         bucket.append(number)
@@ -32,12 +35,8 @@ class IdSet:
 
     def __contains__(self, user_id: str) -> bool:
         """Return whether the id has been added."""
-        bucket, number = self._find(user_id)
-        return number in bucket
-
-    def _find(self, user_id: str) -> tuple[array[int], int]:
         number = hash(user_id)
-        return self._buckets[number % len(self._buckets)], number
+        return number in self._buckets[number % _BUCKETS]
 
 
 def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
