@@ -122,8 +122,7 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     email = _text(address.get("email_address"), EMAIL_LENGTH)
     names = (_name(data.get("first_name")), _name(data.get("last_name")))
     full_name = " ".join(name for name in names if name)
-    local_part = email.rsplit("@", 1)[0].strip() if email else ""
-    name = full_name or local_part or _name(data.get("username")) or NEW_USER
+    name = full_name or _local_part(email) or _name(data.get("username")) or NEW_USER
     image_url = _text(data.get("image_url"), IMAGE_URL_LENGTH)
     return Profile(name[:NAME_LENGTH].rstrip(), email, image_url)
 
@@ -184,6 +183,10 @@ def _text(value: object, length: int) -> str | None:
     if not isinstance(value, str) or not value.strip() or len(value) > length:
         return None
     return None if UNSTORABLE.search(value) else value
+
+
+def _local_part(email: str | None) -> str:
+    return email.rsplit("@", 1)[0].strip() if email else ""
 
 
 def _name(value: object) -> str | None:

@@ -57,5 +57,7 @@ def find_primary(data: Mapping[str, Any], id_name: str, list_name: str) -> Mappi
     primary, listed = data.get(id_name), data.get(list_name)
     if not isinstance(primary, str) or not isinstance(listed, list):
         return {}
-    matching = (item for item in listed if isinstance(item, dict) and item.get("id") == primary)
-    return next(matching, {})
+    for item in listed:
+        if isinstance(item, dict) and item.get("id") == primary:
+            return item
+    return {}

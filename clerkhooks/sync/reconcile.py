@@ -152,14 +152,14 @@ class Reconciliation:
             {"id": each.user_id, "version_updated_at": each.updated_at}
             for each in snapshots.values()
         ]
-        states = self.connection.execute(self.store.statements.compare, {"rows": to_json(rows)})
+        compare, parameters = self.store.statements.compare, {"rows": to_json(rows)}
         return [
             Comparison(
                 snapshots[row.sought],
                 self._values(snapshots[row.sought]),
                 row if row.id is not None else None,
             )
-            for row in states
+            for row in self.connection.execute(compare, parameters).all()
         ]
 
     def _tell_drift(self, comparison: Comparison) -> None:
@@ -209,7 +209,7 @@ class Reconciliation:
             for each in comparisons
         ]
         parameters = {"rows": self.store.statements.encode(rows), "now": datetime.now(UTC)}
-        return set(self.connection.execute(statement, parameters).scalars())
+        return set(self.connection.execute(statement, parameters).scalars().all())
 
     def _find_deleted(
         self, ids: Iterable[str], advance: Advance, *, apply: bool = False

@@ -3,8 +3,8 @@ Measure the speed and memory use of ``clerkhooks sync`` with a fast Backend API.
 
     python -m tests.benchmarks.sync [--users 1000000]
 
-The API runs in a separate process and generates each page; the database is PostgreSQL with fsync
-on.
+The API runs in a separate process and fills each page into a template; the database is PostgreSQL
+with fsync on. For the second sync, all rows are old enough to be deleted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing import Process
 from urllib.parse import parse_qs, urlsplit
 
+import psycopg
+
 from clerkhooks.clerk.fake import FakeClerk, user_data
 from clerkhooks.settings import PROJECT
 from tests.conftest import migrate, started_postgresql
@@ -29,9 +31,10 @@ from tests.server import environ, free_port
 TIMEOUT = 3600  # seconds for one sync
 START = 1_700_000_000_000  # milliseconds; the users signed up one millisecond apart
 ID = "user_" + "0" * 27
-TEMPLATE = json.dumps(
+USER = json.dumps(
     user_data(ID, email="ada@example.org", first_name="Ada", last_name="Lovelace", updated_at=START)
-)
+).encode()
+TEMPLATE = USER.replace(ID.encode(), b"user_%027d").replace(b"%d" % START, b"%d")
 
 
 class Api(BaseHTTPRequestHandler):
@@ -45,13 +48,13 @@ class Api(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = parse_qs(url.query)
         if url.path == "/v1/users/count":
-            self._answer(json.dumps({"object": "total_count", "total_count": self.count}))
+            self._answer(b'{"object": "total_count", "total_count": %d}' % self.count)
             return
         if "user_id" in query:
             numbers = [int(user_id[5:]) for user_id in query["user_id"]]
         else:
             numbers = self._page(query)
-        self._answer(f"[{','.join(map(_user, numbers))}]")
+        self._answer(b"[%b]" % b",".join(map(_user, numbers)))
 
     def _page(self, query: dict[str, list[str]]) -> list[int]:
         limit = int(query["limit"][0])
@@ -61,8 +64,7 @@ class Api(BaseHTTPRequestHandler):
         first = after - START + 1 + int(query["offset"][0])
         return list(range(first, min(first + limit, self.count)))
 
-    def _answer(self, text: str) -> None:
-        body = text.encode()
+    def _answer(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -78,8 +80,9 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
     daemon_threads = True
 
 
-def _user(number: int) -> str:
-    return TEMPLATE.replace(ID, f"user_{number:027}").replace(str(START), str(START + number))
+def _user(number: int) -> bytes:
+    # In the order of the fields: created_at, id, image_url, updated_at.
+    return TEMPLATE % (START + number, number, number, START + number)
 
 
 def serve(port: int, count: int) -> None:
@@ -103,8 +106,10 @@ def main() -> None:
             "CLERK_SECRET_KEY": "sk_live_benchmark",
             "CLERK_API_URL": f"http://127.0.0.1:{port}",
         }
-        for state in ("empty table", "full table"):
-            run(state, environ(**variables), count)
+        run("empty table", environ(**variables), count)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("UPDATE users SET created_at = created_at - interval '1 day'")
+        run("full table", environ(**variables), count)
     api.terminate()
 
 
