@@ -174,7 +174,8 @@ class Statements:
         self.users, self.fields, self.dialect, self.columns = users, fields, dialect, columns
         self.kept = (*PROFILE, *(column.name for column in fields))
         self._types = {column.name: column.type for column in (*messages.c, *users.c)}
-        encoders = {name: make_encoder(type_, dialect) for name, type_ in self._types.items()}
+        written = (*self._state, *_MESSAGE)
+        encoders = {name: make_encoder(self._types[name], dialect) for name in written}
         self._encoders = {name: encoder for name, encoder in encoders.items() if encoder}
         self._is_postgresql = dialect.name == "postgresql"
         names = self._names(messages)
