@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from clerkhooks.clerk.download import download
+from clerkhooks.clerk.download import Connection, download
 from tests.issuer import HTTP, Behaviour, Issuer, answering, dripping
+from tests.racing import eventually
 
 GOOD = answering(b"{}")
 
@@ -64,3 +65,21 @@ def test_follows_no_redirect(issuer: Issuer) -> None:
     answer = download(issuer.url, {"X-Test": "1"}, timeout=5, max_size=5)
     assert (answer.status, answer.headers["Location"], answer.body) == (302, "/elsewhere", b"moved")
     assert [headers["x-test"] for headers, _ in issuer.requests] == ["1"]
+
+
+def test_watches_all_exchanges_of_a_connection_in_one_thread(issuer: Issuer) -> None:
+    """Each exchange has the whole time, and the thread ends with the connection."""
+    before = set(threading.enumerate())
+    issuer.behaviour = GOOD
+    connection = Connection(issuer.url, {}, timeout=1, max_size=5)
+    watchers = set()
+    for _ in range(3):
+        assert connection.get(issuer.url).body == b"{}"
+        time.sleep(0.6)
+        watchers |= {one for one in threading.enumerate() if "_watch" in one.name} - before
+    issuer.behaviour = dripping(HTTP + b"X: ")
+    with pytest.raises(TimeoutError):
+        connection.get(issuer.url)
+    connection.close()
+    assert len(watchers) == 1
+    eventually(lambda: not any(watcher.is_alive() for watcher in watchers))

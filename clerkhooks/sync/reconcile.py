@@ -176,7 +176,9 @@ class Reconciliation:
             compared = self._compare(snapshots)
             behind = [each for each in compared if each.is_behind]
             changed = self._execute(statements.merge_snapshots, behind)
-            unfilled = [each for each in compared if each.lacks_declared] if self.store.fields else []
+            unfilled = (
+                [each for each in compared if each.lacks_declared] if self.store.fields else []
+            )
             changed |= self._execute(statements.fill_declared, unfilled)
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
