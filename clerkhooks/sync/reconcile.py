@@ -175,10 +175,8 @@ class Reconciliation:
         with sqlite_transaction(self.connection):
             compared = self._compare(snapshots)
             behind = [each for each in compared if each.is_behind]
+            unfilled = [each for each in compared if each.lacks_declared]
             changed = self._execute(statements.merge_snapshots, behind)
-            unfilled = (
-                [each for each in compared if each.lacks_declared] if self.store.fields else []
-            )
             changed |= self._execute(statements.fill_declared, unfilled)
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
