@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ class Server:
     port: int
     log: Path
     clerk: FakeClerk
+    host: str = "127.0.0.1"
 
     def request(
         self,
@@ -55,7 +56,7 @@ class Server:
         headers: dict[str, str] | None = None,
     ) -> Response:
         """Send one request on a new connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -99,27 +100,47 @@ def free_port() -> int:
 
 
 def start_server(
-    database_url: str, clerk: FakeClerk, port: int, log: Path, **variables: str
+    database_url: str,
+    clerk: FakeClerk,
+    port: int,
+    log: Path,
+    *,
+    command: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    **variables: str,
 ) -> Server:
     """Start the server with two workers that log to *log*; do not wait until it is ready."""
     own = {"DATABASE_URL": database_url, "PORT": str(port), "WEB_CONCURRENCY": "2"}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            web_command(),
+            command or web_command(),
             cwd=PROJECT,
             env=environ(**(clerk.environ | own | variables)),
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
-    return Server(process, database_url, port, log, clerk)
+    return Server(process, database_url, port, log, clerk, host)
 
 
 @contextmanager
-def serving(database_url: str, clerk: FakeClerk, log: Path, **variables: str) -> Iterator[Server]:
-    """Run the server with two workers until the block ends."""
+def serving(
+    database_url: str,
+    clerk: FakeClerk,
+    log: Path,
+    *,
+    command: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    **variables: str,
+) -> Iterator[Server]:
+    """
+    Run the server with two workers until the block ends.
+
+    *command* replaces the Procfile's web line. *host* is where the server can be reached.
+    """
     log.unlink(missing_ok=True)
-    server = start_server(database_url, clerk, free_port(), log, **variables)
+    options: dict[str, Any] = {"command": command, "host": host, **variables}
+    server = start_server(database_url, clerk, free_port(), log, **options)
     process = server.process
     try:
         wait_until_healthy(server)

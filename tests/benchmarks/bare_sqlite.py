@@ -1,35 +1,61 @@
-"""A webhook's statements in plain sqlite3, with the same durability as the service."""
+"""
+Compare webhooks on SQLite with the same statements in plain sqlite3, with the same durability.
+
+    python -m tests.benchmarks.bare_sqlite [--rounds 5] [--seconds 3]
+"""
 
 from __future__ import annotations
 
-import sqlite3
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-NOW = "2026-01-31 08:00:00.000000"
-USER = """
-INSERT INTO users (id, email, name, image_url, is_online, last_seen, created_at, updated_at,
-    version_updated_at, version_timestamp, version_message_id)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name
-"""
-MESSAGE = """
-INSERT INTO webhook_messages (message_id, event_type, clerk_user_id, outcome, attempts, occurred_at,
-    received_at, processed_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
-"""
+from clerkhooks.clerk.fake import FakeClerk
+from tests.benchmarks.load import apply_load, median_ratio, webhooks
+from tests.benchmarks.sqlite_statements import connect, write_message
+from tests.conftest import migrate
+from tests.server import serving
 
 
-def connect(file: Path) -> sqlite3.Connection:
-    """Open a connection that syncs every commit to disk."""
-    connection = sqlite3.connect(file, isolation_level="IMMEDIATE")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    return connection
+def measure(file: Path, seconds: float) -> float:
+    """Return the transactions per second of one connection."""
+    began, count = time.monotonic(), 0
+    with closing(connect(file)) as connection:
+        while time.monotonic() - began < seconds:
+            key = f"{time.monotonic_ns()}{os.urandom(8).hex()}"
+            write_message(connection, f"user_{key}", f"msg_{key}")
+            count += 1
+    return count / (time.monotonic() - began)
 
 
-def write_message(connection: sqlite3.Connection, user_id: str, message_id: str) -> None:
-    """Write a user and a message in one transaction."""
-    profile = ("ada@example.org", "Ada L", "https://img.clerk.com/x")
-    connection.execute(USER, (user_id, *profile, False, NOW, NOW, NOW, 1, 1, message_id))
-    message = (message_id, "user.updated", user_id, "applied", 1, NOW, NOW, NOW)
-    connection.execute(MESSAGE, message)
-    connection.commit()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print both rates and their ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3, help="of a round")
+    options = parser.parse_args(argv)
+    clerk, ours, bare = FakeClerk(), [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("service", "bare"):
+            migrate(f"sqlite:///{folder}/{file}.db", clerk)
+        with serving(f"sqlite:///{folder}/service.db", clerk, folder / "log") as server:
+            for _ in range(options.rounds):
+                result = apply_load(server.port, webhooks(clerk), options.seconds)
+                assert not result.errors, result.statuses
+                ours.append(result.rate)
+                bare.append(measure(folder / "bare.db", options.seconds))
+    print(f"webhooks on SQLite       {statistics.median(ours):8,.0f} /s")
+    print(f"statements in sqlite3    {statistics.median(bare):8,.0f} /s")
+    print(f"ratio                    {median_ratio(ours, bare):8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -67,7 +67,7 @@ class StatementTimer:
         self.statements.append((statement, parameters, time.perf_counter() - self._began))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fill a new PostgreSQL database in bulk and print a line for each page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
@@ -77,7 +77,7 @@ def main() -> None:
         action="store_true",
         help="show the plan of each page's slowest statement",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with started_postgresql() as url:
         clerk = FakeClerk()
         migrate(url, clerk)

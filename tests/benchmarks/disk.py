@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sqlite3
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psycopg
@@ -41,12 +42,12 @@ WHERE relname IN ('users', 'webhook_messages') ORDER BY relname
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fill PostgreSQL and a SQLite file in bulk and print the size of each table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
-    parser.add_argument("--events", type=int, default=10, help="messages per user")
-    arguments = parser.parse_args()
+    parser.add_argument("--events", type=int, default=10, help="messages for each user")
+    arguments = parser.parse_args(argv)
     with started_postgresql() as url, tempfile.TemporaryDirectory() as folder:
         migrate(url, FakeClerk())
         with psycopg.connect(url, autocommit=True) as connection:

@@ -15,7 +15,7 @@ import itertools
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,15 +74,15 @@ def _hold(port: int, count: int, kind: Kind, ready: object, ended: object) -> No
         print(f"{'':22} {is_open()} of {count} are open at the end", flush=True)
 
 
-def main() -> None:
-    """Run the rounds and print the table."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--messages", type=int, default=50_000)
     parser.add_argument("--held", type=int, default=5_000)
     parser.add_argument("--only", choices=("svix", *KINDS), action="append")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     print(f"{allow_descriptors():,} descriptors are allowed")
     with (
         tempfile.TemporaryDirectory() as folder,

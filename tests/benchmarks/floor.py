@@ -1,110 +1,71 @@
 """
-A minimal WSGI application that does the same work as the service.
+Compare the service with a minimal application that does the same work.
 
-It verifies the same signatures and tokens and executes the same statements in the same batches,
-under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no connection
-pool, writes no log and does not handle invalid requests. The difference in throughput between this
-application and the service shows the cost of these features.
+    python -m tests.benchmarks.floor [--rounds 5] [--seconds 3]
+
+Both run under the same gunicorn, and the rounds alternate. The load is generated on the same
+machine.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import psycopg
-import sqlalchemy as sa
+from clerkhooks.clerk.fake import FakeClerk
+from tests.benchmarks.load import apply_load, calls, median_ratio, webhooks
+from tests.conftest import migrate, started_postgresql
+from tests.server import serving
 
-from clerkhooks import create_app, users
-from clerkhooks.clerk.events import ReceivedEvent, parse_event
-from clerkhooks.clerk.signatures import verify_signature
-from clerkhooks.store.batching import Batcher
-from clerkhooks.store.columns import to_json
-from clerkhooks.store.postgresql import LOCK_TIMEOUT
-from clerkhooks.web.state import State
-from tests.benchmarks.bare_sqlite import connect, write_message
-
-STATE: State = create_app().extensions["clerkhooks"]
-STORE, VERIFIER = STATE.store, STATE.authenticator.verifier
-IS_SQLITE = STORE.database.dialect_name == "sqlite"
-HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
-LOCAL = threading.local()
+CLERK = FakeClerk()
+ONE = "user_" + "a" * 27
+# gunicorn.conf.py has the service's hooks; this package contains no settings.
+OPTIONS = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent", "--keep-alive", "75"]
+MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal:app"]
 
 
-def compile_statement(statement: sa.ClauseElement) -> str:
-    """Return *statement* as SQL in the driver's syntax."""
-    return str(statement.compile(dialect=STORE.database.dialect))
+def measure(
+    url: str, requests: Callable[[], Iterator[bytes]], folder: Path, rounds: int, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Return the requests per second of each round: the service's and the minimal application's."""
+    migrate(url, CLERK)
+    with (
+        serving(url, CLERK, folder / "service.log") as service,
+        serving(url, CLERK, folder / "minimal.log", command=MINIMAL) as minimal,
+    ):
+        apply_load(service.port, calls(CLERK, [ONE]), 1)  # create the user
+        rates: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for own, server in zip(rates, (service, minimal), strict=True):
+                result = apply_load(server.port, requests(), seconds)
+                assert not result.errors, result.statuses
+                own.append(result.rate)
+    return rates
 
 
-SELECT = compile_statement(STORE.statements.select)
-APPLY = "" if IS_SQLITE else compile_statement(STORE.statements.apply)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a line for each kind of work."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3, help="of a round")
+    options = parser.parse_args(argv)
+    with started_postgresql() as url, tempfile.TemporaryDirectory() as folder:
+        sqlite = f"sqlite:///{folder}/floor.db"
+        works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
+            ("webhooks on PostgreSQL", url, lambda: webhooks(CLERK)),
+            ("calls of /api/me on PostgreSQL", url, lambda: calls(CLERK, [ONE])),
+            ("webhooks on SQLite", sqlite, lambda: webhooks(CLERK)),
+        )
+        for name, database, requests in works:
+            rates = measure(database, requests, Path(folder), options.rounds, options.seconds)
+            ratio = median_ratio(*rates)
+            print(f"{name}, relative to the minimal application: {ratio:.2f}", flush=True)
 
 
-def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-    """Respond to a valid request."""
-    answers = {"/api/me": get_me, "/webhooks/clerk": receive}
-    answer = answers.get(environ["PATH_INFO"], lambda _environ: {})(environ)
-    body = json.dumps(answer).encode()
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-    start_response("200 OK", headers)
-    return [body]
-
-
-def receive(environ: dict[str, Any]) -> dict[str, str]:
-    """Process one delivery."""
-    body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-    headers = {name: environ["HTTP_" + name.upper().replace("-", "_")] for name in HEADERS}
-    event = parse_event(verify_signature(headers, body, STATE.secrets, time.time()))
-    outcome = write_to_sqlite(event) if IS_SQLITE else DELIVERIES(event)
-    return {"outcome": outcome, "messageId": event.message_id}
-
-
-def write_to_postgresql(events: Sequence[ReceivedEvent]) -> list[str]:
-    """Write users and messages in one statement."""
-    now = datetime.now(UTC)
-    rows = STORE.statements.encode(STATE.users._row(event, now) for event in events)
-    parameters = {"rows": rows, "now": now, "lock_timeout": LOCK_TIMEOUT}
-    outcomes = dict(execute(APPLY, parameters).fetchall())
-    return [str(outcomes.get(event.message_id, "duplicate")) for event in events]
-
-
-def read(user_ids: Sequence[str]) -> list[Any]:
-    """Read users in one statement."""
-    rows = to_json([{"id": user_id} for user_id in user_ids])
-    found = {row[0]: row for row in execute(SELECT, {"rows": rows}).fetchall()}
-    return [found[user_id] for user_id in user_ids]
-
-
-DELIVERIES = Batcher(write_to_postgresql, keys=users._keys, concerns_all=bool)
-READS = Batcher(read, keys=lambda user_id: (user_id,), concerns_all=bool)
-
-
-def write_to_sqlite(event: ReceivedEvent) -> str:
-    """Write a user and a message in one transaction."""
-    assert event.user_id is not None
-    if not hasattr(LOCAL, "connection"):
-        LOCAL.connection = connect(Path(str(STORE.database.engine.url.database)))
-    write_message(LOCAL.connection, event.user_id, event.message_id)
-    return "applied"
-
-
-def get_me(environ: dict[str, Any]) -> dict[str, Any]:
-    """Respond to one call of ``/api/me``."""
-    token = environ["HTTP_AUTHORIZATION"].removeprefix("Bearer ")
-    row = READS(VERIFIER.verify(token, time.time()).user_id)
-    names = ("id", "email", "name", "imageUrl", "isOnline", "lastSeen")
-    return dict(zip(names, map(str, row), strict=False))
-
-
-def execute(statement: str, parameters: dict[str, Any]) -> psycopg.Cursor[Any]:
-    """Execute a statement on the greenlet's own connection."""
-    if not hasattr(LOCAL, "connection"):
-        LOCAL.connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True)
-    connection: psycopg.Connection[Any] = LOCAL.connection
-    return connection.execute(statement.encode(), parameters)
+if __name__ == "__main__":
+    main()

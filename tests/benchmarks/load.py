@@ -87,7 +87,11 @@ def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
 
 
 def apply_load(
-    port: int, requests: Iterator[bytes], seconds: float, connections: int = 8
+    port: int,
+    requests: Iterator[bytes],
+    seconds: float,
+    connections: int = 8,
+    host: str = "127.0.0.1",
 ) -> Result:
     """Prepare *requests*, then send them over *connections* for *seconds*."""
     prepared = list(itertools.islice(requests, int(seconds * 4000)))
@@ -96,7 +100,7 @@ def apply_load(
 
     def work() -> None:
         statuses, latencies = Counter[int](), []
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        with socket.create_connection((host, port), timeout=30) as connection:
             while time.monotonic() < ends:
                 with guard:
                     request = next(following, None)

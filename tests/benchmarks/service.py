@@ -3,10 +3,9 @@ Measure the service under load and print a table.
 
     python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]
 
-The parts are ``floor`` (compared with a minimal application that does the same work), ``scale``
-(more users), ``sqlite`` (compared with the bare statements), ``start`` (compared with a bare Flask
-application), ``memory`` and ``overload``. The load is generated on the same machine. Ratios compare
-alternating rounds of one run.
+The parts are ``scale`` (more users), ``start`` (compared with a bare Flask application), ``memory``
+and ``overload``. The load is generated on the same machine; ratios compare alternating rounds of
+one run.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psycopg
 
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.settings import PROJECT
-from tests.benchmarks import bare_sqlite
 from tests.benchmarks.disk import USERS
 from tests.benchmarks.load import Result, apply_load, calls, median_ratio, unsigned, webhooks
 from tests.conftest import migrate, started_postgresql
-from tests.server import Server, environ, free_port, serving, wait_until_healthy, web_command
+from tests.server import Server, environ, free_port, serving, web_command
 from tests.support import join
 
 CLERK = FakeClerk()
@@ -52,51 +50,6 @@ def healthz():
 def line(part: str, what: str, value: str) -> None:
     """Print one line of the table."""
     print(f"{part:9} {what:64} {value}", flush=True)
-
-
-def measure_floor(folder: Path) -> None:
-    """Compare webhooks and calls per second between the service and the minimal application."""
-    with started_postgresql() as url:
-        migrate(url, CLERK)
-        works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (
-            ("webhooks on PostgreSQL", url, lambda: webhooks(CLERK)),
-            ("calls of /api/me on PostgreSQL", url, lambda: calls(CLERK, [ONE])),
-            ("webhooks on SQLite", f"sqlite:///{folder}/floor.db", lambda: webhooks(CLERK)),
-        )
-        for name, database, requests in works:
-            migrate(database, CLERK)
-            with (
-                serving(database, CLERK, folder / "service.log") as server,
-                _serving_floor(database, folder / "floor.log") as floor,
-            ):
-                apply_load(server.port, calls(CLERK, [ONE]), 1)  # create the user
-                rates: list[list[float]] = [[], []]
-                for _ in range(5):
-                    for own, port in zip(rates, (server.port, floor), strict=True):
-                        result = apply_load(port, requests(), 3)
-                        assert not result.errors, result.statuses
-                        own.append(result.rate)
-            ratio = f"{median_ratio(*rates):.2f}"
-            line("floor", f"{name}, relative to the minimal application", ratio)
-
-
-@contextlib.contextmanager
-def _serving_floor(database_url: str, log: Path) -> Iterator[int]:
-    port = free_port()
-    # Use this empty package as the configuration, because gunicorn.conf.py has the service's hooks.
-    options = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent"]
-    options += ["--keep-alive", "75", "-b", f"127.0.0.1:{port}"]
-    command = [sys.executable, "-m", "gunicorn", *options, "tests.benchmarks.floor:app"]
-    variables = environ(**CLERK.environ, DATABASE_URL=database_url)
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=PROJECT, env=variables, stdout=out, stderr=out)
-    server = Server(process, database_url, port, log, CLERK)
-    try:
-        wait_until_healthy(server)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def measure_scale(largest: int, folder: Path) -> None:
@@ -139,36 +92,6 @@ def _database(url: str, name: str) -> str:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return url.replace("/postgres?", f"/{name}?")
-
-
-def measure_sqlite(folder: Path) -> None:
-    """Compare webhooks per second between the service on SQLite and bare sqlite3 statements."""
-    ours, bare = [], []
-    url = f"sqlite:///{folder}/service.db"
-    migrate(url, CLERK)
-    migrate(f"sqlite:///{folder}/bare.db", CLERK)
-    with serving(url, CLERK, folder / "sqlite.log") as server:
-        for _ in range(5):
-            result = apply_load(server.port, webhooks(CLERK), 3)
-            assert not result.errors, result.statuses
-            ours.append(result.rate)
-            bare.append(_bare_sqlite(folder / "bare.db", 3))
-    line(
-        "sqlite",
-        "webhooks per second, relative to the bare statements in sqlite3",
-        f"{median_ratio(ours, bare):.2f}",
-    )
-
-
-def _bare_sqlite(file: Path, seconds: float) -> float:
-    connection = bare_sqlite.connect(file)
-    began, count = time.monotonic(), 0
-    while time.monotonic() - began < seconds:
-        key = f"{time.monotonic_ns()}{os.urandom(8).hex()}"
-        bare_sqlite.write_message(connection, f"user_{key}", f"msg_{key}")
-        count += 1
-    connection.close()
-    return count / (time.monotonic() - began)
 
 
 def measure_start(folder: Path) -> None:
@@ -305,23 +228,19 @@ def _together(first: Callable[[], Result], second: Callable[[], Result]) -> tupl
     return results[0], results[1]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the selected parts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only", choices=["floor", "scale", "sqlite", "start", "memory", "overload"]
-    )
-    parser.add_argument("--largest", type=int, default=1_000_000, help="largest number of users")
+    parser.add_argument("--only", choices=["scale", "start", "memory", "overload"])
+    parser.add_argument("--largest", type=int, default=1_000_000, help="the most users of scale")
     parser.add_argument(
         "--thorough", action="store_true", help="200,000 requests for memory, a minute of overload"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     parts: dict[str, Callable[[Path], None]] = {
-        "floor": measure_floor,
         "start": measure_start,
-        "sqlite": measure_sqlite,
         "scale": lambda folder: measure_scale(options.largest, folder),
         "memory": lambda folder: measure_memory(folder, 200_000 if options.thorough else 20_000),
         "overload": lambda folder: measure_overload(folder, 60 if options.thorough else 10),

@@ -10,8 +10,9 @@ load on the machine affects all functions equally. The figures are medians of th
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import cycle
 from statistics import median
@@ -98,8 +99,11 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: median(times) for name, times in rounds.items()}
 
 
-def main() -> None:
-    """Print each function's duration and its ratio to the duration of every other function."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table with a row for each function and its ratio to every other one."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     times = measure(subjects())
     print(f"{'':30}{'µs':>9}" + "".join(f"{'/ ' + name:>32}" for name in times))
     for name, own in times.items():

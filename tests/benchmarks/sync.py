@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing import Process
 from urllib.parse import parse_qs, urlsplit
@@ -91,11 +92,11 @@ def serve(port: int, count: int) -> None:
     Server(("127.0.0.1", port), Api).serve_forever()
 
 
-def main() -> None:
-    """Sync into an empty table, then into a full one, and print the figures for both."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sync into an empty table, then into a full one, and print the figures of both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
-    count = parser.parse_args().users
+    count = parser.parse_args(argv).users
     clerk, port = FakeClerk(), free_port()
     api = Process(target=serve, args=(port, count), daemon=True)
     api.start()

@@ -1,0 +1,43 @@
+"""The command that runs the benchmarks; the benchmarks themselves are run manually."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from clerkhooks.settings import PROJECT
+from tests.benchmarks.__main__ import SHORT, find_benchmarks, main
+
+NAMES = {
+    *("bare_sqlite", "console", "disk", "flood", "floor", "service", "session_tokens", "sync"),
+}
+
+
+def test_lists_every_benchmark() -> None:
+    """``--help`` prints a line for each benchmark, and runs none."""
+    command = [sys.executable, "-m", "tests.benchmarks", "--help"]
+    ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    listed = {line.split()[0] for line in ended.stdout.splitlines() if line.startswith("  ")}
+    assert listed >= NAMES
+
+
+def test_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled name ends with status 2 before anything runs."""
+    with pytest.raises(SystemExit) as ended:
+        main(["service", "sevrice"])
+    assert ended.value.code == 2
+    assert "no such benchmark: sevrice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(find_benchmarks()))
+def test_each_benchmark_explains_its_options(name: str) -> None:
+    """``--help`` of a benchmark names the options that a short run uses."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--help"]
+    ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert all(
+        option in ended.stdout for option in SHORT.get(name, "").split() if option.startswith("--")
+    )
