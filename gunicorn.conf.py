@@ -9,6 +9,7 @@ import gevent.monkey
 gevent.monkey.patch_all()
 
 import atexit  # noqa: E402
+import gc  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
@@ -64,6 +65,16 @@ def on_starting(_server: Any) -> None:
             "Set CLERK_JWT_KEY or CLERK_PUBLISHABLE_KEY. Until then, protected routes return 503."
         )
         logger.warning("keys_not_configured", extra={"remedy": remedy})
+
+
+def when_ready(_server: Any) -> None:
+    """
+    Exempt what is loaded so far from garbage collection, before the first worker is forked.
+
+    A collection in a worker would write to these objects, and so copy memory that workers share.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def post_fork(server: Any, _worker: Any) -> None:

@@ -418,6 +418,9 @@ print(found["bind"], found["workers"], found["worker_class"], found["preload_app
 assert "flask" not in sys.modules
 import psycopg.waiting
 assert psycopg.waiting.wait is not psycopg.waiting.wait_c  # which would block every greenlet
+import gc, wsgi
+found["when_ready"](None)
+assert not any(each is wsgi.app for each in gc.get_objects())  # workers share its memory
 """
 
 
