@@ -39,10 +39,10 @@ _SUPERUSER = "postgres"
 
 
 class Node:
-    """A PostgreSQL server on a Unix socket in its own directory."""
+    """A PostgreSQL server on a Unix socket in its own directory, and on *address* if given."""
 
-    def __init__(self, home: Path, bin_path: Path, user: str | None) -> None:
-        self.home, self._bin, self._user = home, bin_path, user
+    def __init__(self, home: Path, bin_path: Path, user: str | None, address: str = "") -> None:
+        self.home, self._bin, self._user, self._address = home, bin_path, user, address
 
     def run(self, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs as the server's user."""
@@ -53,8 +53,9 @@ class Node:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        options = ("-w", "-o", f"-h '' -k {self.home}", "-l", str(self.home / "server.log"))
-        # The server inherits pg_ctl's pipes and keeps them open, so capturing them would hang.
+        listen = f"-h '{self._address}' -k {self.home}"
+        options = ("-w", "-o", listen, "-l", str(self.home / "server.log"))
+        # The server inherits pg_ctl's pipes and keeps them open, so no output is captured.
         subprocess.run(
             [str(self._bin / "pg_ctl"), "-D", str(self.home), *options, "start"],
             user=self._user,

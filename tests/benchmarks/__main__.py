@@ -25,6 +25,8 @@ SHORT = {
     "flood": "--messages 10000 --held 1000",
     "floor": "--rounds 3",
     "bare_sqlite": "--rounds 3",
+    "hosts": "--seconds 4",
+    "memory": "--requests 8000",
     "scale": "--users 10000 100000 --rounds 2 --seconds 2",
     "service": "--largest 100000",
     "sync": "--users 50000",
