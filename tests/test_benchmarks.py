@@ -12,7 +12,7 @@ from tests.benchmarks.__main__ import SHORT, find_benchmarks, main
 
 NAMES = {
     *("bare_sqlite", "console", "disk", "flood", "floor", "service", "session_tokens", "sync"),
-    *("hosts", "memory"),
+    *("cold", "hosts", "memory"),
 }
 
 

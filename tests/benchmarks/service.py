@@ -3,48 +3,29 @@ Measure the service under load and print a table.
 
     python -m tests.benchmarks.service [--only PART] [--largest 1000000] [--thorough]
 
-The parts are ``scale`` (more users), ``start`` (compared with a bare Flask application), ``memory``
-and ``overload``. The load is generated on the same machine; ratios compare alternating rounds of
-one run.
+The parts are ``scale`` (more users) and ``overload``. The load is generated on the same machine;
+ratios compare alternating rounds of one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
-import statistics
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psycopg
 
 from clerkhooks.clerk.fake import FakeClerk
-from clerkhooks.settings import PROJECT
 from tests.benchmarks.disk import USERS
 from tests.benchmarks.load import Result, apply_load, calls, median_ratio, unsigned, webhooks
 from tests.conftest import migrate, started_postgresql
-from tests.server import Server, environ, free_port, serving, web_command
+from tests.server import serving
 from tests.support import join
 
 CLERK = FakeClerk()
-ONE = "user_" + "a" * 27
-BARE = """
-import cryptography.hazmat.primitives.asymmetric.rsa
-import dotenv, flask_cors, flask_migrate, flask_sqlalchemy
-import httpx, jwt, psycopg, sqlalchemy, standardwebhooks
-from flask import Flask
-app = Flask("bare")
-@app.get("/healthz")
-def healthz():
-    return {}
-"""
 
 
 def line(part: str, what: str, value: str) -> None:
@@ -92,96 +73,6 @@ def _database(url: str, name: str) -> str:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return url.replace("/postgres?", f"/{name}?")
-
-
-def measure_start(folder: Path) -> None:
-    """Compare the start-up time with the start-up time of a bare Flask application."""
-    url = f"sqlite:///{folder}/start.db"
-    migrate(url, CLERK)
-    (folder / "bare.py").write_text(BARE)
-    ours, bare = [], []
-    for _ in range(7):
-        ours.append(
-            _start(
-                web_command(),
-                PROJECT,
-                CLERK.environ | {"DATABASE_URL": url, "WEB_CONCURRENCY": "2"},
-            )
-        )
-        port = free_port()
-        options = ["--preload", "-w", "2", "-k", "gevent", "-b", f"127.0.0.1:{port}"]
-        bare.append(
-            _start([sys.executable, "-m", "gunicorn", *options, "bare:app"], folder, {}, port)
-        )
-    line(
-        "start",
-        "start to the first 200, relative to bare Flask with the same imports",
-        f"{median_ratio(ours, bare):.2f}",
-    )
-
-
-def _start(
-    command: list[str], cwd: Path, variables: dict[str, str], port: int | None = None
-) -> float:
-    port = port or free_port()
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environ(**variables | {"PORT": str(port)}),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    server = Server(process, "", port, Path(os.devnull), CLERK)
-    deadline = began + 60
-    while True:
-        assert time.monotonic() < deadline, "the server did not start within a minute"
-        with contextlib.suppress(OSError):
-            if server.request("GET", "/healthz").status == 200:
-                break
-        assert process.poll() is None, "the server has exited"
-        time.sleep(0.002)
-    took = time.monotonic() - began
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
-    return took
-
-
-def measure_memory(folder: Path, requests: int) -> None:
-    """Measure the proportional set size of the workers and its growth."""
-    with started_postgresql() as url:
-        migrate(url, CLERK)
-        with serving(url, CLERK, folder / "memory.log") as server:
-            sizes = [_megabytes(server)]
-            for count in (10_000, requests):
-                done = 0
-                while done < count:
-                    answered = (
-                        apply_load(server.port, webhooks(CLERK), 4).statuses[200]
-                        + apply_load(server.port, calls(CLERK, [ONE]), 4).statuses[200]
-                    )
-                    assert answered, "the server has stopped answering"
-                    done += answered
-                sizes.append(_megabytes(server))
-    line(
-        "memory",
-        "a worker after its start / after 10,000 requests",
-        f"{sizes[0]:.0f} MB / {sizes[1]:.0f} MB",
-    )
-    line("memory", f"a worker after {requests:,} more", f"{sizes[2]:.0f} MB")
-
-
-def _megabytes(server: Server) -> float:
-    """Return the mean proportional set size of a worker."""
-    children = (
-        Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    )
-    sizes = []
-    for pid in children:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        sizes.append(int(rollup.partition("\nPss:")[2].split()[0]) / 1024)
-    return statistics.mean(sizes)
 
 
 def measure_overload(folder: Path, seconds: float) -> None:
@@ -233,16 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["scale", "start", "memory", "overload"])
+    parser.add_argument("--only", choices=["scale", "overload"])
     parser.add_argument("--largest", type=int, default=1_000_000, help="the most users of scale")
-    parser.add_argument(
-        "--thorough", action="store_true", help="200,000 requests for memory, a minute of overload"
-    )
+    parser.add_argument("--thorough", action="store_true", help="a minute of overload")
     options = parser.parse_args(argv)
     parts: dict[str, Callable[[Path], None]] = {
-        "start": measure_start,
         "scale": lambda folder: measure_scale(options.largest, folder),
-        "memory": lambda folder: measure_memory(folder, 200_000 if options.thorough else 20_000),
         "overload": lambda folder: measure_overload(folder, 60 if options.thorough else 10),
     }
     for name, measure in parts.items():
