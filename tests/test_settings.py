@@ -755,7 +755,7 @@ import clerkhooks
 for name in clerkhooks.__all__:
     getattr(clerkhooks, name)
 assert set(dict.items(os.environ)) == set(before.items())
-heavy = {"gevent", "gunicorn", "prometheus_client", "pytest"} & set(sys.modules)
+heavy = {"gevent", "gunicorn", "prometheus_client", "pytest", "svix"} & set(sys.modules)
 assert not heavy, heavy
 for name in (None, "clerkhooks"):
     assert not logging.getLogger(name).handlers
