@@ -190,7 +190,7 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
         sa.Column("processed_at", UTCDateTime),
         sa.Column("error", sa.Text),
         sa.Index(f"ix_{MESSAGES}_received_at", "received_at"),
-        sa.Index(f"ix_{MESSAGES}_clerk_user_id_received_at", "clerk_user_id", "received_at"),
+        sa.Index(f"ix_{MESSAGES}_clerk_user_id", "clerk_user_id"),
         sa.Index(
             f"ix_{MESSAGES}_failed", "received_at", postgresql_where=failed, sqlite_where=failed
         ),

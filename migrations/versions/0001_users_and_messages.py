@@ -59,11 +59,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("message_id", name="pk_webhook_messages"),
     )
     op.create_index("ix_webhook_messages_received_at", "webhook_messages", ["received_at"])
-    op.create_index(
-        "ix_webhook_messages_clerk_user_id_received_at",
-        "webhook_messages",
-        ["clerk_user_id", "received_at"],
-    )
+    op.create_index("ix_webhook_messages_clerk_user_id", "webhook_messages", ["clerk_user_id"])
     create_partial_index("webhook_messages", "failed", ["received_at"], "outcome = 'failed'")
 
 
