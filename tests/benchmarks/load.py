@@ -8,8 +8,9 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 from tests.support import join
@@ -59,14 +60,16 @@ def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
-        body = event_body(
-            "user.updated",
-            user_data(
-                user_id, email="ada@example.org", first_name="Ada", last_name="L", updated_at=at
-            ),
-            at,
+        user = user_data(
+            user_id, email="ada@example.org", first_name="Ada", last_name="L", updated_at=at
         )
-        yield raw("POST", "/webhooks/clerk", clerk.headers(body), body)
+        yield delivery(clerk, user)
+
+
+def delivery(clerk: FakeClerk, user: dict[str, Any], message_id: str | None = None) -> bytes:
+    """Return a signed ``user.updated`` with the data *user*."""
+    body = event_body("user.updated", user, user["updated_at"])
+    return raw("POST", "/webhooks/clerk", clerk.headers(body, message_id), body)
 
 
 def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
@@ -79,11 +82,12 @@ def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
     return itertools.repeat(raw("POST", "/webhooks/clerk", headers, b"x" * 2000))
 
 
-def calls(clerk: FakeClerk, users: Sequence[str]) -> Iterator[bytes]:
-    """Generate API calls by *users*, ten with each token."""
-    for number in itertools.count():
-        token = clerk.session_token(users[number % len(users)])
-        yield from itertools.repeat(raw("GET", "/api/me", {"Authorization": f"Bearer {token}"}), 10)
+def calls(clerk: FakeClerk, users: Iterable[str], each: int = 10) -> Iterator[bytes]:
+    """Generate API calls of these users, in a loop, *each* with every token."""
+    for user_id in itertools.cycle(users):
+        token = clerk.session_token(user_id)
+        request = raw("GET", "/api/me", {"Authorization": f"Bearer {token}"})
+        yield from itertools.repeat(request, each)
 
 
 def apply_load(
