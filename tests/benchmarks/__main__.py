@@ -28,7 +28,6 @@ SHORT = {
     "hosts": "--seconds 4",
     "memory": "--requests 8000",
     "scale": "--users 10000 100000 --rounds 2 --seconds 2",
-    "service": "--largest 100000",
     "sync": "--users 50000",
 }
 """Options that make a benchmark end within minutes."""
