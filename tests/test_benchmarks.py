@@ -11,7 +11,7 @@ from clerkhooks.settings import PROJECT
 from tests.benchmarks.__main__ import SHORT, find_benchmarks, main
 
 NAMES = {
-    *("bare_sqlite", "console", "disk", "flood", "floor", "service", "session_tokens", "sync"),
+    *("bare_sqlite", "console", "disk", "flood", "floor", "overload", "session_tokens", "sync"),
     *("cold", "hosts", "memory"),
 }
 
@@ -28,7 +28,7 @@ def test_lists_every_benchmark() -> None:
 def test_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelled name ends with status 2 before anything runs."""
     with pytest.raises(SystemExit) as ended:
-        main(["service", "sevrice"])
+        main(["overload", "sevrice"])
     assert ended.value.code == 2
     assert "no such benchmark: sevrice" in capsys.readouterr().err
 

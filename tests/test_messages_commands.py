@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,30 @@ def test_deletes_in_batches(service: Service, count: int) -> None:
     batches = list(messages.prune(state.store, datetime.now(UTC) + timedelta(days=1), batch=3))
     assert (sum(batches), max(batches)) == (count, 3)
     assert service.rows("SELECT count(*) FROM webhook_messages") == [(0,)]
+
+
+def test_continues_within_the_same_time(service: Service) -> None:
+    """A batch may end between two messages that were received at the same time."""
+    for number in range(5):
+        service.outcome(user_event(clerk_id("user")), f"msg_{number}")
+    at = "(SELECT min(received_at) FROM webhook_messages)"
+    service.rows(f"UPDATE webhook_messages SET received_at = {at}")
+    state: State = service.app.extensions["clerkhooks"]
+    before = datetime.now(UTC) + timedelta(days=1)
+    assert list(messages.prune(state.store, before, batch=2)) == [2, 2, 1]
+
+
+def test_pauses_after_each_batch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deliveries get at least as much of the database's time as the deletions."""
+    pauses: list[float] = []
+    monkeypatch.setattr("clerkhooks.store.messages.sleep", pauses.append)
+    for _ in range(3):
+        service.outcome(user_event(clerk_id("user")))
+    state: State = service.app.extensions["clerkhooks"]
+    began = time.monotonic()
+    batches = list(messages.prune(state.store, datetime.now(UTC) + timedelta(days=1), batch=2))
+    assert (len(batches), len(pauses)) == (2, 2)
+    assert 0 < sum(pauses) <= time.monotonic() - began
 
 
 @pytest.mark.parametrize("older_than", ["6d", "167h", "0w"])
