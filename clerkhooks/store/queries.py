@@ -28,7 +28,7 @@ def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
     """
     Return the condition for rows that neither an event nor a sync has filled in.
 
-    The condition includes the condition of the partial index, which must not depend on the version.
+    The partial index has the same condition, but without the version, which every event writes.
     """
     has_no_profile = (users.c.email.is_(None), users.c.image_url.is_(None), is_live(users))
     return sa.and_(users.c.version_updated_at.is_(None), *has_no_profile)

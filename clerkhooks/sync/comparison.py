@@ -63,7 +63,7 @@ class Comparison:
         if self.row is None:
             return True
         version = tuple(getattr(self.row, name) for name in VERSION_COLUMNS)
-        if version[0] is None:  # no profile yet, or a tombstone of user.deleted, which is final
+        if version[0] is None:  # no profile yet, or a tombstone from user.deleted, which is final
             return self.row.deleted_at is None
         return self.row.deleted_at is not None or version < self.snapshot.version
 
