@@ -173,7 +173,7 @@ def follow(page: Page, link: Locator) -> None:
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """Three clicks lead from the overview to the user, and the Back button leads back."""
+    """The user is three clicks away from the overview, and the Back button returns to it."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -216,7 +216,7 @@ def test_pages_through_a_search(visit: Open, story: Story) -> None:
 
 
 def test_runs_all_checks(visit: Open) -> None:
-    """One click leads from the overview to the findings of all checks."""
+    """The overview links to the findings of all checks."""
     page = visit()
     follow(page, page.get_by_role("link", name="Run all checks"))
     assert "Every variable is valid." in page.inner_text("main")
@@ -225,7 +225,7 @@ def test_runs_all_checks(visit: Open) -> None:
 
 @pytest.mark.parametrize("path", ["/users", "/messages"])
 def test_pages(visit: Open, path: str) -> None:
-    """Paging shows each row once. One click leads from the oldest page to the newest."""
+    """Paging shows each row once. The oldest page links to the newest."""
     page, seen = visit(path), set[str]()
     for _ in range(20):
         links = page.locator("tbody a").all()
@@ -260,7 +260,7 @@ def test_filters_messages(visit: Open) -> None:
 
 
 def test_works_without_a_mouse(visit: Open, story: Story) -> None:
-    """The Tab and Enter keys lead from the overview to a user. The focus is always visible."""
+    """A user can be reached with the Tab and Enter keys. The focus is always visible."""
     page = visit()
 
     def press_until(name: str) -> None:
