@@ -142,7 +142,7 @@ def _relay(client: socket.socket, path: str) -> None:
 
 
 class Cluster:
-    """A primary, its synchronous standby, and the address that leads to the primary."""
+    """A primary, its synchronous standby, and an address that forwards to the primary."""
 
     def __init__(self, root: Path, primary: Node, name: str) -> None:
         self._root, self._count, self.name = root, 0, name
@@ -283,7 +283,7 @@ def lost(server: Server, acknowledged: dict[str, str]) -> list[str]:
 
 
 def main(rounds: int) -> int:
-    """Run failovers, alternating crashes and demotions, and print one line for each."""
+    """Run failovers, alternating between crashes and demotions, and print one line for each."""
     clerk = FakeClerk()
     with cluster() as nodes, tempfile.TemporaryDirectory() as folder:
         migrate(nodes.url, clerk)
