@@ -109,9 +109,9 @@ class Backend:
     A fake Clerk instance and its users.
 
     *requests* holds the path and query of each request. *arrivals* holds the monotonic time of each
-    request in seconds. Each request consumes the next of *behaviours*. Once they have all been
-    used, *always* applies if it is set. *before* is called before the response: it may sign users
-    up, delete them, deliver webhooks, or set behaviours.
+    request in seconds. Each request uses the next behaviour from *behaviours*. Once they have all
+    been used, *always* applies if it is set. *before* is called before the response: it may sign
+    users up, delete them, deliver webhooks, or set behaviours.
 
     With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
     does not document whether these users are included. With *shuffles_ties*, users created in the

@@ -54,7 +54,7 @@ class RestartableServer:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Response:
-        """Send one request to the current process."""
+        """Send one request to the running server."""
         return self.server.request(method, path, body, headers)
 
     def __enter__(self) -> Self:

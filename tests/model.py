@@ -83,7 +83,7 @@ class Sent:
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
     """
-    Return the row that *events* must produce, regardless of their order and of repetitions.
+    Return the row that *events* must produce, regardless of their order and any duplicates.
 
     *called* is true if the user called the API before any deletion.
     """

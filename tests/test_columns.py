@@ -123,7 +123,7 @@ def patch(path: str, text: str) -> bytes:
 
 
 def user_id_of(body: bytes) -> str:
-    """Return the id of the user of an event."""
+    """Return the user's id from the body of an event."""
     return str(json.loads(body)["data"]["id"])
 
 
