@@ -77,7 +77,7 @@ def test_sets_only_variables_that_are_read(name: str) -> None:
     "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
 )
 def test_asks_for_the_secret(name: str) -> None:
-    """The files require the secret, except Railway's and Fly's, whose formats cannot."""
+    """Each file requires the secret. Railway's and Fly's formats do not support this."""
     assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
 
 

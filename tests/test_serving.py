@@ -402,7 +402,7 @@ def test_counts_an_empty_variable_as_unset(
     "command", [["flask", "--app", "wsgi", "db", "upgrade"], ["clerkhooks", "users"]]
 )
 def test_ends_commands_with_status_2_if_settings_are_invalid(command: list[str]) -> None:
-    """A command lists every invalid variable without its value and without a traceback."""
+    """A command lists every invalid variable, but prints no values and no traceback."""
     ended = run([sys.executable, "-m", *command], environ(**WRONG))
     assert (ended.returncode, ended.stdout) == (2, "")
     for name in WRONG:

@@ -147,7 +147,7 @@ def test_binds_to_a_unix_socket_below_a_prefix(
 def test_serves_behind_nginx(
     database_url: str, clerk: FakeClerk, tmp_path: Path, buffering: str
 ) -> None:
-    """Nginx uses persistent connections, and forwards bodies buffered or as they arrive."""
+    """The service works behind nginx, with persistent connections and with or without buffering."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         if os.environ.get("REQUIRE_NGINX"):

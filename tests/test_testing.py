@@ -83,7 +83,7 @@ def test_signs_up_a_user(clerk_service: ClerkService, clerkhooks_config: dict[st
 
 
 def test_fails_if_a_sign_up_is_refused(clerk_service: ClerkService) -> None:
-    """A test does not continue without the user that it needs."""
+    """``sign_up`` raises an AssertionError if the service refuses the new user."""
     with pytest.raises(AssertionError, match=r"400.*user_id_malformed"):
         clerk_service.sign_up(id="ada")
 
