@@ -302,7 +302,7 @@ def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
     ],
 )
 def test_accepts_seconds_and_milliseconds(time: float, milliseconds: int) -> None:
-    """A time below 10**11 is in seconds, as in Clerk's examples. Whole floats are accepted."""
+    """A time below 10**11 is in seconds, as in Clerk's examples. Integral floats are accepted."""
     parsed = user_event({"updated_at": time})
     assert parsed.version == Version(milliseconds, milliseconds, "msg_1")
     assert parsed.occurred_at == datetime.fromtimestamp(milliseconds / 1000, UTC)

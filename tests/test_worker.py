@@ -300,7 +300,7 @@ stop()
 
 
 def test_raises_the_descriptor_limit_as_far_as_allowed() -> None:
-    """The limit is raised to the hard limit, but to 65,536 at most, and is never lowered."""
+    """The limit is raised to the hard limit, capped at 65,536, and is never lowered."""
     run("""
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 hard = limits[1]

@@ -152,7 +152,7 @@ def _is_short(value: float | Decimal) -> bool:
     """
     Return whether *value* is finite and does not have too many digits.
 
-    A value such as 1E-999999999 would exhaust the memory.
+    A value such as 1E-999999999 would exhaust memory.
     """
     _, digits, exponent = (value if isinstance(value, Decimal) else Decimal(value)).as_tuple()
     return isinstance(exponent, int) and len(digits) <= MAX_DIGITS and abs(exponent) <= MAX_DIGITS
