@@ -79,7 +79,7 @@ def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> No
     Call *handler* with *event*.
 
     Raises:
-        TypeError: *handler* returned a coroutine or a generator, which nothing would run.
+        TypeError: *handler* returned a coroutine or a generator, which would never run.
     """
     message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
     result = handler(Event(*message, outcome))

@@ -29,7 +29,7 @@ from clerkhooks.store.statements import DELETED_USER, profile_columns
 logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
 BATCH_LOCK_TIMEOUT = "50ms"  # after this timeout, each event of the batch is applied separately
-SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, an event waits in a slot for its locked row
+SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, an event takes a slot and waits for the lock
 TABLE_LOCKED_AFTER = 1.0  # seconds; the lock timeouts do not cover table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)

@@ -148,7 +148,7 @@ def _note_checkin(_connection: object, record: Any) -> None:
 
 
 def _make_poll() -> select.poll:
-    """Return the system's poll. gevent's poll would switch greenlets, even with timeout 0."""
+    """Return an unpatched poll object. gevent's would switch greenlets, even with timeout 0."""
     monkey = sys.modules.get("gevent.monkey")
     return (monkey.get_original("select", "poll") if monkey else select.poll)()
 
