@@ -142,7 +142,7 @@ class BackendApi:
         """
         Return whether Clerk's own error code confirms that the user does not exist.
 
-        The status 404 alone proves nothing: a proxy or a wrong URL can also cause it.
+        A 404 alone proves nothing: a proxy or a wrong URL can also cause it.
         """
         path = f"/users/{quote(user_id, safe='')}"
         return self._retry(lambda: _judge_user(self._send(path), user_id))

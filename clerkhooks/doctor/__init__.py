@@ -66,7 +66,7 @@ def _read_settings(
     values: Mapping[str, Any], kind: type[Settings]
 ) -> tuple[Settings, tuple[Fault, ...]]:
     """
-    Return the settings from the valid variables in *values*, and the faults of the others.
+    Return the settings from the valid variables in *values*, and a fault for each problem.
 
     A placeholder replaces an invalid signing secret, so that the other settings can be checked.
     """

@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def lacks_declared(self) -> bool:
-        """Whether a declared column is not filled, although the row is up to date."""
+        """Whether the row is up to date, except that a declared column is still unfilled."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
