@@ -329,7 +329,7 @@ def test_prints_no_colour_if_asked_to(
     "arguments", [["dev", "--port", "65536"], ["dev", "--nonsense"], ["nonsense"]]
 )
 def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
-    """The exit status of incorrect usage is 2, so that a script can detect it."""
+    """Incorrect usage exits with status 2, so that a script can detect it."""
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 

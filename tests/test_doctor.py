@@ -449,7 +449,7 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """Text output has marks, and JSON output has codes. With an error, the status is 1."""
+    """Text output has marks, and JSON output has codes. An error sets the exit status to 1."""
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0

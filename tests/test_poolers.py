@@ -132,7 +132,7 @@ def test_works_in_transaction_mode(clerk: FakeClerk, empty_url: str) -> None:
 
 
 def test_leaves_no_state_on_server_connections(clerk: FakeClerk, empty_url: str) -> None:
-    """In transaction mode, the next client finds no setting, prepared statement or lock."""
+    """In transaction mode, no setting, prepared statement or lock is left for the next client."""
     with (
         pgbouncer(empty_url, "transaction", default_pool_size="1") as url,
         serving(clerk, url, empty_url, "transaction") as service,
