@@ -182,7 +182,7 @@ class Cluster:
         self._add_standby()
 
     def stop(self) -> None:
-        """Close the address and stop both servers."""
+        """Close the proxy and stop both servers."""
         self.address.close()
         for node in (self.standby, self.primary):
             with suppress(subprocess.CalledProcessError):

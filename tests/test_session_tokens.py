@@ -122,7 +122,7 @@ def reason_of(
 
 
 def sdk_verdict(case: dict[str, Any]) -> str | None:
-    """Return why a recorded case of the SDK is refused here, or None if it is accepted."""
+    """Return why a case recorded from the SDK is refused here, or None if it is accepted."""
     scheme, _, text = case["authorization"].partition(" ")
     if scheme.lower() != "bearer":
         return "token_missing"

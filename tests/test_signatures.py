@@ -44,7 +44,7 @@ def reason_of(
 
 
 def is_accepted(case: dict[str, Any]) -> bool:
-    """Return whether a recorded case of the SDK passes. The SDK parses the body as well."""
+    """Return whether a case recorded from the SDK is accepted. Parse the body, as the SDK does."""
     body = base64.b64decode(case["body_base64"])
     try:
         message = verify_signature(case["headers"], body, [SDK_SECRET], SDK["now"])

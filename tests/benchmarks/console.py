@@ -132,7 +132,7 @@ def pages(state: State, users: int) -> Iterator[tuple[str, str, str | None]]:
 def measure(
     app: Flask, timer: StatementTimer, page: tuple[str, str, str | None], *, explain: bool
 ) -> None:
-    """Print the number of statements of a page, their duration, and the page's duration."""
+    """Print a page's statement count, the time spent in statements, and the total time."""
     name, path, search = page
     client, turns, auth = app.test_client(), [], ("operator", PASSWORD)
     for _ in range(TURNS + 1):
