@@ -156,7 +156,7 @@ class Cluster:
 
     def fail_over(self, *, crash: bool) -> float:
         """
-        Promote the standby and point the address at it; return the monotonic time of promotion.
+        Promote the standby and point the proxy at it; return the monotonic time of promotion.
 
         With *crash*, the old primary is killed. Otherwise, its sessions stay open and become
         read-only, as if a provider had demoted it.
