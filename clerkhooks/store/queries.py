@@ -248,7 +248,7 @@ def list_messages(
     """
     Return a query for messages that were received at *since* or later.
 
-    An argument of None selects all messages.
+    An argument of None is ignored.
     """
     columns = store.messages.c
     conditions: Conditions = []
