@@ -189,7 +189,7 @@ def test_reads_values_back_unchanged(
     assert sync(application, backend)[0] == {"created": 1, "unchanged": 1}
     summary, findings, run = sync(application, backend, check=True)
     assert [finding.fields for finding in findings] == []
-    assert (summary, run.well) == ({"unchanged": 2}, True)
+    assert (summary, run.ok) == ({"unchanged": 2}, True)
     for row in rows_of(application):
         found = {name: getattr(row, name) for name in GOOD}
         if found["moment"].tzinfo is not None:  # on PostgreSQL; SQLite stores no time zone

@@ -266,7 +266,7 @@ def test_stores_valid_values(
         return  # the fake backend cannot send infinity as JSON
     backend.users[user_id] = json.loads(body)["data"]
     summary, findings, run = sync(wide, backend, lambda run: run.sync_some([user_id]), check=True)
-    assert (summary, findings, run.well) == ({"unchanged": 1}, [], True)
+    assert (summary, findings, run.ok) == ({"unchanged": 1}, [], True)
     backend.users[user_id]["updated_at"] = NOW_MS + 1
     assert sync(wide, backend, lambda run: run.sync_some([user_id]))[0] == {"unchanged": 1}
     assert getattr(read(wide, user_id), column) == getattr(row, column)
@@ -382,7 +382,7 @@ def vars_of(user: Any, *names: str) -> tuple[Any, ...]:
     [
         (1000, 1000, "pro", "updated"),
         (1000, 2000, "pro", "updated"),
-        (2000, 1000, None, "fresher_here"),
+        (2000, 1000, None, "newer_here"),
     ],
     ids=["equal", "newer", "older"],
 )
@@ -418,7 +418,7 @@ def test_fills_a_column_declared_later(
     assert check.drifted == (1 if expected else 0)
     assert sync(after, backend)[0] == {result: 1}
     assert read(after, user_id).plan == expected
-    assert sync(after, backend)[0] == {"unchanged" if expected else "fresher_here": 1}
+    assert sync(after, backend)[0] == {"unchanged" if expected else "newer_here": 1}
     older = user_event(user_id, at=min(here, at_clerk) - 1, public_metadata={"plan": "old"})
     assert after.outcome(older) == "stale"
     newer = user_event(user_id, at=3000, public_metadata={"plan": "new"})
@@ -447,7 +447,7 @@ def test_does_not_overwrite_a_newer_webhook(
             assert application.outcome(deletion(deleted)) == "applied"
 
     backend.before = deliver_meanwhile
-    assert sync(application, backend)[0] == {"fresher_here": 2}
+    assert sync(application, backend)[0] == {"newer_here": 2}
     assert [read(application, user_id).plan for user_id in ids] == [None, None]
 
 

@@ -241,32 +241,32 @@ def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
         "updated",
         "unchanged",
         "unfilled",
-        "fresher",
+        "newer",
         "deleted",
         "gone",
         "gone and new",
     )
     users = {name: backend.sign_up(at=LONG_AGO + number) for number, name in enumerate(names)}
-    for name in ("updated", "unchanged", "fresher", "gone", "deleted"):
+    for name in ("updated", "unchanged", "newer", "gone", "deleted"):
         syncing.clerk_service.deliver("user.created", backend.users[users[name]])
     syncing.call(users["unfilled"])
     backend.update(users["updated"], first_name="Grace", updated_at=LONG_AGO + 100)
     syncing.clerk_service.deliver(
         "user.updated",
-        backend.users[users["fresher"]] | {"first_name": "Grace", "updated_at": LONG_AGO + 100},
+        backend.users[users["newer"]] | {"first_name": "Grace", "updated_at": LONG_AGO + 100},
     )
     syncing.deliver(deletion(users["deleted"]))
     make_old(syncing)
     syncing.call(users["gone and new"])
     backend.delete(users["gone"])
     backend.delete(users["gone and new"])
-    expected = {"created": 1, "updated": 2, "unchanged": 1, "fresher_here": 2, "tombstoned": 1}
+    expected = {"created": 1, "updated": 2, "unchanged": 1, "newer_here": 2, "tombstoned": 1}
     assert sync(syncing, backend)[0] == expected
     assert syncing.user(users["updated"], ("name",)) == ("Grace Lovelace",)
-    assert syncing.user(users["fresher"], ("name",)) == ("Grace Lovelace",)
+    assert syncing.user(users["newer"], ("name",)) == ("Grace Lovelace",)
     assert syncing.user(users["gone"]) == (None, "Deleted User", None)
     assert syncing.user(users["gone and new"], ("name",)) == ("New User",)
-    assert sync(syncing, backend)[0] == {"unchanged": 4, "fresher_here": 2}
+    assert sync(syncing, backend)[0] == {"unchanged": 4, "newer_here": 2}
 
 
 def test_revives_an_inferred_tombstone_only(syncing: Service, backend: Backend) -> None:
@@ -293,7 +293,7 @@ def test_revives_an_inferred_tombstone_only(syncing: Service, backend: Backend) 
     assert sync(syncing, backend, force=True)[0] == {}, "the row is newer than the run"
     assert syncing.outcome(deletion(user_id)) == "applied"
     backend.sign_up(user_id, at=later + 60_000)
-    assert sync(syncing, backend)[0] == {"fresher_here": 1}
+    assert sync(syncing, backend)[0] == {"newer_here": 1}
     assert syncing.user(user_id, ("name",)) == ("Deleted User",)
 
 
@@ -316,7 +316,7 @@ def test_stops_before_it_deletes_too_many(
     for user_id in users[:gone]:
         backend.delete(user_id)
     summary, _, run = sync(syncing, backend)
-    assert (summary.get("tombstoned", 0), bool(run.withheld), run.well) == (
+    assert (summary.get("tombstoned", 0), bool(run.withheld), run.ok) == (
         0 if withheld else gone,
         bool(withheld),
         not withheld,
@@ -393,7 +393,7 @@ def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backe
     summary, findings, run = sync(syncing, backend)
     assert summary == {"created": 1, "failed": len(ODD)}
     assert syncing.user(user_id, ("name",)) == ("ada",)
-    assert not run.well
+    assert not run.ok
     assert [(finding.user_id, finding.reason) for finding in findings] == [
         (None, "user_id_malformed")
     ] * 8 + [(ODD[-1]["id"], "updated_at_missing")]
@@ -415,7 +415,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     before = syncing.rows("SELECT * FROM users ORDER BY id")
     _, findings, run = sync(syncing, backend, check=True)
     assert syncing.rows("SELECT * FROM users ORDER BY id") == before
-    assert (run.drifted, run.well) == (4, False)
+    assert (run.drifted, run.ok) == (4, False)
     assert {finding.kind: finding.user_id for finding in findings} == {
         "missing_here": users["new"],
         "differs": users["differs"],
@@ -427,7 +427,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     assert fields == {"name": ("Ada Lovelace", "Grace Lovelace"), "image_url": (image, None)}
     assert "Grace" not in repr(findings), "the repr may be logged"
     sync(syncing, backend)
-    assert sync(syncing, backend, check=True)[2].well
+    assert sync(syncing, backend, check=True)[2].ok
 
 
 def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
@@ -486,7 +486,7 @@ def test_does_not_overwrite_a_concurrent_webhook(syncing: Service, backend: Back
     # On SQLite no other connection can write after BEGIN.
     is_sqlite = syncing.database_url.startswith("sqlite")
     with on_statement(syncing, "BEGIN" if is_sqlite else "WITH r AS", deliver_meanwhile):
-        assert sync(syncing, backend)[0] == {"fresher_here": 3}
+        assert sync(syncing, backend)[0] == {"newer_here": 3}
     assert [syncing.user(users[name], ("name",)) for name in names] == [
         ("Grace Lovelace",),
         ("Deleted User",),
@@ -587,7 +587,7 @@ def test_deletes_nobody_with_the_key_of_another_instance(
         backend.sign_up(at=LONG_AGO)
     summary, _, run = sync(syncing, backend)
     assert "tombstoned" not in summary
-    assert (run.withheld > 0, run.well) == (True, False)
+    assert (run.withheld > 0, run.ok) == (True, False)
     assert sync(syncing, backend, force=True)[0]["tombstoned"] == count
 
 

@@ -50,9 +50,9 @@ def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
     assert first.stderr.splitlines() == ["users at Clerk", "rows only here"]
     second = run(syncing, "--json")
     zeros = dict.fromkeys(
-        ("created", "updated", "fresher_here", "tombstoned", "unknown", "failed", "withheld"), 0
+        ("created", "updated", "newer_here", "tombstoned", "unknown", "failed", "withheld"), 0
     )
-    assert objects(second) == [{"summary": zeros | {"unchanged": 3, "well": True}}]
+    assert objects(second) == [{"summary": zeros | {"unchanged": 3, "ok": True}}]
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:

@@ -113,7 +113,7 @@ def test_shows_a_user_and_the_source_of_the_row(service: Service, people: dict[s
         "Ada Lovelace",
         "-",
     )
-    assert lines["filled"].startswith("by   webhook, as of 20")
+    assert lines["source"].startswith("webhook, as of 20")
     assert "msg_late" in shown.stdout
     whole = json.loads(run(service, "user", people["ada"], "--json").stdout)
     assert (whole["user"]["source"], whole["user"]["version_updated_at"]) == ("webhook", NOW_MS)
@@ -132,7 +132,7 @@ def test_names_the_source_of_each_row(service: Service, people: dict[str, str]) 
         "unfilled": "first call",
         "deleted": "user.deleted",
     }
-    assert "filled by   first call\n" in run(service, "user", people["unfilled"]).stdout
+    assert "source      first call\n" in run(service, "user", people["unfilled"]).stdout
 
 
 def test_reports_an_unknown_user(service: Service) -> None:
@@ -247,7 +247,7 @@ def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_
     assert [user["id"] for user in json.loads(listed.stdout)["users"]] == [user_id]
     shown = flask_clerk("user", user_id)
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert "filled by   first call\n" in shown.stdout
+    assert "source      first call\n" in shown.stdout
     assert flask_clerk("log").stdout == "No messages found.\n"
     assert flask_clerk("prune", "--json").stdout == '{"pruned": 0}\n'
     assert "5000/webhooks/clerk does not respond" in flask_clerk("send", "user.created").stderr

@@ -70,7 +70,7 @@ def list_users(
         click.echo("No users found.")
         return
     rows = [(user.id, user.name, user.email, user.created_at, user.source) for user in page]
-    print_table(("id", "name", "email", "created_at", "filled by"), rows)
+    print_table(("id", "name", "email", "created_at", "source"), rows)
     if following:
         click.echo(f"\nNext page: --after {following}", err=True)
 
@@ -114,7 +114,7 @@ def _print_user(user: queries.UserReport) -> None:
     as_of = f", as of {printable(user.as_of)} UTC" if user.as_of else ""
     message_id = user.version_message_id
     message = f", message {printable(message_id)}" if message_id else ""
-    click.echo(f"{'filled by':<12}{user.source}{as_of}{message}")
+    click.echo(f"{'source':<12}{user.source}{as_of}{message}")
 
 
 clerk = AppGroup(

@@ -78,7 +78,7 @@ def sync(
         else:
             run.sync_all()
     is_unknown = user_ids and run.counts[Result.UNKNOWN]
-    context.exit(0 if run.well and not is_unknown else 1)
+    context.exit(0 if run.ok and not is_unknown else 1)
 
 
 def _print_finding(finding: Finding) -> None:
@@ -115,7 +115,7 @@ def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:
 
 def _print_json_summary(run: Reconciliation, finished: bool) -> None:
     drift = {"drift": run.drifted} if run.check else {}
-    state = {"withheld": run.withheld, "well": run.well and finished}
+    state = {"withheld": run.withheld, "ok": run.ok and finished}
     click.echo(json.dumps({"summary": run.summary() | drift | state}))
 
 

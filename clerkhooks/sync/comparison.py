@@ -18,7 +18,7 @@ class Result(StrEnum):
     CREATED = "created"
     UPDATED = "updated"
     UNCHANGED = "unchanged"
-    FRESHER_HERE = "fresher_here"
+    NEWER_HERE = "newer_here"
     TOMBSTONED = "tombstoned"
     UNKNOWN = "unknown"
     FAILED = "failed"
@@ -90,4 +90,4 @@ class Comparison:
         if self.kind == "differs" and not self.fields:
             return Result.UNCHANGED
         is_written = self.is_behind or self.lacks_declared
-        return Result.UPDATED if is_written else Result.FRESHER_HERE
+        return Result.UPDATED if is_written else Result.NEWER_HERE

@@ -64,7 +64,7 @@ class Reconciliation:
         return {result.value: self.counts[result] for result in Result}
 
     @property
-    def well(self) -> bool:
+    def ok(self) -> bool:
         """Whether the table matches Clerk's data after the sync, or matched it in a check."""
         return not (self.counts[Result.FAILED] or self.withheld or self.drifted)
 
@@ -181,7 +181,7 @@ class Reconciliation:
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
         counts = Counter(
-            Result.FRESHER_HERE if each.snapshot.user_id in missed else each.result
+            Result.NEWER_HERE if each.snapshot.user_id in missed else each.result
             for each in compared
         )
         counts[Result.UNCHANGED] += len(snapshots) - len(compared)
