@@ -51,7 +51,7 @@ class DedicatedPostgreSQL:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Crash, and start again when the block ends."""
+        """Crash the server, and restart it when the block ends."""
         self.crash()
         try:
             yield

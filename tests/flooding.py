@@ -107,7 +107,11 @@ class Sent:
         self.latencies.setdefault(status, []).append(seconds)
 
     def quantile(self, share: float, status: int = 200) -> float:
-        """Return the *share* quantile of the latencies, in seconds, for responses with *status*."""
+        """
+        Return a quantile of the latencies of responses with *status*, in seconds.
+
+        *share* is 0.5 for the median.
+        """
         found = sorted(self.latencies[status])
         return found[min(len(found) - 1, int(share * len(found)))]
 

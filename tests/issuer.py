@@ -195,7 +195,7 @@ def fetched(keys: FetchedKeys) -> FetchedKeys:
 def refusal_reason(
     keys: FetchedKeys | SessionVerifier, clerk: FakeClerk, kid: str = KID
 ) -> str | None:
-    """Return why a new token of *clerk* is refused, or None if it is valid."""
+    """Return the reason why a new token from *clerk* is refused, or None if it is valid."""
     verifier = keys if isinstance(keys, SessionVerifier) else SessionVerifier(keys, TokenRules())
     try:
         verifier.verify(clerk.session_token(clerk_id("user"), header={"kid": kid}), time.time())

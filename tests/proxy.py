@@ -71,7 +71,7 @@ def socks_refusing(proxy: Proxy, client: socket.socket) -> bool:
 
 
 def socks_password(proxy: Proxy, client: socket.socket) -> bool:
-    """Ask for a password and wait for it."""
+    """Require a password, and record how many bytes the client sends in reply."""
     client.recv(3)
     client.sendall(b"\x05\x02")
     proxy.targets.append(f"{len(client.recv(4096))} bytes")

@@ -136,7 +136,7 @@ def serving(
     """
     Run the server with two workers until the block ends.
 
-    *command* replaces the Procfile's web line. *host* is where the server can be reached.
+    *command* replaces the Procfile's web command. *host* is the address that clients connect to.
     """
     log.unlink(missing_ok=True)
     options: dict[str, Any] = {"command": command, "host": host, **variables}
