@@ -46,7 +46,7 @@ class PausePoint:
 
 class FailingHandler:
     """
-    A handler that fails on the first message or, with *always*, on every message.
+    A handler that fails on the first message, or on every message if *always* is true.
 
     It pauses at *meanwhile* before it raises an exception, and at *later* if it raises no
     exception.
@@ -180,7 +180,7 @@ def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]
 
 
 def wait_until_blocked(service: Service, answer: Future[TestResponse]) -> None:
-    """Wait until PostgreSQL shows that the request for *answer* is waiting for a lock."""
+    """Wait until PostgreSQL reports a lock wait; fail if *answer* has already arrived."""
     if not service.database_url.startswith("sqlite"):
         query = (
             "SELECT count(*) FROM pg_stat_activity"
@@ -197,8 +197,8 @@ def run_contending(
     """
     Pause *first* before its commit until *second* waits for its lock; return the responses.
 
-    After the pause, *first* commits or, with *fails*, rolls back. With *plain*, *second* runs
-    without a handler and is executed in a batch.
+    After the pause, *first* commits, or rolls back if *fails* is true. If *plain* is true,
+    *second* runs without a handler and is executed in a batch.
     """
     point = PausePoint()
     handler = FailingHandler(meanwhile=point) if fails else point
@@ -213,7 +213,7 @@ def run_contending(
 
 
 def overtake(point: PausePoint, first: Request, second: Request) -> list[TestResponse]:
-    """Run *second* to the end while *first* is paused at *point*; return both responses."""
+    """Run *second* to completion while *first* is paused at *point*; return both responses."""
     with paused(point, first) as one:
         two = second()
         point.released.set()
@@ -222,7 +222,11 @@ def overtake(point: PausePoint, first: Request, second: Request) -> list[TestRes
 
 @contextmanager
 def uncommitted_first_call(service: Service, user_id: str) -> Iterator[Callable[[], None]]:
-    """Insert the row of a first call in an open transaction; yield a function that commits it."""
+    """
+    Insert a user's row, as the user's first call does, but do not commit it.
+
+    Yield a function that commits the transaction.
+    """
     store = service.app.extensions["clerkhooks"].store
     now = datetime.now(UTC)
     moments = dict.fromkeys(("last_seen", "created_at", "updated_at"), now)
