@@ -158,7 +158,7 @@ class Cluster:
         """
         Promote the standby and point the proxy at it; return the monotonic time of promotion.
 
-        With *crash*, the old primary is killed. Otherwise, its sessions stay open and become
+        If *crash* is true, the old primary is killed. Otherwise, its sessions stay open and become
         read-only, as if a provider had demoted it.
         """
         old = self.primary
@@ -244,7 +244,11 @@ class Sender:
 
 
 def fail_over(cluster: Cluster, server: Server, *, crash: bool) -> tuple[float, bool]:
-    """Fail over; return the seconds until ``/readyz`` was 200 again, and whether it was 503."""
+    """
+    Fail over; return the recovery time in seconds, and whether ``/readyz`` returned 503.
+
+    Recovery begins at the promotion and ends when ``/readyz`` returns 200 ten times in a row.
+    """
     was_unready = threading.Event()
     watched = threading.Event()
 
