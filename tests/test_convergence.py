@@ -82,7 +82,11 @@ class Run:
         self.log[event.message_id] = (outcome, was[1] + 1)
 
     def fail(self, event: Sent) -> None:
-        """Deliver with a failing handler. This changes only the log, or nothing for a duplicate."""
+        """
+        Deliver with a failing handler.
+
+        A duplicate changes nothing. Any other delivery changes only the log.
+        """
         outcome, attempts = self.log.get(event.message_id, ("failed", 0))
         with registered_handler(self.service.app, raise_always):
             status = self.service.deliver(event.body, event.message_id).status_code
