@@ -62,7 +62,7 @@ def test_reads_the_organization_as_clerks_sdk_does() -> None:
 
 
 def test_reads_the_packed_permissions() -> None:
-    """The numbers in ``fpm`` apply to the organization's features, not to the user's ``u:ai``."""
+    """``fpm`` applies to the organization's features, not to the user's feature ``u:ai``."""
     assert parse_organization(PRO) == Organization(
         "org_1", "acme", "org:admin", ("org:notes:read", "org:notes:manage", "org:teams:manage")
     )
@@ -124,7 +124,7 @@ names = st.sampled_from(
 
 @given(st.dictionaries(names, values | st.just(2)))
 def test_tolerates_any_claims(claims: dict[str, Any]) -> None:
-    """With any claims, a session's properties are readable, and ``has()`` returns a bool."""
+    """Properties are readable and ``has()`` returns a bool, regardless of the claims."""
     held = session(claims)
     assert held.organization is None or held.organization.id
     assert (held.actor is None) or held.impersonated

@@ -97,7 +97,7 @@ def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
 
 
 def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
-    """A page has the maximum length, and the next page begins at the offset."""
+    """Users are listed oldest first, starting at the offset, with up to 500 on a page."""
     ids_ = sign_up(backend, 502)
     assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [
         ids_[:500],
@@ -136,7 +136,7 @@ def test_refuses_more_than_a_hundred_ids(api: BackendApi, backend: Backend) -> N
 
 
 def test_finds_no_user_without_ids(api: BackendApi, backend: Backend) -> None:
-    """Without ids, no request is sent, because Clerk would list all users."""
+    """For an empty list of ids, no request is sent, because Clerk would list all users."""
     sign_up(backend, 3)
     assert (api.find_users([]), backend.requests) == ([], [])
 
@@ -294,7 +294,7 @@ def test_limits_the_time_of_an_exchange_on_a_kept_connection(backend: Backend) -
 
 
 def test_reports_a_refused_connection() -> None:
-    """If the connection is still refused after some retries, the API counts as unreachable."""
+    """If the connection is refused on every attempt, the API is reported as unreachable."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with BackendApi(f"http://127.0.0.1:{port}", SECRET_KEY, pace=PACE) as api:
@@ -408,7 +408,7 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
 
 @pytest.mark.parametrize(("kind", "rate"), [("sk_test_", 9), ("sk_live_", 90), ("sk_new_", 9)])
 def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
-    """Requests are limited to 90 % of Clerk's rate limit for the kind of instance."""
+    """Requests are limited to 90% of Clerk's rate limit for the kind of instance."""
     with BackendApi("http://127.0.0.1:9", f"{kind}abc") as api:
         assert api._rate_limit._interval == 1 / rate
 
@@ -468,7 +468,7 @@ def test_never_exceeds_a_rate(
 
 
 def test_keeps_the_rate_over_all_threads() -> None:
-    """Threads that are waiting at the same time start one after another."""
+    """If several threads wait at the same time, they are released one interval apart."""
     limit = RateLimit(0.01)
     began: list[float] = []
     guard = threading.Lock()
