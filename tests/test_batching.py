@@ -201,9 +201,9 @@ def test_raises_a_fresh_exception_per_caller() -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_leaves_no_caller_waiting_if_the_leader_is_killed(alone: bool) -> None:
     """
-    If a stopping worker kills the leader of a batch, the other callers retry without it.
+    If the leader of a batch is killed, the other callers retry without it.
 
-    Later callers also get their results.
+    This happens when a worker is stopped. Later callers also get their results.
     """
     work = Work(bad=("ada",), error=lambda _: SystemExit(1))
     batcher = make_batcher(work)
@@ -350,7 +350,7 @@ def test_does_not_let_a_locked_row_delay_others(
         other.rollback()
         assert waiting.result(TIMEOUT).get_json()["outcome"] == "applied"
     assert outcomes == {"applied"}
-    # The first delivery, the batch, its nine deliveries one by one, and the locked one again.
+    # one statement for the first delivery, one for the batch, nine for its deliveries, one retry
     assert len(written) == 12
     assert took < 1.5, "waited for the lock timeout of two seconds"
 
@@ -449,7 +449,7 @@ def run_with_gevent(*arguments: str) -> str:
     """
     Run the script WITH_GEVENT and return its output.
 
-    The first argument is MAX_IDLE_WAIT. With the second argument "busy", the event loop is never
+    The first argument is MAX_IDLE_WAIT. If the second argument is "busy", the event loop is never
     idle.
     """
     command = [sys.executable, "-c", WITH_GEVENT, *arguments]

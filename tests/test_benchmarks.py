@@ -17,7 +17,7 @@ NAMES = {
 
 
 def test_lists_every_benchmark() -> None:
-    """``--help`` prints a line for each benchmark, and runs none."""
+    """``--help`` lists every benchmark without running any."""
     command = [sys.executable, "-m", "tests.benchmarks", "--help"]
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
@@ -26,7 +26,7 @@ def test_lists_every_benchmark() -> None:
 
 
 def test_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelled name ends with status 2 before anything runs."""
+    """An unknown name causes exit status 2 before any benchmark runs."""
     with pytest.raises(SystemExit) as ended:
         main(["overload", "sevrice"])
     assert ended.value.code == 2
@@ -35,7 +35,7 @@ def test_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(find_benchmarks()))
 def test_each_benchmark_explains_its_options(name: str) -> None:
-    """``--help`` of a benchmark names the options that a short run uses."""
+    """Each benchmark's ``--help`` lists the options that a short run uses."""
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--help"]
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
