@@ -91,7 +91,7 @@ def rows_of(application: Application) -> list[Any]:
 
 
 def deliver(application: Application, **data: Any) -> Any:
-    """Deliver an event of a new user, check that it is applied, and return the row."""
+    """Deliver an event about a new user, check that it is applied, and return the row."""
     user_id = clerk_id("user")
     assert application.outcome(user_event(user_id, **data)) == "applied"
     [row] = [row for row in rows_of(application) if row.id == user_id]

@@ -94,7 +94,7 @@ def make_columns() -> dict[str, Any]:
 def wide(
     request: pytest.FixtureRequest, clerk: FakeClerk, make_database: MakeDatabase
 ) -> Iterator[Application]:
-    """Create an application with all of these columns, on each kind of database."""
+    """Create an application with the columns of ``make_columns``, on each kind of database."""
     application = Application(clerk, make_database(request.param), make_columns())
     application.create_all()
     yield application
@@ -108,7 +108,7 @@ def read(application: Application, user_id: str) -> Any:
 
 
 def patch(path: str, text: str) -> bytes:
-    """Return an event of a new user with *text* (JSON) as the value at *path*."""
+    """Return an event about a new user, with *text* (JSON) as the value at *path*."""
     data = user_data(
         clerk_id("user"),
         email="ada@example.org",

@@ -145,7 +145,7 @@ def test_does_not_use_a_connection_that_the_network_has_dropped(
 
 
 def test_sends_keepalives(service: Service) -> None:
-    """The kernel probes a connection after 30 idle seconds, and drops a dead peer after 4 s."""
+    """The kernel probes an idle connection after 30 s, and drops it after 4 s without a reply."""
     with database_of(service.app).connect() as connection:
         driver: Any = connection.connection.driver_connection
         options = dict(driver.info.get_parameters())

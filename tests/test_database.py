@@ -39,7 +39,7 @@ def database_of(service: Service) -> Database:
 
 
 def show(database: Database, *names: str) -> list[Any]:
-    """Return the values of these settings of a PostgreSQL session."""
+    """Return the values of the PostgreSQL settings *names* in one session."""
     with database.connect() as connection:
         return [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
 
@@ -251,7 +251,7 @@ def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
 def test_limits_its_pool_to_the_configured_size(
     make_application: MakeApplication, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If all connections are in use, a caller waits until the pool's timeout."""
+    """If all connections are in use, a caller fails after the pool's timeout."""
     monkeypatch.setattr(database, "POOL_TIMEOUT", 0.2)
     application = make_application(empty_database, DATABASE_POOL_SIZE=2)
     with application.database.connect(), application.database.connect():

@@ -19,7 +19,7 @@ from tests.support import NOW_MS, ThreadPool, user_event
 
 MAX_SECONDS = 10  # for each request
 CONCURRENCY = 16  # concurrent requests to two workers
-Delivery = tuple[int, float]  # status and seconds
+Delivery = tuple[int, float]  # status and duration in seconds
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_gives_up_on_a_locked_sqlite_file(sqlite_service: Server) -> None:
 
 
 def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Delivery]:
-    """Deliver *messages* (id and body) concurrently; return the status and seconds of each."""
+    """Deliver *messages* (id and body) concurrently; return each status and duration."""
 
     def deliver(message: tuple[str, bytes]) -> Delivery:
         started = time.monotonic()
@@ -153,7 +153,7 @@ def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Deliv
 
 
 def deliver_many(server: Server, count: int) -> list[Delivery]:
-    """Deliver *count* new users concurrently."""
+    """Deliver events about *count* new users concurrently."""
     return deliver_all(
         server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)]
     )
