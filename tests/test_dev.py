@@ -219,7 +219,7 @@ def test_keeps_serving_with_a_token_and_a_console_that_work(
 
 
 def test_logs_requests_once_the_demonstration_is_over() -> None:
-    """Requests of the demonstration are not logged, but later requests are."""
+    """The demonstration's own requests are not logged, but later requests are."""
     with serving() as (process, printed):
         assert '"request"' not in printed
         url, headers = printed_call(printed)
@@ -241,7 +241,11 @@ def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
-    """Each signal stops the command and the server with status 0, no traceback and no files."""
+    """
+    Each signal stops the command with status 0 and without a traceback.
+
+    The server stops as well, and the temporary files are deleted.
+    """
     with serving() as (process, printed):
         assert [path.name for path in temporary.glob("*/*.db")] == ["clerkhooks.db"]
         process.send_signal(number)
@@ -329,7 +333,7 @@ def test_prints_no_colour_if_asked_to(
     "arguments", [["dev", "--port", "65536"], ["dev", "--nonsense"], ["nonsense"]]
 )
 def test_refuses_wrong_use_with_2(arguments: list[str]) -> None:
-    """Incorrect usage exits with status 2, so that a script can detect it."""
+    """Incorrect usage causes exit status 2, so that a script can detect it."""
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 

@@ -265,7 +265,11 @@ def test_compares_no_instances_without_both_keys(
 
 
 def test_reports_what_the_tables_hold(correct: dict[str, str], make_service: MakeService) -> None:
-    """Failed messages and users without a profile are errors. A lack of webhooks is a warning."""
+    """
+    Failed messages and users without a profile are reported as errors.
+
+    A lack of webhooks is reported as a warning.
+    """
     service = make_service(**correct)
     assert levels(correct)["webhook_never_received"] == "warning"
     with broken_users(service):
@@ -319,7 +323,7 @@ def test_compares_the_schema_with_the_code(
 def test_reports_a_read_only_database(
     correct: dict[str, str], make_database: MakeDatabase, clerk: FakeClerk
 ) -> None:
-    """A read-only database, such as a standby, is an error because it cannot store events."""
+    """A read-only database, such as a standby, is reported as an error."""
     url = make_database("postgresql")
     migrate(url, clerk)
     rows(url, f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only TO on")
@@ -449,7 +453,11 @@ def run(monkeypatch: pytest.MonkeyPatch, values: Mapping[str, str], *arguments: 
 def test_prints_findings_and_remedies(
     monkeypatch: pytest.MonkeyPatch, correct: dict[str, str], service: Service
 ) -> None:
-    """Text output has marks, and JSON output has codes. An error sets the exit status to 1."""
+    """
+    The text output has ticks and crosses, and the JSON output has codes.
+
+    An error sets the exit status to 1.
+    """
     del service
     text = run(monkeypatch, correct)
     assert text.exit_code == 0
