@@ -34,7 +34,7 @@ def issuer() -> Iterator[Issuer]:
     ids=["headers", "body without a length", "status line"],
 )
 def test_ends_a_trickling_answer(issuer: Issuer, behaviour: Behaviour) -> None:
-    """A truncated body without a Content-Length looks complete, but is still refused."""
+    """A trickling response times out, even if the body received so far looks complete."""
     issuer.behaviour, start = behaviour, time.monotonic()
     with pytest.raises(TimeoutError):
         download(issuer.url, {}, timeout=0.2, max_size=1_000_000)
@@ -68,7 +68,7 @@ def test_follows_no_redirect(issuer: Issuer) -> None:
 
 
 def test_watches_all_exchanges_of_a_connection_in_one_thread(issuer: Issuer) -> None:
-    """Each exchange has the whole time, and the thread ends with the connection."""
+    """Each exchange gets the full timeout, and the thread ends with the connection."""
     before = set(threading.enumerate())
     issuer.behaviour = GOOD
     connection = Connection(issuer.url, {}, timeout=1, max_size=5)

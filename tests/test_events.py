@@ -160,7 +160,7 @@ def test_refuses_a_body_that_is_not_an_event(reason: str, bodies: list[str]) -> 
     ],
 )
 def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> None:
-    """Without a user id, a user event is refused, because its row is unknown."""
+    """A user event without a valid user id is refused: it cannot be assigned to a row."""
     with pytest.raises(EventError) as refused:
         event({"type": event_type, "data": data})
     assert refused.value.reason == "user_id_malformed"

@@ -117,7 +117,11 @@ def test_processes_each_message_once(clerk_service: ClerkService) -> None:
 
 
 def test_rolls_back_a_failed_message(clerk_service: ClerkService) -> None:
-    """The response to an event without an id is 500. Events of other types still work."""
+    """
+    The response to an event without an id is 500, and no organization is stored.
+
+    Later events are still processed.
+    """
     body = event_body("organization.created", {}, AT)
     assert clerk_service.deliver_body(body, "msg_1").status_code == 500
     assert rows(clerk_service.app, Organization.id) == []
