@@ -70,7 +70,7 @@ class RestartableServer:
 
 
 class FaultInjector:
-    """Kills, stops or reloads processes at random times, and restarts the stopped ones."""
+    """Kills, stops or reloads processes at random times, and restarts them if necessary."""
 
     def __init__(
         self,

@@ -112,7 +112,11 @@ def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
 
 @pytest.mark.parametrize("inclusive", [False, True])
 def test_lists_users_after_a_time(inclusive: bool) -> None:
-    """The time is sent in milliseconds. Clerk decides whether users of that time are included."""
+    """
+    The time is sent in milliseconds.
+
+    Clerk decides whether users who were created at that time are included.
+    """
     with (
         Backend(inclusive=inclusive).open() as backend,
         BackendApi(backend.api_url, SECRET_KEY) as api,
