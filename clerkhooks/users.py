@@ -29,7 +29,7 @@ from clerkhooks.store.statements import DELETED_USER, profile_columns
 logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
 BATCH_LOCK_TIMEOUT = "50ms"  # after this timeout, each event of the batch is applied separately
-SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, an event takes a slot and waits for the lock
+SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, the event waits in _wait_for_row
 TABLE_LOCKED_AFTER = 1.0  # seconds; the lock timeouts do not cover table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
@@ -114,7 +114,7 @@ class Users:
                 user = moved or self._read(user_id)
         finally:
             self._calls.end(began_at)
-        if user is None:  # rows are never removed, so this was a lagging replica
+        if user is None:  # rows are never removed, so a lagging replica responded
             raise RuntimeError("A user's row was not found although it exists.")
         if user.deleted_at is not None:
             raise Unauthenticated("user_deleted")
@@ -139,7 +139,7 @@ class Users:
         """
         Execute *statement* and return the user, or None if no row was written.
 
-        Only one of several concurrent calls writes the row.
+        Of concurrent calls that create a user or update ``last_seen``, only one writes the row.
         """
         rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None

@@ -77,7 +77,11 @@ class ServiceHandler(logging.StreamHandler[Any]):
         self._formatters = {"auto": usual, **formatters}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print *record*, unless it is another application's or the root logger has a handler."""
+        """
+        Print *record*, unless the root logger has a handler, which then prints it.
+
+        Records of applications without a request log are not printed.
+        """
         state = _find_state()
         is_ours = state is None or state.logs_requests
         if is_ours and not logging.getLogger().handlers:  # basicConfig may add one later
@@ -87,7 +91,7 @@ class ServiceHandler(logging.StreamHandler[Any]):
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:
     """
-    Log each request to *app* when the response is ready, and print the lines to stdout.
+    Log each of *app*'s requests when the response is ready, and print the lines to stdout.
 
     If the root logger already has a handler, that handler prints the lines, as it does for Flask's
     own logger.

@@ -1,8 +1,8 @@
 """
 Prometheus metrics of all workers on this host. Imported only if METRICS_TOKEN is set.
 
-prometheus-client reads PROMETHEUS_MULTIPROC_DIR when it is imported. If it is set, values are kept
-in files in that directory, which the workers share.
+prometheus-client reads PROMETHEUS_MULTIPROC_DIR when it is imported. If it is set, the workers
+share their values through files in that directory.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """
 A gunicorn worker that idle and slow clients cannot block.
 
-In gunicorn's own gevent worker, idle connections count towards ``worker_connections``, so enough of
-them keep new clients out. The time for receiving a body is not limited. gunicorn's worker also
-accepts only one connection per iteration of the event loop, even if each iteration serves many
-requests.
+In gunicorn's own gevent worker, idle connections count towards ``worker_connections``, and can
+therefore block new clients. That worker sets no deadline for a body. It accepts only one connection
+per iteration of the event loop, even if each iteration serves many requests.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a
 MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
-ACCEPT_PAUSE = 0.001  # seconds, in which other workers can accept
+ACCEPT_PAUSE = 0.001  # seconds; meanwhile, other workers can accept connections
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -77,7 +76,7 @@ class Connection(socket):  # type: ignore[misc]
         """Receive data. A request must be complete within REQUEST_TIMEOUT of its first byte."""
         size = min(size, MAX_PIECE)
         if self._has_more and time.monotonic() >= self.deadline:
-            return b""  # a client that never pauses causes no wait, so check the deadline here
+            return b""  # recv does not wait while data is available, so check the deadline here
         self._waiting[self] = None
         try:
             received: bytes = super().recv(size, *flags)
@@ -152,7 +151,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""
         # gunicorn looks up about 30 settings for each request. As instance attributes, they are
-        # found without a call to Config.__getattr__, which saves 5 % of the time of a request.
+        # found without a call to Config.__getattr__, which makes requests 5 % faster.
         self.cfg.__dict__.update((name, one.get()) for name, one in self.cfg.settings.items())
         super().init_process()
 
@@ -246,8 +245,8 @@ class _Server(StreamServer):  # type: ignore[misc]
         """
         Serve an accepted connection, and pause before accepting another one.
 
-        Otherwise one of two workers often takes seven of eight connections that arrive together,
-        because the other process is not yet running.
+        Otherwise, if eight connections arrive together, one of two workers often accepts seven of
+        them before the operating system has scheduled the other worker.
         """
         super().do_handle(*arguments)
         self.stop_accepting()
