@@ -31,10 +31,10 @@ worker_class = "clerkhooks.web.worker.Worker"
 worker_connections = min(8000, int(0.8 * raise_descriptor_limit()))
 backlog = 4096
 preload_app = True
-# In seconds. Proxies usually close idle connections earlier, so they never reuse a connection that
-# was closed here.
+# In seconds. Most proxies close idle connections earlier, so they do not reuse a connection that
+# gunicorn has closed.
 keepalive = 75
-timeout = 15  # seconds without a heartbeat until a worker is killed; Svix also waits 15
+timeout = 15  # seconds without a heartbeat before a worker is killed; Svix's timeout is also 15
 graceful_timeout = 12  # seconds; a request takes at most 10
 limit_request_line = 8190
 limit_request_field_size = 32768  # the application handles tokens of up to 16 KiB
@@ -69,7 +69,7 @@ def on_starting(_server: Any) -> None:
 
 def when_ready(_server: Any) -> None:
     """
-    Exempt what is loaded so far from garbage collection, before the first worker is forked.
+    Before the first worker is forked, exempt all existing objects from garbage collection.
 
     A collection in a worker would write to these objects, and so copy memory that workers share.
     """
@@ -78,7 +78,7 @@ def when_ready(_server: Any) -> None:
 
 
 def post_fork(server: Any, _worker: Any) -> None:
-    """Record this worker's connection limit, and start fetching the signing keys."""
+    """Record the limit on database connections, and start fetching the signing keys."""
     from clerkhooks.web.auth import fetch_keys_soon
 
     app = server.app.wsgi()

@@ -33,13 +33,13 @@ def begin_alone(connection: sa.Connection) -> None:
 
 def is_of_others(connection: sa.Connection) -> bool:
     """Return whether the tables exist although no migration is recorded."""
-    # Look for the table first: another process may be migrating.
+    # Look for the version table last: another process may be creating all tables.
     is_found = find_table(connection) is not None
     return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)
 
 
 def run_migrations() -> None:
-    """Migrate, or print the statements with --sql."""
+    """Run the migrations, or print their statements if ``--sql`` is given."""
     metadata, options = migrate.db.metadata, migrate.configure_args
     if context.is_offline_mode():
         url = migrate.db.engine.url.render_as_string(hide_password=False)
