@@ -1,9 +1,9 @@
 """
-Run the benchmarks, each with short defaults, and print what they measure.
+Run the benchmarks with options for short runs, and print the results.
 
     python -m tests.benchmarks [NAME ...]
 
-Without a name, all of them run, one after the other. For longer runs and other options, run one
+Without names, all benchmarks run, one after the other. For longer runs and other options, run one
 benchmark by itself: python -m tests.benchmarks.NAME --help
 """
 
@@ -56,7 +56,7 @@ def run(name: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the named benchmarks; return 1 if one of them failed."""
+    """Run the named benchmarks; return 1 if any of them failed."""
     found = find_benchmarks()
     lines = "\n".join(f"  {name:15} {summary}" for name, summary in found.items())
     parser = argparse.ArgumentParser(

@@ -56,7 +56,7 @@ def healthz():
 
 
 def install(folder: Path) -> Path:
-    """Install the service from wheels; print time and sizes; return the folder of its programs."""
+    """Install the service from wheels; print time and sizes; return the folder of executables."""
     source, wheels, home = folder / "source", folder / "wheels", folder / "venv"
     source.mkdir()
     for path in map(PROJECT.joinpath, SOURCES):  # a build leaves files in the source
@@ -74,7 +74,7 @@ def install(folder: Path) -> Path:
 
 
 def print_sizes(folder: Path) -> None:
-    """Print the size of all installed distributions and of the largest ones."""
+    """Print the total size of all installed distributions, and the sizes of the largest ones."""
     sizes = Counter({one.name: _megabytes(one) for one in distributions(path=[str(folder)])})
     largest = ", ".join(f"{name} {size:.1f}" for name, size in sizes.most_common(8))
     print(f"{f'{len(sizes)} distributions':52} {sizes.total():7.1f} MB: {largest}")
@@ -96,7 +96,7 @@ def time_command(command: Sequence[str], rounds: int) -> float:
 
 
 def print_imports(python: str, statement: str) -> None:
-    """Print which packages take the longest to import, without the imports inside them."""
+    """Print the packages that take the longest to import, excluding what they import."""
     command = [python, "-X", "importtime", "-c", statement]
     ended = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
     spent: Counter[str] = Counter()
@@ -107,7 +107,7 @@ def print_imports(python: str, statement: str) -> None:
 
 
 def time_start(programs: Path, folder: Path, rounds: int) -> None:
-    """Print the time to the first 200, also relative to a bare Flask application."""
+    """Print the time to the first 200 response, absolute and relative to bare Flask."""
     url = f"sqlite:///{folder}/start.db"
     migrate(url, CLERK)
     (folder / "bare.py").write_text(BARE)

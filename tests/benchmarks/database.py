@@ -1,4 +1,4 @@
-"""Execute the statement of a delivery on PostgreSQL without the service."""
+"""Execute the SQL statement of a delivery on PostgreSQL, without the service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import join
 
 
 class Statements:
-    """Prepared executions of the statement, each with *batch* messages about new users."""
+    """Parameters for *count* executions of the statement, each with *batch* messages."""
 
     def __init__(self, url: str, clerk: FakeClerk, batch: int, count: int) -> None:
         app = create_app(clerk.environ | {"DATABASE_URL": url})
@@ -33,7 +33,7 @@ class Statements:
         disconnect(app)
 
     def execute(self, connections: int, seconds: float) -> float:
-        """Execute them on several connections; return the messages per second."""
+        """Execute the statement on several connections; return the messages per second."""
         began, done = time.monotonic(), [0] * connections
 
         def work(number: int) -> None:

@@ -1,5 +1,5 @@
 """
-Measure the disk space that users and messages take.
+Measure the disk space that users and messages use.
 
     python -m tests.benchmarks.disk [--users 1000000] [--events 10]
 """

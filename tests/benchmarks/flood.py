@@ -4,8 +4,8 @@ Measure the service with thousands of connections, a sender like Svix, and new c
     python -m tests.benchmarks.flood [--messages 50000] [--held 5000]
 
 It first delivers as Svix does: 500 messages at a time over up to 2,400 persistent connections. It
-then alternates between rounds with and without additional held connections. The load is generated
-on the same machine.
+then alternates between rounds with and without additional idle or slow connections. The load is
+generated on the same machine.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tests.server import serving
 
 CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
-# gunicorn.conf.py has the service's hooks; this package contains no settings.
+# Load a module without settings instead of gunicorn.conf.py, which has the service's hooks.
 OPTIONS = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent", "--keep-alive", "75"]
 MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal:app"]
 
@@ -30,7 +30,7 @@ MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal
 def measure(
     url: str, requests: Callable[[], Iterator[bytes]], folder: Path, rounds: int, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Return the requests per second of each round: the service's and the minimal application's."""
+    """Return each round's requests per second for the service and the minimal application."""
     migrate(url, CLERK)
     with (
         serving(url, CLERK, folder / "service.log") as service,

@@ -3,9 +3,10 @@ Measure webhooks per second with 1, 2 and 4 service hosts on one PostgreSQL serv
 
     python -m tests.benchmarks.hosts [--hosts 1 2 4] [--seconds 5] [--connections 16]
 
-Each host is a gunicorn with two workers in its own network namespace. A bridge connects the hosts,
-PostgreSQL and the load, which runs outside. The limit of the database is measured by executing the
-same statement without the service. This needs Linux, root, and ``ip`` (iproute2).
+Each host is a gunicorn with two workers in its own network namespace. A bridge connects the hosts
+with PostgreSQL and the load generator, which run outside the namespaces. The database's limit is
+measured by executing the same statement without the service. The benchmark needs Linux, root, and
+``ip`` (iproute2).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tests.support import ThreadPool
 CLERK = FakeClerk()
 SUBNET = "198.18.0."  # for benchmarks: RFC 2544
 BRIDGE, OUTSIDE = "clerkhooks0", f"{SUBNET}254"
-MAX_RATE = 4000  # requests per second that are prepared
+MAX_RATE = 4000  # requests to prepare for each second of load
 
 
 def ip(command: str) -> None:
@@ -46,7 +47,7 @@ def ip(command: str) -> None:
 
 @contextmanager
 def network(hosts: int) -> Iterator[list[str]]:
-    """Make a bridge and a namespace for each host; yield the names of the namespaces."""
+    """Create one bridge, and a namespace for each host; yield the namespaces' names."""
     names = [f"clerkhooks{number}" for number in range(1, hosts + 1)]
     with ExitStack() as stack:
         ip(f"link add {BRIDGE} type bridge")
@@ -99,7 +100,7 @@ def load_hosts(
 
 
 def measure(name: str, work: Callable[[], float], groups: dict[str, list[int]]) -> float:
-    """Print the rate of *work* and the cores that each group of processes uses; return the rate."""
+    """Print the rate of *work* and the cores used by each group of processes; return the rate."""
     before, began = _cpu_times(groups), time.monotonic()
     rate = work()
     seconds = time.monotonic() - began
@@ -115,7 +116,7 @@ def _cpu_times(groups: dict[str, list[int]]) -> dict[str, float]:
     """Return the CPU seconds of the machine, of each group, and of this process."""
     machine = psutil.cpu_times()
     used = {group: sum(map(cpu_seconds, pids)) for group, pids in groups.items()}
-    busy = sum(machine[:8]) - machine.idle - machine.iowait  # the rest are parts of these
+    busy = sum(machine[:8]) - machine.idle - machine.iowait  # user and nice include guest time
     return {"machine": busy, **used, "load": time.process_time()}
 
 

@@ -40,7 +40,7 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """The number of missing responses and server errors."""
+        """The number of server errors and of requests without a valid response."""
         return sum(count for status, count in self.statuses.items() if status == 0 or status >= 500)
 
 
@@ -56,7 +56,7 @@ def raw(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> b
 
 
 def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
-    """Generate sign-ups of new users, alternating with updates of *known* users."""
+    """Generate deliveries for new users, alternating with *known* users if there are any."""
     for number in itertools.count():
         user_id = known[number % len(known)] if known and number % 2 else clerk_id("user")
         at = int(time.time() * 1000)
@@ -67,7 +67,7 @@ def webhooks(clerk: FakeClerk, known: Sequence[str] = ()) -> Iterator[bytes]:
 
 
 def delivery(clerk: FakeClerk, user: dict[str, Any], message_id: str | None = None) -> bytes:
-    """Return a signed ``user.updated`` with the data *user*."""
+    """Return a signed delivery of a ``user.updated`` event whose data is *user*."""
     body = event_body("user.updated", user, user["updated_at"])
     return raw("POST", "/webhooks/clerk", clerk.headers(body, message_id), body)
 
@@ -83,7 +83,7 @@ def unsigned(_clerk: FakeClerk) -> Iterator[bytes]:
 
 
 def calls(clerk: FakeClerk, users: Iterable[str], each: int = 10) -> Iterator[bytes]:
-    """Generate API calls of these users, in a loop, *each* with every token."""
+    """Generate API calls by cycling through *users*; *each* is the number of calls per token."""
     for user_id in itertools.cycle(users):
         token = clerk.session_token(user_id)
         request = raw("GET", "/api/me", {"Authorization": f"Bearer {token}"})

@@ -1,11 +1,12 @@
 """
-Measure start, memory and CPU time of the service, and derive what a small dyno can serve.
+Measure the service's start-up time, memory and CPU time; estimate the cost per user.
 
     python -m tests.benchmarks.memory [--requests 20000] [--price 7] [--dyno-mb 512] ...
 
 It measures two workers on PostgreSQL: as deployed without options, and with metrics, console and
-handlers. The monthly cost combines the measured CPU time per request with assumptions, which are
-options and are printed. The database is not part of the cost.
+handlers. The monthly cost is calculated from the measured CPU time per request and from
+assumptions. Options change these assumptions, which are printed with the results. The cost does not
+include the database.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ HANDLERS = ["gunicorn", "tests.benchmarks.with_handlers:app"]
 
 @dataclass
 class Measured:
-    """What one configuration takes. CPU times are in seconds per request, of all processes."""
+    """
+    The measurements of one configuration.
+
+    *ready* is in seconds. *webhook* and *call* are the CPU seconds per request of all processes.
+    """
 
     ready: float
     idle: Memory
@@ -69,7 +74,7 @@ def measure(url: str, log: Path, requests: int, *, all_on: bool) -> Measured:
 
 
 def _apply(server: Server, requests: int, *, all_on: bool) -> tuple[float, float]:
-    """Send at least *requests* of each kind; return the CPU time per webhook and per call."""
+    """Send webhooks, then calls; return the CPU seconds per webhook and per call."""
     apply_load(server.port, calls(CLERK, [ONE]), 1)  # create the user and warm up
     webhook = _cpu_per_request(server, requests, lambda: webhooks(CLERK))
     call = _cpu_per_request(server, requests, lambda: calls(CLERK, [ONE]))
@@ -96,7 +101,7 @@ def _cpu_per_request(server: Server, count: int, make: Callable[[], Iterator[byt
 
 
 def print_measured(name: str, found: Measured) -> None:
-    """Print a table's line for a configuration."""
+    """Print the measurements of a configuration as a line of the table."""
     print(
         f"{name:24} {found.ready:7.2f} s   "
         f"{found.idle.rss:5.0f} / {found.idle.pss:4.0f}   "
@@ -107,7 +112,7 @@ def print_measured(name: str, found: Measured) -> None:
 
 
 def print_cost(name: str, found: Measured, options: argparse.Namespace) -> None:
-    """Print how many users fit on a dyno, and the price of 1,000 of them."""
+    """Print how many users one dyno can serve, and the price per 1,000 users."""
     spare = options.dyno_mb - found.total
     more = int(max(0, spare) // found.loaded.private)
     per_user = options.messages * found.webhook + options.calls * found.call
@@ -142,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a line for each configuration, then the costs and what they assume."""
+    """Print a line for each configuration, then the assumptions and the costs."""
     options = parse(argv)
     print("Two workers. Memory is the mean of a worker, RSS / PSS in MB; loaded is the maximum.")
     print(

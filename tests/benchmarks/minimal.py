@@ -86,7 +86,7 @@ READS = Batcher(read, keys=lambda user_id: (user_id,), concerns_all=bool)
 
 
 def write_to_sqlite(event: ReceivedEvent) -> str:
-    """Write user and message in one transaction."""
+    """Write a user and a message in one transaction."""
     assert event.user_id is not None
     if not hasattr(LOCAL, "connection"):
         LOCAL.connection = connect(Path(str(STORE.database.engine.url.database)))

@@ -1,5 +1,5 @@
 """
-Measure the service under four times the usual load, and beside unsigned requests.
+Measure the service at four times the usual load, and during many unsigned requests.
 
     python -m tests.benchmarks.overload [--seconds 10]
 

@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a process in MB. Of a page that n processes share, each has 1/n as its PSS."""
+    """The memory of a process in MB. PSS counts 1/n of each page that n processes share."""
 
     rss: float
     pss: float
@@ -21,7 +21,7 @@ class Memory:
 
 
 def read_memory(processes: Sequence[psutil.Process]) -> Memory:
-    """Return the mean of *processes*."""
+    """Return the mean memory of *processes*."""
     found = [_read_rollup(process.pid) for process in processes]
     return Memory(
         mean(each["Rss"] for each in found),
@@ -42,13 +42,13 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def workers(pid: int) -> list[psutil.Process]:
-    """Return the workers of a gunicorn."""
+    """Return the worker processes of gunicorn's master process *pid*."""
     found: list[psutil.Process] = psutil.Process(pid).children()
     return found
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and its descendants, also of those that have ended."""
+    """Return the CPU time of a process and its descendants, including those that have ended."""
     total = 0.0
     for process in tree(pid):
         with suppress(psutil.NoSuchProcess):

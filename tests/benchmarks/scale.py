@@ -1,12 +1,13 @@
 """
-Measure the service on PostgreSQL with up to ten million users and five messages for each.
+Measure the service on PostgreSQL with up to ten million users, and five messages each.
 
     python -m tests.benchmarks.scale [--users 10000 1000000 10000000] [--only PART]
 
-The parts are ``throughput`` (webhooks and calls of random users, relative to the smallest size),
-``indexes`` (what each index costs a delivery), ``churn`` (size of tables and indexes after many
-updates) and ``prune`` (deliveries while old messages are deleted). All but the first use the
-largest size. The load is generated on the same machine; throughput compares alternating rounds.
+The parts are ``throughput`` (webhooks and API calls for random users, relative to the smallest
+size), ``indexes`` (the cost of each index per delivery), ``churn`` (sizes of tables and indexes
+after many updates) and ``prune`` (deliveries while old messages are deleted). All parts except
+``throughput`` use only the largest size. The load is generated on the same machine. The rounds of
+``throughput`` alternate between the sizes.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ CLERK = FakeClerk()
 SIZES = (10_000, 1_000_000, 10_000_000)
 MESSAGES = 5  # for each user
 PARTS = ("throughput", "churn", "prune", "indexes")
-START = 1_600_000_000  # seconds: the first user's sign-up
+START = 1_600_000_000  # seconds since the epoch; the first user signs up one second later
 LOG_HOURS = 2400  # the age of the oldest message
 IMAGE = "https://img.clerk.com/" + "eyJ0eXBlIjoicHJveHki" * 5
-BATCH = 500  # users of a statement in churn
+BATCH = 500  # users per statement in churn and indexes
 TRIED = 20_000  # deliveries for each index
 MANY = 100_000  # users
 GOAL = 1.3
@@ -111,7 +112,7 @@ WHERE relname IN ('users', 'webhook_messages') ORDER BY relname, indexrelname
 
 @dataclass(frozen=True)
 class Size:
-    """A database with *users* and the service on it."""
+    """A database with this number of users, and the service that uses it."""
 
     users: int
     server: Server
@@ -128,7 +129,7 @@ def user_id(number: int) -> str:
 
 
 def random_users(size: Size) -> Iterator[int]:
-    """Yield random numbers of users, from the whole table."""
+    """Yield the numbers of users chosen at random from the whole table."""
     while True:
         yield random.randint(1, size.users)
 
@@ -148,15 +149,15 @@ def updates(size: Size) -> Iterator[bytes]:
 
 
 def first_calls(size: Size) -> Iterator[bytes]:
-    """Generate one call of each random user, which moves ``last_seen``."""
-    if size.users < MANY:  # otherwise many of them were called in the last minute
+    """Generate one API call for each random user. Each call updates ``last_seen``."""
+    if size.users < MANY:  # many of these users have made calls within the last minute
         _execute(size.url, "UPDATE users SET last_seen = last_seen - interval '1 day'")
     chosen = random.sample(range(1, size.users + 1), min(size.users, MANY))
     return calls(CLERK, map(user_id, chosen), each=1)
 
 
 def repeated_calls(size: Size) -> Iterator[bytes]:
-    """Generate ten calls of each random user."""
+    """Generate ten API calls for each random user."""
     return calls(CLERK, map(user_id, random_users(size)))
 
 
@@ -191,7 +192,7 @@ def _execute(url: str, *statements: str) -> None:
 
 
 def fill(url: str, users: int) -> None:
-    """Insert users and messages in bulk, without indexes, and create these afterwards."""
+    """Insert users and messages in bulk without indexes, then create the indexes."""
     began = time.monotonic()
     counts = {"users": users, "messages": users * MESSAGES}
     with psycopg.connect(url, autocommit=True) as connection:
@@ -216,7 +217,7 @@ def fill(url: str, users: int) -> None:
 
 
 def measure_throughput(sizes: Sequence[Size], rounds: int, seconds: float) -> None:
-    """Print requests per second of each size, and their cost relative to the smallest size."""
+    """Print each size's requests per second, and the cost relative to the smallest size."""
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         for size, (name, work) in itertools.product(sizes, WORKS.items()):
@@ -260,7 +261,7 @@ def delivering(url: str, users: int) -> Iterator[Callable[[psycopg.Connection, i
 
 
 def measure_indexes(size: Size) -> None:
-    """Print WAL and time of a delivery, with all indexes and without each."""
+    """Print the WAL bytes and time per delivery, with each index and after dropping it."""
     with (
         psycopg.connect(size.url, autocommit=True) as connection,
         delivering(size.url, size.users) as deliver,
@@ -283,8 +284,8 @@ def _cost(
     deliver: Callable[[psycopg.Connection, int], int],
     change: str = "",
 ) -> tuple[float, float]:
-    """Return the bytes of WAL and the microseconds of a delivery; *change* is rolled back."""
-    connection.execute("CHECKPOINT")  # then the first change of each page logs the whole page
+    """Return the WAL bytes and microseconds per delivery after *change*; roll it back."""
+    connection.execute("CHECKPOINT")  # the first change to a page after it logs the whole page
     with connection.transaction(force_rollback=True):
         connection.execute(change.encode())
         [(before,)] = connection.execute("SELECT pg_current_wal_insert_lsn()")
@@ -332,7 +333,7 @@ def _print_sizes(size: Size, when: str) -> None:
 
 
 def measure_prune(size: Size, count: int, seconds: float) -> None:
-    """Print deliveries alone and while *count* messages are pruned."""
+    """Measure deliveries alone, then while *count* messages are pruned."""
     alone = [load(size, updates(size), seconds) for _ in range(3)]
     _print_deliveries("alone", alone)
     hours = LOG_HOURS - round(LOG_HOURS * count / (size.users * MESSAGES))

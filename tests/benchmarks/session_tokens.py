@@ -100,7 +100,7 @@ def measure(found: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table with a row for each function and its ratio to every other one."""
+    """Print each function's duration, and its ratios to the durations of all functions."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)

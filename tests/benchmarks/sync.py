@@ -3,8 +3,9 @@ Measure the speed and memory use of ``clerkhooks sync`` with a fast Backend API.
 
     python -m tests.benchmarks.sync [--users 1000000]
 
-The API runs in a separate process and fills each page into a template; the database is PostgreSQL
-with fsync on. For the second sync, all rows are old enough to be deleted.
+The API runs in a separate process and generates users from a template; the database is PostgreSQL
+with fsync on. Because a sync does not delete recent rows, all rows are backdated by a day before
+the second sync.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TEMPLATE = USER.replace(ID.encode(), b"user_%027d").replace(b"%d" % START, b"%d"
 
 
 class Api(BaseHTTPRequestHandler):
-    """Generates users from numbers. A user's id and creation time contain the number."""
+    """Generates users. A user's number determines the id and the creation time."""
 
     protocol_version = "HTTP/1.1"
     count = 0
