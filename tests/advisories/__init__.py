@@ -1,5 +1,5 @@
 """
-Known vulnerabilities in the verification of tokens and webhooks, with a file for each.
+Known vulnerabilities in the verification of tokens and webhooks, one per file.
 
 Each file names the software that is or was affected, and runs the attack with real keys against the
 code of clerkhooks.

@@ -1,5 +1,5 @@
 """
-An attacker takes over an account with an unverified or reassigned email address.
+An attacker uses an unverified or reassigned email address to take over an account.
 
 This affected "Sign in with Microsoft" in 2023 ("nOAuth"). It affects every application that
 identifies users by email address.

@@ -22,7 +22,7 @@ MACHINE: dict[str, Any] = {
 
 
 def test_refuses_a_machine_token() -> None:
-    """A machine token is refused, with or without the category of machine tokens."""
+    """A machine token is refused, even if its header has the category of a session token."""
     category = {"cat": "cl_B7d4PD333AAA"}
     marked = CLERK.session_token(clerk_id("mch"), header=category, **MACHINE)
     assert refusal(marked) == "token_category_mismatch"

@@ -1,5 +1,5 @@
 """
-Several instances share one key, such as satellite domains or copied instances.
+Several instances, such as satellite domains or copies, share one key.
 
 Clerk's own ``authenticateRequest`` does not compare the issuer, so a user of one instance is
 accepted by the others.
