@@ -81,7 +81,7 @@ def test_protects_async_views(clerk: FakeClerk, url: str) -> None:
 
 
 def test_raises_from_async_views(clerk: FakeClerk, sqlite_url: str) -> None:
-    """An exception in a protected view reaches the application's async error handler."""
+    """An exception in an async view gives Flask's 500 page, or is raised in testing mode."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, sqlite_url))
     db.init_app(app)

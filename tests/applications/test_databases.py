@@ -91,7 +91,7 @@ def test_keeps_users_in_a_schema(clerk: FakeClerk, postgresql_url: str) -> None:
 def test_keeps_users_in_another_bind(
     clerk: FakeClerk, make_database: MakeDatabase, as_dict: bool
 ) -> None:
-    """With ``__bind_key__``, users are in that database. Other tables are in the default one."""
+    """``__bind_key__`` selects the database of clerkhooks' tables, but not of other tables."""
     db, main, people = make_db(), make_database("sqlite"), make_database("postgresql")
 
     class User(ClerkUser, db.Model):  # type: ignore[name-defined, misc]
@@ -130,7 +130,7 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
         made.append(psycopg.connect(postgresql_url))
         return made[-1]
 
-    # As with a cloud connector, the URL cannot be used to connect.
+    # Only ``creator`` can connect, as with a cloud connector. The URL's host does not exist.
     db = SQLAlchemy(engine_options={"creator": connect})
     app = create_app(clerk, "postgresql://nowhere.invalid/none", db)
     with tables(app):

@@ -93,7 +93,7 @@ def test_leaves_the_applications_answers_alone(clerk: FakeClerk, sqlite_url: str
 
 
 def test_answers_problems_on_request(clerk: FakeClerk, sqlite_url: str) -> None:
-    """With ``problems=True``, all errors become problem details with the ``abort`` text."""
+    """With ``problems=True``, all errors become problem details; ``abort`` sets the detail."""
     app = create_app(clerk, sqlite_url, problems=True)
     with tables(app):
         client = app.test_client()
@@ -198,12 +198,12 @@ def some_pages(app: Flask) -> None:
 
 
 def one_page(app: Flask) -> None:
-    """Register one page for every HTTP error."""
+    """Register a single page for all HTTP errors."""
     app.register_error_handler(HTTPException, lambda error: (f"page: {error.code}", error.code))
 
 
 def one_page_for_all(app: Flask) -> None:
-    """Register one page for every exception."""
+    """Register a single page for all exceptions."""
     app.register_error_handler(Exception, lambda error: (f"page: {type(error).__name__}", 500))
 
 

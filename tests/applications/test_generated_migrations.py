@@ -106,8 +106,8 @@ def test_generates_migrations_that_run_unedited(
     """
     ``flask db init``, ``migrate`` and ``upgrade`` succeed without edits.
 
-    No difference is left. A column that is declared later is added by a migration and filled by a
-    sync.
+    Afterwards, ``migrate`` detects no changes. If a column is declared later, a migration adds it
+    and a sync fills it.
     """
     checkout.flask("db", "init")
     checkout.flask("db", "migrate", "-m", "first")

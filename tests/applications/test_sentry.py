@@ -71,7 +71,7 @@ def captured() -> Iterator[Captured]:
 def test_reports_errors_and_traces_statements(
     clerk: FakeClerk, url: str, captured: Captured, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Exceptions are reported once, with a traceback; clerkhooks' statements become spans."""
+    """Each exception is reported once, and clerkhooks' SQL statements become spans."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url))
     db.init_app(app)

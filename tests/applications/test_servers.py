@@ -154,7 +154,7 @@ def test_serves_under_every_server(
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["waitress", "gthread"])
 def test_accepts_a_chunked_body(kind: str, shop_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
-    """A chunked body is accepted if it has at most 1 MiB, and refused if it is longer."""
+    """A chunked body is accepted up to 1 MiB; a longer one is refused."""
     user_id = clerk_id("user")
     with serving(kind, shop_url, clerk, tmp_path / "server.log") as server:
         large = user_event(user_id, public_metadata={"text": "x" * 1024 * 1024})

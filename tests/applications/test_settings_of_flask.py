@@ -56,7 +56,7 @@ def match_leniently(app: Flask) -> None:
 
 
 def never_redirect(app: Flask) -> None:
-    """Do not redirect to a route's defaults; trap HTTP exceptions."""
+    """Disable redirects to a route's default URL, and trap HTTP exceptions."""
     app.url_map.redirect_defaults = False
     app.config["TRAP_HTTP_EXCEPTIONS"] = True
     app.config["TRAP_BAD_REQUEST_ERRORS"] = True
@@ -170,7 +170,7 @@ def test_answers_the_same_under_every_setting(
 
 
 def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
-    """With a prefix, all routes move, and the application can use the default paths."""
+    """A prefix moves all of clerkhooks' routes, so the application can use the default paths."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, METRICS_TOKEN="t" * 16))
     db.init_app(app)

@@ -81,7 +81,7 @@ def test_shares_extension_objects_between_applications(
 
 
 def test_reports_all_configuration_errors_at_once(clerk: FakeClerk, sqlite_url: str) -> None:
-    """One exception lists all errors. ``app.config`` overrides environment variables."""
+    """One exception lists the errors of all settings."""
     app, db = Flask(__name__), make_db()
     wrong = {
         "CLERK_WEBHOOK_SECRET": "sk_test_1",

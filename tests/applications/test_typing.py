@@ -65,13 +65,13 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[
 def test_reports_nothing_in_a_correct_application(
     errors: dict[str, dict[int, set[str]]],
 ) -> None:
-    """Declared columns, optional views, handlers and async views need no cast."""
+    """Declared columns, optional users, handlers and async views need no cast."""
     assert errors["typed.py"] == {}
     assert not re.search(r"\bcast\(|type: ignore|\bAny\b", TYPED.read_text())
 
 
 def test_reports_every_mistake(errors: dict[str, dict[int, set[str]]]) -> None:
-    """Unknown columns, optional users used without a check, and wrong arguments are errors."""
+    """Unknown columns, unchecked optional users and wrong arguments are errors."""
     first = BEFORE.count("\n") + 1
     expected = {first + number: {code} for number, code in enumerate(WRONG.values())}
     assert errors["wrong.py"] == expected

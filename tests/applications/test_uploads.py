@@ -59,7 +59,7 @@ def multipart(content: bytes) -> bytes:
 def test_limits_deliveries_only(
     clerk: FakeClerk, sqlite_url: str, limit: int | None, answers: tuple[int, int]
 ) -> None:
-    """The application's limit applies only to uploads; for deliveries it is always 1 MiB."""
+    """The application's limit applies only to uploads; the limit for deliveries is 1 MiB."""
     app = create_app(clerk, sqlite_url, MAX_CONTENT_LENGTH=limit)
     with tables(app):
         check_users_stay_correct(app, clerk)

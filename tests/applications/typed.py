@@ -70,7 +70,7 @@ received: list[tuple[str, str, int, datetime | None, bool]] = []
 
 @hooks.on("organization.*")
 def keep_organization(event: Event) -> bool:
-    """Store an organization's event."""
+    """Store the organization of an event."""
     name: str = event.data["name"]
     moment: datetime | None = event.occurred_at
     is_applied: bool = event.outcome is Outcome.APPLIED
@@ -80,7 +80,7 @@ def keep_organization(event: Event) -> bool:
 
 @hooks.on("user.created", after_commit=True)
 def welcome(event: Event) -> None:
-    """Send an email."""
+    """Do nothing. A real application would send an email here."""
 
 
 def create_app() -> Flask:
@@ -132,5 +132,5 @@ def create_app() -> Flask:
 
 
 def make_plain_hooks() -> ClerkHooks[ClerkUser]:
-    """Return hooks for the plain table, which needs no model."""
+    """Return hooks that use the default user model."""
     return ClerkHooks(SQLAlchemy())
