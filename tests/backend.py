@@ -263,7 +263,7 @@ class Backend:
         return created_at if type(created_at) is int else self._created_ms.get(user_id, 0)
 
     def _now(self) -> int:
-        """Return the current time in milliseconds, or a later time if it was already returned."""
+        """Return the current time in milliseconds, increased if needed so that it is unique."""
         self._latest = max(self._latest + 1, int(time.time() * 1000))
         return self._latest
 

@@ -152,7 +152,7 @@ MigratedUrl = Callable[[str], str]
 
 @pytest.fixture(scope="session")
 def migrated_url(make_database: MakeDatabase, clerk: FakeClerk) -> MigratedUrl:
-    """Return the URL of the session's migrated database of a given kind."""
+    """Create and migrate one database of each kind per session; return its URL."""
     ready: dict[str, str] = {}
 
     def url_of(kind: str) -> str:

@@ -69,7 +69,7 @@ class Svix:
 
     def send(self) -> None:
         """
-        Deliver until ``stop`` is called and no message is left.
+        Deliver messages until ``stop`` is called and no message is left.
 
         Several threads run this method.
         """
@@ -103,7 +103,7 @@ class Svix:
         """
         Deliver *message* once and return whether it was acknowledged.
 
-        One in five attempts follows an API call by the user. One in ten acknowledged messages is
+        Before one in five attempts, the user calls the API. One in ten acknowledged messages is
         delivered again.
         """
         with self._lock:
