@@ -151,7 +151,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""
         # gunicorn looks up about 30 settings for each request. As instance attributes, they are
-        # found without a call to Config.__getattr__, which makes requests 5 % faster.
+        # found without a call to Config.__getattr__, which makes requests 5% faster.
         self.cfg.__dict__.update((name, one.get()) for name, one in self.cfg.settings.items())
         super().init_process()
 
