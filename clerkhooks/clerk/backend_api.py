@@ -39,7 +39,7 @@ class RateLimit:
 
     def wait(self) -> None:
         """Wait until another request may begin."""
-        # The lock is held while waiting, because no other thread could begin earlier.
+        # It is safe to sleep with the lock held: no other thread may begin before this one.
         with self._guard:
             while (pause := max(self._free_at, self._held_until) - time.monotonic()) > 0:
                 time.sleep(pause)
@@ -142,7 +142,7 @@ class BackendApi:
         """
         Return whether Clerk's own error code confirms that the user does not exist.
 
-        A 404 alone proves nothing: a proxy or a wrong URL can also cause it.
+        The status 404 is not sufficient, because a proxy or a wrong URL can also cause it.
         """
         path = f"/users/{quote(user_id, safe='')}"
         return self._retry(lambda: _judge_user(self._send(path), user_id))

@@ -1,4 +1,4 @@
-"""HTTP requests that limit the duration of an exchange and the size of the response."""
+"""HTTP requests with limits on the total duration and on the size of the response."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Connection:
         encoding = {} if compressed else {"Accept-Encoding": "identity"}
         self._timeout, self._max_size, self._compressed = timeout, max_size, compressed
         self._socket: socket.socket | None = None
-        self._deadline: float | None = None  # of the exchange under way
+        self._deadline: float | None = None  # of the current exchange
         self._is_expired = False
         self._guard, self._closed = threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
@@ -109,7 +109,7 @@ class Connection:
         return answer
 
     def _begin(self) -> None:
-        """Set the deadline. One thread watches it for all exchanges: to start one takes 2 ms."""
+        """Set the deadline. Exchanges share a watcher thread, because starting one takes 2 ms."""
         self._is_expired = False
         self._deadline = time.monotonic() + self._timeout
         if self._watcher is None:
@@ -118,7 +118,7 @@ class Connection:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._timeout / 20):
-            with self._guard:  # so that it cannot cut the next exchange
+            with self._guard:  # so that the next exchange is not interrupted
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     self._cut()
 

@@ -93,7 +93,7 @@ class FetchedKeys:
         return (key,)
 
     def require_any(self) -> None:
-        """Wait for the first fetch, if it is still running; raise KeysUnavailable if it fails."""
+        """If no usable key is known, wait for a fetch. If it fails, raise KeysUnavailable."""
         if not self._usable():
             self._wait_for_fetch()
         if not self._usable():
