@@ -75,7 +75,7 @@ def _read_settings(
     except SettingsError as error:
         faults = error.faults
     invalid = {fault.variable for fault in faults}
-    # The platform's variable is left out too, because it makes a missing DATABASE_URL a fault.
+    # Platform variables are left out too: on these platforms, a missing DATABASE_URL is a fault.
     left_out = invalid | EPHEMERAL_PLATFORMS.keys()
     usable = {name: values.get(name) for name in values if name not in left_out}
     if invalid.intersection(SECRET_VARIABLES):

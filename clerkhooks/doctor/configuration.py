@@ -31,7 +31,7 @@ def check_settings(case: Case) -> Iterator[Finding]:
 
 
 def check_names(case: Case) -> Iterator[Finding]:
-    """Check for misspelled variables, and for a publishable key that only front ends read."""
+    """Check for misspelled variables, and for front-end variables with a publishable key."""
     for name in sorted(case.values):
         if not case.text(name):
             continue
@@ -59,7 +59,7 @@ def _compare_front_end(case: Case, name: str) -> Iterator[Finding]:
 
 
 def check_webhook_secrets(case: Case) -> Iterator[Finding]:
-    """Check that exactly one signing secret is configured, without duplicates."""
+    """Check for ignored or repeated signing secrets, and for a rotation in progress."""
     if case.invalid.intersection(SECRET_VARIABLES):
         return
     secrets, subject = case.settings.webhook_secrets, "signing secret"

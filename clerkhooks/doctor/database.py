@@ -1,4 +1,4 @@
-"""Checks of the database: whether it responds, is migrated, and is receiving events."""
+"""Checks of the database, its schema, and the messages and users that it contains."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _name_database(case: Case) -> str:
     url = make_url(cast("ServiceSettings", case.settings).database_url)
     if _is_sqlite(url):
         return f"SQLite in {(url.database or '').partition('?')[0]}"
-    # If a password contains an unescaped @, a part of it looks like the host.
+    # If a password contains an unescaped @, part of it looks like the host.
     if case.text("DATABASE_URL").count("@") > 1:
         return "PostgreSQL (its URL has more than one @; in a password, write %40)"
     host = url.host or url.query.get("host") or "the local socket"

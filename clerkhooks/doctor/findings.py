@@ -19,7 +19,7 @@ TIMEOUT = 5.0  # the timeout of one request to another machine, in seconds
 
 
 class Level(StrEnum):
-    """The severity levels of findings, in descending order. Only errors fail a diagnosis."""
+    """The severity levels of findings, in descending order. Only errors make a diagnosis fail."""
 
     ERROR = "error"
     WARNING = "warning"
