@@ -28,7 +28,7 @@ class Lag(NamedTuple):
 
 
 def find_lag(store: Store, since: datetime) -> Lag | None:
-    """Return the lag of the newest messages from *since* or later, or None without messages."""
+    """Return the lag of the newest messages from *since* or later, or None if unknown."""
     columns = store.messages.c
     query = (
         sa.select(columns.occurred_at, columns.processed_at)

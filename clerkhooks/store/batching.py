@@ -22,7 +22,7 @@ MAX_IDLE_WAIT = 0.01  # the maximum time in seconds that a batch waits for more 
 
 
 class _Batch(Generic[T, R]):
-    """Items that are executed together. The caller that added the first item executes all."""
+    """A batch of items. The caller that added the first item executes the whole batch."""
 
     def __init__(self) -> None:
         self.items: list[T] = []

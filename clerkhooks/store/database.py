@@ -81,7 +81,7 @@ class Database:
         self.dialect = self.engine.dialect
 
     def connect(self) -> sa.Connection:
-        """Return a connection. The end of its ``with`` block returns it to the pool."""
+        """Return a connection. Use it in a ``with`` block, which returns it to the pool."""
         if self._pid != os.getpid():
             # Processes that share a socket would read each other's responses.
             self.engine.dispose(close=False)

@@ -46,9 +46,9 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
 
 def is_unanswered(error: Exception) -> bool:
     """
-    Return whether *error* is a timeout of PostgreSQL, SQLite's write lock, or the pool.
+    Return whether PostgreSQL did not respond, or SQLite's write lock or the pool timed out.
 
-    The message does not cause such errors, and an immediate retry would also time out.
+    The message does not cause such errors, and an immediate retry would also fail.
     """
     silent = ("OperationalError", "OperationalError SQLITE_BUSY")
     unanswered = isinstance(error, OperationalError) and describe(error) in silent
@@ -66,15 +66,15 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
 
     A message is old if it was received and last processed earlier than *before*. Each batch is a
     separate transaction and skips rows that a delivery has locked, so that no writer waits long.
-    The pause after a batch is as long as the batch, so that at least half of the database's time is
-    left to deliveries. Users are not changed. If a deleted message arrives again, it is applied
+    Each pause is as long as the previous batch took, so that at least half of the database's time
+    is left for deliveries. Users are not changed. If a deleted message arrives again, it is applied
     only if its version is newer.
     """
     table = store.messages
     received_at = table.c.received_at
     old = (
         sa.select(table.c.message_id)
-        # Otherwise each batch would walk the index entries of all rows that are deleted already.
+        # Otherwise, each batch would scan the index entries of all rows deleted so far.
         .where(received_at >= sa.bindparam("since", type_=received_at.type))
         .where(received_at < before)
         .where(sa.func.coalesce(table.c.processed_at, received_at) < before)

@@ -123,14 +123,15 @@ class Slots:
         self._serve()
 
     def _refuse_if_late(self, before: int, is_late: bool = False) -> None:
-        # If no slot has been taken or freed for a while, slots are occupied for at least that long.
+        # If no slot has been taken or freed for a while, the slots in use have been occupied for at
+        # least that long.
         duration = max(self._duration, monotonic() - self._changed_at)
         if is_late or duration * (before + 1) / self.size > self.timeout:
             raise Overloaded
 
 
 class OrderedPool(QueuePool):
-    """A first-in, first-out pool that refuses callers that would wait too long."""
+    """A pool with a fair queue that refuses callers that would wait too long."""
 
     # By default, the pool's logger would be a child of "clerkhooks", and the service would print
     # its records.

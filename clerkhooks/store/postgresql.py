@@ -122,7 +122,11 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
 
 
 def allow_longer_statements(connection: sa.Connection, seconds: float) -> None:
-    """Allow statements on *connection* to take *seconds*. Invalidate it after use."""
+    """
+    Set the timeout of statements on *connection* to *seconds*.
+
+    The caller must invalidate the connection after use.
+    """
     driver = connection.connection.driver_connection
     timeout = f"{seconds:.0f}s"
     if isinstance(driver, TimeoutConnection):
@@ -148,7 +152,7 @@ def _note_checkin(_connection: object, record: Any) -> None:
 
 
 def _make_poll() -> select.poll:
-    """Return an unpatched poll object. gevent's would switch greenlets, even with timeout 0."""
+    """Return an unpatched poll object. The gevent version would switch greenlets."""
     monkey = sys.modules.get("gevent.monkey")
     return (monkey.get_original("select", "poll") if monkey else select.poll)()
 

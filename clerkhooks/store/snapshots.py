@@ -61,7 +61,7 @@ class Snapshot:
 
 
 def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
-    """Return the columns of a snapshot, which exclude version columns and deferred columns."""
+    """Return the columns of a snapshot: all except version columns and deferred columns."""
     properties = _properties(mapper)
     return [
         column

@@ -25,7 +25,7 @@ _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
 # Clerk never reuses an id, so a tombstone from user.deleted is final. A tombstone from a sync has a
-# version, which shows when the user was not found. Newer data from Clerk restores the user.
+# version, which contains the time of the sync. Newer data from Clerk restores the user.
 _UPSERT_USERS = """
 INSERT INTO {users} AS u
     (id, {kept}, is_online, last_seen, created_at, updated_at, deleted_at, {version})
@@ -254,7 +254,7 @@ class Statements:
         }
 
     def _users_of_r(self, users: str) -> str:
-        """Return a subquery for the row of one id."""
+        """Return the table expression that is joined to ``r``: the users table as ``u``."""
         template = _USERS_OF_R_ON_POSTGRESQL if self._is_postgresql else "{users} AS u"
         return template.format(users=users)
 
