@@ -95,7 +95,7 @@ class ClerkHooks(Generic[U]):
 
         Raises:
             SettingsError: the configuration in ``app.config`` and the environment is invalid.
-            RuntimeError: ``db.init_app(app)`` was not called, or *app* already has clerkhooks.
+            RuntimeError: ``db.init_app(app)`` was not called, or *app* already uses clerkhooks.
             ValueError: *routes* contains an unknown name.
         """
         wanted = _parse_routes(routes)

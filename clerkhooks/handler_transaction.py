@@ -112,7 +112,7 @@ def _is_processed(
 
 @contextmanager
 def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[None]:
-    """Raise RuntimeError if a handler ends the message's transaction or the process."""
+    """Raise RuntimeError if a handler tries to end the message's transaction or the process."""
     attempts: list[object] = []
     transaction = session.get_transaction()
 
@@ -125,7 +125,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
     sa_event.listen(connection, "commit", refuse)  # detects db.session.connection().commit()
     try:
         yield
-    except SystemExit as error:  # a RuntimeError is recorded, and the response is 500
+    except SystemExit as error:  # converted, so that the failure is recorded and answered with 500
         raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)

@@ -49,7 +49,7 @@ hooks = ClerkHooks(db)
 
 
 class Service(Flask):
-    """A Flask application that skips two steps of a request. The service needs neither."""
+    """A Flask application that skips two unnecessary steps in each request."""
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return *func* unchanged, because the service has no asynchronous views."""

@@ -69,8 +69,8 @@ class ClerkService:
     """
     An application in this process, and the Clerk instance that it trusts.
 
-    If a token has a role, a permission, or a plan or feature of an organization, the token is for
-    the organization ``organization_id``, unless you pass another. ``http`` is the client of an
+    A token with a role, a permission, or the plan or feature of an organization is for the
+    organization ``organization_id``, unless you pass another. ``http`` is the client of an
     anonymous caller.
     """
 

@@ -39,7 +39,7 @@ def make_console() -> Blueprint:
 
 
 def _answer(view: Callable[P, Response]) -> Callable[P, Response]:
-    """Turn database errors of *view* into HTTP error responses."""
+    """Turn database errors that *view* raises into HTTP error responses."""
 
     @answered
     @wraps(view)

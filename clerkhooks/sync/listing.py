@@ -10,7 +10,7 @@ from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.events import is_user_id, milliseconds
 from clerkhooks.errors import BackendApiError
 
-_BUCKETS = 2**16  # so that a bucket of a million ids has 15
+_BUCKETS = 2**16  # with a million ids, each bucket has about 15
 
 
 class IdSet:
@@ -51,11 +51,11 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
     skipped. An offset is needed only for users created in the same millisecond. It advances by half
     a page, so no user is missed unless more than half a page of these users is deleted.
 
-    Users who sign up during the sync are not read, so the sync ends. A short page is not the last
-    page: Clerk returns fewer users if it does not accept the limit.
+    Users who sign up during the sync are not read, so the sync ends. A short page is not
+    necessarily the last page: Clerk returns fewer users if it does not accept the limit.
 
     Raises:
-        BackendApiError: a page is repeated, for example because a proxy drops the query.
+        BackendApiError: a page is repeated, for example because a proxy drops the query string.
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
