@@ -33,7 +33,7 @@ OUTSIDE_CHECKS: tuple[Check, ...] = (
     instance.compare_instances,
     database.check_database_url,
 )
-"""All checks except that of the database. A running program checks it through its own pool."""
+"""All checks except ``check_database``: a running program uses its own pool for that check."""
 
 
 def diagnose(
@@ -47,8 +47,9 @@ def diagnose(
     """
     Run *checks* on the variables in *values*, and yield all findings, including ok ones.
 
-    *unread* lists faults that were found earlier, such as an unreadable ``.env``. Each check takes
-    at most a few seconds and changes nothing. If a check raises an exception, a finding reports it.
+    *unread* lists faults that were found earlier, such as an unreadable ``.env``. Every request
+    and query has a timeout. No check changes anything. If a check raises an exception, a finding
+    reports it.
     """
     settings, faults = _read_settings(values, program.settings)
     case = Case(values, settings, (*unread, *faults), project, program)

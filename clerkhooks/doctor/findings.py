@@ -73,7 +73,7 @@ class Case:
     project: Path
     program: Program = SERVICE
     key_sets: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
-    """The results of earlier checks' fetches, by request: key sets or errors."""
+    """The key sets or errors from earlier fetches, by request."""
 
     @cached_property
     def invalid(self) -> frozenset[str]:
