@@ -201,8 +201,8 @@ def _unpack_permissions(claims: Mapping[str, Any], packed: Mapping[str, Any]) ->
     """
     Return the permissions from claims of version 2.
 
-    ``per`` lists permission names. ``fpm`` contains one bit mask for each feature of the
-    organization. The position of each set bit is an index into ``per``.
+    ``per`` lists action names. ``fpm`` contains one bit mask for each feature of the organization.
+    The position of each set bit is an index into ``per``.
     """
     features = _split_by_scope(claims.get("fea"))["o"]
     per, fpm = packed.get("per"), packed.get("fpm")

@@ -71,7 +71,7 @@ class Snapshot:
 
     @property
     def profile(self) -> Profile:
-        """The stored part. It is parsed at each access, because few rows differ from Clerk."""
+        """The stored part. It is parsed only on access, because most rows are already current."""
         return parse_profile(self.data)
 
 

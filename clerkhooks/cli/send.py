@@ -117,7 +117,7 @@ def _make_event(
 
 
 def _own_url() -> str:
-    """Return the local URL of this application's webhook endpoint, with the usual port."""
+    """Return the local URL of this application's webhook endpoint."""
     is_service = current_app.name == "clerkhooks"
     port = current_state().values.get("PORT") or (8000 if is_service else 5000)
     with current_app.test_request_context():

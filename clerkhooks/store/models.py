@@ -202,8 +202,9 @@ def add_indexes(users: sa.Table) -> None:
     """
     Add the indexes for operators' queries, even if the model sets ``__table_args__``.
 
-    No index and no index condition contains a column that every event writes. Otherwise, PostgreSQL
-    would add each new version of a row to all indexes, and no update could be a HOT update.
+    Neither the indexes nor their conditions use a column that every event writes. Otherwise,
+    PostgreSQL would add each new version of a row to all indexes, and no update could be a HOT
+    update.
     """
     wanted = {
         "created_at": None,

@@ -196,7 +196,7 @@ class Statements:
         state = (sa.column("sought", sa.Text), *(users.c[name] for name in self._state))
         self.compare = self._text(_COMPARE, names).columns(*state)
         """
-        Return the state of each row that lacks something of a snapshot, or is missing.
+        Return the state of each row that is missing or may differ from its snapshot.
 
         The column ``sought`` has the id; ``id`` is NULL if the row is missing.
         """

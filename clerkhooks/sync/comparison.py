@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def lacks_declared(self) -> bool:
-        """Whether the row is up to date, except that a declared column is still unfilled."""
+        """Whether the row has the snapshot's version, but a declared column is not filled yet."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
