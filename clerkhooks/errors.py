@@ -107,9 +107,9 @@ PROXY_REMEDY = (
 )
 _BACKEND_API_REMEDIES = {
     "secret_key_refused": "CLERK_SECRET_KEY is not a key of this instance, or was revoked. See "
-    "Clerk Dashboard, API keys, Secret keys. If CLERK_API_URL is set, check it too.",
+    "Clerk Dashboard → API keys → Secret keys. If CLERK_API_URL is set, check it too.",
     "secret_key_forbidden": "CLERK_SECRET_KEY is not allowed to read users, or a proxy or firewall "
-    "blocks the request. See Clerk Dashboard, API keys, Secret keys.",
+    "blocks the request. See Clerk Dashboard → API keys → Secret keys.",
     "rate_limited": "Other programs are using up the instance's rate limit: 1,000 requests in 10 s "
     "in production, 100 in development. Try again later.",
     "api_unreachable": "Check https://status.clerk.com, this machine's network, and "

@@ -21,17 +21,17 @@ PROJECT = Path(__file__).resolve().parent.parent
 SECRET_VARIABLES = ("CLERK_WEBHOOK_SECRET", "CLERK_WEBHOOK_SIGNING_SECRET")
 DEFAULT_DATABASE_URL = "sqlite:///clerkhooks.db"  # a file in the instance folder
 VERSION_TABLE = "clerkhooks_version"  # other programs may use the default, alembic_version
-_ENDPOINT = "Clerk Dashboard, Webhooks, your endpoint, Signing Secret: whsec_…"
+_ENDPOINT = "Clerk Dashboard → Webhooks → your endpoint → Signing Secret: whsec_…"
 _GENERATE = "Any secret of at least 16 characters, such as the output of: openssl rand -hex 16"
 VARIABLES = {
     "CLERK_WEBHOOK_SECRET": _ENDPOINT,
     "CLERK_WEBHOOK_SIGNING_SECRET": _ENDPOINT,
     "DATABASE_URL": "For example postgresql://user:password@host/name",
-    "CLERK_JWT_KEY": "Clerk Dashboard, API keys, JWT public key (PEM).",
-    "CLERK_PUBLISHABLE_KEY": "Clerk Dashboard, API keys: pk_test_… or pk_live_…",
-    "CLERK_SECRET_KEY": "Clerk Dashboard, API keys, Secret keys: sk_test_… or sk_live_…",
+    "CLERK_JWT_KEY": "Clerk Dashboard → API keys → JWT public key (PEM).",
+    "CLERK_PUBLISHABLE_KEY": "Clerk Dashboard → API keys: pk_test_… or pk_live_…",
+    "CLERK_SECRET_KEY": "Clerk Dashboard → API keys → Secret keys: sk_test_… or sk_live_…",
     "CLERK_JWKS_URL": "Leave it unset unless your Clerk instance is behind your own proxy.",
-    "CLERK_ISSUER": "Clerk Dashboard, API keys, Frontend API URL: https://clerk.example.com",
+    "CLERK_ISSUER": "Clerk Dashboard → API keys → Frontend API URL: https://clerk.example.com",
     "CLERK_API_URL": "Leave it unset: the default is https://api.clerk.com",
     "CLERK_JWKS_KEEP_HOURS": "A number of hours, such as 12.",
     "CLERK_AUTHORIZED_PARTIES": "The origins of your front ends, such as https://app.example.com",

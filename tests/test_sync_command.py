@@ -179,7 +179,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
     backend.behaviours.append(refusing(status, "clerk_key_invalid"))
     result = run(syncing)
     assert result.exit_code == 2
-    assert "Clerk Dashboard, API keys, Secret keys" in result.output
+    assert "Clerk Dashboard → API keys → Secret keys" in result.output
     assert "run the command again" in result.output
     assert backend.environ["CLERK_SECRET_KEY"] not in result.output
 

@@ -91,7 +91,7 @@ def check_instance(case: Case) -> Iterator[Finding]:
             f"The publishable key belongs to a {_kind(publishable)} instance, the secret key to a "
             f"{_kind(secret)} instance."
         )
-        remedy = "Copy both from the same instance: Clerk Dashboard, API keys."
+        remedy = "Copy both from the same instance: Clerk Dashboard → API keys."
         yield Finding("keys_of_two_instances", Level.ERROR, "API keys", what, remedy)
     yield from _check_issuers(case.settings.issuers, publishable)
 

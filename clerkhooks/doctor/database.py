@@ -220,7 +220,7 @@ def _judge_last_webhook(store: Store, program: Program) -> Finding:
     if last is None:
         remedy = (
             f"Try it without Clerk: {program.command} send user.created. "
-            "Then see Clerk Dashboard, Webhooks, your endpoint."
+            "Then see Clerk Dashboard → Webhooks → your endpoint."
         )
         what = "No verified webhook has ever arrived."
         return Finding("webhook_never_received", Level.WARNING, subject, what, remedy)
@@ -230,7 +230,7 @@ def _judge_last_webhook(store: Store, program: Program) -> Finding:
     what = f"The last verified webhook arrived {since} ago."
     if age > MAX_SILENCE:
         remedy = (
-            "If you expected more, see the attempts in Clerk Dashboard, Webhooks, your endpoint. "
+            "If you expected more, see the attempts in Clerk Dashboard → Webhooks → your endpoint. "
             "Svix disables an endpoint that keeps failing."
         )
         return Finding("webhooks_silent", Level.WARNING, subject, what, remedy)

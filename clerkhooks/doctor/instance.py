@@ -54,7 +54,7 @@ def check_keys(case: Case) -> Iterator[Finding]:
         yield Finding("keys_skipped", Level.SKIPPED, subject, what)
     else:
         what = "No key for session tokens is configured: protected routes return 503."
-        remedy = "Set CLERK_PUBLISHABLE_KEY or CLERK_JWT_KEY: Clerk Dashboard, API keys."
+        remedy = "Set CLERK_PUBLISHABLE_KEY or CLERK_JWT_KEY: Clerk Dashboard → API keys."
         yield Finding("keys_not_configured", Level.WARNING, subject, what, remedy)
 
 
@@ -83,7 +83,7 @@ def _compare_keys(case: Case, url: str, keys: Sequence[RSAPublicKey]) -> Finding
     published = {key.public_numbers() for key in found.values()}
     if published.isdisjoint(key.public_numbers() for key in keys):
         what = f"{host} does not publish this key, so every token is refused."
-        remedy = "Copy the JWT public key of the same instance: Clerk Dashboard, API keys."
+        remedy = "Copy the JWT public key of the same instance: Clerk Dashboard → API keys."
         return Finding("jwt_key_of_another_instance", Level.ERROR, subject, what, remedy)
     return Finding("jwt_keys_match", Level.OK, subject, f"{host} publishes this key.")
 
@@ -208,7 +208,7 @@ def _compare_key_ids(
             "The secret key and the publishable key belong to different instances: the keys at "
             f"{urlsplit(secret_url).hostname} and {urlsplit(publishable_url).hostname} differ."
         )
-        remedy = "Copy both from the same instance: Clerk Dashboard, API keys."
+        remedy = "Copy both from the same instance: Clerk Dashboard → API keys."
         return Finding("keys_of_two_instances", Level.ERROR, subject, what, remedy)
     what = "The secret key and the publishable key belong to the same instance."
     return Finding("keys_of_one_instance", Level.OK, subject, what)
