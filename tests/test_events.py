@@ -362,7 +362,7 @@ envelopes = st.fixed_dictionaries(
 
 @given(st.text() | (envelopes | values).map(json.dumps), st.text(), st.integers(0, 10**11))
 def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: int) -> None:
-    """Every body is either parsed as an event that can be stored, or raises EventError."""
+    """A body either parses to an event that can be stored, or raises EventError."""
     try:
         parsed = parse_event(VerifiedMessage(message_id, attempt, body))
     except EventError:
@@ -373,7 +373,7 @@ def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: i
 
 @given(profiles)
 def test_keeps_only_what_a_database_can_store(data: dict[str, Any]) -> None:
-    """Every string is UTF-8 without NUL, and fits its column. The name is never empty."""
+    """Each string fits its column and contains no NUL or surrogate. The name is never empty."""
     kept = parse_profile(
         data | {"primary_email_address_id": data.get("primary_email_address_id", "idn_1")}
     )

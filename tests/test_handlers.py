@@ -117,12 +117,12 @@ async def asynchronous(_event: Event) -> None:
 
 
 async def asynchronous_generator(_event: Event) -> AsyncIterator[None]:
-    """Do nothing. A caller would never iterate over this generator."""
+    """Do nothing. clerkhooks would never iterate over the returned generator."""
     yield
 
 
 def generator(_event: Event) -> Iterator[None]:
-    """Do nothing. A caller would never iterate over this generator."""
+    """Do nothing. clerkhooks would never iterate over the returned generator."""
     yield
 
 
@@ -273,7 +273,7 @@ def test_shares_handlers_between_applications_of_one_object(
 
 
 def test_gets_the_outcome_of_user_events(application: Application) -> None:
-    """Handlers also get a stale event once, because the application's tables may need it."""
+    """Handlers also get stale events, because the application's tables may need them."""
     inside, after = Recorder(), Recorder()
     application.hooks.on("user.*")(inside)
     application.hooks.on("user.*", after_commit=True)(after)

@@ -57,7 +57,7 @@ def test_gives_an_aborted_request_an_id(service: Service) -> None:
 
 
 def test_measures_the_whole_request(service: Service) -> None:
-    """The duration of a request includes that of its view, whatever the view uses."""
+    """The logged duration of a request includes the time spent in its view."""
 
     def slow() -> str:
         time.sleep(0.05)
@@ -167,7 +167,7 @@ def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subpr
     """
     Run *code* in a separate process, and return its output.
 
-    In *code*, CLERK contains the variables of *clerk*, and DATABASE is the URL of a SQLite file.
+    In *code*, CLERK is the dict ``clerk.environ``, and DATABASE is the URL of a SQLite file.
     """
     code = f"CLERK = {clerk.environ!r}\nDATABASE = 'sqlite:///{folder}/logs.db'\n{code}"
     done = subprocess.run(
@@ -201,7 +201,7 @@ def test_prints_each_service_in_its_own_format(clerk: FakeClerk, tmp_path: Path)
 
 
 def test_logs_requests_of_an_application_on_request(clerk: FakeClerk, tmp_path: Path) -> None:
-    """``request_log="text"`` prints a line for each request, even to the application's routes."""
+    """``request_log="text"`` logs every request, including those to the application's routes."""
     code = """
 import sys
 from flask import Flask

@@ -23,7 +23,7 @@ pytest_plugins = ["tests.application"]
 
 
 def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatabase) -> None:
-    """Without a model, ``ClerkHooks`` declares the table ``users`` with the plain columns."""
+    """Without a model, ``ClerkHooks`` declares a ``users`` table with the standard columns."""
     db, app, url = SQLAlchemy(), Flask("plain"), make_database("sqlite")
     hooks = ClerkHooks(db)
     app.config.update(clerk.environ, SQLALCHEMY_DATABASE_URI=url)

@@ -46,7 +46,7 @@ def load(name: str) -> Any:
 
 
 def find(value: Any, *keys: str) -> Iterator[Any]:
-    """Yield the values of *keys*, at any depth of *value*."""
+    """Yield the values of *keys*, at any depth in *value*."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key in keys:
@@ -77,7 +77,7 @@ def test_sets_only_variables_that_are_read(name: str) -> None:
     "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
 )
 def test_asks_for_the_secret(name: str) -> None:
-    """Each file requires the secret. Railway's and Fly's formats do not support this."""
+    """Each file asks for the secret if its format allows it; Railway's and Fly's do not."""
     assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
 
 
@@ -194,7 +194,7 @@ def build(root: Path, variables: dict[str, str]) -> None:
 
 
 def copy(source: str, root: Path) -> None:
-    """Copy a file, or the build context without the entries of .dockerignore."""
+    """Copy a file, or the build context without the entries listed in .dockerignore."""
     if source != ".":
         shutil.copy(PROJECT / source, root)
         return

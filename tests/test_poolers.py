@@ -50,7 +50,7 @@ def empty_url(make_database: MakeDatabase) -> str:
 
 @contextmanager
 def serving(clerk: FakeClerk, url: str, direct_url: str, pooler: str) -> Iterator[Service]:
-    """Migrate the database at *url* and create the service; tests read at *direct_url*."""
+    """Migrate the database at *url* and create the service; tests query *direct_url*."""
     variables = {"DATABASE_POOLER": pooler} if pooler else {}
     clerk_environ = clerk.environ | variables
     migrate(url, clerk, **variables)

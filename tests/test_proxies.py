@@ -80,7 +80,7 @@ def test_asks_clerk_through_the_proxy(
     url: str,
     target: str,
 ) -> None:
-    """TLS through HTTP and SOCKS proxies is verified, and host names are not resolved locally."""
+    """Requests use HTTP and SOCKS proxies, verify TLS, and do not resolve host names locally."""
     through = make_proxy(tunnel)
     monkeypatch.setenv(variable, url.format(through.address))
     with BackendApi(API, SECRET_KEY, patience=2) as api:

@@ -35,7 +35,8 @@ class World:
     """
     Clerk, the messages that it sent, and the service.
 
-    All share one clock, because only later events replace a tombstone written by a run.
+    Clerk's times follow the service's clock, because a tombstone written by a run is
+    replaced only by a later event.
     """
 
     service: Service
@@ -360,7 +361,7 @@ def test_asks_only_about_rows_whose_users_were_not_listed(
 
 
 def test_holds_a_million_ids_in_little_memory() -> None:
-    """Each id is found, and no other one. A set of strings would take more than 100 MB."""
+    """Only ids that were added are found. A set of strings would take more than 100 MB."""
     seen = listing.IdSet()
     ids = (f"user_{number:027}" for number in range(1_000_000))
     assert all(map(seen.add, ids))

@@ -68,7 +68,7 @@ def test_applies_a_message_once_in_two_workers(server: Server) -> None:
 
 def test_creates_a_user_once_for_many_first_calls(server: Server) -> None:
     """
-    Twenty first calls and the webhook arrive together.
+    A user's first 20 calls and the webhook arrive together.
 
     All are answered with 200, and the row has the profile.
     """

@@ -131,7 +131,7 @@ def sdk_verdict(case: dict[str, Any]) -> str | None:
 
 
 def test_gives_every_verdict_of_clerks_sdk() -> None:
-    """No result is looser than the SDK's. A stricter result must have a reason from the case."""
+    """No result is looser than the SDK's. A stricter one has a reason that the case allows."""
     assert len(SDK["cases"]) == 400
     compared = [
         case for case in SDK["cases"] if not {"scheme", "o shape"} & set(case["may_be_stricter"])
@@ -416,7 +416,7 @@ raw_tokens = st.builds(
     "text", ["", " ", " a.b.c", "a.b.c\x85", "a.b.c\xa0", "\x1ca.b.c", "a.b.c"]
 )
 def test_reads_the_token_of_a_header_unchanged(text: str) -> None:
-    """After Python's strip(), tokens that Clerk's SDK refuses would be accepted."""
+    """Python's strip() is not used: it would admit tokens that Clerk's SDK refuses."""
     authenticator = Authenticator(SessionVerifier(ConfiguredKeys((KEY,)), RULES), frozenset(), ())
     with Flask(__name__).test_request_context(
         environ_overrides={"HTTP_AUTHORIZATION": f"bearer {text}"}

@@ -197,7 +197,7 @@ stop()
 
 
 def test_closes_idle_connections_near_its_limit() -> None:
-    """With a limit of ten, nine connections stay open; the longest-idle one makes room."""
+    """With a limit of ten, nine connections stay open; a new one replaces the longest-idle."""
     run("""
 connections = [connect() for _ in range(9)]
 gevent.sleep(0.3)
@@ -212,7 +212,7 @@ stop()
 
 
 def test_accepts_more_at_once_while_busy() -> None:
-    """An idle worker accepts one connection at a time, and three if 16 requests are open."""
+    """A worker accepts one connection at a time, or three if it has 16 open requests."""
     run("""
 server = own.server_class(served, spawn=None)
 assert server.max_accept == 1
