@@ -86,7 +86,7 @@ def test_leave_the_indexes_alone_in_an_update(service: Service) -> None:
 def test_upgrade_and_downgrade(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """A downgrade to base removes every table, and a second upgrade succeeds."""
+    """A downgrade to base leaves only the version table, and a second upgrade succeeds."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context():
         upgrade()

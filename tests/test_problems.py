@@ -154,7 +154,7 @@ def test_counts_the_attempts_of_a_failure(service: Service) -> None:
 def test_answers_500_if_the_failure_cannot_be_recorded(
     unreachable: Service, written: list[str]
 ) -> None:
-    """Without a database, two lines are logged: the failure, and the failure to record it."""
+    """Without a database, the failure is logged, and so is the failure to record it."""
     assert unreachable.deliver(user_event(clerk_id("user")), "msg_1").status_code == 500
     not_recorded, failure, _ = shown(written)
     assert not_recorded["event"] == "failure_not_recorded"
