@@ -49,7 +49,7 @@ class FakeClerk:
 
     @property
     def public_key_pem(self) -> str:
-        """The JWT public key in PEM, the format that Clerk's dashboard shows."""
+        """The JWT public key in PEM, the format that the Clerk Dashboard shows."""
         public = self.private_key.public_key()
         return public.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
