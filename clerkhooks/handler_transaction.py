@@ -125,7 +125,7 @@ def _ending_refused(session: Session, connection: sa.Connection) -> Iterator[Non
     sa_event.listen(connection, "commit", refuse)  # detects db.session.connection().commit()
     try:
         yield
-    except SystemExit as error:  # converted, so that the failure is recorded and answered with 500
+    except SystemExit as error:  # converted, to record the failure and return 500
         raise RuntimeError("A handler raised SystemExit.") from error
     finally:
         sa_event.remove(session, "before_commit", refuse)

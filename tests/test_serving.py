@@ -70,7 +70,7 @@ def test_creates_a_user_once_for_many_first_calls(server: Server) -> None:
     """
     A user's first 20 calls and the webhook arrive together.
 
-    All are answered with 200, and the row has the profile.
+    All of them return 200, and the row has the profile.
     """
     user_id, barrier = clerk_id("user"), threading.Barrier(21)
     headers = {"Authorization": f"Bearer {server.clerk.session_token(user_id)}"}
@@ -202,7 +202,7 @@ def test_passes_long_headers_to_the_application(server: Server) -> None:
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
 def test_refuses_a_large_body_before_reading_it(server: Server, framing: str) -> None:
-    """A body over the limit is answered with 413 before it has been sent completely."""
+    """A body over the limit gets a 413 before it has been sent completely."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(
             f"POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()

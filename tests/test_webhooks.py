@@ -56,7 +56,7 @@ def test_processes_a_message_once(service: Service) -> None:
 
 
 def test_ignores_other_types(service: Service) -> None:
-    """A type without a handler is accepted and recorded, and changes no user."""
+    """An event without a handler is accepted and recorded, and users are unchanged."""
     body = event_body("session.created", {"id": "sess_1"}, NOW_MS)
     assert [service.outcome(body, "msg_1") for _ in range(2)] == ["ignored", "duplicate"]
     stored = service.rows("SELECT event_type, outcome, clerk_user_id FROM webhook_messages")
@@ -93,7 +93,7 @@ def test_accepts_a_trailing_slash(service: Service, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_refuses_other_methods(service: Service, method: str) -> None:
-    """Methods other than POST are answered with 405 and ``Allow``."""
+    """Methods other than POST return 405 with an ``Allow`` header."""
     response = service.http.open("/webhooks/clerk", method=method)
     assert response.status_code == 405
     assert response.headers["Allow"] == "POST"
@@ -208,7 +208,7 @@ HEADER_VALUES = st.text(
 def test_never_answers_a_stranger_with_a_5xx(
     unreachable: Service, headers: dict[str, str], body: bytes
 ) -> None:
-    """Hostile headers and bodies are answered with 401, without a database query."""
+    """Hostile headers and bodies get a 401, without a database query."""
     response = unreachable.http.post("/webhooks/clerk", data=body, headers=headers)
     assert response.status_code == 401
 

@@ -1,5 +1,5 @@
 """
-Measure a cold start: installation, imports, commands, and the time to the first answer.
+Measure a cold start: installation, imports, commands, and the time to the first response.
 
     python -m tests.benchmarks.cold [--here] [--rounds 5]
 

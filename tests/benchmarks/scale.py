@@ -234,7 +234,7 @@ def measure_throughput(sizes: Sequence[Size], rounds: int, seconds: float) -> No
 
 
 def load(size: Size, requests: Iterator[bytes], seconds: float) -> Result:
-    """Apply load to the service; every answer must be 200."""
+    """Apply load to the service; every response must be 200."""
     result = apply_load(size.server.port, requests, seconds)
     assert set(result.statuses) == {200}, result.statuses
     return result
