@@ -397,7 +397,7 @@ def test_serves_threads_at_once(backend: Backend) -> None:
 
 
 def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
-    """Requests share a connection, because a TLS handshake would cost more than a page."""
+    """Requests share a connection, because a TLS handshake takes longer than fetching a page."""
     peers = set()
 
     def note_peer(backend: Backend, request: BaseHTTPRequestHandler) -> None:

@@ -35,7 +35,7 @@ class World:
     """
     Clerk, the messages that it sent, and the service.
 
-    Clerk's times follow the service's clock, because a tombstone written by a run is
+    Clerk's times follow the service's clock, because a tombstone written by a sync is
     replaced only by a later event.
     """
 
@@ -102,7 +102,7 @@ class World:
         step_lock, failures = Lock(), list[Exception]()
 
         def before(_path: str, _query: Query) -> None:
-            with step_lock:  # a run sends requests from several threads
+            with step_lock:  # a sync sends requests from several threads
                 try:
                     if during:
                         self.perform(during.pop(0))
@@ -198,7 +198,7 @@ def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
 
         def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
             """
-            Return a page; then let a user sign up, or delete one.
+            Return a page, after which a user signs up or is deleted.
 
             At most half a page of users is deleted. The listing tolerates this number even if all
             users were created in the same millisecond.
@@ -272,7 +272,7 @@ def test_counts_users_by_result(syncing: Service, backend: Backend) -> None:
 
 def test_revives_an_inferred_tombstone_only(syncing: Service, backend: Backend) -> None:
     """
-    A later update revives a user whom a run has marked as deleted.
+    A later update revives a user whom a sync has marked as deleted.
 
     An earlier update does not. A ``user.deleted`` event is final.
     """
@@ -306,9 +306,9 @@ def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
     """
-    A run deletes no user if it would delete over 20 users and over a tenth of all users.
+    A sync deletes no users if it would delete over 20 users and over a tenth of all users.
 
-    The same applies to a run that finds none of the users at Clerk. With ``force``, the users are
+    The same applies to a sync that finds none of the users at Clerk. With ``force``, the users are
     deleted.
     """
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
@@ -347,7 +347,7 @@ def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Bac
 def test_asks_only_about_rows_whose_users_were_not_listed(
     syncing: Service, backend: Backend
 ) -> None:
-    """A listed user is known to exist, so a run sends few requests besides those for pages."""
+    """A listed user is known to exist, so a sync sends few requests besides those for pages."""
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(20)]
     sync(syncing, backend)
     make_old(syncing)
@@ -401,7 +401,7 @@ def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backe
 
 
 def test_checks_without_changing_anything(syncing: Service, backend: Backend) -> None:
-    """A check finds the fields that differ. After a run, a check finds no differences."""
+    """A check finds the fields that differ. After a sync, a check finds no differences."""
     users = {
         name: backend.sign_up(at=LONG_AGO + number)
         for number, name in enumerate(("new", "differs", "unfilled", "gone", "moved"))
@@ -466,7 +466,7 @@ def test_refuses_a_second_run_at_the_same_time(syncing: Service, backend: Backen
 
 
 def test_does_not_overwrite_a_concurrent_webhook(syncing: Service, backend: Backend) -> None:
-    """A webhook that is applied between a run's read and write of a row is not overwritten."""
+    """A webhook that is applied between a sync's read and write of a row is not overwritten."""
     names = ("changed", "deleted", "created")
     users = {name: backend.sign_up(at=LONG_AGO) for name in names}
     syncing.clerk_service.deliver(
