@@ -25,8 +25,8 @@ class Version(NamedTuple):
     """
     The version of an object. The fields are compared in the order of their declaration.
 
-    Times are in milliseconds. If an event has no times, ``updated_at`` is -1, which ranks below all
-    other versions, and ``timestamp`` is the time of the delivery attempt.
+    Times are in milliseconds. If an event has neither time, ``updated_at`` is -1, which ranks below
+    all other versions, and ``timestamp`` is the time of the delivery attempt.
     """
 
     updated_at: int

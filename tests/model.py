@@ -68,7 +68,7 @@ class Sent:
         """
         The event's version: two times in milliseconds and the message id.
 
-        Events without times are ordered by the times of their delivery attempts, which are not
+        Events with neither time are ordered by the times of their delivery attempts, which are not
         part of the event. The version of such an event has the times -1 and 0.
         """
         times = (self.updated_at, self.timestamp)
@@ -167,7 +167,7 @@ DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
 
 def determined(drafts: Iterable[Draft]) -> list[Draft]:
     """
-    Return *drafts*, changed so that each user has at most one event without times.
+    Return *drafts*, changed so that each user has at most one event with neither time.
 
     The order of several such events would depend on their delivery attempts, which are not part
     of the events.

@@ -73,8 +73,8 @@ class Run:
             return
         called = event.user_id in self.called
         changes = expected_row(arrived, called) != expected_row(arrived | {event}, called)
-        # An event without times is ranked by its delivery attempt. If it is pruned from the log and
-        # arrives again, it may be applied again, with the same values.
+        # An event with neither time is ranked by its delivery attempt. If it is pruned from the log
+        # and arrives again, it may be applied again, with the same values.
         is_repeated_without_times = event in arrived and event.version[0] < 0
         expected = "applied" if changes else "stale"
         assert outcome in ({"applied", "stale"} if is_repeated_without_times else {expected})

@@ -58,7 +58,7 @@ def test_replaces_a_missing_time_by_the_other(
     """
     If an event has only one of the two times, that time is used for both.
 
-    Events without times rank below all others, in the order of their delivery attempts.
+    Events with neither time rank below all others, in the order of their delivery attempts.
     """
     user_id = clerk_id("user")
     body = json.dumps(
