@@ -338,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """A name is shown as stored. It cannot run a script or reverse the text around it."""
+    """Names are shown as stored. Scripts do not run, and bidi overrides are isolated."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):

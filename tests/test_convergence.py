@@ -146,7 +146,7 @@ def test_ends_as_the_set_of_events_says(
     service: Service, pattern: str | None, history: History
 ) -> None:
     """
-    Rows, responses and log agree with the model for any order of events, calls and prunes.
+    The rows, responses and log match the model for any order of events, calls and prunes.
 
     This is true with and without handlers.
     """
@@ -309,8 +309,8 @@ def check_answers(
     """
     Check that the status of every delivery is 200.
 
-    Of the responses to a message that was not pruned, one contains the logged outcome, and all
-    others contain ``duplicate``.
+    If a message was not pruned, exactly one of its responses contains the logged outcome. All
+    other responses contain ``duplicate``.
     """
     outcomes: dict[str, list[str]] = defaultdict(list)
     for kind, key, status, outcome in answers:
