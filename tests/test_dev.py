@@ -173,7 +173,7 @@ def test_ignores_the_users_own_configuration(
     """
     Environment variables, .env and a proxy have no effect. No file is left behind.
 
-    The command needs only the package, because a wheel does not contain wsgi.py or migrations.
+    The command works without wsgi.py and migrations, which a wheel does not contain.
     """
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PROJECT / "clerkhooks", tmp_path / "clerkhooks", ignore=ignored)

@@ -1,4 +1,4 @@
-"""The commands ``log``, ``send`` and ``prune``."""
+"""The ``log``, ``send`` and ``prune`` commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def age(service: Service, message_id: str, **days: float) -> None:
 
 def test_deletes_old_messages_and_no_users(service: Service) -> None:
     """
-    Messages that were received and processed longer ago than the given age are deleted.
+    Messages that were received and processed before the cutoff are deleted.
 
     Users are kept, and so is an old message that was retried recently. If a deleted message is
     delivered again, it is stale.
@@ -226,7 +226,7 @@ def sent(server: Server, *arguments: str) -> tuple[int, Any]:
 
 def test_sends_signed_events(server: Server) -> None:
     """
-    Sign-ups, updates and deletions are applied, and a repetition is a duplicate.
+    Sign-ups, updates and deletions are applied. A repeated message returns ``duplicate``.
 
     If a message has been tampered with or is too old, it is refused, and the exit status is 1.
     """

@@ -1,4 +1,4 @@
-"""The command ``clerkhooks sync``, run by an operator or a scheduler."""
+"""The ``clerkhooks sync`` command, run by an operator or a scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``clerkhooks``, with all commands of the service."""
+"""The ``clerkhooks`` command, with all of the service's subcommands."""
 
 from __future__ import annotations
 

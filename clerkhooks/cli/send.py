@@ -1,4 +1,4 @@
-"""The command ``send``: post a signed event, without a tunnel to Clerk."""
+"""The ``send`` command: post a signed event, without a tunnel to Clerk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``sync``, which updates the users table from Clerk."""
+"""The ``sync`` command, which updates the users table from Clerk."""
 
 from __future__ import annotations
 

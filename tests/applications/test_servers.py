@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def serving(kind: str, url: str, clerk: FakeClerk, log: Path) -> Iterator[Server]:
-    """Run the bookshop under a server of this kind until the block ends."""
+    """Run the bookshop under the server *kind* until the ``with`` block ends."""
     port = free_port()
     command = [part.format(port=port, kind=kind) for part in COMMANDS[kind]]
     uri = url.replace("postgresql://", "postgresql+psycopg://", 1)
