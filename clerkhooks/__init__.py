@@ -44,7 +44,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # Modules are imported on first use (PEP 562). gunicorn.conf.py can therefore read the settings
-    # without importing Flask and the database driver.
+    # without importing Flask or the database driver.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

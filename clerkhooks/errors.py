@@ -149,7 +149,7 @@ class Fault:
 
 class SettingsError(ClerkhooksError, click.ClickException):
     """
-    The configuration is invalid. The message lists every problem and shows no value.
+    The configuration is invalid. The message lists every problem without the values.
 
     Commands of an application, such as ``flask clerk users``, print the message and exit with
     status 2. For any other exception in an application's factory, Flask shows a traceback.

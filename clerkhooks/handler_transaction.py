@@ -45,7 +45,7 @@ def apply_with_handlers(
     Raises:
         Overloaded: the application's pool provided no connection in time.
         RuntimeError: a handler ended the transaction, or the commit did not save the message.
-        Exception: any error of a handler or the database. Everything is rolled back.
+        Exception: a handler or the database raised an error. Everything is rolled back.
     """
     session = scoped()
     try:

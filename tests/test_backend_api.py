@@ -308,7 +308,7 @@ def test_reports_a_refused_connection() -> None:
 
 @pytest.mark.parametrize("url", ["https://xn--.com", "https://[v1.x]", f"https://{'a' * 64}.com"])
 def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
-    """An exception of the HTTP library is converted to a BackendApiError."""
+    """An exception from the HTTP library is converted to a BackendApiError."""
     with BackendApi(url, SECRET_KEY, pace=PACE) as api:
         assert failure_of(api.count_users).reason == "api_unreachable"
 
