@@ -83,7 +83,7 @@ def test_reports_characters_that_cannot_be_stored(service: Service) -> None:
 
 
 def test_continues_after_a_page(service: Service, people: dict[str, str]) -> None:
-    """Each user appears on one page. The text output ends with the cursor for the next page."""
+    """Each user appears on exactly one page. The text output ends with the next cursor."""
     read: list[str] = []
     arguments: list[str] = []
     for _ in people:
