@@ -70,25 +70,38 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
     is left for deliveries. Users are not changed. If a deleted message arrives again, it is applied
     only if its version is newer.
     """
-    table = store.messages
-    received_at = table.c.received_at
-    old = (
-        sa.select(table.c.message_id)
-        # Otherwise, each batch would scan the index entries of all rows deleted so far.
-        .where(received_at >= sa.bindparam("since", type_=received_at.type))
-        .where(received_at < before)
-        .where(sa.func.coalesce(table.c.processed_at, received_at) < before)
-        .order_by(received_at)
-        .limit(batch)
-        .with_for_update(skip_locked=True)
-    )
-    statement = sa.delete(table).where(table.c.message_id.in_(old)).returning(received_at)
+    statement = _make_prune(store, before, batch)
     since, began = datetime.min.replace(tzinfo=UTC), monotonic()
     while pruned := store.database.write(statement, {"since": since}):
         yield len(pruned)
         since = max(at for (at,) in pruned)
         sleep(monotonic() - began)
         began = monotonic()
+
+
+def _make_prune(store: Store, before: datetime, batch: int) -> sa.Executable:
+    """
+    Return the statement that deletes a batch, beginning with messages received at ``since``.
+
+    Deleted rows stay at the beginning of each index until a VACUUM. Without ``since``, a batch
+    would walk the entries of all rows that were deleted before it. So would PostgreSQL's planner,
+    which looks up the lowest value for a join and for a comparison with a known value.
+    """
+    table = store.messages
+    received_at = table.c.received_at
+    since = sa.select(sa.bindparam("since", type_=received_at.type)).scalar_subquery()
+    old = (
+        sa.select(table.c.message_id)
+        .where(received_at >= since, received_at < before)
+        .where(sa.func.coalesce(table.c.processed_at, received_at) < before)
+        .order_by(received_at)
+        .limit(batch)
+        .with_for_update(skip_locked=True)
+    )
+    is_old: sa.ColumnElement[bool] = table.c.message_id.in_(old)
+    if store.database.dialect_name == "postgresql":
+        is_old = table.c.message_id == sa.any_(sa.func.array(old.scalar_subquery()))
+    return sa.delete(table).where(is_old).returning(received_at)
 
 
 def is_failed(table: sa.Table) -> sa.ColumnElement[bool]:
