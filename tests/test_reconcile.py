@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Set as AbstractSet
@@ -571,6 +572,31 @@ def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
     backend.before = repeat
     with pytest.raises(BackendApiError, match="same page"):
         sync(syncing, backend)
+
+
+def test_ends_if_users_repeat_in_any_order() -> None:
+    """If a proxy drops the query, users who were imported together may repeat in any order."""
+
+    class Api(BackendApi):
+        """List some of thirty users, without a network."""
+
+        def __init__(self) -> None:
+            """Open no connection."""
+            self.requests = 0
+
+        def list_newest(self, limit: int) -> list[Any]:
+            """Return ten users."""
+            self.requests += 1
+            assert self.requests < 500, "the run does not end"
+            numbers = random.sample(range(30), 10)
+            return [{"id": f"user_{number}", "created_at": LONG_AGO} for number in numbers]
+
+        def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
+            """Return ten users."""
+            return self.list_newest(10)
+
+    with pytest.raises(BackendApiError, match="same page"):
+        list(listing.read_all(Api(), listing.IdSet()))
 
 
 @pytest.mark.parametrize("count", [1, 15])

@@ -59,16 +59,16 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
-    after, offset = -1, 0
+    after, offset, count = -1, 0, 0
     last: list[str] = []
     while page := api.list_users(after - 1 if after > 0 else None, offset):
         keys, times = [_key(data) for data in page], [_created_at(data) for data in page]
         each = zip(page, keys, times, strict=True)
         new = [data for data, key, time in each if time <= bound and seen.add(key)]
-        newest = max(times)
+        newest, count = max(times), count + len(new)
         if newest > after:
             after, offset, last = newest, 0, []
-        elif keys == last:
+        elif keys == last or offset > count:  # as many users precede the page as were ever read
             raise BackendApiError("answer_unusable", "answered with the same page again")
         else:
             last = keys
