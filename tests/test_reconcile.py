@@ -432,6 +432,22 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     assert sync(syncing, backend, check=True)[2].ok
 
 
+def test_checks_rows_that_have_clerks_version(syncing: Service, backend: Backend) -> None:
+    """A check finds a row that was edited by hand. A sync overwrites it once it has no version."""
+    edited, left = (backend.sign_up(at=LONG_AGO + number) for number in range(2))
+    sync(syncing, backend)
+    syncing.clerk_service.deliver("user.updated", backend.users[left])  # the same data, as an event
+    syncing.rows(f"UPDATE users SET email = 'old@example.org' WHERE id = '{edited}'")
+    summary, [finding], run = sync(syncing, backend, check=True)
+    assert (summary, run.drifted, run.ok) == ({"unchanged": 2}, 1, False)
+    emails = ("old@example.org", f"{edited.lower()}@example.org")
+    assert (finding.kind, finding.user_id, finding.fields) == ("differs", edited, {"email": emails})
+    assert sync(syncing, backend)[0] == {"unchanged": 2}
+    syncing.rows(f"UPDATE users SET version_updated_at = NULL WHERE id = '{edited}'")
+    assert sync(syncing, backend)[0] == {"updated": 1, "unchanged": 1}
+    assert sync(syncing, backend, check=True)[2].ok
+
+
 def test_syncs_selected_users_only(syncing: Service, backend: Backend) -> None:
     """Named users, users without a profile, and users with failed messages are read by id."""
     users = {

@@ -75,6 +75,12 @@ class Comparison:
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
 
     @property
+    def is_edited(self) -> bool:
+        """Whether the row differs but has Clerk's version, so that a sync does not overwrite it."""
+        same = self.row is not None and self.row.version_updated_at == self.snapshot.updated_at
+        return same and bool(self.fields)
+
+    @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The stored value and Clerk's value of each column that differs."""
         if self.row is None:
@@ -89,5 +95,6 @@ class Comparison:
             return Result.CREATED
         if self.kind == "differs" and not self.fields:
             return Result.UNCHANGED
-        is_written = self.is_behind or self.lacks_declared
-        return Result.UPDATED if is_written else Result.NEWER_HERE
+        if self.is_behind or self.lacks_declared:
+            return Result.UPDATED
+        return Result.UNCHANGED if self.is_edited else Result.NEWER_HERE

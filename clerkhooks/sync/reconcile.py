@@ -127,9 +127,7 @@ class Reconciliation:
         """Compare *users* with their rows. Update older rows, or report them in a check."""
         snapshots = self._parse(users)
         if self.check:
-            compared = self._compare(snapshots)
-            self.counts[Result.UNCHANGED] += len(snapshots) - len(compared)
-            for comparison in compared:
+            for comparison in self._compare(snapshots):
                 self._tell_drift(comparison)
         elif snapshots:
             self.counts.update(retry(self._write, snapshots))
@@ -147,9 +145,9 @@ class Reconciliation:
         return found
 
     def _compare(self, snapshots: Mapping[str, Snapshot]) -> list[Comparison]:
-        """Return the users whose rows are missing, or may differ."""
+        """Return the users whose rows are missing, or may differ. In a check, return all users."""
         rows = [
-            {"id": each.user_id, "version_updated_at": each.updated_at}
+            {"id": each.user_id, "version_updated_at": None if self.check else each.updated_at}
             for each in snapshots.values()
         ]
         compare, parameters = self.store.statements.compare, {"rows": to_json(rows)}
@@ -163,8 +161,9 @@ class Reconciliation:
         ]
 
     def _tell_drift(self, comparison: Comparison) -> None:
-        self.counts[comparison.result] += 1
-        if comparison.result in (Result.CREATED, Result.UPDATED):
+        result = comparison.result
+        self.counts[result] += 1
+        if result in (Result.CREATED, Result.UPDATED) or comparison.is_edited:
             self.drifted += 1
             user_id = comparison.snapshot.user_id
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
