@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -83,3 +85,22 @@ def test_watches_all_exchanges_of_a_connection_in_one_thread(issuer: Issuer) -> 
     connection.close()
     assert len(watchers) == 1
     eventually(lambda: not any(watcher.is_alive() for watcher in watchers))
+
+
+def test_watches_a_connection_after_a_fork(issuer: Issuer) -> None:
+    """Threads do not survive a fork, so the child starts a thread of its own."""
+    with closing(Connection(issuer.url, {}, timeout=0.2, max_size=5)) as connection:
+        issuer.behaviour = GOOD
+        connection.get(issuer.url)
+        issuer.behaviour = dripping(HTTP + b"X: ")
+
+        def expire() -> None:
+            with pytest.raises(TimeoutError):
+                connection.get(issuer.url)
+
+        child = multiprocessing.get_context("fork").Process(target=expire)
+        child.start()
+        child.join(5)
+        exit_code = child.exitcode
+        child.kill()
+    assert exit_code == 0

@@ -112,7 +112,7 @@ class Connection:
         """Set the deadline. Exchanges share a watcher thread, because starting one takes 2 ms."""
         self._is_expired = False
         self._deadline = time.monotonic() + self._timeout
-        if self._watcher is None:
+        if self._watcher is None or not self._watcher.is_alive():  # for example after a fork
             self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()
 
