@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
@@ -185,11 +186,13 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """If scheduled runs overlap, the second one exits with status 2."""
+    """If scheduled runs overlap, the second one exits with status 2 and leaves nothing frozen."""
+    frozen = gc.get_freeze_count()
     with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
     assert result.exit_code == 2
     assert "Another sync is running" in result.output
+    assert gc.get_freeze_count() == frozen
 
 
 def test_reports_a_database_failure(make_service: MakeService, backend: Backend) -> None:

@@ -127,13 +127,12 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
     tell = _print_json if as_json else _print_finding
     began, finished = time.monotonic(), False
-    # Otherwise, garbage collection would scan all imported modules for each page: 7 µs per user.
-    gc.freeze()
     api = BackendApi(settings.api_url, settings.secret_key)
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
         run = Reconciliation(api, store, connection, begin, tell, check, force)
+        gc.freeze()  # else each page has the collector visit all modules: 7 µs for each user
         try:
             yield run
             finished = True
