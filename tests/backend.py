@@ -21,7 +21,7 @@ from clerkhooks.clerk.fake import clerk_id, user_data
 from tests.support import serving_in_thread
 
 WINDOW = 10.0  # seconds in which requests are counted for the rate limit
-TIMEOUT = 20  # seconds
+TIMEOUT = 60  # seconds; under load, a process may take ten to send its first request
 # A production key. With any other key, the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"
 Query = dict[str, list[str]]
@@ -180,7 +180,7 @@ class Backend:
     def wait_for(self, count: int) -> None:
         """Wait until *count* requests have arrived."""
         with self._arrived:
-            arrived = self._arrived.wait_for(lambda: len(self.requests) >= count, timeout=15)
+            arrived = self._arrived.wait_for(lambda: len(self.requests) >= count, TIMEOUT)
         assert arrived, f"{len(self.requests)} of {count} requests arrived"
 
     @contextmanager

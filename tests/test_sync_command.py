@@ -243,7 +243,7 @@ def test_can_be_interrupted_and_run_again(
     try:
         backend.wait_for(4)
         process.send_signal(signal.SIGINT)
-        stdout, _ = process.communicate(timeout=10)
+        stdout, _ = process.communicate(timeout=30)
     finally:
         process.kill()
     shown = os.read(master, 65536).decode()
