@@ -410,6 +410,21 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
     assert len(peers) == 1
 
 
+def test_closes_a_connection_that_is_still_in_use(backend: Backend) -> None:
+    """If a sync stops, the requests of other threads end later and leave no thread behind."""
+    backend.behaviours.append(stalling_then_answering)
+    before = set(threading.enumerate())
+    with BackendApi(backend.api_url, SECRET_KEY) as api:
+        thread = threading.Thread(target=api.count_users)
+        thread.start()
+        backend.wait_for(1)
+    [watcher] = [one for one in threading.enumerate() if "_watch" in one.name and one not in before]
+    assert watcher.is_alive()
+    backend.released.set()
+    thread.join(TIMEOUT)
+    eventually(lambda: not watcher.is_alive())
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("sk_test_", 9), ("sk_live_", 90), ("sk_new_", 9)])
 def test_knows_the_limit_of_the_instance(kind: str, rate: int) -> None:
     """Requests are limited to 90% of Clerk's rate limit for the kind of instance."""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -88,6 +88,7 @@ class BackendApi:
             certificates=certificates,
         )
         self._idle: list[Connection] = []
+        self._is_closed = False
         rate = LIVE_RATE if secret_key.startswith("sk_live_") else TEST_RATE
         self._rate_limit = RateLimit(pace / rate)
         self._url, self._patience, self._pace = f"{api_url}/v1", patience, pace
@@ -104,9 +105,9 @@ class BackendApi:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close all connections."""
-        while self._idle:
-            self._idle.pop().close()
+        """Close all connections. Those in use are closed when their exchanges end."""
+        self._is_closed = True
+        self._close_idle()
 
     def count_users(self) -> int:
         """Return the number of users."""
@@ -197,6 +198,13 @@ class BackendApi:
             yield connection
         finally:
             self._idle.append(connection)
+            if self._is_closed:  # after an error or Ctrl-C, other threads may still be waiting
+                self._close_idle()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):  # several threads may do so at once
+            while True:
+                self._idle.pop().close()
 
 
 def _judge(answer: Answer) -> Any:
