@@ -334,3 +334,16 @@ first, second, third = accepted_at
 assert second - first >= 0.29 and third - second >= 0.29, accepted_at
 stop()
 """)
+
+
+def test_does_not_pause_while_connections_end() -> None:
+    """Clients that open a connection for each request do not wait for pauses."""
+    run("""
+worker.ACCEPT_PAUSE, worker.RECENT = 0.3, 5
+began = time.monotonic()
+for _ in range(10):
+    assert seconds_until_end(connect(b"GET / HTTP/1.0\\r\\n\\r\\n"))[1].startswith(b"HTTP/1.0 200")
+took = time.monotonic() - began
+assert took < 1.5, took  # a pause after each connection would take 2.7 seconds
+stop()
+""")

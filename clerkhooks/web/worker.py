@@ -28,6 +28,7 @@ MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more 
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
 ACCEPT_PAUSE = 0.001  # seconds; meanwhile, other workers can accept connections
+RECENT = 0.1  # seconds after the end of a connection, without pauses
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -234,6 +235,7 @@ class _Server(StreamServer):  # type: ignore[misc]
         self, listener: Any, handle: Any, spawn: Any, count_requests: Callable[[], int], **tls: Any
     ) -> None:
         self._count_requests = count_requests
+        self._ended_at = -math.inf  # when the last connection ended
         super().__init__(listener, handle=handle, spawn=spawn, **tls)
 
     @property
@@ -247,11 +249,20 @@ class _Server(StreamServer):  # type: ignore[misc]
 
         Otherwise, if eight connections arrive together, one of two workers often accepts seven of
         them before the operating system has scheduled the other worker.
+        While connections are ending, there are no pauses, because clients that open a connection
+        for each request would otherwise wait every time.
         """
         super().do_handle(*arguments)
+        if time.monotonic() - self._ended_at < RECENT:
+            return
         self.stop_accepting()
         self._timer = self.loop.timer(ACCEPT_PAUSE)
         self._timer.start(self._start_accepting_if_started)
+
+    def do_close(self, *arguments: Any) -> None:
+        """Close a connection that has ended."""
+        super().do_close(*arguments)
+        self._ended_at = time.monotonic()
 
 
 def raise_descriptor_limit() -> int:
