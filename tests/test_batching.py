@@ -466,3 +466,32 @@ def test_waits_for_a_caller_whose_request_has_arrived() -> None:
 def test_does_not_wait_for_a_loop_that_is_always_busy() -> None:
     """A batch is executed after MAX_IDLE_WAIT, even if the event loop is never idle."""
     assert "first" in run_with_gevent("0.05", "busy")
+
+
+PATCHED_LATE = """
+import time
+from clerkhooks.store import batching
+
+batcher = batching.Batcher(list, keys=lambda item: ("user",), concerns_all=lambda error: False)
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent
+
+began = time.monotonic()
+calls = [gevent.spawn(batcher, item) for item in range(10)]
+gevent.joinall(calls, raise_error=True)
+assert [call.value for call in calls] == list(range(10))
+print(time.monotonic() - began)
+"""
+
+
+def test_does_not_block_an_application_that_was_patched_late() -> None:
+    """
+    With gunicorn's own gevent worker and preload_app, a batch does not block the process.
+
+    The batcher's locks are older than the monkey-patching, and waiting for one of them blocks every
+    greenlet, including the one that would release it.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", PATCHED_LATE]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5, "nine of the calls waited for MAX_WAIT"

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from time import sleep
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -120,11 +120,14 @@ def _wait_for_callers() -> None:
     With gevent, all requests that have already arrived are read and parsed first, because one
     statement for all of them takes less time than several statements. Without load, no requests are
     waiting, and this function returns at once.
+
+    If this module was imported before gevent's monkey-patching, as by gunicorn's own gevent worker
+    with ``preload_app``, other greenlets do not run, because the batcher's native locks would block
+    the whole process.
     """
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
+    monkey, gevent = sys.modules.get("gevent.monkey"), cast("Any", sys.modules.get("gevent"))
+    if monkey is None or not monkey.is_module_patched("threading") or sleep is not gevent.sleep:
         sleep(0)
         return
-    gevent = sys.modules["gevent"]
     with gevent.Timeout(MAX_IDLE_WAIT, exception=False):
         gevent.idle()
