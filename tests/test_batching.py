@@ -472,6 +472,7 @@ PATCHED_LATE = """
 import time
 from clerkhooks.store import batching
 
+batching.MAX_WAIT = 1
 batcher = batching.Batcher(list, keys=lambda item: ("user",), concerns_all=lambda error: False)
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent
@@ -494,4 +495,4 @@ def test_does_not_block_an_application_that_was_patched_late() -> None:
     command = [sys.executable, "-W", "ignore", "-c", PATCHED_LATE]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5, "nine of the calls waited for MAX_WAIT"
+    assert float(done.stdout) < 5, "nine of the calls waited for MAX_WAIT"
