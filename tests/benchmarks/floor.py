@@ -3,8 +3,8 @@ Compare the service with a minimal application that does the same work.
 
     python -m tests.benchmarks.floor [--rounds 5] [--seconds 3]
 
-Both run under the same gunicorn, and the rounds alternate. The load is generated on the same
-machine.
+Both run under the same worker class of gunicorn, and the rounds alternate. The load is generated on
+the same machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from tests.server import serving
 CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
 # Load a module without settings instead of gunicorn.conf.py, which has the service's hooks.
-OPTIONS = ["-c", "python:tests.benchmarks", "-w", "2", "-k", "gevent", "--keep-alive", "75"]
+WORKER = ["-w", "2", "-k", "clerkhooks.web.worker.Worker", "--keep-alive", "75"]
+OPTIONS = ["-c", "python:tests.benchmarks", *WORKER, "--backlog", "4096"]
 MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal:app"]
 
 
