@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from clerkhooks.clerk.fake import clerk_id, user_data
 from tests.support import serving_in_thread
 
-WINDOW = 10.0  # seconds in which requests are counted for the rate limit
+WINDOW = 10.0  # the length of the rate limit's window, in seconds
 TIMEOUT = 60  # seconds; under load, a process may take ten to send its first request
 # A production key. With any other key, the client sends at most 90 requests in ten seconds.
 SECRET_KEY = f"sk_live_{secrets.token_hex(20)}"

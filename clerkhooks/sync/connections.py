@@ -47,7 +47,7 @@ def check_lock(connection: sa.Connection) -> None:
 
 @contextmanager
 def reader(store: Store) -> Iterator[sa.Connection]:
-    """Yield a connection that has longer timeouts than the connections of requests."""
+    """Yield a connection with longer timeouts than those used for requests."""
     with store.database.connect() as connection:
         try:
             if connection.dialect.name == "postgresql":

@@ -28,7 +28,7 @@ MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more 
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
 REQUESTS_PER_ACCEPT = 8
 ACCEPT_PAUSE = 0.001  # seconds; meanwhile, other workers can accept connections
-RECENT = 0.1  # seconds after the end of a connection, without pauses
+RECENT = 0.1  # seconds; for this long after a connection ends, accepting does not pause
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -147,7 +147,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._connections: dict[Any, Connection] = {}  # by greenlet
-        self._waiting: dict[Connection, None] = {}  # in order; the longest wait comes first
+        self._waiting: dict[Connection, None] = {}  # the longest-waiting connection is first
 
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""

@@ -285,7 +285,8 @@ def _cost(
     change: str = "",
 ) -> tuple[float, float]:
     """Return the WAL bytes and microseconds per delivery after *change*; roll it back."""
-    connection.execute("CHECKPOINT")  # the first change to a page after it logs the whole page
+    # The first change to a page after a checkpoint writes the whole page to the WAL.
+    connection.execute("CHECKPOINT")
     with connection.transaction(force_rollback=True):
         connection.execute(change.encode())
         [(before,)] = connection.execute("SELECT pg_current_wal_insert_lsn()")
