@@ -132,7 +132,7 @@ def test_loses_no_slot_if_a_caller_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
-    """The turn of a killed caller passes to the next caller."""
+    """If a caller is killed when its turn comes, the next caller gets the turn."""
     slots, log = Slots(1, TIMEOUT), list[int]()
     began_at = slots.begin()
     turn = threading.Lock()

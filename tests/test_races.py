@@ -91,7 +91,7 @@ def test_keeps_a_deleted_user_deleted(
 @plain
 @pytest.mark.parametrize("failed", [False, True], ids=["a new message", "one that failed"])
 def test_processes_a_message_once(service: Service, plain: bool, failed: bool) -> None:
-    """Of two simultaneous deliveries of a message, the second waits and is a duplicate."""
+    """If a message is delivered twice at once, the second waits and counts as a duplicate."""
     user_id = clerk_id("user")
     again = delivery(service, user_event(user_id), "msg_1")
     if failed:

@@ -348,7 +348,7 @@ def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Bac
 def test_asks_only_about_rows_whose_users_were_not_listed(
     syncing: Service, backend: Backend
 ) -> None:
-    """A listed user is known to exist, so a sync sends few requests besides those for pages."""
+    """Listed users are known to exist, so apart from listing them, a sync sends few requests."""
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(20)]
     sync(syncing, backend)
     make_old(syncing)
