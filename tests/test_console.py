@@ -931,7 +931,7 @@ def test_formats_a_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_formats_a_time_in_the_past(seconds: int, text: str) -> None:
-    """A time in the future, caused by a difference between clocks, can also be formatted."""
+    """A time in the future, due to clock skew, can also be formatted."""
     now = datetime.now(UTC)
     assert texts.ago(now - timedelta(seconds=seconds), now) == text
 

@@ -44,7 +44,7 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Isolate the logger's handlers, because each refers to the output of one test."""
+    """Replace the logger's handlers, which write to the captured output of a single test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
 
 

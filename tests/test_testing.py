@@ -173,7 +173,7 @@ def test_lets_a_request_bring_its_own_authorization(clerk_service: ClerkService)
 def test_takes_any_claims(
     clerk_service: ClerkService, claims: dict[str, object], status: int
 ) -> None:
-    """Claims that a test passes are signed unchanged, and verified like any others."""
+    """The claims passed by a test are signed unchanged and verified as usual."""
     preset: Preset = "strict"
     clerk_service.app.add_url_rule(
         "/strict", view_func=require_auth(reverification=preset)(lambda: "done")
