@@ -127,6 +127,7 @@ def test_reports_errors_and_traces_statements(
         captured.events.clear()
         ClerkService(app, clerk).client("user_1").get("/api/me")
         statements = captured.statements()
-        assert any("FROM users" in text for text in statements), statements
+        selects = [text for text in statements if text.strip().startswith("SELECT")]
+        assert any("users AS u" in text for text in selects), statements
         assert any("INSERT INTO users" in text for text in statements), statements
         assert "ada@example.org" not in json.dumps(captured.events)
