@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
 BATCH_LOCK_TIMEOUT = "50ms"  # after this timeout, each event of the batch is applied separately
 SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, the event waits in _wait_for_row
-TABLE_LOCKED_AFTER = 1.0  # seconds; the lock timeouts do not cover table locks
+TABLE_LOCKED_AFTER = 1.0  # seconds; the two timeouts above do not apply to table locks
 LAST_SEEN_INTERVAL = timedelta(minutes=1)
 PRESENCE_TIMEOUT = timedelta(minutes=5)
 
@@ -139,7 +139,7 @@ class Users:
         """
         Execute *statement* and return the user, or None if no row was written.
 
-        Of concurrent calls that create a user or update ``last_seen``, only one writes the row.
+        If calls concurrently create a user or update ``last_seen``, only one writes the row.
         """
         rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None

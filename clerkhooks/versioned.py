@@ -18,9 +18,9 @@ def upsert(model: type[Versioned], event: Event, **values: Any) -> bool:
     """
     Write a row to one of the application's tables, unless the stored row is newer.
 
-    *values* contains the primary key and the other columns. The row is inserted, or updated if its
-    version is older than the version of *event*. Return whether the row was written. Call this
-    function in a handler: it writes through ``db.session``, in the message's transaction.
+    *values* contains the primary key and the other columns. If the row exists, it is updated only
+    if its version is older than *event*'s. Return whether the row was written. Call this function
+    in a handler: it writes through ``db.session``, in the message's transaction.
 
     Raises:
         TypeError: *model* does not derive from ``Versioned``.
