@@ -57,7 +57,7 @@ if settings.metrics_token:
 
 
 def on_starting(_server: Any) -> None:
-    """Warn once if no session key is configured."""
+    """Warn once if no source of session keys is configured."""
     if not (settings.jwt_keys or settings.jwks_url or settings.secret_key):
         from clerkhooks.web.logs import logger
 
