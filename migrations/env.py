@@ -1,4 +1,4 @@
-"""Run migrations on the service's database, in one transaction and one run at a time."""
+"""Run migrations on the service's database in one transaction; concurrent runs wait."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def begin_alone(connection: sa.Connection) -> None:
 
 
 def is_of_others(connection: sa.Connection) -> bool:
-    """Return whether the tables exist although no migration is recorded."""
+    """Return whether the tables exist but no migration is recorded."""
     # Look for the version table last: another process may be creating all tables.
     is_found = find_table(connection) is not None
     return is_found and not sa.inspect(connection).has_table(VERSION_TABLE)
