@@ -1,5 +1,5 @@
 """
-A header has a garbled and a valid signature, for example during secret rotation.
+A header contains a garbled signature and a valid one, as during secret rotation.
 
 This affects receivers that use svix's own ``verify()``: its base64 decoder raises an error, and the
 response is a 500.

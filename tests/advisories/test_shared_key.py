@@ -1,5 +1,5 @@
 """
-Several instances, such as satellite domains or copies, share one key.
+Several instances share one key, for example an instance and its copy.
 
 Clerk's own ``authenticateRequest`` does not compare the issuer, so a user of one instance is
 accepted by the others.
