@@ -102,7 +102,7 @@ def test_raises_from_async_views(clerk: FakeClerk, sqlite_url: str) -> None:
 
 
 def test_refuses_async_handlers(clerk: FakeClerk) -> None:
-    """An async handler is refused, because nothing would await it in the transaction."""
+    """An async handler is refused, because it would not be awaited in the transaction."""
 
     async def handler(event: Event) -> None:
         """Never awaited."""

@@ -161,7 +161,7 @@ def test_uses_the_engine_options_of_the_constructor(clerk: FakeClerk, postgresql
 def test_works_with_every_engine_option(
     clerk: FakeClerk, url: str, options: dict[str, Any]
 ) -> None:
-    """Users stay correct whichever engine options the application sets."""
+    """The users table stays correct whichever engine options the application sets."""
     app = create_app(clerk, url, make_db(), SQLALCHEMY_ENGINE_OPTIONS=options)
     with tables(app):
         check_users_stay_correct(app, clerk)
