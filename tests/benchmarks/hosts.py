@@ -86,7 +86,7 @@ def postgresql() -> Iterator[tuple[str, int]]:
 def load_hosts(
     servers: Sequence[Server], prepared: Sequence[bytes], connections: int, seconds: float
 ) -> float:
-    """Send deliveries to all *servers* at once; return the successful ones per second."""
+    """Send deliveries to all *servers* at once; return the successful deliveries per second."""
 
     def send(number: int) -> Result:
         requests = iter(prepared[number :: len(servers)])
@@ -141,7 +141,7 @@ def measure_hosts(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the database alone, then each number of hosts."""
+    """Measure the database alone, then the service on each number of hosts."""
     with ExitStack() as stack:
         names = stack.enter_context(network(max(options.hosts)))
         url, postmaster = stack.enter_context(postgresql())

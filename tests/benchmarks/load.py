@@ -28,7 +28,7 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Responses with status 200 per second."""
+        """The number of successful responses (status 200) per second."""
         return self.statuses[200] / self.seconds
 
     def quantile(self, share: float) -> float:

@@ -3,8 +3,8 @@ Measure the service's start-up time, memory and CPU time; estimate the cost per 
 
     python -m tests.benchmarks.memory [--requests 20000] [--price 7] [--dyno-mb 512] ...
 
-It measures two workers on PostgreSQL: as deployed without options, and with metrics, console and
-handlers. The monthly cost is calculated from the measured CPU time per request and from
+It measures two workers on PostgreSQL: first with the default settings, then with metrics, console
+and handlers. The monthly cost is calculated from the measured CPU time per request and from
 assumptions. Options change these assumptions, which are printed with the results. The cost does not
 include the database.
 """
@@ -41,7 +41,8 @@ class Measured:
     """
     The measurements of one configuration.
 
-    *ready* is in seconds. *webhook* and *call* are the CPU seconds per request of all processes.
+    *ready* is in seconds. *webhook* and *call* are CPU seconds per request, summed over all
+    processes.
     """
 
     ready: float

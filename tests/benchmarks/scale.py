@@ -124,12 +124,12 @@ class Size:
 
 
 def user_id(number: int) -> str:
-    """Return the id of a user that the database was filled with."""
+    """Return the id that ``fill`` gives to the user with this number."""
     return f"user_{START + number:08x}{hashlib.md5(str(number).encode()).hexdigest()[:19]}"
 
 
 def random_users(size: Size) -> Iterator[int]:
-    """Yield the numbers of users chosen at random from the whole table."""
+    """Yield user numbers chosen at random from the whole table."""
     while True:
         yield random.randint(1, size.users)
 

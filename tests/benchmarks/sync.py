@@ -94,7 +94,7 @@ def serve(port: int, count: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sync into an empty table, then into a full one, and print the figures of both."""
+    """Sync into an empty table, then into a full one, and print the figures for both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     count = parser.parse_args(argv).users
