@@ -213,7 +213,7 @@ def run(
     kind: str, seconds: float, seed: int, postgresql: DedicatedPostgreSQL | None = None
 ) -> Report:
     """
-    Deliver and inject faults for *seconds* on a database of *kind*.
+    Deliver messages and inject faults for *seconds* on a database of *kind*.
 
     Raises:
         AssertionError: a message was lost or processed twice, or a row is wrong.
