@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gevent.monkey
 
-# Monkey-patch before anything that does I/O is imported. psycopg, for example, chooses how to wait
-# when it is imported.
+# Monkey-patch before anything that does I/O is imported. For example, psycopg decides at import
+# time how it waits for I/O.
 gevent.monkey.patch_all()
 
 import atexit  # noqa: E402

@@ -99,7 +99,7 @@ def from_request_error(error: RequestError) -> Response:
 
 
 def from_http_exception(error: HTTPException) -> Any:
-    """Return the problem response for an HTTP error. ``abort``'s text becomes the detail."""
+    """Return the problem response for an HTTP error; text passed to ``abort`` is its detail."""
     if error.response is not None:
         return error.get_response()
     status = error.code or 500
