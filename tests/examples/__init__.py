@@ -1,1 +1,1 @@
-"""Examples to copy: applications that use clerkhooks, a script and alert rules."""
+"""Examples to copy: a script, alert rules, and applications that use clerkhooks."""

@@ -1,4 +1,4 @@
-"""The notes, for signed-in users and anonymous callers."""
+"""Tests of the notes application."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The stored organizations do not depend on the order of events, on either database."""
+"""On each database, the stored organizations do not depend on the order of events."""
 
 from __future__ import annotations
 
