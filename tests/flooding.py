@@ -1,4 +1,4 @@
-"""Many concurrent clients: idle or slow connections, a sender like Svix, and new clients."""
+"""Simulated load: idle or slow connections, a sender like Svix, and new clients."""
 
 from __future__ import annotations
 

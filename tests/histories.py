@@ -26,8 +26,8 @@ def history(rng: random.Random) -> list[Message]:
     """
     Return a random history of one user's events.
 
-    It consists of a creation, up to five updates and, in three of ten cases, a deletion. Several
-    events may have the same times.
+    It consists of a creation, up to five updates and, in 30% of cases, a deletion. Several events
+    may have the same timestamps.
     """
     user_id = _id(rng, "user")
     types = (

@@ -50,12 +50,12 @@ def answering(body: bytes, status: int = 200, **headers: str) -> Behaviour:
 
 
 def stalling(issuer: Issuer, _request: BaseHTTPRequestHandler) -> None:
-    """Send no response, and close the connection once the issuer is released."""
+    """Send no response, and close the connection once ``released`` is set."""
     issuer.released.wait(TIMEOUT)
 
 
 def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
-    """Return a behaviour that responds with these keys once the issuer is released."""
+    """Return a behaviour that responds with these keys once ``released`` is set."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         stalling(issuer, request)
@@ -65,7 +65,7 @@ def stalling_then_publishing(*jwks: Mapping[str, Any]) -> Behaviour:
 
 
 def dripping(start: bytes) -> Behaviour:
-    """Return a behaviour that sends *start*, then single bytes until the issuer is released."""
+    """Return a behaviour that sends *start*, then single bytes until ``released`` is set."""
 
     def behave(issuer: Issuer, request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(start)

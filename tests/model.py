@@ -68,8 +68,8 @@ class Sent:
         """
         The event's version: two times in milliseconds and the message id.
 
-        Events with neither time are ordered by the times of their delivery attempts, which are not
-        part of the event. The version of such an event has the times -1 and 0.
+        If an event has neither ``updated_at`` nor ``timestamp``, its times are -1 and 0. The
+        service orders such events by their delivery attempts, which are not part of the event.
         """
         times = (self.updated_at, self.timestamp)
         # A time below 10**11 is in seconds.
@@ -160,17 +160,17 @@ _letters = st.sampled_from("aAbB09")
 # Only two addresses, so that several users get the same one.
 _emails = st.sampled_from([None, "ada@example.org", "bob@example.org"])
 _rest = (_times, _times, _letters, _emails)
-_users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, so that times are often equal
+_users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, whose events often have equal times
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
 DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)
 
 
 def determined(drafts: Iterable[Draft]) -> list[Draft]:
     """
-    Return *drafts*, changed so that each user has at most one event with neither time.
+    Return *drafts*, changed so that each user has at most one event without a time.
 
-    The order of several such events would depend on their delivery attempts, which are not part
-    of the events.
+    The order of several events with neither ``updated_at`` nor ``timestamp`` would depend on their
+    delivery attempts, which are not part of the events.
     """
     found: list[Draft] = []
     for draft in drafts:

@@ -104,7 +104,7 @@ class Proxy:
     """
     A proxy that responds to requests in place of the target hosts.
 
-    *answers* maps paths to JSON responses. *targets* lists the requests for a tunnel so far.
+    *answers* maps paths to JSON responses. *targets* lists the tunnel requests so far.
     """
 
     def __init__(self, tunnel: Tunnel, certificate: Path, answers: dict[str, Any]) -> None:

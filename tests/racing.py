@@ -195,7 +195,7 @@ def run_contending(
     service: Service, first: Request, second: Request, *, fails: bool = False, plain: bool = False
 ) -> list[TestResponse]:
     """
-    Pause *first* before its commit until *second* waits for its lock; return the responses.
+    Pause *first* before its commit until it blocks *second*; return both responses.
 
     After the pause, *first* commits, or rolls back if *fails* is true. If *plain* is true,
     *second* runs without a handler and is executed in a batch.

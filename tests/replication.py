@@ -142,7 +142,7 @@ def _relay(client: socket.socket, path: str) -> None:
 
 
 class Cluster:
-    """A primary, its synchronous standby, and an address that forwards to the primary."""
+    """A primary, its synchronous standby, and a proxy that forwards to the primary."""
 
     def __init__(self, root: Path, primary: Node, name: str) -> None:
         self._root, self._count, self.name = root, 0, name

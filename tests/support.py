@@ -59,7 +59,7 @@ def serving_in_thread(server: BaseServer, released: Event) -> Iterator[None]:
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool that fails if a thread is still running a minute after the block."""
+    """A thread pool that fails if a thread is still running a minute after the block ends."""
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=False)

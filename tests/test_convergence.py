@@ -73,8 +73,9 @@ class Run:
             return
         called = event.user_id in self.called
         changes = expected_row(arrived, called) != expected_row(arrived | {event}, called)
-        # An event with neither time is ranked by its delivery attempt. If it is pruned from the log
-        # and arrives again, it may be applied again, with the same values.
+        # An event with neither ``updated_at`` nor ``timestamp`` is ranked by its delivery attempt.
+        # If it is pruned from the log and arrives again, it may be applied again, with the same
+        # values.
         is_repeated_without_times = event in arrived and event.version[0] < 0
         expected = "applied" if changes else "stale"
         assert outcome in ({"applied", "stale"} if is_repeated_without_times else {expected})
@@ -307,10 +308,10 @@ def check_answers(
     server: Server, answers: list[tuple[str, str, int, str]], pruned: set[str]
 ) -> None:
     """
-    Check that the status of every delivery is 200.
+    Check that every delivery has the status 200, and every call has the status 200 or 401.
 
-    If a message was not pruned, exactly one of its responses contains the logged outcome. All
-    other responses contain ``duplicate``.
+    For each message that was not pruned, exactly one response must contain the logged outcome, and
+    all other responses must contain ``duplicate``.
     """
     outcomes: dict[str, list[str]] = defaultdict(list)
     for kind, key, status, outcome in answers:
