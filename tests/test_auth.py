@@ -168,7 +168,11 @@ def test_refuses_an_insufficient_session(
 
 
 def test_requests_reverification_in_clerks_format(service: Service) -> None:
-    """The body has the format of Clerk's front-end libraries. A missing role takes precedence."""
+    """
+    The response body has the format that Clerk's front-end libraries expect.
+
+    If a role is missing as well, the response reports only the missing role.
+    """
     plain = add_view(service, require_auth(reverification="strict"))
     both = add_view(
         service,

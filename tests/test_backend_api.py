@@ -411,7 +411,7 @@ def test_keeps_its_connections(api: BackendApi, backend: Backend) -> None:
 
 
 def test_closes_a_connection_that_is_still_in_use(backend: Backend) -> None:
-    """If a sync stops, the requests of other threads end later and leave no thread behind."""
+    """If the client is closed during a request, no thread is left behind after the request."""
     backend.behaviours.append(stalling_then_answering)
     before = set(threading.enumerate())
     with BackendApi(backend.api_url, SECRET_KEY) as api:
@@ -468,7 +468,7 @@ Step = st.tuples(st.sampled_from(["wait"] * 5 + ["pass", "hold"]), st.integers(0
 def test_never_exceeds_a_rate(
     steps: list[tuple[str, int]], interval: int, wakes_early: bool
 ) -> None:
-    """Requests start without unnecessary delay, but never exceed the rate or ignore a hold."""
+    """A request starts as soon as the rate limit and any ``hold()`` allow, and no sooner."""
     clock, limit = Clock(wakes_early), RateLimit(interval)
     free_at = held_until = 0
     with pytest.MonkeyPatch.context() as patch:

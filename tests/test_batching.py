@@ -489,8 +489,8 @@ def test_does_not_block_an_application_that_was_patched_late() -> None:
     """
     With gunicorn's own gevent worker and preload_app, a batch does not block the process.
 
-    The batcher's locks are older than the monkey-patching, and waiting for one of them blocks every
-    greenlet, including the one that would release it.
+    The batcher's locks were created before the monkey-patching. Waiting for one of them would block
+    every greenlet, including the one that must release it.
     """
     command = [sys.executable, "-W", "ignore", "-c", PATCHED_LATE]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)

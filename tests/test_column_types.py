@@ -261,7 +261,7 @@ def test_does_not_limit_columns_of_other_indexes(
 
 
 def declare(types: Mapping[str, Any]) -> ClerkHooks[Any]:
-    """Declare a model with a column of each of the *types*, and return its ``ClerkHooks``."""
+    """Declare a model with one column for each of *types*, and return its ``ClerkHooks``."""
 
     class Base(DeclarativeBase):
         """The application's declarative base."""
@@ -291,7 +291,7 @@ def test_refuses_a_type_with_unknown_limits(type_: sa.types.TypeEngine[Any]) -> 
 
 
 def test_accepts_subtypes_and_variants() -> None:
-    """Supported types include subtypes, PostgreSQL's own types and decorated types."""
+    """Subtypes, PostgreSQL's own types, variants and type decorators are supported."""
     types = {
         "binary": postgresql.JSONB(),
         "uuid": postgresql.UUID(),

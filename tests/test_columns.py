@@ -49,7 +49,7 @@ def parse_moment(milliseconds: Any) -> datetime:
 
 
 def fail_to_parse(value: Any) -> Any:
-    """Raise the exception that *value* names, like a faulty parser."""
+    """Raise the exception that *value* names, as a faulty parser might."""
     raise {"type": TypeError, "key": KeyError, "index": IndexError, "value": ValueError}[value](
         "ada@example.org"
     )

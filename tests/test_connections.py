@@ -112,7 +112,7 @@ class ForgetfulNetwork:
 
 @pytest.fixture
 def network(database_url: str) -> Iterator[ForgetfulNetwork]:
-    """Run a forgetful network in front of the database."""
+    """Run a ``ForgetfulNetwork`` in front of the database."""
     with psycopg.connect(database_url) as connection:
         host, port = connection.info.host, connection.info.port
     with closing(ForgetfulNetwork(host, port)) as network:

@@ -661,7 +661,7 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
 def test_reports_how_far_back_it_searched(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a filter has no index, a page searches part of the log and shows how far back it went."""
+    """If a filter has no index, a page covers part of the log and shows how far back it goes."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     for number in range(5):
         console.service.deliver(
@@ -682,7 +682,7 @@ def test_reports_how_far_back_it_searched(
 def test_reports_how_far_back_it_searched_users(
     console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a search by name, a page searches part of the table and shows how far back it went."""
+    """In a search by name, a page covers part of the table and shows how far back it goes."""
     monkeypatch.setattr(queries, "MAX_EXAMINED", 2)
     oldest = clerk_id("user")
     console.service.deliver(user_event(oldest, first_name="Grace", last_name=None))

@@ -173,7 +173,7 @@ def follow(page: Page, link: Locator) -> None:
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """The user is three clicks away from the overview, and the Back button returns to it."""
+    """The user's page is three clicks from the overview. Back returns to the overview."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -260,7 +260,7 @@ def test_filters_messages(visit: Open) -> None:
 
 
 def test_works_without_a_mouse(visit: Open, story: Story) -> None:
-    """A user can be reached with the Tab and Enter keys. The focus is always visible."""
+    """Links can be followed with the Tab and Enter keys. The focus is always visible."""
     page = visit()
 
     def press_until(name: str) -> None:

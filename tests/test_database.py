@@ -239,7 +239,11 @@ MEMORY = [
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 @pytest.mark.parametrize("url", MEMORY)
 def test_refuses_sqlite_in_memory(clerk: FakeClerk, url: str) -> None:
-    """Each connection would open its own in-memory database. The error recommends a file."""
+    """
+    An in-memory SQLite database is refused. The error recommends a file.
+
+    Each connection would open its own in-memory database.
+    """
     with pytest.raises(SettingsError) as raised:
         Application(clerk, url)
     assert "SQLALCHEMY_DATABASE_URI is an in-memory SQLite database" in str(raised.value)

@@ -415,7 +415,7 @@ def test_finds_an_exposed_env_file(tmp_path: Path) -> None:
 
 
 def test_continues_after_a_check_that_fails() -> None:
-    """If a check raises an exception, a finding names the check but not the exception's text."""
+    """If a check raises an exception, a finding names the check and omits the error's text."""
 
     def check_broken(_case: doctor.Case) -> Iterator[doctor.Finding]:
         raise RuntimeError("hidden")
