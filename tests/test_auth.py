@@ -28,7 +28,7 @@ ADMIN: dict[str, Any] = {
 
 
 def view() -> dict[str, Any]:
-    """Return the ids of the caller's user and session."""
+    """Return the caller's user id and session id."""
     return {
         "user": current_user.id if current_user else None,
         "session": current_session.id if current_session else None,

@@ -1,4 +1,4 @@
-"""Types of declared columns: no value causes an error, and stored values do not change."""
+"""Types of declared columns: no value causes an error, and values are read back unchanged."""
 
 from __future__ import annotations
 

@@ -398,7 +398,7 @@ def test_fills_a_column_declared_later(
     result: str,
 ) -> None:
     """
-    A sync fills the column if Clerk's ``updated_at`` is not older than the row's.
+    A sync fills a new column if Clerk's ``updated_at`` is not older than the row's.
 
     Afterwards, older events are still stale, and newer events are applied.
     """

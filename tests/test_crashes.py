@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loses_no_message_in_crashes(kind: str) -> None:
-    """Workers, the server and the database are killed at random times. All rows end up correct."""
+    """Workers, the server and the database are killed at random. All rows end up correct."""
     report = run(kind, seconds=6, seed=1)
     assert report.lost == 0
     assert report.messages > 0

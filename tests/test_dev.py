@@ -44,7 +44,7 @@ HOSTILE = dict.fromkeys(VARIABLES, "broken") | {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the logger's handlers, which may write to the captured output of an earlier test."""
+    """Replace the logger's handlers, which may write to the output of an earlier test."""
     monkeypatch.setattr(logs.logger, "handlers", [logging.NullHandler()])
 
 
