@@ -220,7 +220,7 @@ def test_sends_one_cors_header_beside_flask_cors(service: Service) -> None:
 
 
 def test_does_not_allow_native_as_an_origin(make_service: MakeService) -> None:
-    """``native`` accepts tokens without ``azp``; it is not a CORS origin."""
+    """The value ``native`` admits tokens without ``azp``; it is not a CORS origin."""
     service = make_service(CLERK_AUTHORIZED_PARTIES=f"native,{ORIGIN}")
     assert service.call(clerk_id("user"), azp=None).status_code == 200
     assert allowed(preflight(service, ORIGIN))

@@ -98,7 +98,7 @@ def test_applies_a_deletion_that_arrives_first(service: Service) -> None:
 
 
 def test_allows_two_users_with_one_address(service: Service) -> None:
-    """An address may move to another user, and the two events may arrive in any order."""
+    """An email address may move to another user, and the two events may arrive in any order."""
     for user_id in (clerk_id("user"), clerk_id("user")):
         assert service.outcome(user_event(user_id)) == "applied"
     assert service.rows("SELECT count(*) FROM users WHERE email = 'ada@example.org'") == [(2,)]
@@ -184,7 +184,7 @@ def test_ends_the_same_in_every_order(
 
 def test_moves_last_seen_once_a_minute(service: Service) -> None:
     """
-    A call within a minute leaves ``last_seen`` unchanged.
+    A call within a minute of the last update leaves ``last_seen`` unchanged.
 
     A later call updates it and returns the new value.
     """
@@ -225,7 +225,7 @@ def test_is_online_only_while_seen(service: Service) -> None:
 
 
 def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
-    """A deletion between verification and write takes precedence."""
+    """A deletion between the token's verification and the write takes precedence."""
     user_id = clerk_id("user")
     service.outcome(deletion(user_id))
     with service.app.app_context(), pytest.raises(Unauthenticated, match="user_deleted"):
@@ -234,7 +234,7 @@ def test_does_not_set_the_presence_of_a_deleted_user(service: Service) -> None:
 
 
 def test_refuses_times_without_a_zone(service: Service) -> None:
-    """Loaded times are time-zone-aware; a naive datetime raises an error before any SQL."""
+    """Loaded times are time-zone-aware; a naive datetime raises an error before SQL is sent."""
     user_id = clerk_id("user")
     service.call(user_id)
     with service.app.app_context():

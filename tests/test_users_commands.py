@@ -66,7 +66,7 @@ def test_lists_the_newest_first(service: Service, people: dict[str, str]) -> Non
 def test_finds_by_id_email_and_beginning_of_the_name(
     service: Service, people: dict[str, str]
 ) -> None:
-    """The search covers last names, too. It ignores case, and a percent sign is no wildcard."""
+    """The search covers last names and ignores case. A percent sign is not a wildcard."""
     assert listed(service, people["ada"]) == [people["ada"]]
     assert listed(service, "ADA@example.org") == [people["ada"]]
     assert listed(service, "Grace h") == listed(service, "hopper") == [people["grace"]]
@@ -76,7 +76,7 @@ def test_finds_by_id_email_and_beginning_of_the_name(
 
 
 def test_reports_characters_that_cannot_be_stored(service: Service) -> None:
-    """In an argument, Python decodes a byte that is not valid UTF-8 as a lone surrogate."""
+    """Python decodes invalid UTF-8 in an argument as lone surrogates, which cannot be stored."""
     ended = run(service, "users", "\udcff")
     assert ended.exit_code == 2
     assert "Some characters cannot be represented in the database's encoding" in ended.output
