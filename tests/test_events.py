@@ -281,7 +281,11 @@ def test_derives_a_name(data: dict[str, Any], name: str) -> None:
     "odd", [None, True, False, -1, -0.5, 0.5, "1", [], {}, LAST_MILLISECOND + 1, 10**400, 1e300]
 )
 def test_replaces_a_missing_time_by_the_other(odd: Any) -> None:
-    """A malformed time is replaced by the other. An event with neither time ranks lowest."""
+    """
+    If one of an event's two times is malformed, the other replaces it.
+
+    If both are malformed, the event ranks lowest.
+    """
     assert user_event({"updated_at": odd}, timestamp=7).version == Version(7000, 7000, "msg_1")
     assert user_event({"updated_at": 5}, timestamp=odd).version == Version(5000, 5000, "msg_1")
     timeless = user_event({"updated_at": odd}, timestamp=odd)

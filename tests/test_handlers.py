@@ -294,7 +294,7 @@ def test_gets_the_outcome_of_user_events(application: Application) -> None:
 
 def test_commits_handler_writes_with_the_message(application: Application) -> None:
     """
-    A handler sees the user's new row and writes in the same transaction.
+    A handler runs in the message's transaction, and sees the user's new row.
 
     If it raises, both its writes and the message's changes are rolled back.
     """

@@ -59,7 +59,7 @@ def test_refuses_a_model_without_the_mixin() -> None:
 
 
 def test_refuses_a_table_that_is_already_declared() -> None:
-    """The error says to derive the model from ``ClerkUser`` or to use one ``ClerkHooks``."""
+    """The error says to derive the model from ``ClerkUser`` or to use only one ``ClerkHooks``."""
     db = SQLAlchemy()
     model = declare(db)
     with pytest.raises(ValueError, match="Derive its model from ClerkUser"):
@@ -145,7 +145,7 @@ def test_fills_a_row_without_a_version(application: Application) -> None:
 @pytest.mark.usefixtures("teams")
 @pytest.mark.parametrize("newer_first", [False, True], ids=["older first", "newer first"])
 def test_lets_the_newer_of_two_writes_win(application: Application, newer_first: bool) -> None:
-    """Of two concurrent events that create a row, the second waits and the newer one wins."""
+    """If two concurrent events create a row, one waits for the other, and the newer one wins."""
     acts = [delivery(application, team(1, "Older")), delivery(application, team(2, "Newer"))]
     first, second = reversed(acts) if newer_first else acts
     assert outcomes(run_contending(application, first, second)) == ["applied", "applied"]
