@@ -28,7 +28,7 @@ def run(service: Service, *arguments: str) -> Result:
 
 
 def age(service: Service, message_id: str, **days: float) -> None:
-    """Move each named time of a message to the given number of days before now."""
+    """Set each named time of a message to the given number of days ago."""
     state: State = service.app.extensions["clerkhooks"]
     values = {name: datetime.now(UTC) - timedelta(days=number) for name, number in days.items()}
     table = state.store.messages
@@ -85,7 +85,7 @@ def test_continues_within_the_same_time(service: Service) -> None:
 
 
 def test_pauses_after_each_batch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deliveries get at least as much of the database's time as the deletions."""
+    """After each batch, pruning pauses for as long as the batch took."""
     pauses: list[float] = []
     monkeypatch.setattr("clerkhooks.store.messages.sleep", pauses.append)
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_pauses_after_each_batch(service: Service, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("older_than", ["6d", "167h", "0w"])
 def test_needs_force_to_delete_recent_messages(service: Service, older_than: str) -> None:
-    """Svix retries for days, and without the log, an application's handlers would run twice."""
+    """Recent messages are deleted only with ``--force``, because Svix may still retry them."""
     result = run(service, "prune", "--older-than", older_than)
     assert result.exit_code == 2
     assert "--force" in result.output
@@ -164,7 +164,7 @@ def logged(service: Service, *arguments: str) -> list[str]:
 
 
 def test_lists_the_latest_messages(service: Service, delivered: dict[str, str]) -> None:
-    """The newest message is last. Options select failures, a user, a type or a time."""
+    """The newest message is last. Options filter by failure, user, type and time."""
     assert logged(service) == ["msg_failed", "msg_applied", "msg_stale", "msg_ignored"]
     assert logged(service, "--limit", "2") == ["msg_stale", "msg_ignored"]
     assert logged(service, "--failed") == ["msg_failed"]

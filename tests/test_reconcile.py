@@ -155,8 +155,8 @@ def test_ends_in_clerks_state(
     """
     After any sequence of changes, webhooks, calls and runs, a last run repairs all rows.
 
-    Before that run, delivering all webhooks again repairs every row, unless an earlier run did not
-    find the user because of an outage.
+    Before that run, delivering all webhooks again repairs every row, except those of users whom an
+    earlier run did not find because of an outage.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
@@ -433,7 +433,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
 
 
 def test_checks_rows_that_have_clerks_version(syncing: Service, backend: Backend) -> None:
-    """A check finds a row that was edited by hand. A sync overwrites it once it has no version."""
+    """A check finds a row that was edited by hand. A sync repairs it if its version is NULL."""
     edited, left = (backend.sign_up(at=LONG_AGO + number) for number in range(2))
     sync(syncing, backend)
     syncing.clerk_service.deliver("user.updated", backend.users[left])  # the same data, as an event
@@ -591,7 +591,7 @@ def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
 
 
 def test_ends_if_users_repeat_in_any_order() -> None:
-    """If a proxy drops the query, users who were imported together may repeat in any order."""
+    """A run fails if a proxy drops the query string and users repeat in random order."""
 
     class Api(BackendApi):
         """List some of thirty users, without a network."""

@@ -186,7 +186,7 @@ def test_explains_that_the_key_is_refused(syncing: Service, backend: Backend, st
 
 
 def test_refuses_to_run_twice_at_once(syncing: Service) -> None:
-    """If scheduled runs overlap, the second one exits with status 2 and leaves nothing frozen."""
+    """If runs overlap, the second exits with status 2 and leaves no ``gc.freeze()`` in effect."""
     frozen = gc.get_freeze_count()
     with connections.sole_writer(syncing.app.extensions["clerkhooks"].store):
         result = run(syncing)
