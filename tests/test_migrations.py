@@ -125,7 +125,7 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
 def test_leave_the_tables_of_others_alone(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:
-    """Another program's tables and migration version in the database are not changed."""
+    """Another program's tables and migration version in the same database are not changed."""
     service = make_service(DATABASE_URL=make_database(kind))
     with service.app.app_context(), db.engine.connect() as connection:
         for statement in (

@@ -147,7 +147,7 @@ def test_passes_a_turn_on_if_its_caller_is_killed(threads: ThreadPool) -> None:
 
 
 def test_refuses_more_callers_than_it_has_slots_without_a_timeout() -> None:
-    """With two slots, a third caller is refused at once, but admitted after one becomes free."""
+    """If the timeout is 0, a caller is refused at once while both slots are in use."""
     slots = Slots(2, 0)
     with slots.use():
         with slots.use(), pytest.raises(Overloaded), slots.use():
@@ -227,7 +227,7 @@ def count(service: Service, what: str) -> float:
 
 
 def test_answers_503_if_no_connection_is_free(make_service: MakeService) -> None:
-    """With an exhausted pool, deliveries and calls get a 503; a later retry succeeds."""
+    """If the pool is exhausted, deliveries and calls get a 503; a later retry succeeds."""
     service = make_service(DATABASE_POOL_SIZE="1")
     database = service.app.extensions["clerkhooks"].store.database
     database.engine.pool._slots.timeout = 0.2

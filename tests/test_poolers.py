@@ -25,7 +25,7 @@ from tests.support import NOW_MS, Service, ThreadPool, deletion, user_event
 from tests.syncing import store_of, sync
 
 pytestmark = pytest.mark.slow
-# Other tests use the same server at the same time, so both queries select one database.
+# Other tests use the same server at the same time, so each query covers only its own database.
 ADVISORY_LOCKS = (
     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
     " (SELECT oid FROM pg_database WHERE datname = current_database())"
@@ -200,7 +200,7 @@ def test_allows_one_sync_at_a_time_through_a_transaction_pooler(
 
 
 def test_keeps_its_tables_in_the_schema_of_its_role(clerk: FakeClerk, empty_url: str) -> None:
-    """In transaction mode, a role's search_path applies; other tables are not touched."""
+    """In transaction mode, a role's search_path applies; other schemas are not touched."""
     role = f"clerkhooks_{secrets.token_hex(4)}"
     with psycopg.connect(empty_url, autocommit=True) as connection:
         for statement in (
