@@ -28,7 +28,7 @@ def reason(service: Service) -> str | None:
 
 
 def test_is_healthy_without_a_database(unreachable: Service) -> None:
-    """``/healthz`` does not query the database, because a restart would not restore it."""
+    """``/healthz`` does not query the database: a restart would not fix a database outage."""
     assert unreachable.http.get("/healthz").get_json() == {"status": "ok"}
 
 

@@ -77,7 +77,7 @@ def test_sets_only_variables_that_are_read(name: str) -> None:
     "name", [name for name in FILES if name not in ("railway.json", "fly.toml")]
 )
 def test_asks_for_the_secret(name: str) -> None:
-    """Each file asks for the secret if its format allows it; Railway's and Fly's do not."""
+    """Each file asks for the secret except Railway's and Fly's, whose formats do not allow it."""
     assert "CLERK_WEBHOOK_SECRET" in variables_of(name)
 
 
@@ -249,7 +249,7 @@ def test_serve_migrates_and_becomes_gunicorn(
 def test_serve_reports_a_database_that_is_away(
     clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]
 ) -> None:
-    """``serve`` ends without a traceback and serves nothing."""
+    """If the database is unavailable, ``serve`` prints an error and does not start gunicorn."""
     monkeypatch.chdir(PROJECT)
     (tmp_path / "file").mkdir()
     for name, value in (clerk.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/file"}).items():

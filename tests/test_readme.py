@@ -18,14 +18,14 @@ EXAMPLE = PROJECT / "tests/examples/notes"
 
 
 def shown(section: str) -> dict[str, str]:
-    """Return the Python files that a section shows, by the name in their first line."""
+    """Return the Python files that a section shows, keyed by the name in the first line."""
     _, _, rest = README.partition(f"\n## {section}\n")
     text, _, _ = rest.partition("\n## ")
     return dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
 
 
 def rows_after(header: str) -> list[str]:
-    """Return the first cell of each row of the table with this header line."""
+    """Return the first cell of each row in the table with this header line."""
     _, _, rest = README.partition(f"\n{header}\n")
     table, _, _ = rest.partition("\n\n")
     return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[1:]]
@@ -60,7 +60,7 @@ def test_env_example_lists_exactly_the_variables_that_are_read() -> None:
 
 
 def test_env_example_needs_only_a_signing_secret(clerk: FakeClerk) -> None:
-    """A copy of ``.env.example`` with a signing secret sets nothing else."""
+    """A signing secret is all that must be added to a copy of ``.env.example``."""
     secret = {"CLERK_WEBHOOK_SECRET": clerk.environ["CLERK_WEBHOOK_SECRET"]}
     copied = dotenv_values(ENV_EXAMPLE) | secret
     assert ServiceSettings.from_mapping(copied) == ServiceSettings.from_mapping(secret)
