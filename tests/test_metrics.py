@@ -203,7 +203,7 @@ def test_ignores_a_late_answer_for_the_age_of_keys(
     with Issuer(jwk(clerk)).open() as issuer:
         service = make_service(METRICS_TOKEN=TOKEN, CLERK_JWT_KEY=None, CLERK_JWKS_URL=issuer.url)
         keys: Any = service.app.extensions["clerkhooks"].authenticator.verifier.keys
-        # Results are accepted only from the latest fetch thread, which this thread is not.
+        # The result is discarded, because this thread is not the latest fetch thread.
         keys._fetch_now()
     found = scrape(service)
     assert keys.age is None

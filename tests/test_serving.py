@@ -237,7 +237,7 @@ def test_refuses_malformed_chunks(server: Server, method: str, path: str, status
 def wait_for_a_waiter(server: Server) -> None:
     """Wait until a request is blocked by a ``write_lock``."""
     if server.database_url.startswith("sqlite"):
-        # SQLite does not show waiting connections. After this response, the delivery has arrived.
+        # SQLite cannot list waiters. Once this request is answered, the delivery has arrived.
         assert server.request("GET", "/healthz").status == 200
         return
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"

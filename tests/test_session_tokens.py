@@ -228,7 +228,7 @@ def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
     "raw", [b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000]
 )
 def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
-    """Header and payload must be JSON objects in UTF-8."""
+    """The header and the payload must be JSON objects in UTF-8."""
     assert reason_of(raw_token(raw, as_json(CLAIMS))) == "token_malformed"
     assert reason_of(raw_token(as_json(HEADER), raw)) == "token_malformed"
 

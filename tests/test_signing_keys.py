@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    """A JWKS endpoint that publishes the key of CLERK."""
+    """A JWKS endpoint that publishes CLERK's key."""
     with Issuer(jwk(CLERK)).open() as issuer:
         yield issuer
     wait_for_fetches()
@@ -108,7 +108,7 @@ def test_keeps_keys_for_twelve_hours_of_an_outage(issuer: Issuer, clock: Clock) 
 
 
 def test_accepts_a_new_key_without_a_false_401(issuer: Issuer, clock: Clock) -> None:
-    """If a key is published five minutes before its first use, none of its tokens is refused."""
+    """If a key is published five minutes before its first use, no token is refused."""
     keys = fetched(FetchedKeys(issuer.url))
     issuer.publish(jwk(CLERK), jwk(OTHER, "ins_new"))
     for _ in range(11):
@@ -145,7 +145,7 @@ def test_keeps_good_keys_after_any_bad_answer(
     caplog: pytest.LogCaptureFixture,
     behaviour: Behaviour,
 ) -> None:
-    """Only a valid key set replaces the keys. Any other fetch ends in time and logs a warning."""
+    """Only a valid key set replaces the keys. Any fetch that fails or times out is logged."""
     keys = fetched(FetchedKeys(issuer.url))
     monkeypatch.setattr(signing_keys, "TIMEOUT", 0.6)
     issuer.behaviour, clock.now = behaviour, clock.now + 300

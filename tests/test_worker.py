@@ -240,8 +240,8 @@ def test_sends_what_follows_a_held_header_in_order() -> None:
     """
     The response header is held back until it can be sent together with the body.
 
-    A body, a file or a stream follows the header. A response without a body has only the header.
-    Each part of a stream is sent without delay.
+    The order is correct for a short body, a file and a stream, and if there is no body. Each part
+    of a stream is sent without delay.
     """
     run("""
 import struct, sys, tempfile
@@ -282,7 +282,7 @@ stop()
 
 
 def test_serves_tls_like_its_base_class() -> None:
-    """A TLS connection is served by the code of gunicorn's gevent worker, with its timeout."""
+    """A TLS connection is handled by gunicorn's gevent worker, with that worker's timeout."""
     run("""
 import ssl
 from gunicorn.workers.ggevent import GeventWorker
