@@ -147,7 +147,7 @@ def test_refuses_a_token_of_a_deleted_user(service: Service) -> None:
 def test_never_answers_a_stranger_with_a_5xx(
     service: Service, authorization: str, path: str
 ) -> None:
-    """Malformed headers and paths cause a 4xx response, never a 5xx."""
+    """Malformed headers get a 401, and no path causes a 5xx response."""
     assert (
         service.http.get(
             "/api/me", headers={"Authorization": f"Bearer {authorization}"}

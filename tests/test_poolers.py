@@ -110,7 +110,7 @@ def check_times(service: Service) -> None:
 def test_works_in_session_mode(
     clerk: FakeClerk, empty_url: str, options: dict[str, str], pooler: str
 ) -> None:
-    """With PgBouncer's default configuration, the service works and its timeouts apply."""
+    """In session mode, the service works, and its timeouts are in effect."""
     with (
         pgbouncer(empty_url, "session", **options) as url,
         serving(clerk, url, empty_url, pooler) as service,

@@ -255,7 +255,7 @@ def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
     ],
 )
 def test_checks_the_header(name: str, values: list[Any], reason: str | None) -> None:
-    """Type, algorithm and category must fit a session token; other parameters are ignored."""
+    """The type, algorithm and category must fit a session token; ``crit`` must be absent."""
     assert {reason_of(token({name: value})) for value in values} == {reason}
 
 
