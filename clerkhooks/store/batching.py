@@ -121,9 +121,9 @@ def _wait_for_callers() -> None:
     statement for all of them takes less time than several statements. Without load, no requests are
     waiting, and this function returns at once.
 
-    If this module was imported before gevent's monkey-patching, as by gunicorn's own gevent worker
-    with ``preload_app``, other greenlets do not run, because the batcher's native locks would block
-    the whole process.
+    If this module was imported before gevent's monkey-patching, as with ``preload_app`` and
+    gunicorn's own gevent worker, other greenlets do not run, because the batcher's native locks
+    would block the whole process.
     """
     monkey, gevent = sys.modules.get("gevent.monkey"), cast("Any", sys.modules.get("gevent"))
     if monkey is None or not monkey.is_module_patched("threading") or sleep is not gevent.sleep:

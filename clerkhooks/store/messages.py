@@ -66,8 +66,8 @@ def prune(store: Store, before: datetime, batch: int = 1000) -> Iterator[int]:
 
     A message is old if it was received and last processed earlier than *before*. Each batch is a
     separate transaction and skips rows that a delivery has locked, so that no writer waits long.
-    Each pause is as long as the previous batch took, so that at least half of the database's time
-    is left for deliveries. Users are not changed. If a deleted message arrives again, it is applied
+    After each batch, pause for as long as it took, so that at least half of the database's time is
+    left for deliveries. Users are not changed. If a deleted message arrives again, it is applied
     only if its version is newer.
     """
     statement = _make_prune(store, before, batch)
@@ -83,9 +83,10 @@ def _make_prune(store: Store, before: datetime, batch: int) -> sa.Executable:
     """
     Return the statement that deletes a batch, beginning with messages received at ``since``.
 
-    Deleted rows stay at the beginning of each index until a VACUUM. Without ``since``, a batch
-    would walk the entries of all rows that were deleted before it. So would PostgreSQL's planner,
-    which looks up the lowest value for a join and for a comparison with a known value.
+    The index entries of deleted rows remain until a VACUUM. Without ``since``, each batch would
+    scan the entries of all rows that earlier batches deleted. If the statement contained a join or
+    a known value of ``since``, PostgreSQL's planner would also scan these entries, because it would
+    look up the lowest value in the index.
     """
     table = store.messages
     received_at = table.c.received_at

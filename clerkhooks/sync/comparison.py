@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def is_edited(self) -> bool:
-        """Whether the row differs but has Clerk's version, so that a sync does not overwrite it."""
+        """Whether the row differs but has Clerk's version. A sync does not overwrite such a row."""
         same = self.row is not None and self.row.version_updated_at == self.snapshot.updated_at
         return same and bool(self.fields)
 

@@ -112,7 +112,7 @@ class Reconciliation:
             after = ids[-1]
 
     def _knows_instance(self) -> bool:
-        """Return whether Clerk returns any of the newest users. If not, the key may be wrong."""
+        """Return whether Clerk has any of the newest stored users. If not, the key may be wrong."""
         users = self.store.users
         filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
         newest = filled.order_by(users.c.created_at.desc()).limit(IDS)
@@ -214,7 +214,7 @@ class Reconciliation:
         self, ids: Iterable[str], advance: Advance, *, apply: bool = False
     ) -> Iterator[str]:
         """
-        Yield the ids for which Clerk returns 404. With *apply*, update the other users.
+        Yield the ids that do not exist at Clerk. With *apply*, update the other users.
 
         A user's absence from a list does not prove a deletion: pages shift while users are signing
         up, and Clerk returns fewer users if it does not accept the limit.
