@@ -155,7 +155,7 @@ class ServiceSettings(Settings):
 
 
 def merge_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Merge ``app.config`` into *environ*. Non-empty values in ``app.config`` are preferred."""
+    """Merge ``app.config`` into *environ*. Non-empty values in ``app.config`` take precedence."""
     own = {name: config[name] for name in VARIABLES if as_text(config.get(name))}
     return dict(environ) | own
 

@@ -69,9 +69,9 @@ class ClerkService:
     """
     An application in this process, and the Clerk instance that it trusts.
 
-    A token with a role, a permission, or the plan or feature of an organization is for the
-    organization ``organization_id``, unless you pass another. ``http`` is the client of an
-    anonymous caller.
+    If a token has a role, a permission, or an organization's plan or feature, it belongs to the
+    organization ``organization_id``, unless you pass another organization. ``http`` is the client
+    of an anonymous caller.
     """
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:

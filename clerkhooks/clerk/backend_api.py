@@ -198,11 +198,11 @@ class BackendApi:
             yield connection
         finally:
             self._idle.append(connection)
-            if self._is_closed:  # after an error or Ctrl-C, other threads may still be waiting
+            if self._is_closed:  # during this exchange, for example after Ctrl-C
                 self._close_idle()
 
     def _close_idle(self) -> None:
-        with suppress(IndexError):  # several threads may do so at once
+        with suppress(IndexError):  # several threads may close connections at once
             while True:
                 self._idle.pop().close()
 

@@ -38,7 +38,7 @@ COLUMNS = (
     "error",
 )
 POLL = 1.0  # seconds
-# Messages may be committed out of order. The overlap is longer than any transaction.
+# Messages may be committed out of order, so polls overlap by more than the longest transaction.
 OVERLAP = timedelta(seconds=15)
 
 

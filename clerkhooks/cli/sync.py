@@ -132,7 +132,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
         run = Reconciliation(api, store, connection, begin, tell, check, force)
-        # Otherwise, garbage collection would scan all imported modules on each page: 7 µs per user.
+        # Otherwise, garbage collection would scan imported modules for each page: 7 µs per user.
         gc.freeze()
         try:
             yield run

@@ -38,7 +38,7 @@ PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
 SHOWN = ("all", "unfilled", "deleted")
 
 
-# This template environment is separate, so an application's templates and filters do not change it.
+# This template environment is separate, so an application's templates and filters do not affect it.
 _ENVIRONMENT: Final = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,

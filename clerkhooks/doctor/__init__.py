@@ -76,7 +76,8 @@ def _read_settings(
     except SettingsError as error:
         faults = error.faults
     invalid = {fault.variable for fault in faults}
-    # Platform variables are left out too: on these platforms, a missing DATABASE_URL is a fault.
+    # Platform variables are left out too. Otherwise, a missing or invalid
+    # DATABASE_URL would raise SettingsError again.
     left_out = invalid | EPHEMERAL_PLATFORMS.keys()
     usable = {name: values.get(name) for name in values if name not in left_out}
     if invalid.intersection(SECRET_VARIABLES):

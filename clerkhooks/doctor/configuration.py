@@ -31,7 +31,7 @@ def check_settings(case: Case) -> Iterator[Finding]:
 
 
 def check_names(case: Case) -> Iterator[Finding]:
-    """Check for misspelled variables, and for front-end variables with a publishable key."""
+    """Check for misspelled variables, and for publishable keys in front-end variables."""
     for name in sorted(case.values):
         if not case.text(name):
             continue

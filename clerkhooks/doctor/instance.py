@@ -144,7 +144,7 @@ def check_clock(case: Case) -> Iterator[Finding]:
 
 
 def _measure_clock(url: str) -> float:
-    """Return the seconds by which this machine's clock is ahead of the clock at *url*."""
+    """Return by how many seconds this machine's clock is ahead of the clock at *url*."""
     before = time.time()
     answer = download(url, {}, timeout=findings.TIMEOUT / 2, max_size=1024 * 1024)
     date = parsedate_to_datetime(answer.headers["Date"])
