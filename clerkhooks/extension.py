@@ -89,7 +89,7 @@ class ClerkHooks(Generic[U]):
         *url_prefix* is added to all of them. With *problems*, every HTTP error of the application
         becomes ``application/problem+json``. *request_log* logs each request to stdout, as ``json``
         or as ``text``; ``auto`` means text on a terminal and JSON elsewhere. By default, only
-        deliveries are logged, to the logger ``clerkhooks``. A variable that is not in
+        deliveries and failures are logged, to the logger ``clerkhooks``. A variable that is not in
         ``app.config`` is read from *environ*, by default ``os.environ``. Nothing else in the
         application is changed.
 

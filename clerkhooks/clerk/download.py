@@ -118,7 +118,7 @@ class Connection:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._timeout / 20):
-            with self._guard:  # so that the next exchange is not interrupted
+            with self._guard:  # otherwise, this could interrupt the next exchange
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     self._cut()
 

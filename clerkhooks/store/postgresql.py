@@ -106,7 +106,12 @@ def listen(engine: sa.Engine) -> None:
 
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
-    """Do the same as ``listen``. Also use ``TimeoutConnection`` and drop stale connections."""
+    """
+    Do the same as ``listen``. Also use ``TimeoutConnection`` and replace stale connections.
+
+    With a pooler in transaction mode, set no timeouts: ``LocalLimitsCursor`` sends them with each
+    statement.
+    """
 
     @event.listens_for(engine, "do_connect")
     def connect(
