@@ -9,6 +9,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from clerkhooks import ClerkHooks, current_user, require_auth
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.store import database
 from clerkhooks.testing import ClerkService
 from tests.applications.support import check_users_stay_correct, configuration, make_db, tables
 from tests.support import ThreadPool
@@ -17,8 +18,16 @@ CALLS = 40
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(2, 5), (40, 1)])
-def test_never_deadlocks(clerk: FakeClerk, postgresql_url: str, theirs: int, ours: int) -> None:
+def test_never_deadlocks(
+    clerk: FakeClerk,
+    postgresql_url: str,
+    theirs: int,
+    ours: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Concurrent calls never deadlock, because authentication has a separate pool."""
+    # On a slow machine, one connection cannot serve all calls within two seconds.
+    monkeypatch.setattr(database, "POOL_TIMEOUT", 30)
     app, db = Flask(__name__), make_db()
 
     class Tenant(db.Model):  # type: ignore[name-defined, misc]
