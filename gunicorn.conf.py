@@ -75,6 +75,8 @@ def when_ready(_server: Any) -> None:
     """
     gc.collect()
     gc.freeze()
+    # Otherwise, objects that refer to gevent would outlive it when the interpreter exits.
+    atexit.register(gc.unfreeze)
 
 
 def post_fork(server: Any, _worker: Any) -> None:
