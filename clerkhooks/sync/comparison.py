@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from clerkhooks.clerk.events import Snapshot
@@ -40,7 +41,7 @@ class Finding:
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """A user from Clerk, the *values* to store, and the stored *row* (None if missing)."""
 
@@ -80,7 +81,7 @@ class Comparison:
         same = self.row is not None and self.row.version_updated_at == self.snapshot.updated_at
         return same and bool(self.fields)
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """The stored value and Clerk's value of each column that differs."""
         if self.row is None:
