@@ -6,7 +6,6 @@ Compare webhooks on SQLite with the same statements in plain sqlite3, with the s
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -16,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
-from tests.benchmarks.load import apply_load, median_ratio, webhooks
+from tests.benchmarks.load import apply_load, median_ratio, parse_rounds, webhooks
 from tests.benchmarks.sqlite_statements import connect, write_message
 from tests.conftest import migrate
 from tests.server import serving
@@ -35,12 +34,7 @@ def measure(file: Path, seconds: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print both rates and their ratio."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="of a round")
-    options = parser.parse_args(argv)
+    options = parse_rounds(__doc__, argv)
     clerk, ours, bare = FakeClerk(), [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

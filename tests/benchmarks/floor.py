@@ -9,21 +9,20 @@ the same machine.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
-from tests.benchmarks.load import apply_load, calls, median_ratio, webhooks
+from tests.benchmarks.load import apply_load, calls, median_ratio, parse_rounds, webhooks
 from tests.conftest import migrate, started_postgresql
 from tests.server import serving
 
 CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
-# Load a module without settings instead of gunicorn.conf.py, which has the service's hooks.
 WORKER = ["-w", "2", "-k", "clerkhooks.web.worker.Worker", "--keep-alive", "75"]
+# Load a module without settings instead of gunicorn.conf.py, which has the service's hooks.
 OPTIONS = ["-c", "python:tests.benchmarks", *WORKER, "--backlog", "4096"]
 MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal:app"]
 
@@ -49,12 +48,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each kind of work."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="of a round")
-    options = parser.parse_args(argv)
+    options = parse_rounds(__doc__, argv)
     with started_postgresql() as url, tempfile.TemporaryDirectory() as folder:
         sqlite = f"sqlite:///{folder}/floor.db"
         works: tuple[tuple[str, str, Callable[[], Iterator[bytes]]], ...] = (

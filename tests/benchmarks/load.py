@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import socket
 import statistics
@@ -148,3 +149,13 @@ def _ask(connection: socket.socket, request: bytes) -> int:
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
     """Return the median of the rounds' ratios. The machine's speed may vary between rounds."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
+def parse_rounds(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a benchmark that alternates rounds: *rounds* and *seconds*."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3, help="of a round")
+    return parser.parse_args(argv)
