@@ -12,7 +12,6 @@ import math
 import resource
 import ssl
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from socket import SHUT_RD, SHUT_RDWR
 from typing import Any
@@ -29,6 +28,7 @@ CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting
 REQUESTS_PER_ACCEPT = 8
 ACCEPT_PAUSE = 0.001  # seconds; meanwhile, other workers can accept connections
 RECENT = 0.1  # seconds; there are no pauses for this long after a connection ends
+FEW = 100  # connections; a worker that has more does not pause
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
@@ -168,7 +168,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         def serve(client: Any, address: Any) -> None:
             self.handle(listener, client, address)
 
-        return _Server(listener, serve, spawn, self._count_requests, **tls)
+        return _Server(listener, serve, spawn, self, **tls)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection until it ends."""
@@ -210,7 +210,11 @@ class Worker(GeventWorker):  # type: ignore[misc]
         connection.begin_wait(self.cfg.keepalive)
         return _UNLIMITED
 
-    def _count_requests(self) -> int:
+    def count_connections(self) -> int:
+        """Return the number of open connections."""
+        return len(self._connections)
+
+    def count_requests(self) -> int:
         """Return the number of requests that are being served."""
         return len(self._connections) - len(self._waiting)
 
@@ -231,17 +235,15 @@ class _Server(StreamServer):  # type: ignore[misc]
     longer, so it accepts several connections in each iteration.
     """
 
-    def __init__(
-        self, listener: Any, handle: Any, spawn: Any, count_requests: Callable[[], int], **tls: Any
-    ) -> None:
-        self._count_requests = count_requests
+    def __init__(self, listener: Any, handle: Any, spawn: Any, worker: Worker, **tls: Any) -> None:
+        self._worker = worker
         self._ended_at = -math.inf  # when the last connection ended
         super().__init__(listener, handle=handle, spawn=spawn, **tls)
 
     @property
     def max_accept(self) -> int:
         """The number of connections to accept in this iteration."""
-        return 1 + self._count_requests() // REQUESTS_PER_ACCEPT
+        return 1 + self._worker.count_requests() // REQUESTS_PER_ACCEPT
 
     def do_handle(self, *arguments: Any) -> None:
         """
@@ -250,10 +252,12 @@ class _Server(StreamServer):  # type: ignore[misc]
         Otherwise, if eight connections arrive together, one of two workers often accepts seven of
         them before the operating system has scheduled the other worker.
         While connections are ending, there are no pauses, because clients that open a connection
-        for each request would otherwise wait every time.
+        for each request would otherwise wait every time. There are none with many connections
+        either: thousands that arrive together would fill the operating system's queue.
         """
         super().do_handle(*arguments)
-        if time.monotonic() - self._ended_at < RECENT:
+        is_ending = time.monotonic() - self._ended_at < RECENT
+        if is_ending or self._worker.count_connections() >= FEW:
             return
         self.stop_accepting()
         self._timer = self.loop.timer(ACCEPT_PAUSE)
