@@ -16,11 +16,16 @@ migrate = current_app.extensions["migrate"]
 
 
 def begin_alone(connection: sa.Connection) -> None:
-    """Begin a transaction. A second run waits until the first one ends, without a time limit."""
+    """
+    Begin a transaction. A second run waits until the first one ends.
+
+    On SQLite, it waits for up to a minute.
+    """
     if connection.dialect.name == "sqlite":
         # The file stores this setting. With a write-ahead log, readers never wait for the writer.
         if not is_of_others(connection):
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        connection.exec_driver_sql("PRAGMA busy_timeout = 60000")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return
     if connection.exec_driver_sql("SELECT current_schema()").scalar() is None:

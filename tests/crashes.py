@@ -81,7 +81,7 @@ class Svix:
             time.sleep(RETRY_PAUSE)
 
     def stop(self) -> None:
-        """Start no new histories, and set a deadline for the remaining messages."""
+        """Stop generating events, and set a deadline for the remaining messages."""
         self.deadline = time.monotonic() + DRAIN_TIMEOUT
         self.stopped.set()
 

@@ -365,7 +365,7 @@ def test_caps_retry_after_at_a_minute(backend: Backend) -> None:
 
 
 def test_ends_within_the_time_it_is_given(backend: Backend) -> None:
-    """A call with a short timeout does not wait for a longer Retry-After."""
+    """If Retry-After is longer than a call's timeout, the call ends at its timeout."""
     backend.always = limiting(50)
     with BackendApi(backend.api_url, SECRET_KEY, patience=10, pace=0.05) as api:
         assert failure_of(api.count_users).reason == "rate_limited"

@@ -863,7 +863,7 @@ def test_logs_neither_searches_nor_the_password(
 
 
 def test_counts_up_to_a_limit(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting stops at a limit. Figures by outcome then cover only the newest messages."""
+    """Counting stops at a limit. The counts by outcome then include only the newest messages."""
     for number in range(5):
         console.service.deliver(user_event(clerk_id("user"), at=NOW_MS + number))
     store = find_store(console.service)

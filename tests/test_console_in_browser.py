@@ -173,7 +173,7 @@ def follow(page: Page, link: Locator) -> None:
 
 
 def test_links_a_failure_to_its_user(visit: Open, story: Story) -> None:
-    """The user's page is three clicks from the overview. Back returns to the overview."""
+    """Three clicks lead from the overview to the user's page, and the Back button leads back."""
     page = visit()
     assert "error" in page.get_by_role("heading", level=1).inner_text()
     follow(page, page.get_by_role("link", name="Unresolved failures"))
@@ -338,7 +338,7 @@ def take_picture(page: Page, name: str) -> None:
 
 
 def test_escapes_hostile_content(visit: Open, story: Story) -> None:
-    """Names are shown as stored. Scripts do not run, and bidi overrides are isolated."""
+    """Names are shown as stored: scripts do not run, and right-to-left text stays in its field."""
     page = visit("/users")
     assert page.title() == "Users · clerkhooks"
     for user_id, name in zip(story.hostile, HOSTILE, strict=True):

@@ -153,7 +153,7 @@ def deliver_all(server: Server, messages: list[tuple[str, bytes]]) -> list[Deliv
 
 
 def deliver_many(server: Server, count: int) -> list[Delivery]:
-    """Deliver events about *count* new users concurrently."""
+    """Create *count* users concurrently by delivering events."""
     return deliver_all(
         server, [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(count)]
     )

@@ -118,7 +118,7 @@ class Stage(io.StringIO):
         self.cue, self.act = cue, act
 
     def write(self, text: str) -> int:
-        """Write *text*, and call *act* if *text* contains *cue*."""
+        """Write *text*. If it contains *cue*, also call *act*."""
         written = super().write(text)
         if self.cue in text:
             self.act()

@@ -240,7 +240,7 @@ def test_fetches_each_key_set_once(
 def test_says_why_instances_are_not_compared(
     correct: dict[str, str], changes: dict[str, str], reason: str
 ) -> None:
-    """If instances are not compared, the finding names the host and the reason."""
+    """If a key set cannot be fetched, the finding names the host and the reason."""
     found = find(correct | changes)["instances_not_compared"]
     assert found.level == "skipped"
     assert found.what == f"Not compared: no key could be fetched from 127.0.0.1 ({reason})."
@@ -259,7 +259,7 @@ def test_says_why_instances_are_not_compared(
 def test_compares_no_instances_without_both_keys(
     correct: dict[str, str], backend: Backend, changes: dict[str, str]
 ) -> None:
-    """No key sets are fetched if a key is missing, invalid, or for another kind of instance."""
+    """The instances are not compared if an API key or the API's URL is missing or invalid."""
     find(correct | changes)
     assert "/v1/jwks" not in [path for path, _ in backend.requests]
 

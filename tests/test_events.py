@@ -366,7 +366,7 @@ envelopes = st.fixed_dictionaries(
 
 @given(st.text() | (envelopes | values).map(json.dumps), st.text(), st.integers(0, 10**11))
 def test_raises_nothing_but_its_own_error(body: str, message_id: str, attempt: int) -> None:
-    """A body either parses to an event that can be stored, or raises EventError."""
+    """Parsing a body either returns an event that can be stored, or raises EventError."""
     try:
         parsed = parse_event(VerifiedMessage(message_id, attempt, body))
     except EventError:

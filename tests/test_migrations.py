@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,23 @@ def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind
         for run in runs:
             run.kill()
     assert [run.returncode for run in runs] == [0, 0], outputs
+
+
+@pytest.mark.slow
+def test_wait_for_a_long_transaction(make_database: MakeDatabase, clerk: FakeClerk) -> None:
+    """On SQLite, a migration waits for a transaction that takes 15 seconds."""
+    url = make_database("sqlite")
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "db", "upgrade"]
+    with sqlite3.connect(make_url(url).database or "", isolation_level=None) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        variables = environ(**clerk.environ, DATABASE_URL=url)
+        with subprocess.Popen(command, cwd=PROJECT, env=variables) as migration:
+            with pytest.raises(subprocess.TimeoutExpired):
+                migration.wait(15)
+            other.execute("ROLLBACK")
+            assert migration.wait(30) == 0
+    other.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -155,8 +155,8 @@ def test_ends_in_clerks_state(
     """
     After any sequence of changes, webhooks, calls and runs, a last run repairs all rows.
 
-    Before that run, delivering all webhooks again repairs every row, except those of users whom an
-    earlier run did not find because of an outage.
+    Before that run, all webhooks are delivered again. They repair all rows, except those of users
+    that an earlier run did not find during an outage.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
@@ -307,10 +307,9 @@ def test_stops_before_it_deletes_too_many(
     syncing: Service, backend: Backend, rows: int, gone: int, withheld: int
 ) -> None:
     """
-    A sync deletes no users if it would delete over 20 users and over a tenth of all users.
+    A sync refuses to delete more than 20 users if they are more than a tenth of all users.
 
-    The same applies to a sync that finds none of the users at Clerk. With ``force``, the users are
-    deleted.
+    It also refuses if Clerk knows none of the users. With ``force``, the users are deleted.
     """
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(rows)]
     sync(syncing, backend)
@@ -348,7 +347,7 @@ def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Bac
 def test_asks_only_about_rows_whose_users_were_not_listed(
     syncing: Service, backend: Backend
 ) -> None:
-    """Listed users are known to exist, so apart from listing them, a sync sends few requests."""
+    """A sync looks up only those rows whose users were not listed."""
     users = [backend.sign_up(at=LONG_AGO + number) for number in range(20)]
     sync(syncing, backend)
     make_old(syncing)

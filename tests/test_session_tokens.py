@@ -122,7 +122,7 @@ def reason_of(
 
 
 def sdk_verdict(case: dict[str, Any]) -> str | None:
-    """Return why a case recorded from the SDK is refused here, or None if it is accepted."""
+    """Return why the request of a recorded SDK case is refused, or None if it is accepted."""
     scheme, _, text = case["authorization"].partition(" ")
     if scheme.lower() != "bearer":
         return "token_missing"
@@ -329,7 +329,7 @@ def test_accepts_each_configured_key_and_no_other() -> None:
     ],
 )
 def test_checks_the_claims(name: str, values: list[Any], reason: str | None) -> None:
-    """Each claim must have Clerk's form; a token from a template has no ``sid``."""
+    """Tokens with malformed claims are refused, as are tokens from a template, without ``sid``."""
     assert {reason_of(token(**{name: value})) for value in values} == {reason}
 
 

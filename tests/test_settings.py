@@ -68,7 +68,7 @@ def read(**environ: Any) -> ServiceSettings:
 
 
 def faults(**environ: Any) -> dict[str, str]:
-    """Return the problem of each invalid variable."""
+    """Return the reported problems by variable."""
     with pytest.raises(SettingsError) as refused:
         read(**environ)
     assert refused.value.reason == "invalid_settings"
@@ -439,7 +439,7 @@ def test_names_the_variable_that_was_read() -> None:
     ],
 )
 def test_reads_a_key_with_changed_line_breaks(text: str) -> None:
-    """Platforms change line breaks, and users may copy only the base64 body of a PEM block."""
+    """A key is accepted with changed line breaks, or as the bare base64 body of a PEM block."""
     assert read(CLERK_JWT_KEY=text).jwt_keys == (CLERK.private_key.public_key(),)
 
 
@@ -774,7 +774,7 @@ def run_python(code: str, folder: Path, **variables: str) -> subprocess.Complete
 
 def test_has_no_side_effect_when_it_is_imported(tmp_path: Path) -> None:
     """
-    An import reads no variables and loads no large libraries.
+    Importing clerkhooks reads no environment variables and loads no large libraries.
 
     It adds no log handlers and starts no threads.
     """

@@ -44,7 +44,7 @@ def reason_of(
 
 
 def is_accepted(case: dict[str, Any]) -> bool:
-    """Return whether a case recorded from the SDK is accepted. Parse the body, as the SDK does."""
+    """Return whether the request of a recorded SDK case is accepted and its body can be parsed."""
     body = base64.b64decode(case["body_base64"])
     try:
         message = verify_signature(case["headers"], body, [SDK_SECRET], SDK["now"])
@@ -145,7 +145,7 @@ def test_refuses_a_stranger(clerk: FakeClerk) -> None:
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_accepts_every_secret_of_a_rotation(clerk: FakeClerk, position: int) -> None:
-    """During a rotation, signatures with any of the secrets verify, in any order."""
+    """During a rotation, a signature made with any of the secrets is accepted."""
     secrets = [SigningSecret(b"a" * 24), SigningSecret(b"b" * 24)]
     secrets.insert(position, SigningSecret(clerk.secret))
     assert verify_signature(signed(clerk), BODY, secrets, NOW).message_id == "msg_1"

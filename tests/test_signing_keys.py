@@ -174,7 +174,7 @@ def test_skips_unusable_keys(issuer: Issuer) -> None:
 
 
 def test_fetches_once_for_a_flood_of_forged_tokens(issuer: Issuer, clock: Clock) -> None:
-    """Calls during the fetch use its result; during the cooldown they are refused at once."""
+    """Calls with unknown keys wait for the running fetch. In the cooldown, they fail at once."""
     keys = fetched(FetchedKeys(issuer.url))
     clock.now += 30
     issuer.behaviour = stalling_then_publishing(jwk(CLERK), jwk(OTHER, "ins_new"))

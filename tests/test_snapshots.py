@@ -141,7 +141,7 @@ def test_cannot_be_written(name: str) -> None:
 
 
 def test_cannot_be_written_by_the_models_own_methods() -> None:
-    """A method that assigns a column raises the same error."""
+    """A method of the model that assigns a column raises the read-only error."""
     user = snapshot()
     with pytest.raises(AttributeError, match=ADVICE):
         user.rename()

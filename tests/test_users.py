@@ -108,7 +108,7 @@ def test_fills_a_fallback_row_from_any_event(service: Service) -> None:
     """
     A call that arrives before the webhook creates a minimal user.
 
-    Any event, even an old one, fills it in and leaves the presence unchanged.
+    Any event, even an old one, completes this user and does not change the presence.
     """
     user_id = clerk_id("user")
     assert service.call(user_id).get_json()["name"] == "New User"

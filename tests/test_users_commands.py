@@ -121,7 +121,7 @@ def test_shows_a_user_and_the_source_of_the_row(service: Service, people: dict[s
 
 
 def test_names_the_source_of_each_row(service: Service, people: dict[str, str]) -> None:
-    """The source is a webhook, a first call or the user's deletion."""
+    """Webhooks, first calls and deletions are shown as sources."""
     sources = {
         name: json.loads(run(service, "user", user_id, "--json").stdout)["user"]["source"]
         for name, user_id in people.items()

@@ -337,7 +337,7 @@ stop()
 
 
 def test_does_not_pause_while_connections_end() -> None:
-    """Clients that open a connection for each request do not wait for pauses."""
+    """Clients that open a new connection for each request are not delayed."""
     run("""
 worker.ACCEPT_PAUSE, worker.RECENT = 2, 20
 began = time.monotonic()

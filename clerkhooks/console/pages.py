@@ -69,7 +69,7 @@ def show_overview() -> Response:
 
 
 def show_checks() -> Response:
-    """Run and show the doctor's checks. Each request to Clerk has a timeout of 5 s."""
+    """Run and show the doctor's checks. Each request to Clerk may take at most 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
     findings += judge_database(state.store, program)
@@ -115,7 +115,7 @@ def list_users() -> Response:
 
 def _search_users() -> Response:
     """
-    Show the users that match the posted form. Redirect to the user if only one matches.
+    Show the users that match the submitted search. Redirect to the user if only one matches.
 
     The search term may be a name or an email, so it is not part of the URL, which platforms log. A
     form that another site submits is harmless: it changes nothing, and the site cannot read the

@@ -11,7 +11,7 @@ from clerkhooks.doctor.findings import Case, Finding, Level
 from clerkhooks.parsing import NATIVE, is_loopback, parse_publishable_key
 from clerkhooks.settings import SECRET_VARIABLES, VARIABLES, ServiceSettings
 
-# Variables of Clerk's own SDKs, which may share an environment with this program.
+# Clerk's own SDKs read these variables, and may share an environment with this program.
 _OF_OTHERS = re.compile(
     r"CLERK_(SIGN_(IN|UP)_.*|.*REDIRECT_URL|TELEMETRY_.*|DOMAIN|IS_SATELLITE|PROXY_URL|JS_.*"
     r"|API_VERSION|ENCRYPTION_KEY|MACHINE_.*|FAPI|DEBUG)"

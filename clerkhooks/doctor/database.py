@@ -95,9 +95,10 @@ def _find_pooler(database: Database) -> list[Finding]:
 
 def plain_store(url: sa.URL) -> Store:
     """
-    Return the service's tables in the database at *url*, without connecting to it.
+    Return a store with the service's tables in the database at *url*.
 
-    The connections work through any pooler, and do not change session settings.
+    It connects when it is first used. The connections work through any pooler, and do not change
+    session settings.
     """
 
     class Plain(DeclarativeBase):

@@ -89,7 +89,7 @@ def count_users(store: Store) -> int:
 
 
 def count_tombstones(store: Store) -> int:
-    """Return the number of deleted users, including users that a sync did not find."""
+    """Return the number of tombstones, including users that a sync did not find at Clerk."""
     return _count(store, store.users, sa.not_(is_live(store.users)))
 
 

@@ -187,7 +187,7 @@ _CHECKS: dict[type[sa.types.TypeEngine[Any]], Callable[[Any, Any], bool]] = {
 def make_encoder(
     type_: sa.types.TypeEngine[Any], dialect: sa.Dialect
 ) -> Callable[[Any], Any] | None:
-    """Return a function that encodes values of *type_* for JSON, or None if it is not needed."""
+    """Return a function that encodes values of *type_* for JSON, or None if none is needed."""
     kind = _implementation(type_)
     if isinstance(kind, sa.JSON):
         return to_json if dialect.name == "sqlite" else None

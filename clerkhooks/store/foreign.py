@@ -1,4 +1,4 @@
-"""Detection of tables from other programs that have the same names as clerkhooks' tables."""
+"""Detection of other programs' tables that have the same names as clerkhooks' tables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FoundTable:
 
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
-    """Return the first table whose name clerkhooks uses. Search only the current schema."""
+    """Return an existing table with one of our names in the current schema, or None."""
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict

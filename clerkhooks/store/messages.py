@@ -46,9 +46,10 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
 
 def is_unanswered(error: Exception) -> bool:
     """
-    Return whether PostgreSQL did not respond, or SQLite's write lock or the pool timed out.
+    Return whether *error* means that the database did not respond in time.
 
-    The message does not cause such errors, and an immediate retry would also fail.
+    This includes timeouts of SQLite's write lock and of the pool. The message does not cause such
+    errors, and an immediate retry would also fail.
     """
     silent = ("OperationalError", "OperationalError SQLITE_BUSY")
     unanswered = isinstance(error, OperationalError) and describe(error) in silent

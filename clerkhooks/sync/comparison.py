@@ -70,7 +70,7 @@ class Comparison:
 
     @property
     def lacks_declared(self) -> bool:
-        """Whether the row has the snapshot's version, but a declared column is not filled yet."""
+        """Whether the row has the snapshot's version and an unfilled declared column."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
         return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
@@ -91,7 +91,7 @@ class Comparison:
 
     @property
     def result(self) -> Result:
-        """The result of writing the snapshot, unless a webhook writes newer data first."""
+        """The expected result of writing the snapshot, if no webhook writes newer data first."""
         if self.row is None:
             return Result.CREATED
         if self.kind == "differs" and not self.fields:

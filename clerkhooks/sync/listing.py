@@ -68,7 +68,7 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
         newest, count = max(times), count + len(new)
         if newest > after:
             after, offset, last = newest, 0, []
-        elif keys == last or offset > count:  # the offset skips more users than were read
+        elif keys == last or offset > count:  # the pages repeat
             raise BackendApiError("answer_unusable", "answered with the same page again")
         else:
             last = keys

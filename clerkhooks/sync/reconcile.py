@@ -28,7 +28,7 @@ from clerkhooks.sync.listing import IdSet, id_of, read_all
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
-# The Backend API may not yet return a user whose first call has just created the row.
+# If a call has just created the row of a new user, the Backend API may not yet return this user.
 MIN_AGE = timedelta(minutes=10)
 # If a sync would delete more than 20 users and more than a tenth of all users, the secret key is
 # probably wrong.
@@ -124,7 +124,7 @@ class Reconciliation:
         return self.connection.scalar(count) or 0
 
     def _apply(self, users: Iterable[Any]) -> None:
-        """Compare *users* with their rows. Update older rows, or report them in a check."""
+        """Write missing and older rows of *users*. In a check, report the differences instead."""
         snapshots = self._parse(users)
         if self.check:
             for comparison in self._compare(snapshots):

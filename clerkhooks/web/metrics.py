@@ -130,7 +130,7 @@ def is_shared() -> bool:
     """
     Return whether several processes share metrics.
 
-    If they do, this process is not necessarily a worker.
+    If they do, this process may be gunicorn's master, which serves no requests.
     """
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 

@@ -200,7 +200,7 @@ def leave_a_transaction_open(db: SQLAlchemy) -> None:
 def test_commits_every_delivery_despite_changed_connections(
     clerk: FakeClerk, url: str, use: Callable[[SQLAlchemy], None]
 ) -> None:
-    """Deliveries are committed with UTC times, whatever views do to pooled connections."""
+    """Deliveries are committed with UTC times even if views change the pooled connections."""
     db = make_db()
     pool = {"pool_size": 1, "max_overflow": 0}
     app = create_app(clerk, url, db, SQLALCHEMY_ENGINE_OPTIONS=pool)

@@ -170,7 +170,7 @@ def test_answers_the_same_under_every_setting(
 
 
 def test_moves_under_a_prefix(clerk: FakeClerk, url: str) -> None:
-    """A prefix moves all of clerkhooks' routes, so the application can use the default paths."""
+    """With ``url_prefix``, the default paths are free for the application's own routes."""
     app, db = Flask(__name__), make_db()
     app.config.update(configuration(clerk, url, METRICS_TOKEN="t" * 16))
     db.init_app(app)

@@ -65,7 +65,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[
 def test_reports_nothing_in_a_correct_application(
     errors: dict[str, dict[int, set[str]]],
 ) -> None:
-    """Declared columns, optional users, handlers and async views need no cast."""
+    """Code with declared columns, optional users, handlers and async views needs no casts."""
     assert errors["typed.py"] == {}
     assert not re.search(r"\bcast\(|type: ignore|\bAny\b", TYPED.read_text())
 

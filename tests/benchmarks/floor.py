@@ -22,7 +22,7 @@ from tests.server import serving
 CLERK = FakeClerk()
 ONE = "user_" + "a" * 27
 WORKER = ["-w", "2", "-k", "clerkhooks.web.worker.Worker", "--keep-alive", "75"]
-# Load a module without settings instead of gunicorn.conf.py, which has the service's hooks.
+# Use a module that sets nothing as the configuration file, because gunicorn.conf.py has hooks.
 OPTIONS = ["-c", "python:tests.benchmarks", *WORKER, "--backlog", "4096"]
 MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal:app"]
 

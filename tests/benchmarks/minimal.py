@@ -3,7 +3,7 @@ A minimal WSGI application that does the same work as the service.
 
 It verifies the same signatures and tokens and executes the same statements in the same batches,
 under the same gunicorn. It uses neither Flask nor SQLAlchemy during a request, has no pool and no
-log, and does not answer invalid requests. The difference from the service is the cost of these
+log, and does not handle invalid requests. The difference from the service is the cost of these
 features.
 """
 

@@ -55,7 +55,7 @@ TRIED = 20_000  # deliveries for each index
 MANY = 100_000  # users
 GOAL = 1.3
 
-# Ids of Clerk and Svix begin with the time, so new ones are at the end of an index.
+# Clerk's and Svix's ids begin with a timestamp, so new ids go to the end of an index.
 USER_ID = "'user_' || lpad(to_hex({start} + n), 8, '0') || substr(md5(n::text), 1, 19)"
 MESSAGE_ID = (
     "'msg_' || lpad(to_hex(extract(epoch FROM {at})::bigint), 8, '0')"
@@ -149,7 +149,7 @@ def updates(size: Size) -> Iterator[bytes]:
 
 
 def first_calls(size: Size) -> Iterator[bytes]:
-    """Generate one API call for each random user. Each call updates ``last_seen``."""
+    """Generate one API call for each randomly chosen user. Each call updates ``last_seen``."""
     if size.users < MANY:  # many of these users have made calls within the last minute
         _execute(size.url, "UPDATE users SET last_seen = last_seen - interval '1 day'")
     chosen = random.sample(range(1, size.users + 1), min(size.users, MANY))
