@@ -24,7 +24,7 @@ from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS, ClerkUser
 from clerkhooks.store.pool import Overloaded, Slots
 from clerkhooks.store.postgresql import LOCK_TIMEOUT
-from clerkhooks.store.statements import DELETED_USER, profile_columns
+from clerkhooks.store.statements import DELETED_USER, user_columns
 
 logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
@@ -97,8 +97,8 @@ class Users:
         impersonating the user.
 
         Raises:
-            Unauthenticated: ``user_deleted``; a token can be valid for a minute after the user was
-                deleted.
+            Unauthenticated: ``user_deleted``, ``user_banned`` or ``user_deprovisioned``; a token
+                can be valid for a minute after that.
         """
         now = datetime.now(UTC)
         began_at = self._calls.begin()
@@ -116,8 +116,9 @@ class Users:
             self._calls.end(began_at)
         if user is None:  # rows are never removed, so a lagging replica responded
             raise RuntimeError("A user's row was not found although it exists.")
-        if user.deleted_at is not None:
-            raise Unauthenticated("user_deleted")
+        reason = _find_refusal(user)
+        if reason is not None:
+            raise Unauthenticated(reason)
         return user, created is not None
 
     def set_presence(self, user_id: str, is_online: bool) -> ClerkUser:
@@ -209,9 +210,9 @@ class Users:
             handled = self._handlers.handles(event.type)
             row["outcome"] = Outcome.APPLIED if handled else Outcome.IGNORED
         elif event.profile is None:
-            row |= profile_columns(DELETED_USER) | {"deleted_at": now}
+            row |= user_columns(DELETED_USER, event.account) | {"deleted_at": now}
         else:
-            row |= profile_columns(event.profile)
+            row |= user_columns(event.profile, event.account)
             row |= read_fields(self._store.fields, event.data, self._database.dialect)
             row |= zip(VERSION_COLUMNS, event.version, strict=True)
         return row
@@ -231,8 +232,17 @@ def is_present(user: Any) -> bool:
     return bool(user.is_online) and datetime.now(UTC) - user.last_seen <= PRESENCE_TIMEOUT
 
 
+def _find_refusal(user: ClerkUser) -> str | None:
+    """Return the reason why the user's calls are refused, or None if they are not."""
+    if user.deleted_at is not None:
+        return "user_deleted"
+    if user.banned_at is not None:
+        return "user_banned"
+    return None if user.deprovisioned_at is None else "user_deprovisioned"
+
+
 def _is_seen_long_ago(user: ClerkUser, now: datetime) -> bool:
-    return user.deleted_at is None and user.last_seen <= now - LAST_SEEN_INTERVAL
+    return _find_refusal(user) is None and user.last_seen <= now - LAST_SEEN_INTERVAL
 
 
 def _keys(event: ReceivedEvent) -> Sequence[Hashable]:

@@ -24,7 +24,7 @@ from clerkhooks.clerk.fake import FakeClerk
 from tests.conftest import migrate
 from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
 from tests.fault_injection import FaultInjector, RestartableServer
-from tests.histories import Message, expected_row, history
+from tests.histories import COLUMNS, Message, expected_row, history
 from tests.support import ThreadPool, rows
 
 SENDERS = 8
@@ -177,13 +177,9 @@ class Auditor:
         users: dict[str, list[Message]] = defaultdict(list)
         for message in created.values():
             users[message.user_id].append(message)
-        columns = (
-            "id, email, name, image_url, version_updated_at, version_timestamp,"
-            " version_message_id, deleted_at IS NOT NULL"
-        )
         found = {
-            row[0]: (*row[1:-1], bool(row[-1]))
-            for row in rows(self.database_url, f"SELECT {columns} FROM users")
+            row[0]: (*row[1:-4], *map(bool, row[-4:]))
+            for row in rows(self.database_url, f"SELECT id, {COLUMNS} FROM users")
         }
         expected = {user_id: expected_row(messages) for user_id, messages in users.items()}
         assert found == expected, f"differs from the events: {found.items() ^ expected.items()}"

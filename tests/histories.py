@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from clerkhooks.clerk.fake import BASE62, event_body, user_data
 from tests.support import NOW_MS
 
-Row = tuple[str | None, str, str | None, int | None, int | None, str | None, bool]
+Row = tuple[str | None, str, str | None, int | None, int | None, str | None, bool, bool, bool, bool]
+COLUMNS = (
+    "email, name, image_url, version_updated_at, version_timestamp, version_message_id,"
+    " deleted_at IS NOT NULL, banned_at IS NOT NULL, deprovisioned_at IS NOT NULL,"
+    " locked_until IS NOT NULL"
+)
+STATES = ("banned", "deprovisioned", "locked")
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Message:
     user_id: str
     version: tuple[int, int, str] | None
     email: str
+    state: tuple[bool, bool, bool]
     body: bytes = field(repr=False)
 
 
@@ -45,7 +52,7 @@ def expected_row(messages: list[Message]) -> Row:
     A deletion always wins. Otherwise, the event with the highest version wins.
     """
     if any(message.version is None for message in messages):
-        return (None, "Deleted User", None, None, None, None, True)
+        return (None, "Deleted User", None, None, None, None, True, False, False, False)
     version, newest = max((message.version or (0, 0, ""), message) for message in messages)
     return (
         newest.email,
@@ -53,24 +60,27 @@ def expected_row(messages: list[Message]) -> Row:
         f"https://img.clerk.com/{newest.user_id}",
         *version,
         False,
+        *newest.state,
     )
 
 
 def _message(rng: random.Random, user_id: str, event_type: str) -> Message:
     message_id = _id(rng, "msg")
     updated_at, timestamp = NOW_MS + rng.randrange(3), NOW_MS + rng.randrange(3)
+    state = (rng.random() < 0.3, rng.random() < 0.3, rng.random() < 0.3)
     email = f"{message_id.removeprefix('msg_').lower()}@example.org"
     if event_type == "user.deleted":
         body = event_body(event_type, {"deleted": True, "id": user_id, "object": "user"}, timestamp)
-        return Message(message_id, user_id, None, email, body)
+        return Message(message_id, user_id, None, email, state, body)
     data = user_data(
         user_id, email=email, first_name="Ada", last_name="Lovelace", updated_at=updated_at
-    )
+    ) | dict(zip(STATES, state, strict=True))
     return Message(
         message_id,
         user_id,
         (updated_at, timestamp, message_id),
         email,
+        state,
         event_body(event_type, data, timestamp),
     )
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import strategies as st
 
 COLUMNS = (
     "email, name, image_url, version_updated_at, version_timestamp, version_message_id,"
-    " deleted_at IS NOT NULL"
+    " deleted_at IS NOT NULL, banned_at, deprovisioned_at, locked_until"
 )
+FOREVER = 253_402_214_400_000  # 9999-12-31
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Row = dict[str, Any]
+State = tuple[int | str | None, int | str | None, int | str | None]
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Sent:
     first_name: str
     email: str | None
     image_url: str | None
+    account: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def body(self) -> bytes:
@@ -54,6 +60,7 @@ class Sent:
                 [{"id": "idn_1", "email_address": self.email}] if self.email else []
             )
             data["primary_email_address_id"] = "idn_1" if self.email else None
+            data |= self.account
         event = {
             "type": self.type,
             "timestamp": self.timestamp,
@@ -80,6 +87,23 @@ class Sent:
             else (-1, 0, self.message_id.encode())
         )
 
+    @property
+    def state(self) -> State:
+        """
+        The account state: since when the user is banned and deprovisioned, and locked until when.
+
+        The times are in milliseconds. If the event has neither time, the time of the delivery
+        attempt replaces it, and the state is UNKNOWN instead.
+        """
+        at = self.version[1] if self.version[0] >= 0 else UNKNOWN
+        seconds = self.account.get("lockout_expires_in_seconds")
+        ends = at + seconds * 1000 if seconds is not None and isinstance(at, int) else at
+        return (
+            at if self.account.get("banned") else None,
+            at if self.account.get("deprovisioned") else None,
+            (FOREVER if seconds is None else ends) if self.account.get("locked") else None,
+        )
+
 
 def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
     """
@@ -92,19 +116,35 @@ def expected_row(events: Iterable[Sent], called: bool) -> Row | None:
         return _row(None, "Deleted User", None, deleted=True)
     if found:
         newest = max(found, key=lambda event: event.version)
-        return _row(newest.email, newest.first_name, newest.image_url, newest.version)
+        profile = (newest.email, newest.first_name, newest.image_url)
+        return _row(*profile, newest.version, state=newest.state)
     return _row(None, "New User", None) if called else None
 
 
 def stored_row(values: Iterable[Any]) -> Row:
     """Convert a row that was read with ``COLUMNS`` to the format of ``expected_row``."""
-    email, name, image_url, updated_at, timestamp, message_id, deleted = values
+    email, name, image_url, updated_at, timestamp, message_id, deleted, *account = values
     version = (
         None
         if updated_at is None
         else (updated_at, 0 if updated_at == -1 else timestamp, message_id.encode())
     )
-    return _row(email, name, image_url, version, deleted=bool(deleted))
+    times: list[int | str | None] = [at and _milliseconds(at) for at in account]
+    if updated_at == -1:
+        times = [at if at in (None, FOREVER) else UNKNOWN for at in times]
+    state = (times[0], times[1], times[2])
+    return _row(email, name, image_url, version, deleted=bool(deleted), state=state)
+
+
+def _milliseconds(at: datetime | str) -> int:
+    """Convert a time to milliseconds. SQLite returns it as a string without a time zone."""
+    moment = datetime.fromisoformat(at) if isinstance(at, str) else at
+    return (moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH) // timedelta(milliseconds=1)
+
+
+def is_barred(row: Row | None) -> bool:
+    """Return whether calls of the row's user are refused."""
+    return row is not None and (row["deleted"] or row["state"][:2] != (None, None))
 
 
 def _row(
@@ -114,6 +154,7 @@ def _row(
     version: Any = None,
     *,
     deleted: bool = False,
+    state: State = (None, None, None),
 ) -> Row:
     return {
         "email": email,
@@ -121,6 +162,7 @@ def _row(
         "image_url": image_url,
         "version": version,
         "deleted": deleted,
+        "state": state,
     }
 
 
@@ -134,6 +176,7 @@ class Draft:
     timestamp: int | None
     letter: str
     email: str | None
+    account: dict[str, Any]
 
     def sent(self, ids: list[str], number: int) -> Sent:
         """Return the message for event *number* in a run whose users have these *ids*."""
@@ -148,6 +191,7 @@ class Draft:
             f"N{number}",
             self.email,
             image_url,
+            self.account,
         )
 
 
@@ -159,7 +203,17 @@ _times = st.sampled_from([None, 0, 1, 2, 10**8, 10**11, 10**11 + 1])
 _letters = st.sampled_from("aAbB09")
 # Only two addresses, so that several users get the same one.
 _emails = st.sampled_from([None, "ada@example.org", "bob@example.org"])
-_rest = (_times, _times, _letters, _emails)
+# Each field may be absent. Most users are neither banned nor deprovisioned.
+_accounts = st.fixed_dictionaries(
+    {},
+    optional={
+        "banned": st.sampled_from([False, False, True]),
+        "deprovisioned": st.sampled_from([False, False, True]),
+        "locked": st.sampled_from([False, True]),
+        "lockout_expires_in_seconds": st.sampled_from([None, 0, 3600]),
+    },
+)
+_rest = (_times, _times, _letters, _emails, _accounts)
 _users = st.sampled_from([0, 0, 0, 1, 2])  # mostly one user, whose events often have equal times
 UPDATES = st.builds(Draft, _users, st.sampled_from(["user.created", "user.updated"]), *_rest)
 DELETIONS = st.builds(Draft, _users, st.just("user.deleted"), *_rest)

@@ -47,6 +47,7 @@ def test_name_every_constraint_and_index(service: Service) -> None:
         "ix_users_created_at",
         "ix_users_without_profile",
         "ix_users_deleted",
+        "ix_users_barred",
         "ix_webhook_messages_received_at",
         "ix_webhook_messages_clerk_user_id",
         "ix_webhook_messages_failed",

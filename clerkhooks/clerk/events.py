@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from clerkhooks.clerk import strict_json
+from clerkhooks.clerk.account import ACTIVE, AccountState, parse_account_state
 from clerkhooks.clerk.fields import find_primary
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.errors import EventError
@@ -44,7 +45,8 @@ class ReceivedEvent:
     """
     An event of any type, before it is applied.
 
-    User events have a *user_id*. They also have a *profile*, unless the user was deleted.
+    User events have a *user_id*. They also have a *profile* and the state of the *account*, unless
+    the user was deleted.
     """
 
     message_id: str
@@ -54,14 +56,20 @@ class ReceivedEvent:
     data: Mapping[str, Any] = field(repr=False)
     user_id: str | None = None
     profile: Profile | None = None
+    account: AccountState = ACTIVE
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A user from the Backend API. It ranks below every event with the same ``updated_at``."""
+    """
+    A user from the Backend API. It ranks below every event with the same ``updated_at``.
+
+    *read_at* is the time before the request, in milliseconds.
+    """
 
     user_id: str
     updated_at: int
+    read_at: int
     data: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -73,6 +81,11 @@ class Snapshot:
     def profile(self) -> Profile:
         """The stored part. It is parsed only on access, because most rows are already current."""
         return parse_profile(self.data)
+
+    @property
+    def account(self) -> AccountState:
+        """The account state."""
+        return parse_account_state(self.data, self.updated_at, self.read_at)
 
 
 def is_user_id(value: object) -> bool:
@@ -107,8 +120,10 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
         return ReceivedEvent(*common)
     if not is_user_id(data.get("id")):
         raise EventError("user_id_malformed")
-    profile = None if event_type == "user.deleted" else parse_profile(data)
-    return ReceivedEvent(*common, data["id"], profile)
+    if event_type == "user.deleted":
+        return ReceivedEvent(*common, data["id"])
+    account = parse_account_state(data, version.timestamp, version.timestamp)
+    return ReceivedEvent(*common, data["id"], parse_profile(data), account)
 
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
@@ -127,9 +142,9 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     return Profile(name[:NAME_LENGTH].rstrip(), email, image_url)
 
 
-def parse_snapshot(data: object) -> Snapshot:
+def parse_snapshot(data: object, read_at: int) -> Snapshot:
     """
-    Return the snapshot of a user object from the Backend API.
+    Return the snapshot of a user object from the Backend API, requested at *read_at*.
 
     Raises:
         EventError: *data* is not a user object, or has no valid ``updated_at``.
@@ -139,7 +154,7 @@ def parse_snapshot(data: object) -> Snapshot:
     updated_at = milliseconds(data.get("updated_at"))
     if updated_at is None:
         raise EventError("updated_at_missing")
-    return Snapshot(data["id"], updated_at, data)
+    return Snapshot(data["id"], updated_at, read_at, data)
 
 
 def storable(text: str) -> str:

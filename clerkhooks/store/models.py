@@ -72,9 +72,10 @@ class ClerkUser(Versioned):
     """
     Mixin for the application's user model. Users are matched only by Clerk's id.
 
-    The profile columns depend only on Clerk's data. Times are in UTC. The version columns are NULL
-    until the row is filled, and again after ``user.deleted``. If a tombstone has a version, it was
-    written by a sync that did not find the user. Newer data from Clerk restores such a user.
+    The profile and the account state depend only on Clerk's data. Times are in UTC. The version
+    columns are NULL until the row is filled, and again after ``user.deleted``. If a tombstone has a
+    version, it was written by a sync that did not find the user. Newer data from Clerk restores
+    such a user.
     """
 
     if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class ClerkUser(Versioned):
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    banned_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    deprovisioned_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    locked_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 OWN_COLUMNS = frozenset((*ClerkUser.__annotations__, *VERSION_COLUMNS))
@@ -210,6 +214,7 @@ def add_indexes(users: sa.Table) -> None:
         "created_at": None,
         "without_profile": sa.text("email IS NULL AND image_url IS NULL AND deleted_at IS NULL"),
         "deleted": sa.text("deleted_at IS NOT NULL"),
+        "barred": sa.text("banned_at IS NOT NULL OR deprovisioned_at IS NOT NULL"),
     }
     present = {index.name for index in users.indexes}
     for suffix, where in wanted.items():

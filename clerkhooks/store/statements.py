@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from clerkhooks.clerk.account import AccountState
 from clerkhooks.clerk.events import LAST_MILLISECOND, Profile
 from clerkhooks.clerk.fields import Field
 from clerkhooks.store.columns import make_encoder, to_json
@@ -21,6 +22,7 @@ from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
 
 DELETED_USER = Profile("Deleted User")
 PROFILE = ("email", "name", "image_url")
+ACCOUNT = ("banned_at", "deprovisioned_at", "locked_until")
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
@@ -118,12 +120,17 @@ _SELECT = """
 SELECT {every_column_of_u} FROM ({id_rows}) AS r JOIN {users_of_r} ON u.id = r.id
 """
 
-# Rows that already have Clerk's newest version are left out, unless a declared column is NULL.
+# Rows that already have Clerk's newest version are left out, unless a declared column is NULL, or
+# the account state differs: Clerk does not document that every change of it moves updated_at.
 _COMPARE = """
 SELECT r.id AS sought, {state_of_u}
 FROM ({version_rows}) AS r LEFT JOIN {users_of_r} ON u.id = r.id
 WHERE (u.version_updated_at = r.version_updated_at) IS NOT TRUE
-    OR u.deleted_at IS NOT NULL {or_declared_is_null}
+    OR u.deleted_at IS NOT NULL
+    OR (u.banned_at IS NULL) <> (r.banned_at IS NULL)
+    OR (u.deprovisioned_at IS NULL) <> (r.deprovisioned_at IS NULL)
+    OR coalesce(u.locked_until > :now, false) <> coalesce(r.locked_until > :now, false)
+    {or_declared_is_null}
 """
 # The subquery looks up each id in the index. Without OFFSET, a connection might keep a query plan
 # that was made for a small table, and scan the whole table after it has grown.
@@ -172,7 +179,7 @@ class Statements:
         columns: Sequence[sa.Column[Any]],
     ) -> None:
         self.users, self.fields, self.dialect, self.columns = users, fields, dialect, columns
-        self.kept = (*PROFILE, *(column.name for column in fields))
+        self.kept = (*PROFILE, *ACCOUNT, *(column.name for column in fields))
         self._types = {column.name: column.type for column in (*messages.c, *users.c)}
         written = (*self._state, *_MESSAGE)
         encoders = {name: make_encoder(self._types[name], dialect) for name in written}
@@ -241,7 +248,7 @@ class Statements:
             "state_of_u": ", ".join(f"u.{quote(name)}" for name in self._state),
             "users_of_r": self._users_of_r(table(self.users)),
             "or_declared_is_null": "".join(f" OR u.{name} IS NULL" for name in declared),
-            "version_rows": self._rows(("id", "version_updated_at")),
+            "version_rows": self._rows(("id", "version_updated_at", *ACCOUNT)),
             "event_rows": self._rows(self._state + _MESSAGE),
             "typed_columns": self._typed(self._state + _MESSAGE),
             "snapshot_rows": self._rows(self._state),
@@ -280,9 +287,10 @@ class Statements:
         return text.bindparams(*(sa.bindparam(name, type_=UTCDateTime) for name in times))
 
 
-def profile_columns(profile: Profile) -> dict[str, Any]:
-    """Return the profile's values by column name."""
-    return {name: getattr(profile, name) for name in PROFILE}
+def user_columns(profile: Profile, account: AccountState) -> dict[str, Any]:
+    """Return the values of the profile and the account state by column name."""
+    values = {name: getattr(profile, name) for name in PROFILE}
+    return values | {name: getattr(account, name) for name in ACCOUNT}
 
 
 def _assign(names: Iterable[str], value: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from clerkhooks.clerk.events import Snapshot
+from clerkhooks.events import Version
 from clerkhooks.store.models import VERSION_COLUMNS
-from clerkhooks.store.statements import PROFILE
+from clerkhooks.store.statements import ACCOUNT, PROFILE
 
 
 class Result(StrEnum):
@@ -59,6 +61,20 @@ class Comparison:
         return "unfilled_here" if self.row.version_updated_at is None else "differs"
 
     @property
+    def version(self) -> Version:
+        """
+        The version to store.
+
+        Usually, it is the snapshot's version. Clerk does not document that every change of the
+        account state moves ``updated_at``. If only the state differs, the snapshot ranks by the
+        time at which it was requested, so events from before that time do not undo it.
+        """
+        version = self.snapshot.version
+        is_same = self.row is not None and self.row.version_updated_at == version.updated_at
+        has_changed = is_same and not self.fields.keys().isdisjoint(ACCOUNT)
+        return version._replace(timestamp=self.snapshot.read_at) if has_changed else version
+
+    @property
     def is_behind(self) -> bool:
         """Whether the row is missing, or older than the snapshot."""
         if self.row is None:
@@ -66,14 +82,16 @@ class Comparison:
         version = tuple(getattr(self.row, name) for name in VERSION_COLUMNS)
         if version[0] is None:  # no profile yet, or a tombstone from user.deleted, which is final
             return self.row.deleted_at is None
-        return self.row.deleted_at is not None or version < self.snapshot.version
+        return self.row.deleted_at is not None or version < self.version
 
     @property
     def lacks_declared(self) -> bool:
         """Whether the row has the snapshot's version and an unfilled declared column."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
-        return any(self.fields[name][0] is None for name in self.fields.keys() - set(PROFILE))
+        return any(
+            self.fields[name][0] is None for name in self.fields.keys() - {*PROFILE, *ACCOUNT}
+        )
 
     @property
     def is_edited(self) -> bool:
@@ -83,11 +101,21 @@ class Comparison:
 
     @cached_property
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """The stored value and Clerk's value of each column that differs."""
+        """
+        The stored value and Clerk's value of each column that differs.
+
+        The times of the account state may differ, because Clerk's data contains only the state.
+        """
         if self.row is None:
             return {}
         pairs = {name: (getattr(self.row, name), self.values[name]) for name in self.values}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return {name: pair for name, pair in pairs.items() if self._differs(name, *pair)}
+
+    def _differs(self, name: str, here: Any, clerk: Any) -> bool:
+        if name not in ACCOUNT:
+            return bool(here != clerk)
+        now = datetime.now(UTC)
+        return _holds(name, here, now) != _holds(name, clerk, now)
 
     @property
     def result(self) -> Result:
@@ -99,3 +127,8 @@ class Comparison:
         if self.is_behind or self.lacks_declared:
             return Result.UPDATED
         return Result.UNCHANGED if self.is_edited else Result.NEWER_HERE
+
+
+def _holds(name: str, at: datetime | None, now: datetime) -> bool:
+    """Return whether the account state in the column *name* holds at the time *now*."""
+    return at is not None and (name != "locked_until" or at > now)

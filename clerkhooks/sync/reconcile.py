@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, compress, islice
 from multiprocessing.pool import ThreadPool
+from time import time
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,12 +17,12 @@ from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.errors import EventError
 from clerkhooks.store import Store
-from clerkhooks.store.columns import read_fields, to_json
+from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.queries import is_live, is_unfilled
-from clerkhooks.store.statements import profile_columns
+from clerkhooks.store.statements import ACCOUNT, user_columns
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
 from clerkhooks.sync.listing import IdSet, id_of, read_all
@@ -73,9 +74,11 @@ class Reconciliation:
         is_trusted = self._knows_instance()
         advance = self.begin("users at Clerk", self.api.count_users())
         seen = IdSet()
-        for page in read_all(self.api, seen):
-            self._apply(page)
+        pages, read_at = read_all(self.api, seen), _now()
+        while page := next(pages, None):
+            self._apply(page, read_at)
             advance(len(page))
+            read_at = _now()
         users = self.store.users
         is_old = users.c.created_at < datetime.now(UTC) - MIN_AGE
         ids = self._read_ids(users.c.id, is_live(users), is_old)
@@ -123,21 +126,21 @@ class Reconciliation:
         count = sa.select(sa.func.count()).select_from(users).where(is_live(users))
         return self.connection.scalar(count) or 0
 
-    def _apply(self, users: Iterable[Any]) -> None:
+    def _apply(self, users: Iterable[Any], read_at: int) -> None:
         """Write missing and older rows of *users*. In a check, report the differences instead."""
-        snapshots = self._parse(users)
+        snapshots = self._parse(users, read_at)
         if self.check:
             for comparison in self._compare(snapshots):
                 self._tell_drift(comparison)
         elif snapshots:
             self.counts.update(retry(self._write, snapshots))
 
-    def _parse(self, users: Iterable[Any]) -> dict[str, Snapshot]:
+    def _parse(self, users: Iterable[Any], read_at: int) -> dict[str, Snapshot]:
         """Return the parsed users by id. Report malformed users."""
         found = {}
         for data in users:
             try:
-                snapshot = parse_snapshot(data)
+                snapshot = parse_snapshot(data, read_at)
                 found[snapshot.user_id] = snapshot
             except EventError as error:
                 self.counts[Result.FAILED] += 1
@@ -148,9 +151,11 @@ class Reconciliation:
         """Return the users whose rows are missing, or may differ. In a check, return all users."""
         rows = [
             {"id": each.user_id, "version_updated_at": None if self.check else each.updated_at}
+            | {name: at for name in ACCOUNT if (at := getattr(each.account, name)) is not None}
             for each in snapshots.values()
         ]
-        compare, parameters = self.store.statements.compare, {"rows": to_json(rows)}
+        compare = self.store.statements.compare
+        parameters = {"rows": self.store.statements.encode(rows), "now": datetime.now(UTC)}
         return [
             Comparison(
                 snapshots[row.sought],
@@ -190,7 +195,7 @@ class Reconciliation:
         """Return the column values for *snapshot*."""
         dialect = self.store.database.dialect
         declared = read_fields(self.store.fields, snapshot.data, dialect)
-        return profile_columns(snapshot.profile) | declared
+        return user_columns(snapshot.profile, snapshot.account) | declared
 
     def _execute(
         self, statement: sa.TextClause | None, comparisons: Sequence[Comparison]
@@ -203,7 +208,7 @@ class Reconciliation:
             {
                 "id": each.snapshot.user_id,
                 **each.values,
-                **dict(zip(VERSION_COLUMNS, each.snapshot.version, strict=True)),
+                **dict(zip(VERSION_COLUMNS, each.version, strict=True)),
             }
             for each in comparisons
         ]
@@ -221,9 +226,10 @@ class Reconciliation:
         """
         with ThreadPool(THREADS) as pool:
             for group in _batched(_batched(ids, IDS), THREADS):
+                read_at = _now()
                 found = list(chain.from_iterable(pool.map(self.api.find_users, group)))
                 if apply:
-                    self._apply(found)
+                    self._apply(found, read_at)
                 known, asked = set(map(id_of, found)), list(chain.from_iterable(group))
                 absent = [user_id for user_id in asked if user_id not in known]
                 for some in _batched(absent, THREADS):  # the caller stops if there are too many
@@ -267,6 +273,10 @@ class Reconciliation:
         check_lock(self.connection)
         with sqlite_transaction(self.connection):
             return len(self.connection.execute(self.store.statements.tombstone, parameters).all())
+
+
+def _now() -> int:
+    return int(time() * 1000)
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -31,6 +31,9 @@ def upgrade() -> None:
         sa.Column("created_at", moment, nullable=False),
         sa.Column("updated_at", moment, nullable=False),
         sa.Column("deleted_at", moment),
+        sa.Column("banned_at", moment),
+        sa.Column("deprovisioned_at", moment),
+        sa.Column("locked_until", moment),
         sa.Column("version_updated_at", sa.BigInteger()),
         sa.Column("version_timestamp", sa.BigInteger()),
         sa.Column("version_message_id", bytewise),
@@ -45,6 +48,9 @@ def upgrade() -> None:
         "email IS NULL AND image_url IS NULL AND deleted_at IS NULL",
     )
     create_partial_index("users", "deleted", ["created_at"], "deleted_at IS NOT NULL")
+    create_partial_index(
+        "users", "barred", ["created_at"], "banned_at IS NOT NULL OR deprovisioned_at IS NOT NULL"
+    )
     op.create_table(
         "webhook_messages",
         sa.Column("message_id", bytewise, nullable=False),

@@ -1,0 +1,255 @@
+"""Account state: bans, deactivations and lockouts, from events and from a sync."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from clerkhooks import require_auth
+from clerkhooks.clerk.account import FOREVER, AccountState, parse_account_state
+from clerkhooks.clerk.fake import clerk_id, user_data
+from tests.backend import Backend
+from tests.racing import on_statement
+from tests.support import NOW_MS, Service, deletion, load, user_event
+from tests.syncing import make_old, sync
+
+COLUMNS = ("banned_at", "deprovisioned_at", "locked_until")
+LONG_AGO = NOW_MS - 3_600_000
+LATE = datetime.fromtimestamp(NOW_MS / 1000, UTC)
+NOTHING = (None, None, None)
+BANNED, DEPROVISIONED = {"banned": True}, {"deprovisioned": True}
+
+
+def state_of(service: Service, user_id: str) -> tuple[datetime | None, ...]:
+    """Return the account state in the user's row."""
+    found = service.user(user_id, COLUMNS)
+    assert found is not None
+    times = [datetime.fromisoformat(at) if isinstance(at, str) else at for at in found]
+    return tuple(at and at.replace(tzinfo=at.tzinfo or UTC) for at in times)
+
+
+def reason_of(service: Service, user_id: str) -> str | None:
+    """Call the API as the user and return the reason of a 401, or None after a 200."""
+    response = service.call(user_id)
+    if response.status_code == 200:
+        return None
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"].startswith("Bearer")
+    return str(response.get_json()["reason"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (BANNED, "user_banned"),
+        (DEPROVISIONED, "user_deprovisioned"),
+        (BANNED | DEPROVISIONED, "user_banned"),
+    ],
+)
+def test_refuses_a_barred_user_at_once(
+    service: Service, fields: dict[str, Any], reason: str
+) -> None:
+    """A ban and a deactivation take effect on the next call, although the token is valid."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, "user.created", at=LONG_AGO))
+    assert reason_of(service, user_id) is None
+    service.outcome(user_event(user_id, **fields))
+    assert reason_of(service, user_id) == reason
+    presence = service.call(user_id, "PUT", "/api/me/presence", body={"isOnline": True})
+    assert (presence.status_code, presence.get_json()["reason"]) == (401, reason)
+
+
+def test_admits_a_restored_user(service: Service) -> None:
+    """The state is reversible: a later event without it readmits the user."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, at=LONG_AGO, banned=True, deprovisioned=True, locked=True))
+    service.outcome(user_event(user_id, at=LONG_AGO + 1, deprovisioned=True))
+    assert reason_of(service, user_id) == "user_deprovisioned"
+    service.outcome(user_event(user_id))
+    assert (state_of(service, user_id), reason_of(service, user_id)) == (NOTHING, None)
+
+
+def test_keeps_the_state_of_the_newest_event(service: Service) -> None:
+    """An older event that arrives late neither bans nor readmits a user."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, at=NOW_MS, banned=True))
+    assert service.outcome(user_event(user_id, at=LONG_AGO)) == "stale"
+    assert state_of(service, user_id) == (LATE, None, None)
+    assert service.outcome(user_event(user_id, at=NOW_MS + 1)) == "applied"
+    assert service.outcome(user_event(user_id, at=LONG_AGO, banned=True)) == "stale"
+    assert reason_of(service, user_id) is None
+
+
+def test_bans_a_user_whose_first_call_came_before_the_event(service: Service) -> None:
+    """The row of a first call takes its state from any event, however old."""
+    user_id = clerk_id("user")
+    assert reason_of(service, user_id) is None
+    service.outcome(user_event(user_id, at=LONG_AGO, banned=True))
+    assert reason_of(service, user_id) == "user_banned"
+
+
+@pytest.mark.parametrize("deleted_first", [False, True])
+def test_erases_the_state_of_a_deleted_user(service: Service, deleted_first: bool) -> None:
+    """A tombstone has no account state, and the reason of the 401 is the deletion."""
+    user_id = clerk_id("user")
+    bodies = [user_event(user_id, banned=True, deprovisioned=True, locked=True), deletion(user_id)]
+    for body in reversed(bodies) if deleted_first else bodies:
+        service.outcome(body)
+    assert (state_of(service, user_id), reason_of(service, user_id)) == (NOTHING, "user_deleted")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "until"),
+    [(3600, LATE + timedelta(hours=1)), (0, LATE), (None, FOREVER), (2**62, FOREVER)],
+)
+def test_records_a_lockout_that_blocks_no_calls(
+    service: Service, seconds: int | None, until: datetime
+) -> None:
+    """A lockout ends at the event's time plus Clerk's seconds, or never. Calls are served."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, locked=True, lockout_expires_in_seconds=seconds))
+    assert state_of(service, user_id) == (None, None, until)
+    assert reason_of(service, user_id) is None
+
+
+def test_does_not_count_refused_calls_as_activity(service: Service) -> None:
+    """The call of a barred user does not move ``last_seen``."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, banned=True))
+    service.rows("UPDATE users SET last_seen = '2020-01-01 00:00:00.000000'")
+    before = service.user(user_id, ["last_seen"])
+    assert reason_of(service, user_id) == "user_banned"
+    assert service.user(user_id, ["last_seen"]) == before
+
+
+def test_refuses_a_barred_user_in_an_optional_view(service: Service) -> None:
+    """A barred user is not an anonymous caller."""
+    service.app.add_url_rule("/hi", "hi", require_auth(optional=True)(lambda: "hi"))
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, banned=True))
+    response = service.call(user_id, path="/hi")
+    assert (response.status_code, response.get_json()["reason"]) == (401, "user_banned")
+
+
+@pytest.mark.parametrize("fields", [{}, BANNED])
+def test_needs_no_additional_query(service: Service, fields: dict[str, Any]) -> None:
+    """A call reads the user's row with one statement, whether the user is barred or not."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, **fields))
+    statements: list[None] = []
+    with on_statement(service, "", lambda: statements.append(None)):
+        service.call(user_id)
+    assert len(statements) == 1
+
+
+def test_knows_the_fields_of_clerks_schema() -> None:
+    """Built user objects have the fields of Clerk's schema, with values of their types."""
+    types: dict[str, Any] = {"boolean": bool, "integer": int}
+    data = user_data("user_1", email=None, first_name=None, last_name=None, updated_at=NOW_MS)
+    for name, schema in load("account_state.json")["properties"].items():
+        kinds = (types[schema["type"]], *([type(None)] if schema.get("nullable") else []))
+        assert isinstance(data[name], kinds), name
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "true", [], {}, "false"])
+def test_ignores_states_of_a_wrong_type(value: Any) -> None:
+    """A state that is not a boolean counts as absent."""
+    data = {"banned": value, "deprovisioned": value, "locked": value}
+    assert parse_account_state(data, NOW_MS, NOW_MS) == AccountState()
+
+
+@pytest.mark.parametrize("seconds", ["60", True, -1, 1e300, float("inf"), [], 10**400])
+def test_locks_for_ever_without_a_valid_duration(seconds: Any) -> None:
+    """A malformed duration counts as absent. A time after the year 9999 cannot be stored."""
+    data = {"locked": True, "lockout_expires_in_seconds": seconds}
+    assert parse_account_state(data, NOW_MS, NOW_MS) == AccountState(locked_until=FOREVER)
+
+
+def test_keeps_times_that_every_time_zone_can_show(service: Service) -> None:
+    """An event from the last millisecond of the year 9999 is stored and can be read."""
+    user_id = clerk_id("user")
+    last = 253_402_300_799_999
+    service.outcome(user_event(user_id, at=last, banned=True, locked=True))
+    assert state_of(service, user_id) == (FOREVER, None, FOREVER)
+    assert reason_of(service, user_id) == "user_banned"
+
+
+@pytest.mark.parametrize("field", ["banned", "deprovisioned"])
+def test_syncs_the_state(syncing: Service, backend: Backend, field: str) -> None:
+    """A sync bars and readmits users, like events."""
+    fields: dict[str, Any] = {field: True}
+    user_id = backend.sign_up(at=LONG_AGO, **fields)
+    sync(syncing, backend)
+    assert reason_of(syncing, user_id) == f"user_{field}"
+    assert sync(syncing, backend, check=True)[2].ok
+    backend.update(user_id, **{field: False})
+    sync(syncing, backend)
+    assert (state_of(syncing, user_id), reason_of(syncing, user_id)) == (NOTHING, None)
+
+
+def test_syncs_a_lockout_as_of_the_request(syncing: Service, backend: Backend) -> None:
+    """Clerk's seconds count from the response, not from the user's last change."""
+    user_id = backend.sign_up(at=LONG_AGO, locked=True, lockout_expires_in_seconds=600)
+    before = datetime.now(UTC) - timedelta(milliseconds=1)  # times are in whole milliseconds
+    sync(syncing, backend)
+    until = state_of(syncing, user_id)[2]
+    assert until is not None
+    assert before + timedelta(minutes=10) <= until <= datetime.now(UTC) + timedelta(minutes=10)
+    backend.update(user_id, lockout_expires_in_seconds=599, updated_at=LONG_AGO)
+    assert sync(syncing, backend, check=True)[2].ok
+
+
+def test_does_not_report_an_expired_lockout(syncing: Service, backend: Backend) -> None:
+    """A lockout that has ended does not differ from a user who is not locked."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    syncing.outcome(user_event(user_id, at=LONG_AGO, locked=True, lockout_expires_in_seconds=60))
+    summary, _, run = sync(syncing, backend, check=True)
+    assert (summary, run.ok) == ({"unchanged": 1}, True)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["restored", "barred"])
+@pytest.mark.parametrize("field", ["banned", "deprovisioned", "locked"])
+def test_repairs_a_state_that_changed_without_a_new_version(
+    syncing: Service, backend: Backend, field: str, here: bool
+) -> None:
+    """
+    A sync compares the state even if ``updated_at`` is the same.
+
+    Clerk does not document that a ban moves ``updated_at``. After the repair, events from before
+    the request are stale, and later events are applied.
+    """
+    user_id = backend.sign_up(at=LONG_AGO)
+    fields: dict[str, Any] = {field: here}
+    event = user_event(user_id, at=LONG_AGO, **fields)
+    syncing.outcome(event)
+    backend.update(user_id, updated_at=LONG_AGO, **{field: not here})
+    column = COLUMNS[("banned", "deprovisioned", "locked").index(field)]
+    summary, [finding], run = sync(syncing, backend, check=True)
+    assert (summary, run.ok) == ({"updated": 1}, False)
+    assert (finding.kind, column in finding.fields) == ("differs", True)
+    assert sync(syncing, backend)[0] == {"updated": 1}
+    repaired = state_of(syncing, user_id)
+    assert (repaired == NOTHING) is here
+    assert sync(syncing, backend)[0] == {"unchanged": 1}
+    assert syncing.outcome(event) == "stale"
+    assert state_of(syncing, user_id) == repaired
+    syncing.outcome(user_event(user_id, at=LONG_AGO + 1, **fields))
+    assert (state_of(syncing, user_id) == NOTHING) is not here
+
+
+def test_erases_the_state_of_a_user_that_clerk_does_not_know(
+    syncing: Service, backend: Backend
+) -> None:
+    """A tombstone that a sync writes has no account state, and later evidence restores it."""
+    user_id, other = backend.sign_up(at=LONG_AGO, banned=True), backend.sign_up(at=LONG_AGO)
+    sync(syncing, backend)
+    make_old(syncing)
+    data = backend.users.pop(user_id)
+    sync(syncing, backend)
+    assert (state_of(syncing, user_id), reason_of(syncing, user_id)) == (NOTHING, "user_deleted")
+    assert reason_of(syncing, other) is None
+    backend.users[user_id] = data
+    sync(syncing, backend)
+    assert reason_of(syncing, user_id) == "user_banned"
