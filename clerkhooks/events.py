@@ -21,6 +21,11 @@ class Outcome(StrEnum):
     DUPLICATE = "duplicate"
 
 
+BARRED, RESTORED = "user.barred", "user.restored"
+CHANGES = (BARRED, RESTORED)
+"""Types of the events that report a change of the account state. Clerk sends no such events."""
+
+
 class Version(NamedTuple):
     """
     The version of an object. The fields are compared in the order of their declaration.
@@ -43,6 +48,9 @@ class Event:
     one-time passcodes. *occurred_at* is in UTC, or None if the event has no time. *outcome* is
     ``applied`` or ``stale``. For event types that only handlers process, *outcome* is always
     ``applied``.
+
+    For ``user.barred`` and ``user.restored``, *data* is the user object of the message that changed
+    the account state. If a sync changed it, *message_id* is empty.
     """
 
     type: str
@@ -62,7 +70,8 @@ class Handlers:
     """
     The handlers of one ``ClerkHooks``, in the order of their registration.
 
-    A pattern is an event type (``user.created``), a family (``organization.*``) or ``*``.
+    A pattern is an event type (``user.created``), a family (``organization.*``) or ``*``. A change
+    of the account state is not a message, so only ``user.barred`` and ``user.restored`` match it.
     """
 
     def __init__(self) -> None:
@@ -90,16 +99,26 @@ class Handlers:
             self._registered.append(entry)
 
     def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
-        """Return the handlers for *event_type*, without duplicates."""
+        """Return the handlers for messages of *event_type*, without duplicates."""
         found: list[Handler] = []
         for pattern, when, handler in self._registered:
             if when is after_commit and handler not in found and _matches(pattern, event_type):
                 found.append(handler)
         return found
 
+    def find_for_change(self, change: str | None, *, after_commit: bool) -> list[Handler]:
+        """Return the handlers for *change*, which is one of CHANGES or None."""
+        entries = self._registered
+        return [one for name, when, one in entries if (name, when) == (change, after_commit)]
+
     def handles(self, event_type: str) -> bool:
-        """Return whether any handler is registered for *event_type*."""
+        """Return whether any handler is registered for messages of *event_type*."""
         return any(_matches(pattern, event_type) for pattern, _, _ in self._registered)
+
+    @property
+    def follows_changes(self) -> bool:
+        """Whether any handler is registered for changes of the account state."""
+        return any(pattern in CHANGES for pattern, _, _ in self._registered)
 
 
 def _is_deferred(function: object) -> bool:
@@ -109,6 +128,8 @@ def _is_deferred(function: object) -> bool:
 
 
 def _matches(pattern: str, event_type: str) -> bool:
+    if pattern in CHANGES:
+        return False
     if pattern.endswith("*"):
         return event_type.startswith(pattern[:-1])
     return pattern == event_type

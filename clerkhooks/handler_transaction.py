@@ -1,4 +1,4 @@
-"""The transaction that a message and its handlers share, in the application's session."""
+"""The transaction that handlers share with a message, in the application's session."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy.orm import Session, scoped_session
 
-from clerkhooks.clerk.events import ReceivedEvent
-from clerkhooks.events import NOT_PLAIN, Event, Handler, Outcome
+from clerkhooks.events import NOT_PLAIN, Event, Handler
 from clerkhooks.store import Store
 from clerkhooks.store.database import begin_immediate, is_autocommit
 from clerkhooks.store.pool import Overloaded
 from clerkhooks.store.postgresql import LOCK_TIMEOUT, STATEMENT_TIMEOUT
 
+Call = tuple[Handler, Event]
+Execute = Callable[[sa.Executable], Iterable[object]]
 _ENDED = (
     "A handler ended the message's transaction. It must neither commit nor roll back: clerkhooks "
     "commits the message together with everything that handlers write. To catch a database error, "
@@ -32,57 +33,57 @@ _EXCHANGE_LIMITS = sa.text(
 )
 
 
-def apply_with_handlers(
+def write_with_handlers(
     scoped: scoped_session[Session],
     store: Store,
-    event: ReceivedEvent,
-    handlers: Sequence[Handler],
-    write: Callable[[sa.Connection, Sequence[ReceivedEvent]], list[Outcome]],
-) -> Outcome:
+    write: Callable[[sa.Connection], Sequence[Call] | None],
+    is_saved: Callable[[Execute], bool],
+) -> None:
     """
-    Apply *event* with *write*, call *handlers*, and commit everything in one transaction.
+    Execute *write*, make the calls that it returns, and commit everything in one transaction.
+
+    If *write* returns None, there is nothing to commit. *is_saved* returns whether the data of
+    *write* is in the database.
 
     Raises:
         Overloaded: the application's pool provided no connection in time.
-        RuntimeError: a handler ended the transaction, or the commit did not save the message.
+        RuntimeError: a handler ended the transaction, or the commit did not save the data.
         Exception: a handler or the database raised an error. Everything is rolled back.
     """
     session = scoped()
     try:
         connection = _begin(session, store)
         with _own_limits(connection):
-            [outcome] = write(connection, [event])
-        if outcome is Outcome.DUPLICATE:
+            calls = write(connection)
+        if calls is None:
             session.rollback()
-            return outcome
-        for handler in handlers:
+            return
+        for handler, event in calls:
             with _ending_refused(session, connection):
-                call_handler(handler, event, outcome)
+                call_handler(handler, event)
             # If a handler swallowed a database error, PostgreSQL silently rolls back on COMMIT. If
             # a handler rolled back, the commit succeeds but saves nothing. In both cases, the
             # response would be 200 and the message would be lost.
             execute = session.connection(bind_arguments={"clause": store.messages}).execute
-            if scoped() is not session or not _is_processed(store, execute, event):
+            if scoped() is not session or not is_saved(execute):
                 raise RuntimeError(_ENDED)
         session.commit()
     except BaseException:
         scoped.rollback()
         raise
     # One of the application's listeners may have swallowed an error during the commit.
-    if not _is_processed(store, store.database.execute, event):
+    if not is_saved(store.database.execute):
         raise RuntimeError("The message's transaction was rolled back during the commit.")
-    return outcome
 
 
-def call_handler(handler: Handler, event: ReceivedEvent, outcome: Outcome) -> None:
+def call_handler(handler: Handler, event: Event) -> None:
     """
     Call *handler* with *event*.
 
     Raises:
         TypeError: *handler* returned a coroutine or a generator, which would never run.
     """
-    message = (event.type, event.data, event.message_id, event.version, event.occurred_at)
-    result = handler(Event(*message, outcome))
+    result = handler(event)
     if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise TypeError(NOT_PLAIN)
 
@@ -100,14 +101,6 @@ def _begin(session: Session, store: Store) -> sa.Connection:
         return session.connection(bind_arguments=bind, execution_options={"isolation_level": level})
     except sa.exc.TimeoutError as error:  # the application's pool is exhausted
         raise Overloaded from error
-
-
-def _is_processed(
-    store: Store, execute: Callable[[sa.Executable], Iterable[object]], event: ReceivedEvent
-) -> bool:
-    columns = store.messages.c
-    query = sa.select(columns.message_id).where(columns.message_id == event.message_id)
-    return any(True for _ in execute(query.where(columns.outcome != Outcome.FAILED)))
 
 
 @contextmanager

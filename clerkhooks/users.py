@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
@@ -13,9 +12,9 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks.clerk.events import NEW_USER, ReceivedEvent
-from clerkhooks.errors import Unauthenticated, describe, frames
+from clerkhooks.errors import Unauthenticated
 from clerkhooks.events import Handlers, Outcome
-from clerkhooks.handler_transaction import apply_with_handlers, call_handler
+from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields, to_json
@@ -26,7 +25,6 @@ from clerkhooks.store.pool import Overloaded, Slots
 from clerkhooks.store.postgresql import LOCK_TIMEOUT
 from clerkhooks.store.statements import DELETED_USER, user_columns
 
-logger = logging.getLogger(__name__)
 MAX_CALLERS = 1000  # concurrent deliveries in a process; the same limit applies to calls
 BATCH_LOCK_TIMEOUT = "50ms"  # after this timeout, each event of the batch is applied separately
 SINGLE_LOCK_TIMEOUT = "1ms"  # after this timeout, the event waits in _wait_for_row
@@ -39,7 +37,8 @@ class Users:
     """The users of one application. Threads and greenlets may share an instance."""
 
     def __init__(self, store: Store, handlers: Handlers, session: scoped_session[Session]) -> None:
-        self._store, self._handlers, self._session = store, handlers, session
+        self._store, self._handlers = store, handlers
+        self.handled = HandledWrites(store, handlers, session)
         self._database, self._statements = store.database, store.statements
         self._deliver = Batcher(
             self._apply_all,
@@ -65,13 +64,11 @@ class Users:
                 failed.
         """
         now = datetime.now(UTC)
-        handlers = self._handlers.find(event.type, after_commit=False)
+        change = None
         began_at = self._deliveries.begin()
         try:
-            if handlers:
-                outcome = apply_with_handlers(
-                    self._session, self._store, event, handlers, self.write
-                )
+            if self.handled.is_needed(event):
+                outcome, change = self.handled.apply(event, self.write)
             else:
                 outcome = (
                     self._deliver(event)
@@ -79,7 +76,7 @@ class Users:
                     or self._wait_for_row(event)
                 )
             if outcome is not Outcome.DUPLICATE:
-                self._call_after_commit(event, outcome)
+                self.handled.call_after_commit(event, outcome, change)
         except Overloaded:
             raise
         except Exception as error:
@@ -216,15 +213,6 @@ class Users:
             row |= read_fields(self._store.fields, event.data, self._database.dialect)
             row |= zip(VERSION_COLUMNS, event.version, strict=True)
         return row
-
-    def _call_after_commit(self, event: ReceivedEvent, outcome: Outcome) -> None:
-        for handler in self._handlers.find(event.type, after_commit=True):
-            try:
-                call_handler(handler, event, outcome)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the event is already committed
-                self._session.rollback()
-                told = {"message_id": event.message_id, "error": describe(error)}
-                logger.error("handler_failed", extra={**told, "frames": frames(error)})
 
 
 def is_present(user: Any) -> bool:

@@ -35,12 +35,21 @@ def sync(
     """Run a sync; return the summary's nonzero counts, the findings and the run itself."""
     findings: list[Finding] = []
     store = store_of(service)
+    handled = service.app.extensions["clerkhooks"].users.handled
     with (
+        service.app.app_context(),
         connections.sole_writer(store) as connection,
         BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
     ):
         reconciliation = reconcile.Reconciliation(
-            api, store, connection, begin_quietly, findings.append, check=check, force=force
+            api,
+            store,
+            connection,
+            begin_quietly,
+            findings.append,
+            check=check,
+            force=force,
+            handled=handled,
         )
         run(reconciliation)
     summary = {name: count for name, count in reconciliation.summary().items() if count}

@@ -27,7 +27,13 @@ class AccountState:
     deprovisioned_at: datetime | None = None
     locked_until: datetime | None = None
 
+    @property
+    def is_barred(self) -> bool:
+        """Whether the user's calls are refused."""
+        return self.banned_at is not None or self.deprovisioned_at is not None
 
+
+ACCOUNT = ("banned_at", "deprovisioned_at", "locked_until")
 ACTIVE = AccountState()
 
 

@@ -31,6 +31,7 @@ _FINDINGS = {
     "differs": "differs",
     "gone_at_clerk": "no longer exists at Clerk",
     "failed": "could not be read",
+    "handler_failed": "was not updated, because a handler failed",
 }
 
 
@@ -122,7 +123,8 @@ def _print_json_summary(run: Reconciliation, finished: bool) -> None:
 @contextmanager
 def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconciliation]:
     """Yield a reconciliation. At the end, print its summary, even after an error."""
-    settings, store = current_state().settings, current_state().store
+    state = current_state()
+    settings, store = state.settings, state.store
     if settings.secret_key is None:
         raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
     tell = _print_json if as_json else _print_finding
@@ -131,7 +133,7 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
-        run = Reconciliation(api, store, connection, begin, tell, check, force)
+        run = Reconciliation(api, store, connection, begin, tell, check, force, state.users.handled)
         # Otherwise, garbage collection would scan imported modules for each page: 7 µs per user.
         gc.freeze()
         try:

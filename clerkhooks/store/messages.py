@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from time import monotonic, sleep
 
@@ -42,6 +42,15 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
             reason = second
     extra = {"message_id": event.message_id, "error": describe(reason)}
     logger.warning("failure_not_recorded", extra=extra)
+
+
+def is_processed(
+    store: Store, execute: Callable[[sa.Executable], Iterable[object]], message_id: str
+) -> bool:
+    """Return whether a message is in the log and did not fail."""
+    columns = store.messages.c
+    query = sa.select(columns.message_id).where(columns.message_id == message_id)
+    return any(True for _ in execute(query.where(columns.outcome != Outcome.FAILED)))
 
 
 def is_unanswered(error: Exception) -> bool:

@@ -24,6 +24,15 @@ def is_live(users: sa.Table) -> sa.ColumnElement[bool]:
     return users.c.deleted_at.is_(None)
 
 
+def is_barred(users: sa.Table) -> sa.ColumnElement[bool]:
+    """
+    Return the condition for banned and deprovisioned users, in the form of the partial index.
+
+    Tombstones have no account state.
+    """
+    return sa.or_(users.c.banned_at.is_not(None), users.c.deprovisioned_at.is_not(None))
+
+
 def is_unfilled(users: sa.Table) -> sa.ColumnElement[bool]:
     """
     Return the condition for rows that neither an event nor a sync has filled in.

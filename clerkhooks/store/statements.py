@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.account import AccountState
+from clerkhooks.clerk.account import ACCOUNT, AccountState
 from clerkhooks.clerk.events import LAST_MILLISECOND, Profile
 from clerkhooks.clerk.fields import Field
 from clerkhooks.store.columns import make_encoder, to_json
@@ -22,7 +22,6 @@ from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
 
 DELETED_USER = Profile("Deleted User")
 PROFILE = ("email", "name", "image_url")
-ACCOUNT = ("banned_at", "deprovisioned_at", "locked_until")
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
 _TIMES = ("now", "before", "occurred_at", "created_before")
 
@@ -57,8 +56,11 @@ _EVENT_WINS = """
         OR (u.version_updated_at, u.version_timestamp, u.version_message_id)
          < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
 
-# If the Backend API returns a user, the user exists, even if an earlier sync wrote a tombstone.
-_SNAPSHOT_WINS = "u.deleted_at IS NOT NULL OR" + _EVENT_WINS
+# If the Backend API returns a user, the user exists, even if an earlier sync wrote a tombstone. A
+# change of which handlers must be told is written only with :may_bar, which the caller sets.
+_SNAPSHOT_WINS = f"""(u.deleted_at IS NOT NULL OR {_EVENT_WINS})
+        AND (:may_bar OR (u.banned_at IS NULL AND u.deprovisioned_at IS NULL)
+          = (excluded.banned_at IS NULL AND excluded.deprovisioned_at IS NULL))"""
 
 # Each message is processed once. The retry of a failed message updates its row.
 _RECORD_MESSAGES = """

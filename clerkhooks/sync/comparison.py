@@ -9,10 +9,11 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from clerkhooks.clerk.account import ACCOUNT
 from clerkhooks.clerk.events import Snapshot
-from clerkhooks.events import Version
+from clerkhooks.events import BARRED, RESTORED, Event, Outcome, Version
 from clerkhooks.store.models import VERSION_COLUMNS
-from clerkhooks.store.statements import ACCOUNT, PROFILE
+from clerkhooks.store.statements import PROFILE
 
 
 class Result(StrEnum):
@@ -32,9 +33,9 @@ class Finding:
     """
     A user whose row differs from Clerk's data or could not be compared.
 
-    *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``
-    or ``failed``. *fields* maps the name of each field that differs to its stored value and its
-    value at Clerk. The values are profile data and must not be logged.
+    *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``,
+    ``failed`` or ``handler_failed``. *fields* maps the name of each field that differs to its
+    stored value and its value at Clerk. The values are profile data and must not be logged.
     """
 
     kind: str
@@ -83,6 +84,27 @@ class Comparison:
         if version[0] is None:  # no profile yet, or a tombstone from user.deleted, which is final
             return self.row.deleted_at is None
         return self.row.deleted_at is not None or version < self.version
+
+    @property
+    def new_row(self) -> dict[str, Any]:
+        """The row to store."""
+        version = dict(zip(VERSION_COLUMNS, self.version, strict=True))
+        return {"id": self.snapshot.user_id, **self.values, **version}
+
+    @property
+    def changes_access(self) -> bool:
+        """Whether the row's user becomes barred or is restored, of which handlers are told."""
+        names = ("banned_at", "deprovisioned_at")
+        was_barred = any(getattr(self.row, name, None) is not None for name in names)
+        return self.is_behind and was_barred != self.snapshot.account.is_barred
+
+    @property
+    def event(self) -> Event:
+        """The event that tells handlers of the changed account state."""
+        change = BARRED if self.snapshot.account.is_barred else RESTORED
+        data, version = self.snapshot.data, self.version
+        at = datetime.fromtimestamp((version.timestamp or version.updated_at) / 1000, UTC)
+        return Event(change, data, version.message_id, version, at, Outcome.APPLIED)
 
     @property
     def lacks_declared(self) -> bool:

@@ -13,18 +13,20 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from clerkhooks.clerk.account import ACCOUNT
 from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.errors import EventError
+from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
-from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.queries import is_live, is_unfilled
-from clerkhooks.store.statements import ACCOUNT, user_columns
+from clerkhooks.store.statements import user_columns
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
+from clerkhooks.sync.handlers import write_told
 from clerkhooks.sync.listing import IdSet, id_of, read_all
 
 T = TypeVar("T")
@@ -46,7 +48,8 @@ class Reconciliation:
     *connection* is from ``sole_writer()``, or from ``reader()`` for a check. *tell* receives each
     finding: a difference that a check found, or a failure. *begin* is called before each part of
     the sync, with the name of the part and the number of users (None if unknown). *begin* returns a
-    function that is called with the number of users processed since the last call.
+    function that is called with the number of users processed since the last call. With *handled*,
+    handlers are told of changes of the account state.
     """
 
     api: BackendApi
@@ -56,6 +59,7 @@ class Reconciliation:
     tell: Callable[[Finding], object]
     check: bool = False
     force: bool = False
+    handled: HandledWrites | None = None
     counts: Counter[Result] = field(default_factory=Counter)
     withheld: int = 0
     drifted: int = 0
@@ -133,7 +137,10 @@ class Reconciliation:
             for comparison in self._compare(snapshots):
                 self._tell_drift(comparison)
         elif snapshots:
-            self.counts.update(retry(self._write, snapshots))
+            counts, told = retry(self._write, snapshots)
+            self.counts.update(counts)
+            if self.handled is not None:
+                self.counts.update(write_told(self.handled, self.connection, told, self.tell))
 
     def _parse(self, users: Iterable[Any], read_at: int) -> dict[str, Snapshot]:
         """Return the parsed users by id. Report malformed users."""
@@ -173,23 +180,32 @@ class Reconciliation:
             user_id = comparison.snapshot.user_id
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
-    def _write(self, snapshots: Mapping[str, Snapshot]) -> Counter[Result]:
-        """Update rows that are older than *snapshots*, in one transaction. Count the results."""
-        statements = self.store.statements
+    def _write(self, snapshots: Mapping[str, Snapshot]) -> tuple[Counter[Result], list[Comparison]]:
+        """
+        Update rows that are older than *snapshots*, in one transaction. Count the results.
+
+        Also return the users of whose changes handlers must be told. Their rows are not written.
+        """
+        statements, told, rest = self.store.statements, list[Comparison](), list[Comparison]()
         with sqlite_transaction(self.connection):
             compared = self._compare(snapshots)
-            behind = [each for each in compared if each.is_behind]
-            unfilled = [each for each in compared if each.lacks_declared]
+            for each in compared:
+                (told if self._follows and each.changes_access else rest).append(each)
+            behind = [each for each in rest if each.is_behind]
+            unfilled = [each for each in rest if each.lacks_declared]
             changed = self._execute(statements.merge_snapshots, behind)
             changed |= self._execute(statements.fill_declared, unfilled)
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
         counts = Counter(
-            Result.NEWER_HERE if each.snapshot.user_id in missed else each.result
-            for each in compared
+            Result.NEWER_HERE if each.snapshot.user_id in missed else each.result for each in rest
         )
         counts[Result.UNCHANGED] += len(snapshots) - len(compared)
-        return counts
+        return counts, told
+
+    @property
+    def _follows(self) -> bool:
+        return self.handled is not None and self.handled.follows_changes
 
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return the column values for *snapshot*."""
@@ -204,15 +220,8 @@ class Reconciliation:
         if statement is None or not comparisons:
             return set()
         check_lock(self.connection)
-        rows = [
-            {
-                "id": each.snapshot.user_id,
-                **each.values,
-                **dict(zip(VERSION_COLUMNS, each.version, strict=True)),
-            }
-            for each in comparisons
-        ]
-        parameters = {"rows": self.store.statements.encode(rows), "now": datetime.now(UTC)}
+        rows = self.store.statements.encode(each.new_row for each in comparisons)
+        parameters = {"rows": rows, "now": datetime.now(UTC), "may_bar": not self._follows}
         return set(self.connection.execute(statement, parameters).scalars().all())
 
     def _find_deleted(
