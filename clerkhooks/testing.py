@@ -82,6 +82,7 @@ class ClerkService:
         paths = {rule.endpoint: rule.rule for rule in app.url_map.iter_rules()}
         self._webhook_path = paths.get("clerkhooks.receive_webhook", "/webhooks/clerk")
         self._last_event = 0
+        self._users: dict[str, dict[str, Any]] = {}
 
     def sign_up(
         self,
@@ -97,16 +98,35 @@ class ClerkService:
         Raises:
             AssertionError: the application did not accept the event.
         """
-        user_id, now = data.pop("id", clerk_id("user")), self._next_event()
+        user_id = str(data.pop("id", clerk_id("user")))
         profile = {"email": email, "first_name": first_name, "last_name": last_name}
-        response = self.deliver(
-            "user.created", user_data(user_id, **profile, updated_at=now) | data
-        )
+        self._users[user_id] = profile | data
+        self._deliver_user("user.created", user_id)
+        return user_id
+
+    def update(self, user_id: str, **data: Any) -> None:
+        """
+        Deliver ``user.updated`` for a user. *data* overrides fields, such as ``banned=True``.
+
+        Fields from ``sign_up`` and earlier updates are kept.
+
+        Raises:
+            AssertionError: the application did not accept the event.
+        """
+        profile = {"email": "ada@example.org", "first_name": "Ada", "last_name": "Lovelace"}
+        self._users[user_id] = self._users.get(user_id, profile) | data
+        self._deliver_user("user.updated", user_id)
+
+    def _deliver_user(self, event_type: str, user_id: str) -> None:
+        fields = self._users[user_id].copy()
+        names = ("email", "first_name", "last_name")
+        profile = {name: fields.pop(name) for name in names}
+        data = user_data(user_id, **profile, updated_at=self._next_event()) | fields
+        response = self.deliver(event_type, data)
         if response.status_code != 200:
             raise AssertionError(
-                f"user.created was answered with {response.status_code}: {response.text}"
+                f"{event_type} was answered with {response.status_code}: {response.text}"
             )
-        return str(user_id)
 
     def deliver(
         self,

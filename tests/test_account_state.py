@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from clerkhooks import require_auth
+from clerkhooks import create_app, require_auth
 from clerkhooks.clerk.account import FOREVER, AccountState, parse_account_state
 from clerkhooks.clerk.fake import clerk_id, user_data
+from clerkhooks.store import queries
+from clerkhooks.testing import ClerkService
+from clerkhooks.web.state import disconnect
 from tests.backend import Backend
+from tests.conftest import MakeService
 from tests.racing import on_statement
+from tests.server import Server
 from tests.support import NOW_MS, Service, deletion, load, user_event
-from tests.syncing import make_old, sync
+from tests.syncing import make_old, store_of, sync
 
 COLUMNS = ("banned_at", "deprovisioned_at", "locked_until")
 LONG_AGO = NOW_MS - 3_600_000
 LATE = datetime.fromtimestamp(NOW_MS / 1000, UTC)
 NOTHING = (None, None, None)
-BANNED, DEPROVISIONED = {"banned": True}, {"deprovisioned": True}
+PASSWORD = secrets.token_urlsafe(16)
+BANNED, DEPROVISIONED, LOCKED = {"banned": True}, {"deprovisioned": True}, {"locked": True}
 
 
 def state_of(service: Service, user_id: str) -> tuple[datetime | None, ...]:
@@ -253,3 +261,118 @@ def test_erases_the_state_of_a_user_that_clerk_does_not_know(
     backend.users[user_id] = data
     sync(syncing, backend)
     assert reason_of(syncing, user_id) == "user_banned"
+
+
+@pytest.mark.parametrize(
+    ("fields", "described", "states"),
+    [
+        ({}, "-", []),
+        (BANNED, "banned as of 20", ["banned"]),
+        ({"locked": True}, "locked", ["locked"]),
+        ({"locked": True, "lockout_expires_in_seconds": 3600}, "locked until 20", ["locked"]),
+        ({"locked": True, "lockout_expires_in_seconds": 0}, "-", []),
+        (BANNED | DEPROVISIONED, "deprovisioned as of", ["banned", "deprovisioned"]),
+    ],
+)
+def test_shows_the_state_to_operators(
+    make_service: MakeService, fields: dict[str, Any], described: str, states: list[str]
+) -> None:
+    """``user`` and the console show each state that holds, and ``users --barred`` lists users."""
+    service = make_service(CONSOLE_PASSWORD=PASSWORD)
+    user_id, other = clerk_id("user"), clerk_id("user")
+    for each, data in ((other, {}), (user_id, fields)):
+        service.outcome(user_event(each, first_name="Max", last_name=None, **data))
+    runner = service.app.test_cli_runner()
+    shown = runner.invoke(args=["clerk", "user", user_id]).stdout
+    [account] = [line for line in shown.splitlines() if line.startswith("account ")]
+    assert described in account
+    whole = json.loads(runner.invoke(args=["clerk", "user", user_id, "--json"]).stdout)
+    assert [whole["user"][column] is not None for column in COLUMNS] == [
+        bool(fields.get(name)) for name in ("banned", "deprovisioned", "locked")
+    ]
+    barred = json.loads(runner.invoke(args=["clerk", "users", "--barred", "--json"]).stdout)
+    expected = [user_id] if {"banned", "deprovisioned"} & set(states) else []
+    assert [user["id"] for user in barred["users"]] == expected
+    page = service.http.get(f"/console/users/{user_id}", auth=("", PASSWORD)).text
+    listed = service.http.get("/console/users", auth=("", PASSWORD)).text
+    only_barred = service.http.get("/console/users?show=barred", auth=("", PASSWORD)).text
+    overview = service.http.get("/console", auth=("", PASSWORD)).text
+    for state in ("banned", "deprovisioned", "locked"):
+        badge = f'<span class="badge {state}">{state}</span>'
+        assert (badge in page, badge in listed) == (state in states, state in states)
+    assert (user_id in only_barred) is bool(expected)
+    assert f"Banned or deprovisioned</a></dt><dd>{len(expected)}</dd>" in overview
+
+
+def test_counts_barred_users(make_service: MakeService) -> None:
+    """The metrics count users by state, and refused calls by reason."""
+    service = make_service(METRICS_TOKEN=PASSWORD)
+    states: list[dict[str, Any]] = [BANNED, DEPROVISIONED, BANNED | DEPROVISIONED, BANNED, LOCKED]
+    for fields in states:
+        service.outcome(user_event(banned := clerk_id("user"), **fields))
+        service.call(banned)
+    headers = {"Authorization": f"Bearer {PASSWORD}"}
+    lines = service.http.get("/metrics", headers=headers).text.splitlines()
+    assert 'clerkhooks_users_barred{state="banned"} 3.0' in lines
+    assert 'clerkhooks_users_barred{state="deprovisioned"} 2.0' in lines
+    assert 'clerkhooks_sessions_refused_total{reason="user_banned"} 3.0' in lines
+    assert 'clerkhooks_sessions_refused_total{reason="user_deprovisioned"} 1.0' in lines
+
+
+def test_lists_barred_users_with_an_index(service: Service) -> None:
+    """Neither the list nor the counts read the whole table."""
+    store = store_of(service)
+    query = queries.list_users(store, barred=True)._select().where(queries.is_barred(store.users))
+    text = str(query.compile(store.database.engine, compile_kwargs={"literal_binds": True}))
+    is_sqlite = service.database_url.startswith("sqlite")
+    with store.database.connect() as connection:
+        if not is_sqlite:
+            connection.exec_driver_sql("SET enable_seqscan = off")
+        explain = "EXPLAIN QUERY PLAN" if is_sqlite else "EXPLAIN"
+        plan = connection.exec_driver_sql(f"{explain} {text} ORDER BY created_at").all()
+        connection.invalidate()
+    assert "ix_users_barred" in str(plan)
+
+
+def test_reports_drift_without_values(syncing: Service, backend: Backend) -> None:
+    """``sync --check`` names the fields that differ. With ``--json``, it shows both values."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    sync(syncing, backend)
+    backend.update(user_id, banned=True, updated_at=LONG_AGO + 1)
+    runner = syncing.app.test_cli_runner()
+    printed = runner.invoke(args=["clerk", "sync", "--check"])
+    assert (printed.exit_code, f"{user_id} differs: banned_at" in printed.stdout) == (1, True)
+    line = runner.invoke(args=["clerk", "sync", "--check", "--json"]).stdout.splitlines()[0]
+    at = datetime.fromtimestamp((LONG_AGO + 1) / 1000, UTC)
+    assert json.loads(line)["fields"] == {"banned_at": {"here": None, "clerk": at.isoformat()}}
+
+
+def test_builds_events_of_barred_users(clerk_service: ClerkService) -> None:
+    """``clerk_service.update`` bans and restores a user, and keeps the other fields."""
+    user_id = clerk_service.sign_up(first_name="Grace", last_name="Hopper", email=None)
+    client = clerk_service.client(user_id)
+    clerk_service.update(user_id, banned=True)
+    assert client.get("/api/me").get_json()["reason"] == "user_banned"
+    clerk_service.update(user_id, banned=False, deprovisioned=True)
+    assert client.get("/api/me").get_json()["reason"] == "user_deprovisioned"
+    clerk_service.update(user_id, deprovisioned=False)
+    assert client.get("/api/me").get_json()["name"] == "Grace Hopper"
+    clerk_service.update("user_2unknown", banned=True)
+    assert clerk_service.client("user_2unknown").get("/api/me").status_code == 401
+    with pytest.raises(AssertionError, match=r"user\.updated was answered with 400"):
+        clerk_service.update("ada")
+
+
+def test_sends_events_of_barred_users(server: Server) -> None:
+    """The options of ``send`` set the account state."""
+    user_id = clerk_id("user")
+    app = create_app(
+        server.clerk.environ | {"DATABASE_URL": server.database_url, "PORT": str(server.port)}
+    )
+    options = ("--banned", "--deprovisioned", "--locked")
+    for given in (options, ()):
+        arguments = ["clerk", "send", "user.updated", "--user", user_id, *given]
+        assert app.test_cli_runner().invoke(args=arguments).exit_code == 0
+        [found] = server.rows(f"SELECT {', '.join(COLUMNS)} FROM users WHERE id = '{user_id}'")
+        assert [at is not None for at in found] == [bool(given)] * 3
+    disconnect(app)

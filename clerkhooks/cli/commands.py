@@ -7,6 +7,7 @@ import json
 import click
 from flask.cli import AppGroup, with_appcontext
 
+from clerkhooks.clerk.account import FOREVER
 from clerkhooks.cli.messages import log, prune
 from clerkhooks.cli.options import (
     as_object,
@@ -31,6 +32,7 @@ MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "e
 @click.argument("search", required=False)
 @click.option("--deleted", is_flag=True, help="Only deleted users.")
 @click.option("--unsynced", is_flag=True, help="Only users without a profile.")
+@click.option("--barred", is_flag=True, help="Only banned and deprovisioned users.")
 @limit_option
 @click.option(
     "--after",
@@ -44,6 +46,7 @@ def list_users(
     search: str | None,
     deleted: bool,
     unsynced: bool,
+    barred: bool,
     limit: int,
     after: queries.Cursor | None,
     as_json: bool,
@@ -54,11 +57,12 @@ def list_users(
     SEARCH is an id, an email address, or the beginning of a first or last name. With --json, the
     output is {"users": [...], "next": cursor or null}.
     """
-    if deleted and unsynced:
-        raise click.UsageError("Use only one of --deleted and --unsynced.")
+    if deleted + unsynced + barred > 1:
+        raise click.UsageError("Use only one of --deleted, --unsynced and --barred.")
     with database_failures():
         store = current_state().store
-        listing = queries.list_users(store, search, deleted=deleted, unsynced=unsynced)
+        shown = {"deleted": deleted, "unsynced": unsynced, "barred": barred}
+        listing = queries.list_users(store, search, **shown)
         found = listing.read_all(limit + 1, after)
     page, has_more = found[:limit], len(found) > limit
     following = str(page[-1].cursor) if has_more else None
@@ -82,7 +86,7 @@ def list_users(
 @with_appcontext
 def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
-    Show a user's row with its source and version, and the latest messages about the user.
+    Show a user's row with its source, version and account state, and the latest messages.
 
     Exit status: 0 if the user has a row, 1 otherwise.
     """
@@ -115,6 +119,16 @@ def _print_user(user: queries.UserReport) -> None:
     message_id = user.version_message_id
     message = f", message {printable(message_id)}" if message_id else ""
     click.echo(f"{'source':<12}{user.source}{as_of}{message}")
+    click.echo(
+        f"{'account':<12}{', '.join(_describe(user, state) for state in user.states) or '-'}"
+    )
+
+
+def _describe(user: queries.UserReport, state: str) -> str:
+    if state != "locked":
+        return f"{state} as of {printable(getattr(user, f'{state}_at'))}"
+    is_final = user.locked_until == FOREVER
+    return "locked" if is_final else f"locked until {printable(user.locked_until)}"
 
 
 clerk = AppGroup(

@@ -21,6 +21,7 @@ from clerkhooks.errors import ProxyUrlError
 from clerkhooks.parsing import parse_url
 from clerkhooks.web.state import current_state
 
+STATES = ("banned", "deprovisioned", "locked")
 MAX_ANSWER = 1024 * 1024  # bytes
 
 
@@ -36,6 +37,9 @@ MAX_ANSWER = 1024 * 1024  # bytes
 @click.option("--email", default="ada@example.org", show_default=True)
 @click.option("--first-name", default="Ada", show_default=True)
 @click.option("--last-name", default="Lovelace", show_default=True)
+@click.option("--banned", is_flag=True, help="The user is banned.")
+@click.option("--deprovisioned", is_flag=True, help="Directory sync deactivated the user.")
+@click.option("--locked", is_flag=True, help="The user is locked out, without an end.")
 @click.option(
     "--set",
     "changes",
@@ -103,12 +107,13 @@ def _make_event(
     user_id: str | None,
     changes: tuple[str, ...],
     file: TextIO | None,
-    **profile: str,
+    **fields: Any,
 ) -> dict[str, Any]:
     now = int(time.time() * 1000)
-    given = {name: value or None for name, value in profile.items()}
+    states = {name: True for name in STATES if fields.pop(name)}
+    given = {name: value or None for name, value in fields.items()}
     data = event_data(event_type, user_id or clerk_id("user"), updated_at=now, **given)
-    event: dict[str, Any] = json.loads(event_body(event_type, data, now))
+    event: dict[str, Any] = json.loads(event_body(event_type, data | states, now))
     if file is not None:
         event |= _read(file)
     for change in changes:

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import date
+from datetime import time as time_of_day
 from functools import partial
 from itertools import repeat
 
@@ -94,7 +96,12 @@ def _print_json(finding: Finding) -> None:
     pairs = finding.fields.items()
     fields = {name: {"here": here, "clerk": clerk} for name, (here, clerk) in pairs}
     ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
-    click.echo(json.dumps(ids | {"fields": fields}))
+    click.echo(json.dumps(ids | {"fields": fields}, default=_plain))
+
+
+def _plain(value: object) -> str:
+    """Format a value that JSON lacks. Times are formatted as ISO 8601."""
+    return value.isoformat() if isinstance(value, date | time_of_day) else str(value)
 
 
 def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:

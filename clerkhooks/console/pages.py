@@ -11,6 +11,7 @@ from flask import Response, abort, request, url_for
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqlalchemy.exc import SQLAlchemyError
 
+from clerkhooks.clerk.account import FOREVER
 from clerkhooks.clerk.events import is_user_id
 from clerkhooks.console import texts
 from clerkhooks.doctor import (
@@ -35,7 +36,7 @@ LATEST = 20  # the number of messages shown on a user's page
 MAX_SEARCH = 320  # characters
 DAY = timedelta(hours=24)
 PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
-SHOWN = ("all", "unfilled", "deleted")
+SHOWN = ("all", "unfilled", "barred", "deleted")
 
 
 # This template environment is separate, so an application's templates and filters do not affect it.
@@ -51,6 +52,7 @@ _ENVIRONMENT.globals.update(
     moment=texts.moment,
     number=texts.number,
     max_count=activity.MAX_COUNT,
+    forever=FOREVER,
 )
 
 
@@ -107,7 +109,10 @@ def list_users() -> Response:
     if shown not in SHOWN:
         raise BadRequest("filter_malformed")
     listing = queries.list_users(
-        current_state().store, deleted=shown == "deleted", unsynced=shown == "unfilled"
+        current_state().store,
+        deleted=shown == "deleted",
+        unsynced=shown == "unfilled",
+        barred=shown == "barred",
     )
     page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
     return _render("users", page=page, search=None, choices=SHOWN, shown=shown)
@@ -188,6 +193,7 @@ def _read_figures(store: Store, now: datetime) -> dict[str, Any] | None:
             "last": activity.find_last_received(store),
             "failures": activity.count_failures(store),
             "users": activity.count_users(store),
+            "barred": activity.count_barred(store),
             "tombstones": activity.count_tombstones(store),
             "unfilled": activity.count_unfilled(store, timedelta(hours=1)),
             "new": activity.count_new_users(store, midnight),

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
-from clerkhooks.store.queries import MAX_EXAMINED, is_live, is_unfilled
+from clerkhooks.store.queries import MAX_EXAMINED, is_barred, is_live, is_unfilled
 
 MAX_COUNT = MAX_EXAMINED
 """Counting stops above this number."""
@@ -91,6 +91,13 @@ def count_users(store: Store) -> int:
 def count_tombstones(store: Store) -> int:
     """Return the number of tombstones, including users that a sync did not find at Clerk."""
     return _count(store, store.users, sa.not_(is_live(store.users)))
+
+
+def count_barred(store: Store, state: str | None = None) -> int:
+    """Return the number of banned and deprovisioned users, or of one *state*, such as banned."""
+    users = store.users
+    holds = sa.true() if state is None else users.c[f"{state}_at"].is_not(None)
+    return _count(store, users, is_barred(users), holds)
 
 
 def count_new_users(store: Store, since: datetime) -> int:

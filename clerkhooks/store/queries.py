@@ -82,6 +82,9 @@ class UserReport:
     created_at: datetime
     updated_at: datetime
     deleted_at: datetime | None
+    banned_at: datetime | None
+    deprovisioned_at: datetime | None
+    locked_until: datetime | None
     version_updated_at: int | None
     version_timestamp: int | None
     version_message_id: str | None
@@ -97,6 +100,17 @@ class UserReport:
         if self.version_updated_at is None or self.version_updated_at < 0:
             return None
         return datetime.fromtimestamp(self.version_updated_at / 1000, UTC)
+
+    @property
+    def states(self) -> list[str]:
+        """The account states that hold now: ``banned``, ``deprovisioned`` and ``locked``."""
+        is_locked = self.locked_until is not None and self.locked_until > datetime.now(UTC)
+        holds = {
+            "banned": self.banned_at is not None,
+            "deprovisioned": self.deprovisioned_at is not None,
+            "locked": is_locked,
+        }
+        return [state for state, does_hold in holds.items() if does_hold]
 
     @property
     def source(self) -> str:
@@ -211,14 +225,20 @@ class Listing(Generic[R]):
 
 
 def list_users(
-    store: Store, search: str | None = None, *, deleted: bool = False, unsynced: bool = False
+    store: Store,
+    search: str | None = None,
+    *,
+    deleted: bool = False,
+    unsynced: bool = False,
+    barred: bool = False,
 ) -> Listing[UserReport]:
     """
     Return a query for users.
 
     *search* is an id, a complete email address, or the beginning of a first or last name. The last
     name is the part of the name after the first space. *deleted* selects tombstones. *unsynced*
-    selects rows that neither an event nor a sync has filled in.
+    selects rows that neither an event nor a sync has filled in. *barred* selects banned and
+    deprovisioned users.
     """
     columns, text = store.users.c, (search or "").strip()
     conditions: Conditions = []
@@ -227,6 +247,8 @@ def list_users(
         conditions.append(sa.not_(is_live(store.users)))
     if unsynced:
         conditions.append(is_unfilled(store.users))
+    if barred:
+        conditions.append(is_barred(store.users))
     if text.startswith("user_"):
         conditions.append(columns.id == text)
     elif "@" in text:

@@ -34,6 +34,7 @@ FAMILIES = frozenset(
     """.split()  # noqa: SIM905  # a list would take fifteen lines
 )
 USER_EVENTS = frozenset(("user.created", "user.updated", "user.deleted"))
+BARRING = ("banned", "deprovisioned")
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 LAGS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 21600, 86400)  # seconds
 NAMESPACE, FETCHED_AT = "clerkhooks", "signing_keys_fetched_timestamp_seconds"
@@ -162,6 +163,7 @@ def _from_database(store: Store) -> Iterator[Metric]:
     up = "Whether the database answers."
     try:
         unfilled, last = activity.count_unfilled(store), activity.find_last_received(store)
+        barred = {state: activity.count_barred(store, state) for state in BARRING}
     except SQLAlchemyError:
         yield _gauge("database_up", up, 0)
         return
@@ -171,12 +173,21 @@ def _from_database(store: Store) -> Iterator[Metric]:
         "Users without a profile: no webhook and no sync has filled in the row.",
         unfilled,
     )
+    yield _barred(barred)
     if last is not None:
         yield _gauge(
             "last_webhook_age_seconds",
             "Time since the last verified delivery of a new message.",
             (datetime.now(UTC) - last).total_seconds(),
         )
+
+
+def _barred(counts: dict[str, int]) -> GaugeMetricFamily:
+    about = "Users whose calls are refused, by account state."
+    family = GaugeMetricFamily(f"{NAMESPACE}_users_barred", about, labels=["state"])
+    for state, count in counts.items():
+        family.add_metric([state], count)
+    return family
 
 
 def _gauge(name: str, documentation: str, value: float | None = None) -> GaugeMetricFamily:
