@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from clerkhooks.events import Handler
+from clerkhooks.events import Event, Handler
 from tests.support import Service, ThreadPool
 
 Request = Callable[[], TestResponse]
@@ -86,6 +86,33 @@ def registered_handler(
     finally:
         if entry in handlers._registered:
             handlers._registered.remove(entry)
+
+
+class Told:
+    """Handlers that record which users were barred and restored."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        """Record one event."""
+        self.events.append(event)
+
+    @property
+    def changes(self) -> list[str]:
+        """The types of the events."""
+        return [event.type for event in self.events]
+
+
+@contextmanager
+def following(service: Service, after_commit: bool = False) -> Iterator[Told]:
+    """Register handlers for both changes until the block ends."""
+    told = Told()
+    with ExitStack() as stack:
+        for change in ("user.barred", "user.restored"):
+            handler = registered_handler(service.app, told, change, after_commit=after_commit)
+            stack.enter_context(handler)
+        yield told
 
 
 def delivery(service: Service, body: bytes, message_id: str | None = None) -> Request:

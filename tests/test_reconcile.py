@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -23,7 +24,7 @@ from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import connections, listing, reconcile
 from tests.backend import Backend, Query, answering_json
 from tests.conftest import MakeService
-from tests.racing import on_statement
+from tests.racing import following, on_statement
 from tests.support import NOW_MS, Service, deletion
 from tests.syncing import make_old, store_of, sync
 
@@ -66,6 +67,15 @@ class World:
             self.backend.sign_up(user_id, at=self.now)
         self.backend.update(user_id, first_name=f"Ada {number}", updated_at=self.now)
         self._send(event_body("user.updated", self.backend.users[user_id], self.now))
+
+    def ban(self, user_id: str, number: int) -> None:
+        """Ban or unban the user. Clerk does not document that this moves ``updated_at``."""
+        if user_id in self.backend.users:
+            self._tick()
+            data = self.backend.users[user_id]
+            updated_at = self.now if number % 2 else data["updated_at"]
+            self.backend.update(user_id, banned=not data["banned"], updated_at=updated_at)
+            self._send(event_body("user.updated", self.backend.users[user_id], self.now))
 
     def delete(self, user_id: str, _number: int) -> None:
         """Delete the user if it exists."""
@@ -119,14 +129,17 @@ class World:
 
     def check(self, excluded: AbstractSet[str] = frozenset()) -> None:
         """Check that Clerk's users have rows with profiles, and that other rows are tombstones."""
+        columns = ("email", "name", "image_url", "deleted_at", "banned_at IS NOT NULL")
         for user_id in set(self.ids) - excluded:
-            row = self.service.user(user_id, ("email", "name", "image_url", "deleted_at"))
+            row = self.service.user(user_id, columns)
             data = self.backend.users.get(user_id)
             if data is None:
-                assert row is None or (row[:3] == (None, "Deleted User", None) and row[3])
+                tombstone = (None, "Deleted User", None)
+                assert row is None or (row[:3] == tombstone and row[3] and not row[4])
             else:
                 profile = parse_profile(data)
-                assert row == (profile.email, profile.name, profile.image_url, None)
+                shown = (profile.email, profile.name, profile.image_url)
+                assert row == (*shown, None, data["banned"])
 
     def has_signed_up(self, user_id: str) -> bool:
         """Return whether the user has ever signed up, even if the user has been deleted since."""
@@ -139,35 +152,45 @@ class World:
         self.sent.append((clerk_id("msg"), body))
 
 
-METHODS = ["change"] * 3 + ["deliver"] * 4 + ["delete", "hide", "call"]
+METHODS = ["change"] * 3 + ["deliver"] * 4 + ["ban"] * 2 + ["delete", "hide", "call"]
 STEPS = st.tuples(st.sampled_from(METHODS), st.integers(0, 3), st.integers(0, 20))
 RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 
 
+@pytest.mark.parametrize("follows", [False, True])
 @settings(max_examples=settings().max_examples // 2)
 @given(
     steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24),
     order=st.randoms(use_true_random=False),
 )
 def test_ends_in_clerks_state(
-    syncing: Service, backend: Backend, steps: list[Step], order: Any
+    syncing: Service, backend: Backend, follows: bool, steps: list[Step], order: Any
 ) -> None:
     """
     After any sequence of changes, webhooks, calls and runs, a last run repairs all rows.
 
     Before that run, all webhooks are delivered again. They repair all rows, except those of users
-    that an earlier run did not find during an outage.
+    that an earlier run did not find during an outage. Handlers are told of every change of the
+    account state once.
     """
     backend.users.clear()
     world = World(syncing, backend, later=steps)
-    while world.later:
-        world.perform(world.later.pop(0))
-    backend.users |= world.hidden
-    for number in order.sample(range(len(world.sent)), len(world.sent)):
-        world.deliver("", number)
-    world.check(excluded=world.ever_hidden)
-    world.sync("", 0)
-    world.check()
+    with following(syncing) if follows else nullcontext() as told:
+        while world.later:
+            world.perform(world.later.pop(0))
+        backend.users |= world.hidden
+        for number in order.sample(range(len(world.sent)), len(world.sent)):
+            world.deliver("", number)
+        world.check(excluded=world.ever_hidden)
+        world.sync("", 0)
+        world.check()
+    if told is None:
+        return
+    for user_id in backend.users.keys() - world.ever_hidden:
+        changes = [event.type for event in told.events if event.data["id"] == user_id]
+        is_barred = backend.users[user_id]["banned"]
+        assert changes == (["user.barred", "user.restored"] * 9)[: len(changes)]
+        assert len(changes) % 2 == is_barred
 
 
 @settings(max_examples=settings().max_examples // 2)
