@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from clerkhooks import create_app, require_auth
+from clerkhooks import create_app, current_user, require_auth
 from clerkhooks.clerk.account import FOREVER, AccountState, parse_account_state
-from clerkhooks.clerk.fake import clerk_id, user_data
+from clerkhooks.clerk.fake import clerk_id, event_body, user_data
 from clerkhooks.store import queries
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
@@ -19,7 +20,7 @@ from tests.backend import Backend
 from tests.conftest import MakeService
 from tests.racing import on_statement
 from tests.server import Server
-from tests.support import NOW_MS, Service, deletion, load, user_event
+from tests.support import NOW_MS, Service, ThreadPool, deletion, load, user_event
 from tests.syncing import make_old, store_of, sync
 
 COLUMNS = ("banned_at", "deprovisioned_at", "locked_until")
@@ -141,12 +142,42 @@ def test_refuses_a_barred_user_in_an_optional_view(service: Service) -> None:
     assert (response.status_code, response.get_json()["reason"]) == (401, "user_banned")
 
 
+def test_refuses_a_barred_user_in_every_worker(server: Server) -> None:
+    """No worker remembers that the user was admitted, or refused, before."""
+    user_id, at = clerk_id("user"), NOW_MS - 1000
+    headers = {"Authorization": f"Bearer {server.clerk.session_token(user_id)}"}
+    turns: list[tuple[dict[str, Any], int]] = [({}, 200), (BANNED, 401)]
+    for number, (fields, status) in enumerate(turns * 2):
+        assert server.deliver(user_event(user_id, at=at + number, **fields)).status == 200
+        with ThreadPool(8) as pool:
+            calls = [
+                pool.submit(server.request, "GET", "/api/me", None, headers) for _ in range(24)
+            ]
+        assert {each.result(20).status for each in calls} == {status}
+
+
+def test_shows_the_state_to_views(service: Service) -> None:
+    """``current_user`` has the columns of the account state."""
+    view = require_auth(lambda: [str(getattr(current_user, column)) for column in COLUMNS])
+    service.app.add_url_rule("/state", "state", view)
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id, locked=True, lockout_expires_in_seconds=60))
+    until = str(LATE + timedelta(minutes=1))
+    assert service.call(user_id, path="/state").get_json() == ["None", "None", until]
+
+
 @pytest.mark.parametrize("fields", [{}, BANNED])
 def test_needs_no_additional_query(service: Service, fields: dict[str, Any]) -> None:
-    """A call reads the user's row with one statement, whether the user is barred or not."""
+    """
+    A call reads the user's row with one statement, whether the user is barred or not.
+
+    Without handlers for changes of the state, a delivery does not read the row.
+    """
     user_id = clerk_id("user")
-    service.outcome(user_event(user_id, **fields))
     statements: list[None] = []
+    with on_statement(service, "SELECT", lambda: statements.append(None)):
+        service.outcome(user_event(user_id, **fields))
+    assert statements == []
     with on_statement(service, "", lambda: statements.append(None)):
         service.call(user_id)
     assert len(statements) == 1
@@ -212,7 +243,8 @@ def test_syncs_a_lockout_as_of_the_request(syncing: Service, backend: Backend) -
 def test_does_not_report_an_expired_lockout(syncing: Service, backend: Backend) -> None:
     """A lockout that has ended does not differ from a user who is not locked."""
     user_id = backend.sign_up(at=LONG_AGO)
-    syncing.outcome(user_event(user_id, at=LONG_AGO, locked=True, lockout_expires_in_seconds=60))
+    locked = backend.users[user_id] | LOCKED | {"lockout_expires_in_seconds": 60}
+    syncing.outcome(event_body("user.updated", locked, LONG_AGO))
     summary, _, run = sync(syncing, backend, check=True)
     assert (summary, run.ok) == ({"unchanged": 1}, True)
 
@@ -245,6 +277,18 @@ def test_repairs_a_state_that_changed_without_a_new_version(
     assert state_of(syncing, user_id) == repaired
     syncing.outcome(user_event(user_id, at=LONG_AGO + 1, **fields))
     assert (state_of(syncing, user_id) == NOTHING) is not here
+
+
+def test_keeps_a_state_that_is_newer_than_the_request(syncing: Service, backend: Backend) -> None:
+    """An event from after the request is newer than Clerk's answer, so it is not a difference."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    later = int(time.time() * 1000) + 60_000
+    data = backend.users[user_id] | BANNED
+    syncing.outcome(event_body("user.updated", data, later))
+    for check in (True, False):
+        summary, findings, run = sync(syncing, backend, check=check)
+        assert (summary, findings, run.ok) == ({"newer_here": 1}, [], True)
+    assert reason_of(syncing, user_id) == "user_banned"
 
 
 def test_erases_the_state_of_a_user_that_clerk_does_not_know(

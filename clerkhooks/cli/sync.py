@@ -66,8 +66,9 @@ def sync(
     more than 20 users and more than a tenth of all users are missing. With --json, findings include
     the values of fields, and the summary is the last line.
 
-    Exit status: 0 if the users match Clerk; 1 if a user could not be read, deletions require
-    --force, a given user is unknown, or --check found a difference; 2 if the sync could not run.
+    Exit status: 0 if the users match Clerk; 1 if a user could not be read, a handler failed,
+    deletions require --force, a given user is unknown, or --check found a difference; 2 if the sync
+    could not run.
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")

@@ -119,7 +119,7 @@ class Comparison:
     def is_edited(self) -> bool:
         """Whether the row differs but has Clerk's version. A sync does not overwrite such a row."""
         same = self.row is not None and self.row.version_updated_at == self.snapshot.updated_at
-        return same and bool(self.fields)
+        return same and bool(self.fields.keys() - set(ACCOUNT))
 
     @cached_property
     def fields(self) -> dict[str, tuple[Any, Any]]:
