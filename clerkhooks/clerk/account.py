@@ -32,6 +32,11 @@ class AccountState:
         """Whether the user's calls are refused."""
         return self.banned_at is not None or self.deprovisioned_at is not None
 
+    @property
+    def columns(self) -> dict[str, datetime | None]:
+        """The values by column name."""
+        return {name: getattr(self, name) for name in ACCOUNT}
+
 
 ACCOUNT = ("banned_at", "deprovisioned_at", "locked_until")
 ACTIVE = AccountState()

@@ -291,8 +291,7 @@ class Statements:
 
 def user_columns(profile: Profile, account: AccountState) -> dict[str, Any]:
     """Return the values of the profile and the account state by column name."""
-    values = {name: getattr(profile, name) for name in PROFILE}
-    return values | {name: getattr(account, name) for name in ACCOUNT}
+    return {name: getattr(profile, name) for name in PROFILE} | account.columns
 
 
 def _assign(names: Iterable[str], value: str) -> str:

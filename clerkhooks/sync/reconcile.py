@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.account import ACCOUNT
 from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.errors import EventError
@@ -158,7 +157,7 @@ class Reconciliation:
         """Return the users whose rows are missing, or may differ. In a check, return all users."""
         rows = [
             {"id": each.user_id, "version_updated_at": None if self.check else each.updated_at}
-            | {name: at for name in ACCOUNT if (at := getattr(each.account, name)) is not None}
+            | each.account.columns
             for each in snapshots.values()
         ]
         compare = self.store.statements.compare
