@@ -16,7 +16,7 @@ from flask import abort
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from clerkhooks import Event, Outcome
+from clerkhooks import Event, Outcome, from_clerk
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.errors import EventError, Unauthenticated
 from clerkhooks.events import Version
@@ -58,6 +58,12 @@ def new_row(application: Application, user_id: str, name: str) -> Any:
     return application.model(id=clerk_id("user"), name=name, is_online=False, **times)
 
 
+def user_row(application: Application, user_id: str) -> tuple[Any, ...]:
+    """Return the name and the external id that a handler reads from the user's row."""
+    found = application.db.session.get_one(application.model, user_id)
+    return (found.name, found.external_id)
+
+
 @whens
 @pytest.mark.parametrize("pattern", ["organization.created", "organization.*", "*"])
 def test_gets_the_event_once(
@@ -87,6 +93,55 @@ def test_gets_the_event_once(
     assert event.occurred_at is not None
     assert event.occurred_at.timestamp() == NOW_MS / 1000
     assert "Acme" not in repr(event)
+
+
+@whens
+@pytest.mark.parametrize("arrives_first", [False, True])
+def test_gets_the_external_id_of_a_deleted_user(
+    make_application: MakeApplication,
+    empty_database: str,
+    caplog: pytest.LogCaptureFixture,
+    after_commit: bool,
+    arrives_first: bool,
+) -> None:
+    """
+    A handler can erase what the application keeps under its own id.
+
+    The id is only in the event. The tombstone, the message log and the log lines do not contain it.
+    """
+    columns = {"external_id": from_clerk("external_id", sa.Text)}
+    application = make_application(empty_database, columns)
+    user_id, customer_id = clerk_id("user"), "customer_7"
+    recorder, rows = Recorder(), list[tuple[Any, ...] | None]()
+
+    @application.hooks.on("user.deleted", after_commit=after_commit)
+    def erase(event: Event) -> None:
+        rows.append(user_row(application, user_id))
+        recorder.record(event)
+
+    data = {"deleted": True, "external_id": customer_id, "id": user_id, "object": "user"}
+    bodies = [
+        user_event(user_id, "user.created", external_id=customer_id),
+        event_body("user.deleted", data, NOW_MS),
+    ]
+    outcomes = [application.outcome(body) for body in bodies[:: -1 if arrives_first else 1]]
+    assert outcomes == ["applied", "stale" if arrives_first else "applied"]
+    [event] = recorder.events
+    assert (event.type, event.data["external_id"]) == ("user.deleted", customer_id)
+    assert rows == [("Deleted User", None)]
+    assert application.user(user_id, ("name", "external_id")) == rows[0]
+    kept = application.rows("SELECT * FROM users") + application.rows(
+        "SELECT * FROM webhook_messages"
+    )
+    assert customer_id not in f"{kept} {event!r} {caplog.text}"
+
+
+def test_gets_deletions_without_an_external_id(application: Application) -> None:
+    """A user for whom the application set no ``external_id`` has none in the event."""
+    recorder = Recorder()
+    application.hooks.on("user.deleted")(recorder)
+    assert application.outcome(deletion(clerk_id("user"))) == "applied"
+    assert [event.data.get("external_id") for event in recorder.events] == [None]
 
 
 @pytest.mark.parametrize(
