@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+
+if TYPE_CHECKING:  # Python 3.13 has the default of a type variable
+    from typing_extensions import TypeVar
+
+    D = TypeVar("D", bound=Mapping[str, object], covariant=True, default=Mapping[str, Any])
+else:
+    from typing import TypeVar
+
+    D = TypeVar("D", covariant=True)
 
 
 class Outcome(StrEnum):
@@ -40,28 +49,29 @@ class Version(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Event(Generic[D]):
     """
     A verified event from Clerk, as handlers receive it.
 
-    *data* is the object as Clerk sent it. Do not log *data*: it may contain profile data and
-    one-time passcodes. *occurred_at* is in UTC, or None if the event has no time. *outcome* is
-    ``applied`` or ``stale``. For event types that only handlers process, *outcome* is always
-    ``applied``.
+    *data* is the object as Clerk sent it. Its type is the parameter of ``Event``, for example
+    ``Event[payloads.OrganizationMembership]``, by default a mapping. Do not log *data*: it may
+    contain profile data and one-time passcodes. *occurred_at* is in UTC, or None if the event has
+    no time. *outcome* is ``applied`` or ``stale``. For event types that only handlers process,
+    *outcome* is always ``applied``.
 
     For ``user.barred`` and ``user.restored``, *data* is the user object of the message that changed
     the account state. If a sync changed it, *message_id* is empty.
     """
 
     type: str
-    data: Mapping[str, Any] = field(repr=False)
+    data: D = field(repr=False)
     message_id: str
     version: Version
     occurred_at: datetime | None
     outcome: Outcome
 
 
-Handler = Callable[[Event], object]
+Handler = Callable[[Event[Any]], object]
 NOT_PLAIN = "A handler must be a plain function: nothing would await its result."
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\.\*)?")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import sqlalchemy as sa
 from flask import Blueprint, Flask, request_started
@@ -31,6 +31,9 @@ from clerkhooks.web import auth, health, me, webhooks
 from clerkhooks.web.logs import init_request_log
 from clerkhooks.web.problems import from_http_exception, from_request_error
 from clerkhooks.web.state import EXTENSION, RequestLog, State
+
+if TYPE_CHECKING:
+    from clerkhooks.payloads import On
 
 U = TypeVar("U", bound=ClerkUser)
 H = TypeVar("H", bound=Handler)
@@ -114,21 +117,26 @@ class ClerkHooks(Generic[U]):
         auth.refuse_unprotected(app)
         request_started.connect(auth.refuse_unprotected, app)  # for views registered later
 
-    def on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
+    @property
+    def on(self) -> On:
         """
         Register a handler for an event type, a family such as ``organization.*``, or ``*``.
 
-        The handler takes one ``Event``. It runs inside the message's transaction, once for each
-        message, including stale ones. Its writes through ``db.session`` are committed with the
-        message. If the handler raises an exception or ends the transaction, the response is 500,
-        and Svix retries the message. With *after_commit*, the handler runs after the commit, at
-        most once, and its errors are only logged.
+        Use it as ``@hooks.on("user.created")`` or ``@hooks.on("user.created", after_commit=True)``.
+        The handler takes one ``Event``; ``clerkhooks.payloads`` contains the types of its data. It
+        runs inside the message's transaction, once for each message, including stale ones. Its
+        writes through ``db.session`` are committed with the message. If the handler raises an
+        exception or ends the transaction, the response is 500, and Svix retries the message. With
+        *after_commit*, the handler runs after the commit, at most once, and its errors are only
+        logged.
 
         Raises:
             ValueError: *pattern* is malformed.
             TypeError: the handler is not a plain function.
         """
+        return self._on
 
+    def _on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
         def register(handler: H) -> H:
             self._handlers.add(pattern, handler, after_commit=after_commit)
             return handler

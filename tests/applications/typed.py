@@ -21,6 +21,7 @@ from clerkhooks import (
     current_session,
     current_user,
     from_clerk,
+    payloads,
     require_auth,
     upsert,
 )
@@ -66,6 +67,8 @@ class Organization(Versioned, Model):
 
 hooks = ClerkHooks(db, User)
 received: list[tuple[str, str, int, datetime | None, bool]] = []
+roles: dict[str, str] = {}
+erased: list[str | None] = []
 
 
 @hooks.on("organization.*")
@@ -78,7 +81,24 @@ def keep_organization(event: Event) -> bool:
     return upsert(Organization, event, id=event.data["id"], name=name)
 
 
+@hooks.on("organizationMembership.created")
+def keep_role(event: Event[payloads.OrganizationMembership]) -> None:
+    """Remember the role of a new member."""
+    organization_id: str = event.data["organization"]["id"]
+    roles[organization_id] = event.data["role"]
+    upsert(Organization, event, id=organization_id, name=event.data["organization"]["name"])
+
+
+@hooks.on("user.*")
+def erase(event: Event[payloads.User | payloads.DeletedObject]) -> None:
+    """Erase what is stored under the application's own id of a deleted user."""
+    if "deleted" in event.data:
+        erased.append(event.data.get("external_id"))
+
+
 @hooks.on("user.created", after_commit=True)
+@hooks.on("user.promoted")
+@hooks.on("organization.deleted", after_commit=True)
 def welcome(event: Event) -> None:
     """Do nothing. A real application would send an email here."""
 
