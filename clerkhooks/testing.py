@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
+from clerkhooks.clerk.fake_events import FakeObjects
 from clerkhooks.web.state import disconnect
 
 _PERMISSION = re.compile(r"org:([^:,\s]+):([^:,\s]+)")
@@ -70,14 +71,16 @@ class ClerkService:
     An application in this process, and the Clerk instance that it trusts.
 
     If a token has a role, a permission, or an organization's plan or feature, it belongs to the
-    organization ``organization_id``, unless you pass another organization. ``http`` is the client
-    of an anonymous caller.
+    organization ``organization_id``, unless you pass another organization. ``user_id`` is the last
+    user who signed up, or the id of a user without an account. ``http`` is the client of an
+    anonymous caller.
     """
 
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
         self.app, self.clerk = app, clerk
         self.http = app.test_client()
-        self.organization_id = clerk_id("org")
+        self.user_id, self.organization_id = clerk_id("user"), clerk_id("org")
+        self._objects = FakeObjects()
         # Do not use url_for: it adds APPLICATION_ROOT, and the test client would add it again.
         paths = {rule.endpoint: rule.rule for rule in app.url_map.iter_rules()}
         self._webhook_path = paths.get("clerkhooks.receive_webhook", "/webhooks/clerk")
@@ -102,6 +105,7 @@ class ClerkService:
         profile = {"email": email, "first_name": first_name, "last_name": last_name}
         self._users[user_id] = profile | data
         self._deliver_user("user.created", user_id)
+        self.user_id = user_id
         return user_id
 
     def update(self, user_id: str, **data: Any) -> None:
@@ -128,20 +132,36 @@ class ClerkService:
                 f"{event_type} was answered with {response.status_code}: {response.text}"
             )
 
+    def event_data(
+        self, event_type: str, *, user_id: str | None = None, organization_id: str | None = None
+    ) -> dict[str, Any]:
+        """
+        Return complete ``data`` for an event of any type.
+
+        It is about ``user_id`` and ``organization_id``, unless you pass others. Names, addresses
+        and other fields are those of the user's and the organization's last event.
+        """
+        user_id, organization_id = user_id or self.user_id, organization_id or self.organization_id
+        now = self._next_event()
+        return self._objects.event_data(event_type, user_id, organization_id, updated_at=now)
+
     def deliver(
         self,
         event_type: str,
-        data: dict[str, Any],
+        data: Mapping[str, Any] | None = None,
         message_id: str | None = None,
         timestamp: int | None = None,
     ) -> TestResponse:
         """
         Deliver a signed event and return the response.
 
-        The event is newer than all earlier events, unless *data* has an older ``updated_at`` (in
-        milliseconds). To simulate a retry, pass the same *message_id* again. *timestamp* is the
-        time of the attempt in seconds, by default the current time.
+        By default, *data* is what ``event_data`` returns. The event is newer than all earlier
+        events, unless *data* has an older ``updated_at`` (in milliseconds). To simulate a retry,
+        pass the same *message_id* again. *timestamp* is the time of the attempt in seconds, by
+        default the current time.
         """
+        data = self.event_data(event_type) if data is None else data
+        self._objects.remember(event_type, data)
         body = event_body(event_type, data, self._next_event())
         return self.deliver_body(body, message_id, timestamp)
 

@@ -7,9 +7,11 @@ import json
 import secrets
 import string
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -17,12 +19,22 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from clerkhooks.clerk.session_tokens import SESSION_CATEGORY
 from clerkhooks.clerk.signatures import SigningSecret
 
+if TYPE_CHECKING:
+    from clerkhooks import payloads
+
 BASE62 = string.digits + string.ascii_letters
 
 
 def clerk_id(prefix: str) -> str:
     """Return a new id as Clerk would create it: prefix, underscore, 27 base-62 characters."""
     return f"{prefix}_" + "".join(secrets.choice(BASE62) for _ in range(27))
+
+
+def derive_id(prefix: str, *parts: str) -> str:
+    """Return an id like those of ``clerk_id`` that is the same for the same *parts*."""
+    number = int.from_bytes(sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest())
+    digits = (BASE62[number // 62**place % 62] for place in range(27))
+    return f"{prefix}_" + "".join(digits)
 
 
 @dataclass(frozen=True)
@@ -125,77 +137,67 @@ def user_data(
     updated_at: int,
 ) -> dict[str, Any]:
     """Return the complete ``data`` of a user event. *updated_at* is in milliseconds."""
-    address_id = clerk_id("idn")
-    address: dict[str, Any] = {
-        "email_address": email,
+    address_id = derive_id("idn", user_id, email or "")
+    address: payloads.EmailAddress = {
+        "created_at": updated_at,
+        "email_address": email or "",
         "id": address_id,
         "linked_to": [],
         "object": "email_address",
-        "verification": {"status": "verified", "strategy": "ticket"},
+        "reserved": False,
+        "updated_at": updated_at,
+        "verification": {
+            "attempts": None,
+            "expire_at": None,
+            "status": "verified",
+            "strategy": "ticket",
+        },
     }
-    return {
+    data: payloads.User = {
         "backup_code_enabled": False,
         "banned": False,
+        "create_organization_enabled": True,
         "created_at": updated_at,
+        "delete_self_enabled": True,
         "deprovisioned": False,
         "email_addresses": [address] if email else [],
+        "enterprise_accounts": [],
         "external_accounts": [],
         "external_id": None,
         "first_name": first_name,
         "has_image": True,
         "id": user_id,
         "image_url": f"https://img.clerk.com/{user_id}",
+        "last_active_at": None,
         "last_name": last_name,
         "last_sign_in_at": None,
+        "legal_accepted_at": None,
         "locked": False,
         "lockout_expires_in_seconds": None,
+        "mfa_disabled_at": None,
+        "mfa_enabled_at": None,
         "object": "user",
+        "passkeys": [],
         "password_enabled": True,
         "phone_numbers": [],
         "primary_email_address_id": address_id if email else None,
         "primary_phone_number_id": None,
+        "primary_web3_wallet_id": None,
         "private_metadata": {},
         "public_metadata": {},
+        "saml_accounts": [],
+        "totp_enabled": False,
         "two_factor_enabled": False,
         "unsafe_metadata": {},
         "updated_at": updated_at,
         "username": None,
+        "verification_attempts_remaining": None,
         "web3_wallets": [],
     }
+    return dict(data)
 
 
-def event_data(
-    event_type: str, user_id: str, *, updated_at: int, **profile: str | None
-) -> dict[str, Any]:
-    """
-    Return the ``data`` of an event of any type. *updated_at* is in milliseconds.
-
-    User data is complete. Sessions, organizations and memberships have only their main fields.
-    *profile* contains the user's ``email``, ``first_name`` and ``last_name``.
-    """
-    if event_type == "user.deleted":
-        return {"deleted": True, "id": user_id, "object": "user"}
-    kind = event_type.partition(".")[0]
-    if kind == "user":
-        return user_data(user_id, **profile, updated_at=updated_at)
-    organization = {"name": "Acme", "slug": "acme"}
-    person = {"user_id": user_id, "identifier": profile.pop("email"), **profile}
-    membership = {
-        "role": "org:member",
-        "organization": {"id": clerk_id("org"), **organization},
-        "public_user_data": person,
-    }
-    main_fields: dict[str, tuple[str, dict[str, Any]]] = {
-        "session": ("sess", {"status": "active", "user_id": user_id}),
-        "organization": ("org", {**organization, "created_by": user_id}),
-        "organizationMembership": ("orgmem", membership),
-    }
-    prefix, fields = main_fields.get(kind, ("obj", {}))
-    times = {"created_at": updated_at, "updated_at": updated_at}
-    return {"id": clerk_id(prefix), "object": kind, **times, **fields}
-
-
-def event_body(event_type: str, data: dict[str, Any], timestamp: int) -> bytes:
+def event_body(event_type: str, data: Mapping[str, Any], timestamp: int) -> bytes:
     """Return the body of an event as Clerk sends it. *timestamp* is in milliseconds."""
     attributes = {"http_request": {"client_ip": "203.0.113.7", "user_agent": "Mozilla/5.0"}}
     envelope = {

@@ -11,7 +11,8 @@ import click
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, event_data
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
+from clerkhooks.clerk.fake_events import FakeObjects
 from clerkhooks.cli.options import mark, print_table
 
 Message = tuple[dict[str, str], bytes]  # Svix's headers and the signed body
@@ -24,6 +25,7 @@ class Demonstration:
     def __init__(self, app: Flask, clerk: FakeClerk) -> None:
         self._client, self._clerk = app.test_client(), clerk
         self.ada, self.grace, self.alan = (clerk_id("user") for _ in range(3))
+        self._objects = FakeObjects()
         self._start = int(time.time() * 1000) - 100
         self._results: list[bool] = []
 
@@ -87,7 +89,9 @@ class Demonstration:
         first_name, last_name = name.split()
         profile = {"first_name": first_name, "last_name": last_name}
         email, at = f"{first_name.lower()}@example.org", self._start + after
-        data = event_data(event_type, user_id, updated_at=at, email=email, **profile)
+        user = user_data(user_id, email=email, **profile, updated_at=at)
+        self._objects.remember("user.updated", user)
+        data = self._objects.event_data(event_type, user_id, clerk_id("org"), updated_at=at)
         body = event_body(event_type, data, at)
         return self._clerk.headers(body), body
 

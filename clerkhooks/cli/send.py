@@ -14,7 +14,7 @@ from flask import current_app, url_for
 from flask.cli import with_appcontext
 
 from clerkhooks.clerk.download import Connection, UnusableAnswer
-from clerkhooks.clerk.fake import clerk_id, event_body, event_data, svix_headers
+from clerkhooks.clerk.fake import clerk_id, event_body, svix_headers, user_data
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.options import CannotDo, json_option, parse_age, parse_user_id, printable
 from clerkhooks.errors import ProxyUrlError
@@ -33,6 +33,12 @@ MAX_ANSWER = 1024 * 1024  # bytes
     type=parse_user_id,
     metavar="ID",
     help="The user's id.  [default: a new id]",
+)
+@click.option(
+    "--organization",
+    "organization_id",
+    metavar="ID",
+    help="The organization's id.  [default: a new id]",
 )
 @click.option("--email", default="ada@example.org", show_default=True)
 @click.option("--first-name", default="Ada", show_default=True)
@@ -79,8 +85,9 @@ def send(
     """
     Post an event as Clerk would, signed with the configured secret.
 
-    EVENT is a type such as user.created, user.updated or user.deleted. The request and the response
-    are printed. The server refuses an event that was tampered with, or that was signed more than 5
+    EVENT is a type such as user.created or organizationMembership.deleted. Its data is complete.
+    Events with the same --user and --organization fit together. The request and the response are
+    printed. The server refuses an event that was tampered with, or that was signed more than 5
     minutes ago.
 
     Exit status: 0 if every delivery was accepted, 1 if one was refused, 2 if the server does not
@@ -105,15 +112,21 @@ def send(
 def _make_event(
     event_type: str,
     user_id: str | None,
+    organization_id: str | None,
     changes: tuple[str, ...],
     file: TextIO | None,
     **fields: Any,
 ) -> dict[str, Any]:
-    now = int(time.time() * 1000)
+    from clerkhooks.clerk.fake_events import FakeObjects  # servers never need it
+
+    now, objects = int(time.time() * 1000), FakeObjects()
+    subjects = (user_id or clerk_id("user"), organization_id or clerk_id("org"))
     states = {name: True for name in STATES if fields.pop(name)}
-    given = {name: value or None for name, value in fields.items()}
-    data = event_data(event_type, user_id or clerk_id("user"), updated_at=now, **given)
-    event: dict[str, Any] = json.loads(event_body(event_type, data | states, now))
+    given: Any = {name: value or None for name, value in fields.items()}
+    user = user_data(subjects[0], **given, updated_at=now) | states
+    objects.remember("user.created", user)
+    data = objects.event_data(event_type, *subjects, updated_at=now)
+    event: dict[str, Any] = json.loads(event_body(event_type, data, now))
     if file is not None:
         event |= _read(file)
     for change in changes:
