@@ -115,7 +115,8 @@ _BACKEND_API_REMEDIES = {
     "api_unreachable": "Check https://status.clerk.com, this machine's network, and "
     "CLERK_API_URL if it is set. Then try again.",
     "answer_unusable": "The response is not in Clerk's format. Leave CLERK_API_URL unset to use "
-    "https://api.clerk.com, and check for a proxy that responds instead of Clerk.",
+    "https://api.clerk.com, and check for a proxy that responds instead of Clerk. If Clerk "
+    "has retired the API version that this release uses, the doctor command reports it.",
     "proxy_invalid": PROXY_REMEDY,
 }
 

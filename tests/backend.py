@@ -116,7 +116,8 @@ class Backend:
     With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
     does not document whether these users are included. With *shuffles_ties*, users created in the
     same millisecond are listed in random order. Requests beyond *max_requests* in ten seconds
-    receive a 429 response.
+    receive a 429 response. *versions* holds the API version of each request, or None. If *retired*
+    is set, it answers every request that names a version.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class Backend:
         self.behaviours: list[Behaviour] = []
         self.always: Behaviour | None = None
         self.before: Callable[[str, Query], object] = lambda _path, _query: None
+        self.retired: Behaviour | None = None
+        self.versions: list[str | None] = []
         self.inclusive, self.shuffles_ties, self.max_requests = (
             inclusive,
             shuffles_ties,
@@ -202,6 +205,7 @@ class Backend:
         with self._arrived:
             self.requests.append((url.path, query))
             self.arrivals.append(time.monotonic())
+            self.versions.append(request.headers.get("Clerk-API-Version"))
             self._arrived.notify_all()
         self.before(url.path, query)
         with self._arrived:
@@ -214,6 +218,8 @@ class Backend:
     def _answer_to(self, request: BaseHTTPRequestHandler, path: str, query: Query) -> Behaviour:
         if request.headers.get("Authorization") != f"Bearer {self.secret_key}":
             return refusing(401, "clerk_key_invalid")
+        if self.retired and "Clerk-API-Version" in request.headers:
+            return self.retired
         if self.max_requests is not None and len(self.arrivals) > self.max_requests:
             wait = self.arrivals[-self.max_requests - 1] + WINDOW - time.monotonic()
             if wait > 0:

@@ -96,6 +96,16 @@ def test_counts_the_users(api: BackendApi, backend: Backend) -> None:
     assert api.count_users() == 11
 
 
+def test_names_the_version_of_the_api(api: BackendApi, backend: Backend) -> None:
+    """Every request names the version that the client was written for."""
+    [user_id] = sign_up(backend, 1)
+    api.count_users()
+    api.list_users(None, 0)
+    api.find_users([user_id])
+    assert not api.is_gone(user_id)
+    assert backend.versions == ["2026-05-12"] * 4
+
+
 def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
     """Users are listed oldest first, starting at the offset, with up to 500 on a page."""
     ids_ = sign_up(backend, 502)

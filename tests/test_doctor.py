@@ -23,7 +23,7 @@ from clerkhooks.doctor import APPLICATION, OUTSIDE_CHECKS, configuration, findin
 from clerkhooks.doctor.database import judge_database, plain_store
 from clerkhooks.settings import VARIABLES, ServiceSettings, merge_config
 from clerkhooks.store.database import Database
-from tests.backend import Backend, answering, stalling
+from tests.backend import Backend, answering, refusing, stalling
 from tests.conftest import MakeDatabase, MakeService, migrate
 from tests.issuer import Issuer, jwk, key_set
 from tests.server import environ
@@ -175,6 +175,29 @@ def test_finds_each_mistake(
     about_database = {"database_not_migrated", "database_unreachable", "database_skipped"}
     assert about_database & found.keys(), "the mistake hides the findings about the database"
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 422])
+def test_reports_a_retired_api_version(
+    correct: dict[str, str], backend: Backend, status: int
+) -> None:
+    """Clerk refuses the version of the Backend API, but answers if no version is requested."""
+    backend.retired = refusing(status, "hidden")
+    found = find(correct)
+    assert found["api_version_retired"].level == "error"
+    assert "2026-05-12" in found["api_version_retired"].what
+    assert "hidden" not in repr(found)
+    assert {"secret_key_accepted", "secret_key_refused"}.isdisjoint(found)
+
+
+def test_does_not_blame_the_version_for_another_refusal(
+    correct: dict[str, str], backend: Backend
+) -> None:
+    """If the request is also refused without a version, the version is not the cause."""
+    backend.always = refusing(422, "hidden")
+    found = find(correct)
+    assert found["secret_key_refused"].level == "error"
+    assert "api_version_retired" not in found
 
 
 @pytest.mark.parametrize(

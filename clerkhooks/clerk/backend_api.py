@@ -17,6 +17,7 @@ from clerkhooks.clerk import strict_json
 from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer, load_certificates
 from clerkhooks.errors import BackendApiError, ProxyUrlError
 
+API_VERSION = "2026-05-12"  # the version whose requests and responses this module knows
 PAGE = 500  # users per page; for a higher limit, Clerk silently returns only ten
 IDS = 100  # the maximum number of ids that Clerk accepts in one request
 # Requests per second. Clerk allows 100 in production and 10 in development. The remainder is
@@ -64,9 +65,9 @@ class BackendApi:
 
     Every method raises BackendApiError on failure, after at most *patience* seconds of retries.
     *pace* scales *patience* and all pauses; a small value makes tests faster. *timeout* is in
-    seconds.
+    seconds. *version* is the requested version of the API; None requests the instance's default.
 
-    Source: Clerk, "Backend API", users; "System limits", Backend API requests.
+    Source: Clerk, "Backend API", users; "System limits", Backend API requests; "Versioning".
     """
 
     def __init__(
@@ -77,11 +78,15 @@ class BackendApi:
         patience: float = RETRY_TIMEOUT,
         pace: float = 1.0,
         timeout: float = TIMEOUT,
+        version: str | None = API_VERSION,
     ) -> None:
+        headers = {"Authorization": f"Bearer {secret_key}"}
+        if version is not None:
+            headers["Clerk-API-Version"] = version
         certificates = load_certificates(api_url)  # loaded once and shared by all connections
         self._connect: Callable[[], Connection] = lambda: Connection(
             api_url,
-            {"Authorization": f"Bearer {secret_key}"},
+            headers,
             timeout=timeout,
             max_size=MAX_ANSWER,
             compressed=True,

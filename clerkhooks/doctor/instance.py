@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.backend_api import API_VERSION, BackendApi
 from clerkhooks.clerk.download import Connection, download
 from clerkhooks.clerk.signing_keys import FetchedKeys, fetch_key_set
 from clerkhooks.doctor import findings
@@ -25,6 +25,13 @@ KEY_VARIABLES = (
     "CLERK_JWKS_URL",
     "CLERK_SECRET_KEY",
     "CLERK_API_URL",
+)
+RETIRED = Finding(
+    "api_version_retired",
+    Level.ERROR,
+    "Backend API",
+    f"Clerk no longer accepts version {API_VERSION} of its Backend API, so every sync fails.",
+    "Upgrade clerkhooks. Webhooks and session tokens do not depend on this version.",
 )
 
 
@@ -165,10 +172,9 @@ def check_secret_key(case: Case) -> Iterator[Finding]:
 
 
 def _judge_secret_key(api_url: str, key: str) -> Finding:
-    subject, limit = "CLERK_SECRET_KEY", findings.TIMEOUT / 2
+    subject = "CLERK_SECRET_KEY"
     try:
-        with BackendApi(api_url, key, patience=limit, timeout=limit) as api:
-            users = run_with_timeout(findings.TIMEOUT, api.count_users)
+        users = _count_users(api_url, key, API_VERSION)
     except TimeoutError:
         what = "Skipped: Clerk's Backend API did not respond in time."
         return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
@@ -176,10 +182,31 @@ def _judge_secret_key(api_url: str, key: str) -> Finding:
         if error.reason in ("rate_limited", "api_unreachable", "proxy_invalid"):
             what = f"Skipped: no usable response from Clerk's Backend API ({error.reason})."
             return Finding("secret_key_not_tried", Level.SKIPPED, subject, what)
+        if error.reason == "answer_unusable" and _is_retired(api_url, key):
+            return RETIRED
         what, _, remedy = str(error).partition("\n")
         return Finding("secret_key_refused", Level.ERROR, subject, what, remedy)
     what = f"Clerk's Backend API accepts it; the instance has {count(users, 'user')}."
     return Finding("secret_key_accepted", Level.OK, subject, what)
+
+
+def _count_users(api_url: str, key: str, version: str | None) -> int:
+    limit = findings.TIMEOUT / 2
+    with BackendApi(api_url, key, patience=limit, timeout=limit, version=version) as api:
+        return run_with_timeout(findings.TIMEOUT, api.count_users)
+
+
+def _is_retired(api_url: str, key: str) -> bool:
+    """
+    Return whether Clerk accepts a request only if it does not name our API version.
+
+    Clerk does not document how it refuses a retired version.
+    """
+    try:
+        _count_users(api_url, key, None)
+    except (TimeoutError, BackendApiError):
+        return False
+    return True
 
 
 def compare_instances(case: Case) -> Iterator[Finding]:
