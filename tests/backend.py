@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import secrets
 import socket
 import struct
@@ -113,18 +112,15 @@ class Backend:
     been used, *always* applies if it is set. *before* is called before the response: it may sign
     users up, delete them, deliver webhooks, or set behaviours.
 
-    With *inclusive*, ``created_at_after`` includes users created in the given millisecond; Clerk
-    does not document whether these users are included. With *shuffles_ties*, users created in the
-    same millisecond are listed in random order. Requests beyond *max_requests* in ten seconds
-    receive a 429 response. *versions* holds the API version of each request, or None. If *retired*
-    is set, it answers every request that names a version.
+    Requests beyond *max_requests* in ten seconds receive a 429 response. *versions* holds the API
+    version of each request, or None. If *retired* is set, it answers every request that names a
+    version. *lost_cursor* answers a request for the users after one who does not exist; Clerk does
+    not document this response.
     """
 
     def __init__(
         self,
         *,
-        inclusive: bool = False,
-        shuffles_ties: bool = False,
         max_requests: int | None = None,
         secret_key: str = SECRET_KEY,
     ) -> None:
@@ -135,11 +131,8 @@ class Backend:
         self.before: Callable[[str, Query], object] = lambda _path, _query: None
         self.retired: Behaviour | None = None
         self.versions: list[str | None] = []
-        self.inclusive, self.shuffles_ties, self.max_requests = (
-            inclusive,
-            shuffles_ties,
-            max_requests,
-        )
+        self.lost_cursor: Behaviour = refusing(404, "resource_not_found")
+        self.max_requests = max_requests
         self.requests: list[tuple[str, Query]] = []
         self.arrivals: list[float] = []
         self.released = threading.Event()
@@ -238,10 +231,10 @@ class Backend:
         )
 
     def _list(self, query: Query) -> Behaviour:
-        limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
+        limit = int(query.get("limit", ["10"])[0])
         # The plus sign of +created_at arrives as a space if the client does not encode it.
         order = query.get("order_by", ["-created_at"])[0].replace(" ", "+")
-        if order.lstrip("+-") != "created_at" or limit < 1 or offset < 0:
+        if order.lstrip("+-") != "created_at" or limit < 1:
             return refusing(422, "form_param_value_invalid")
         asked = query.get("user_id")
         if asked is not None and len(asked) > 100:
@@ -251,16 +244,14 @@ class Backend:
             for user_id in (self.users if asked is None else set(asked))
             if user_id in self.users
         ]
-        if "created_at_after" in query:
-            after = int(query["created_at_after"][0]) - self.inclusive
-            found = [user_id for user_id in found if self._created_at(user_id) > after]
-        if self.shuffles_ties:
-            random.shuffle(found)
-        found.sort(key=self._created_at, reverse=order.startswith("-"))
-        return answering_json(
-            200,
-            [self.users[user_id] for user_id in found[offset:][: limit if limit <= 500 else 10]],
-        )
+        found.sort(key=lambda id_: (self._created_at(id_), id_), reverse=order.startswith("-"))
+        if "starting_after" in query:
+            [cursor] = query["starting_after"]
+            if cursor not in found:
+                return self.lost_cursor
+            found = found[found.index(cursor) + 1 :]
+        page = found[: limit if limit <= 500 else 10]
+        return answering_json(200, [self.users[user_id] for user_id in page])
 
     def _created_at(self, user_id: str) -> int:
         """Return the user's sign-up time, even if the user object contains no valid time."""

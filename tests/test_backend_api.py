@@ -100,39 +100,25 @@ def test_names_the_version_of_the_api(api: BackendApi, backend: Backend) -> None
     """Every request names the version that the client was written for."""
     [user_id] = sign_up(backend, 1)
     api.count_users()
-    api.list_users(None, 0)
+    api.list_users()
     api.find_users([user_id])
     assert not api.is_gone(user_id)
     assert backend.versions == ["2026-05-12"] * 4
 
 
 def test_lists_pages_oldest_first(api: BackendApi, backend: Backend) -> None:
-    """Users are listed oldest first, starting at the offset, with up to 500 on a page."""
+    """Users are listed oldest first, after the given user, with up to 500 on a page."""
     ids_ = sign_up(backend, 502)
-    assert [ids(api.list_users(None, offset)) for offset in (0, 500, 502)] == [
+    assert [ids(api.list_users(cursor)) for cursor in (None, ids_[499], ids_[501])] == [
         ids_[:500],
         ids_[500:],
         [],
     ]
-    assert backend.requests[1] == (
-        "/v1/users",
-        {"limit": ["500"], "offset": ["500"], "order_by": ["+created_at"]},
-    )
-
-
-@pytest.mark.parametrize("inclusive", [False, True])
-def test_lists_users_after_a_time(inclusive: bool) -> None:
-    """
-    The time is sent in milliseconds.
-
-    Clerk decides whether users who were created at that time are included.
-    """
-    with (
-        Backend(inclusive=inclusive).open() as backend,
-        BackendApi(backend.api_url, SECRET_KEY) as api,
-    ):
-        ids_ = sign_up(backend, 5)
-        assert ids(api.list_users(BORN + 2, 0)) == ids_[3 - inclusive :]
+    page = {"limit": ["500"], "order_by": ["+created_at"]}
+    assert backend.requests[:2] == [
+        ("/v1/users", page),
+        ("/v1/users", page | {"starting_after": [ids_[499]]}),
+    ]
 
 
 def test_finds_users_by_their_ids(api: BackendApi, backend: Backend) -> None:
@@ -159,7 +145,7 @@ def test_returns_odd_users_unchanged(api: BackendApi, backend: Backend) -> None:
     """A malformed user does not make the page fail, because the caller checks each user."""
     odd = [None, 5, {"id": 7}, {}]
     backend.behaviours = [answering_json(200, odd), answering_json(200, odd)]
-    assert api.list_users(None, 0) == api.find_users(["user_2a"]) == odd
+    assert api.list_users() == api.find_users(["user_2a"]) == odd
 
 
 def test_confirms_that_a_user_is_gone(api: BackendApi, backend: Backend) -> None:
@@ -238,7 +224,7 @@ def test_does_not_retry_a_permanent_error(
 ) -> None:
     """The error names a remedy. A redirect also raises an error, and is not followed."""
     backend.behaviours = [behaviour]
-    error = failure_of(lambda: api.list_users(None, 0))
+    error = failure_of(api.list_users)
     assert (error.reason, len(backend.requests)) == (reason, 1)
     assert str(error).startswith(f"Clerk's Backend API {text}")
     assert len(str(error).splitlines()) == 2
@@ -288,11 +274,11 @@ def test_retries_a_temporary_error(backend: Backend, behaviour: Behaviour, reaso
     ids_ = sign_up(backend, 2)
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=2000) as api:
         backend.behaviours = [behaviour]
-        assert ids(api.list_users(None, 0)) == ids_
+        assert ids(api.list_users()) == ids_
     assert len(backend.requests) == 2
     backend.always = behaviour
     with BackendApi(backend.api_url, SECRET_KEY, pace=PACE, timeout=0.2, patience=40) as api:
-        assert failure_of(lambda: api.list_users(None, 0)).reason == reason
+        assert failure_of(api.list_users).reason == reason
     assert len(backend.requests) < 30
 
 
@@ -326,7 +312,7 @@ def test_reports_a_host_that_cannot_be_looked_up(url: str) -> None:
 def test_reads_compressed_answers(api: BackendApi, backend: Backend) -> None:
     """A compressed page is decompressed."""
     backend.behaviours = [answering(200, gzip.compress(b'[{"id": 1}]'), Content_Encoding="gzip")]
-    assert api.list_users(None, 0) == [{"id": 1}]
+    assert api.list_users() == [{"id": 1}]
 
 
 def test_limits_the_size_of_an_answer(
@@ -337,7 +323,7 @@ def test_limits_the_size_of_an_answer(
     backend.behaviours = [
         answering(200, gzip.compress(b" " * 1_000_000 + b"[]"), Content_Encoding="gzip")
     ]
-    assert failure_of(lambda: api.list_users(None, 0)).what == "sent more than 10,000 bytes"
+    assert failure_of(api.list_users).what == "sent more than 10,000 bytes"
 
 
 def gaps(backend: Backend) -> list[float]:
@@ -536,7 +522,7 @@ def test_shows_neither_the_key_nor_the_answer(
     """
     caplog.set_level(logging.DEBUG)
     backend.always = behaviour
-    error = failure_of(lambda: api.list_users(None, 0))
+    error = failure_of(api.list_users)
     logged = {
         level: [
             f"{vars(record)} {record.getMessage()}"
@@ -581,7 +567,8 @@ class TestTheFake:
         newest = sign_up(backend, 501)[::-1]
         rows = [self.get(backend, f"/users?limit={limit}") for limit in (500, 501)]
         assert [*rows, self.get(backend, "/users")] == [newest[:500], newest[:10], newest[:10]]
-        assert self.get(backend, "/users?order_by=created_at&limit=2&offset=1") == newest[::-1][1:3]
+        after = f"/users?order_by=created_at&limit=2&starting_after={newest[-1]}"
+        assert self.get(backend, after) == newest[::-1][1:3]
 
     def test_refuses_more_than_100_ids(self, backend: Backend) -> None:
         """More than 100 ids cause a 422. Without a limit, ten users are returned."""
@@ -601,16 +588,16 @@ class TestTheFake:
             assert [self.get(backend, "/users") for _ in range(3)] == [[], [], 429]
             assert failure_of(api.count_users).reason == "rate_limited"
 
-    def test_shuffles_ties(self) -> None:
-        """Users created in the same millisecond have no defined order."""
-        with Backend(shuffles_ties=True).open() as backend:
-            first, *ties = (
-                backend.sign_up(at=BORN),
-                *(backend.sign_up(at=BORN + 1) for _ in range(9)),
-            )
-            orders = {tuple(self.get(backend, "/users?order_by=%2Bcreated_at")) for _ in range(5)}
-        assert len(orders) > 1
-        assert all(order[0] == first and set(order[1:]) == set(ties) for order in orders)
+    def test_lists_users_after_another(self, backend: Backend) -> None:
+        """Users created in the same millisecond have an order, so none is skipped or repeated."""
+        users = {backend.sign_up(at=BORN + number // 4) for number in range(9)}
+        oldest_first = self.get(backend, "/users?order_by=%2Bcreated_at")
+        assert set(oldest_first) == users
+        for order, listed in (("-", oldest_first[::-1]), ("%2B", oldest_first)):
+            after = f"/users?order_by={order}created_at&starting_after={listed[3]}"
+            assert self.get(backend, after) == listed[4:]
+        backend.delete(oldest_first[3])
+        assert self.get(backend, after) == 404
 
     def test_keeps_the_place_of_an_odd_user(self, backend: Backend) -> None:
         """A user without ``created_at`` keeps its position in the list."""
@@ -619,7 +606,8 @@ class TestTheFake:
             backend.sign_up(at=6, created_at=None, email_addresses="?"),
             backend.sign_up(first_name="Grace"),
         )
-        assert self.get(backend, "/users?order_by=%2Bcreated_at&created_at_after=5") == [odd, new]
+        after = f"/users?order_by=%2Bcreated_at&starting_after={old}"
+        assert self.get(backend, after) == [odd, new]
         backend.update(old, first_name="Augusta")
         assert backend.users[old]["updated_at"] > backend.users[new]["updated_at"]
 

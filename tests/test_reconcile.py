@@ -22,7 +22,7 @@ from clerkhooks.clerk.events import parse_profile
 from clerkhooks.clerk.fake import clerk_id, event_body
 from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import connections, listing, reconcile
-from tests.backend import Backend, Query, answering_json
+from tests.backend import Backend, Query, answering_json, refusing
 from tests.conftest import MakeService
 from tests.racing import following, on_statement
 from tests.support import NOW_MS, Service, deletion
@@ -193,57 +193,110 @@ def test_ends_in_clerks_state(
         assert len(changes) % 2 == is_barred
 
 
+@dataclass
+class Listing(BackendApi):
+    """
+    A list in pages of six users, without a network. After each page, a change is made.
+
+    A change is a sign-up or a deletion. *created_at* holds the time of each user. *refuses* tells
+    whether a request for the users after a deleted user is refused. Otherwise, no users are listed.
+    """
+
+    created_at: dict[str, int]
+    changes: list[tuple[bool, int]]
+    refuses: bool
+
+    def __post_init__(self) -> None:
+        """Allow all users of the only page to be deleted, but not all users of a longer list."""
+        self.remaining, count = set(self.created_at), len(self.created_at)
+        self.min_remaining = 0 if count <= 6 else count - 5
+
+    def list_newest(self, limit: int) -> list[Any]:
+        """Return the newest users."""
+        return self._sorted()[: -limit - 1 : -1]
+
+    def list_users(self, starting_after: str | None = None) -> list[Any]:
+        """Return a page."""
+        listed = self._sorted()
+        if starting_after is not None:
+            if starting_after not in self.created_at and self.refuses:
+                raise BackendApiError("answer_unusable", "answered 404")
+            ids = [user["id"] for user in listed]
+            listed = listed[ids.index(starting_after) + 1 :] if starting_after in ids else []
+        if self.changes:
+            self._change(*self.changes.pop(0))
+        return listed[:6]
+
+    def is_gone(self, user_id: str) -> bool:
+        """Return whether the user was deleted."""
+        return user_id not in self.created_at
+
+    def _sorted(self) -> list[dict[str, Any]]:
+        ordered = sorted((at, user_id) for user_id, at in self.created_at.items())
+        return [{"id": user_id, "created_at": at} for at, user_id in ordered]
+
+    def _change(self, signs_up: bool, number: int) -> None:
+        if signs_up:
+            latest = max(self.created_at.values(), default=LONG_AGO)
+            self.created_at[clerk_id("user")] = latest + number
+        elif len(self.remaining) > self.min_remaining:
+            user_id = sorted(self.remaining)[number % len(self.remaining)]
+            self.remaining.remove(user_id)
+            del self.created_at[user_id]
+
+
 @settings(max_examples=settings().max_examples // 2)
 @given(
-    inclusive=st.booleans(),
+    refuses=st.booleans(),
     gaps=st.lists(st.sampled_from([0, 0, 1, 2, 50]), min_size=1, max_size=30),
     changes=st.lists(st.tuples(st.booleans(), st.integers(0, 29)), max_size=12),
 )
-@example(inclusive=False, gaps=[0] * 20, changes=[(False, 0)] * 3)
+@example(refuses=True, gaps=[0] * 20, changes=[(False, 5), (False, 4), (False, 3)])
+@example(refuses=False, gaps=[0], changes=[(False, 0)])
 def test_reads_every_user_once_while_others_sign_up_or_are_deleted(
-    inclusive: bool, gaps: list[int], changes: list[tuple[bool, int]]
+    refuses: bool, gaps: list[int], changes: list[tuple[bool, int]]
 ) -> None:
     """No user is skipped or repeated if other users sign up or are deleted during the listing."""
-    times = {number: LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
-    ids = [clerk_id("user") for _ in times]
-    created_at = {user_id: times[number] for number, user_id in enumerate(ids)}
-    remaining = set(ids)
-
-    class Api(BackendApi):
-        """List pages of six users, without a network."""
-
-        def __init__(self) -> None:
-            """Open no connection."""
-
-        def list_newest(self, limit: int) -> list[Any]:
-            """Return the newest users."""
-            newest = sorted(((at, user_id) for user_id, at in created_at.items()), reverse=True)
-            return [{"id": user_id, "created_at": at} for at, user_id in newest[:limit]]
-
-        def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
-            """
-            Return a page, after which a user signs up or is deleted.
-
-            At most half a page of users is deleted. The listing tolerates this number even if all
-            users were created in the same millisecond.
-            """
-            after = -1 if created_at_after is None else created_at_after - inclusive
-            found = sorted((at, user_id) for user_id, at in created_at.items() if at > after)
-            page = found[offset : offset + 6]
-            if changes:
-                signs_up, number = changes.pop()
-                if signs_up:
-                    latest = max(created_at.values(), default=LONG_AGO)
-                    created_at[clerk_id("user")] = latest + number
-                elif len(ids) - len(remaining) < min(3, len(ids) - 1):
-                    user_id = sorted(remaining)[number % len(remaining)]
-                    remaining.remove(user_id)
-                    del created_at[user_id]
-            return [{"id": user_id, "created_at": at} for at, user_id in page]
-
-    read = [user["id"] for page in listing.read_all(Api(), listing.IdSet()) for user in page]
+    times = {f"user_{number:02}": LONG_AGO + sum(gaps[: number + 1]) for number in range(len(gaps))}
+    api = Listing(times, changes, refuses)
+    read = [user["id"] for page in listing.read_all(api, listing.IdSet()) for user in page]
     assert len(read) == len(set(read))
-    assert remaining <= set(read)
+    assert api.remaining <= set(read)
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_reads_on_if_the_last_user_of_a_page_is_deleted(
+    syncing: Service, backend: Backend, is_refused: bool
+) -> None:
+    """The sync continues after the last user that still exists, however Clerk responds."""
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(503)]
+    if not is_refused:
+        backend.lost_cursor = answering_json(200, [])
+
+    def delete(path: str, query: Query) -> None:
+        if query.get("starting_after") == [users[499]]:
+            for user_id in users[498:500]:
+                backend.users.pop(user_id, None)
+
+    backend.before = delete
+    assert sync(syncing, backend)[0] == {"created": 503}
+    cursors = [
+        query["starting_after"] for _, query in backend.requests if "starting_after" in query
+    ]
+    assert cursors == [[users[499]], [users[498]], [users[497]], [users[502]]]
+
+
+def test_fails_if_clerk_refuses_the_cursor(syncing: Service, backend: Backend) -> None:
+    """A refusal for another reason than a deleted user ends the sync."""
+    backend.sign_up(at=LONG_AGO)
+
+    def refuse(_path: str, query: Query) -> None:
+        if "starting_after" in query:
+            backend.behaviours.append(refusing(422, "form_param_unknown"))
+
+    backend.before = refuse
+    with pytest.raises(BackendApiError, match="422"):
+        sync(syncing, backend)
 
 
 def test_reads_on_after_a_short_page(syncing: Service, backend: Backend) -> None:
@@ -357,7 +410,7 @@ def test_does_not_delete_a_user_whom_a_list_omits(syncing: Service, backend: Bac
     make_old(syncing)
 
     def forget_in_lists(_path: str, query: Query) -> None:
-        if "user_id" in query or "offset" in query:
+        if "user_id" in query or query.get("order_by") == ["+created_at"]:
             backend.behaviours.append(answering_json(200, []))
 
     backend.before = forget_in_lists
@@ -585,7 +638,7 @@ def test_ends_while_users_keep_signing_up(syncing: Service, backend: Backend) ->
     def sign_up(path: str, query: Query) -> None:
         requests.append(path)
         assert len(requests) < 50  # the client gives up after some failed requests
-        if "created_at_after" in query or "offset" in query:
+        if query.get("order_by") == ["+created_at"]:
             backend.sign_up()
 
     backend.before = sign_up
@@ -604,7 +657,7 @@ def test_ends_if_pages_repeat(syncing: Service, backend: Backend) -> None:
 
     def repeat(path: str, query: Query) -> None:
         assert len(backend.requests) < 50, "the run does not end"
-        if path == "/v1/users" and "offset" in query:
+        if path == "/v1/users" and "starting_after" in query:
             backend.behaviours.append(whole)
 
     backend.before = repeat
@@ -629,7 +682,7 @@ def test_ends_if_users_repeat_in_any_order() -> None:
             numbers = random.sample(range(30), 10)
             return [{"id": f"user_{number}", "created_at": LONG_AGO} for number in numbers]
 
-        def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
+        def list_users(self, starting_after: str | None = None) -> list[Any]:
             """Return ten users."""
             return self.list_newest(10)
 

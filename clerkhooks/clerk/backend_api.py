@@ -122,16 +122,15 @@ class BackendApi:
             raise BackendApiError("answer_unusable", "did not answer with a number of users")
         return count
 
-    def list_users(self, created_at_after: int | None, offset: int) -> list[Any]:
+    def list_users(self, starting_after: str | None = None) -> list[Any]:
         """
         Return a page of user objects as Clerk sent them, oldest first.
 
-        *created_at_after* is in milliseconds; Clerk does not document whether it is inclusive.
+        The page begins after the user with the id *starting_after*, by default with the oldest
+        user. Clerk does not document the response if that user does not exist.
         """
-        page = {"limit": PAGE, "offset": offset, "order_by": "+created_at"}
-        if created_at_after is not None:
-            page["created_at_after"] = created_at_after
-        return self._list(**page)
+        cursor = {} if starting_after is None else {"starting_after": starting_after}
+        return self._list(limit=PAGE, order_by="+created_at", **cursor)
 
     def list_newest(self, limit: int) -> list[Any]:
         """Return the newest user objects as Clerk sent them: at most *limit*, newest first."""

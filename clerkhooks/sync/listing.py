@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clerkhooks.clerk.backend_api import BackendApi
@@ -43,40 +43,48 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
     """
     Yield pages of all users that exist now, oldest first. Add the ids to *seen*.
 
-    Each user is yielded once.
-
-    The cursor is the time of creation. With an offset, each sign-up or deletion during the sync
-    would shift the following pages, and a user could be read twice or never. Clerk does not
-    document whether the cursor is inclusive, so pages overlap by a millisecond and known users are
-    skipped. An offset is needed only for users created in the same millisecond. It advances by half
-    a page, so no user is missed unless more than half a page of these users is deleted.
-
-    Users who sign up during the sync are not read, so the sync ends. A short page is not
-    necessarily the last page: Clerk returns fewer users if it does not accept the limit.
+    Each user is yielded once. The cursor is the last user of the previous page, so sign-ups and
+    deletions during the sync do not shift the following pages. Users who sign up during the sync
+    are not read, so the sync ends. A short page is not necessarily the last page: Clerk returns
+    fewer users if it does not accept the limit.
 
     Raises:
         BackendApiError: a page is repeated, for example because a proxy drops the query string.
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
-    after, offset, count = -1, 0, 0
-    last: list[str] = []
-    while page := api.list_users(after - 1 if after > 0 else None, offset):
+    page = api.list_users()
+    while page:
         keys, times = [_key(data) for data in page], [_created_at(data) for data in page]
         each = zip(page, keys, times, strict=True)
         new = [data for data, key, time in each if time <= bound and seen.add(key)]
-        newest, count = max(times), count + len(new)
-        if newest > after:
-            after, offset, last = newest, 0, []
-        elif keys == last or offset > count:  # the pages repeat
-            raise BackendApiError("answer_unusable", "answered with the same page again")
-        else:
-            last = keys
-            offset += max(1, len(page) // 2 if new else len(page))
         if new:
             yield new
-        if min(times) > bound:
+        ids = [user_id for data in page if (user_id := id_of(data))]
+        if not ids or min(times) > bound:
             return
+        if not new:
+            raise BackendApiError("answer_unusable", "answered with the same page again")
+        page = _read_after(api, ids)
+
+
+def _read_after(api: BackendApi, ids: Sequence[str]) -> list[Any]:
+    """
+    Return the page after the last of *ids* that still exists, or the first page.
+
+    Clerk does not document how it responds if the cursor is the id of a deleted user. If it refuses
+    the request or returns no users, the user is looked up.
+    """
+    for user_id in reversed(ids):
+        try:
+            page = api.list_users(starting_after=user_id)
+        except BackendApiError as error:
+            if error.reason != "answer_unusable" or not api.is_gone(user_id):
+                raise
+        else:
+            if page or not api.is_gone(user_id):
+                return page
+    return api.list_users()
 
 
 def id_of(data: Any) -> str | None:

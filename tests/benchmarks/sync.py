@@ -62,8 +62,8 @@ class Api(BaseHTTPRequestHandler):
         limit = int(query["limit"][0])
         if query["order_by"] == ["-created_at"]:
             return list(reversed(range(max(0, self.count - limit), self.count)))
-        after = int(query.get("created_at_after", [START - 1])[0])
-        first = after - START + 1 + int(query["offset"][0])
+        [cursor] = query.get("starting_after", ["user_-1"])
+        first = int(cursor[5:]) + 1
         return list(range(first, min(first + limit, self.count)))
 
     def _answer(self, body: bytes) -> None:
