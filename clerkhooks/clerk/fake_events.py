@@ -162,7 +162,7 @@ def _domain(scene: Scene) -> payloads.OrganizationDomain:
 
 
 def _invitation(scene: Scene) -> Mapping[str, object]:
-    """Return an invitation of the user, by whoever created the organization."""
+    """Return an invitation of the user by the creator of the organization."""
     data: payloads.OrganizationInvitationEventPayload = {
         "created_at": scene.at,
         "data": {"public_organization_data": _public_organization(scene)},
