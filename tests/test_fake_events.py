@@ -135,6 +135,22 @@ def test_delivers_every_event(application: Application) -> None:
     assert len(sent) == 45
 
 
+def test_delivers_an_event_that_clerk_adds(application: Application) -> None:
+    """Handlers receive an event type that the specification does not contain."""
+    received: dict[str, Any] = {}
+
+    @application.hooks.on("galaxy.collided")
+    @application.hooks.on("galaxy.*")
+    def receive(event: Event) -> None:
+        received[event.message_id] = (event.type, event.data["object"], event.data["stars"])
+
+    service = application.clerk_service
+    data = service.event_data("galaxy.collided") | {"stars": [1, {"x": None}]}
+    response = service.deliver("galaxy.collided", data)
+    assert response.get_json()["outcome"] == "applied"
+    assert list(received.values()) == [("galaxy.collided", "galaxy", [1, {"x": None}])]
+
+
 def test_sends_every_event(server: Server) -> None:
     """``send`` posts complete data, for the user and the organization of the options."""
     app = create_app(
