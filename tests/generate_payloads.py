@@ -34,10 +34,11 @@ Type checkers compare a handler with the event types of its pattern::
 The types describe what Clerk documents; clerkhooks does not validate the data. Enumerations are
 ``str``, because Clerk adds values. A handler for any other event type takes a plain ``Event``.
 
+The module is needed only in annotations. If they are not evaluated at run time, it can be imported
+under ``TYPE_CHECKING``, which saves a few milliseconds at start.
+
 Source: {source}.
 """
-
-from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, final
 
