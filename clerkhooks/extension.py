@@ -15,6 +15,7 @@ from werkzeug.exceptions import HTTPException
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
+from clerkhooks.deliveries import Deliveries
 from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.settings import Settings, merge_config
@@ -189,7 +190,8 @@ class ClerkHooks(Generic[U]):
             settings=settings,
             values=values,
             store=store,
-            users=Users(store, self._handlers, cast("Any", self.db.session)),
+            users=Users(store),
+            deliveries=Deliveries(store, self._handlers, cast("Any", self.db.session)),
             authenticator=auth.make_authenticator(settings),
             secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
         )

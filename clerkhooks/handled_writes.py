@@ -11,7 +11,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session
 
+from clerkhooks.clerk.account import is_barred
 from clerkhooks.clerk.events import ReceivedEvent
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import describe, frames
 from clerkhooks.events import BARRED, RESTORED, Event, Handlers, Outcome
 from clerkhooks.handler_transaction import Call, Execute, call_handler, write_with_handlers
@@ -54,15 +56,15 @@ class HandledWrites:
         def write_and_find(connection: sa.Connection) -> Sequence[Call] | None:
             nonlocal outcome, change
             was_barred = None
-            if event.user_id is not None and self._may_change(event):
+            if event.id is not None and self._may_change(event):
                 if is_saved(connection.execute):  # do not wait for the row
                     return None
-                was_barred = lock_account(self._store, connection, event.user_id)
+                was_barred = lock_account(self._store, connection, event.id)
             [outcome] = write(connection, [event])
             if outcome is Outcome.DUPLICATE:
                 return None
             if outcome is Outcome.APPLIED:
-                change = _find_change(was_barred, event.account.is_barred)
+                change = _find_change(was_barred, is_barred(event.values))
             return self._find_calls(_make_event(event, outcome), change, after_commit=False)
 
         def is_saved(execute: Execute) -> bool:
@@ -105,7 +107,7 @@ class HandledWrites:
         return is_written
 
     def _may_change(self, event: ReceivedEvent) -> bool:
-        return event.profile is not None and self.follows_changes
+        return event.kind is USER and not event.is_deletion and self.follows_changes
 
     def _find_calls(self, event: Event, change: str | None, *, after_commit: bool) -> list[Call]:
         handlers = self._handlers.find(event.type, after_commit=after_commit)

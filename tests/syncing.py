@@ -35,7 +35,7 @@ def sync(
     """Run a sync; return the summary's nonzero counts, the findings and the run itself."""
     findings: list[Finding] = []
     store = store_of(service)
-    handled = service.app.extensions["clerkhooks"].users.handled
+    handled = service.app.extensions["clerkhooks"].deliveries.handled
     with (
         service.app.app_context(),
         connections.sole_writer(store) as connection,

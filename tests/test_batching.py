@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.settings import PROJECT
 from clerkhooks.store import batching
 from clerkhooks.store.batching import Batcher
+from clerkhooks.web.state import State
 from tests.racing import TIMEOUT, call, delivery, eventually, on_statement, paused, paused_before
 from tests.support import NOW_MS, Service, ThreadPool, deletion, rows, user_event
 
@@ -292,10 +294,10 @@ def test_answers_each_caller(items: list[str], bad: set[str], concerns_all: bool
     assert is_at_rest(batcher)
 
 
-def batcher_of(service: Service, name: str) -> Batcher[Any, Any]:
-    """Return the batcher for calls (``_read``) or for deliveries (``_deliver``)."""
-    batcher: Batcher[Any, Any] = getattr(service.app.extensions["clerkhooks"].users, name)
-    return batcher
+def batcher_of(service: Service, *, deliveries: bool) -> Batcher[Any, Any]:
+    """Return the batcher for calls, or the one for deliveries about users."""
+    state: State = service.app.extensions["clerkhooks"]
+    return state.deliveries._batchers[USER] if deliveries else state.users._read
 
 
 def test_reads_one_user_once_for_many_calls(service: Service) -> None:
@@ -303,7 +305,7 @@ def test_reads_one_user_once_for_many_calls(service: Service) -> None:
     user_id, other_id = clerk_id("user"), clerk_id("user")
     for known in (user_id, other_id):
         assert service.call(known).status_code == 200
-    wait_for_callers = count_callers(batcher_of(service, "_read"))
+    wait_for_callers = count_callers(batcher_of(service, deliveries=False))
     counted: list[str] = []
     with (
         ThreadPool(12) as pool,
@@ -328,7 +330,7 @@ def test_does_not_let_a_locked_row_delay_others(
     """Other deliveries in the batch are completed while the row is still locked."""
     locked_id = clerk_id("user")
     assert service.outcome(user_event(locked_id)) == "applied"
-    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
+    wait_for_callers = count_callers(batcher_of(service, deliveries=True))
     bodies = [user_event(clerk_id("user")) for _ in range(9)]
     written: list[str] = []
     with psycopg.connect(service.database_url) as other, ThreadPool(10) as pool:
@@ -363,7 +365,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
     Queries do not return this row until its transaction commits.
     """
     inserted_id = clerk_id("user")
-    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
+    wait_for_callers = count_callers(batcher_of(service, deliveries=True))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
     with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:
         other.execute(
@@ -390,7 +392,7 @@ def test_does_not_let_an_unfinished_insert_delay_others(service: Service) -> Non
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_waits_once_for_a_locked_table(service: Service) -> None:
     """If the whole table is locked, all deliveries in the batch fail without a second wait."""
-    wait_for_callers = count_callers(batcher_of(service, "_deliver"))
+    wait_for_callers = count_callers(batcher_of(service, deliveries=True))
     bodies = [user_event(clerk_id("user")) for _ in range(4)]
     with psycopg.connect(service.database_url) as other, ThreadPool(5) as pool:
         with (

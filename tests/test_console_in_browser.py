@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from clerkhooks.clerk.events import NAME_LENGTH
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.clerk.kinds import NAME_LENGTH
 from tests.conftest import MakeDatabase, migrate
 from tests.server import Server, serving
 from tests.support import broken_users, deletion, user_event

@@ -180,8 +180,8 @@ def test_writes_a_batch_as_its_events_one_by_one(service: Service, history: Hist
             VerifiedMessage(event.message_id, int(time.time()), event.body.decode())
             for event in batch
         ]
-        users = service.app.extensions["clerkhooks"].users
-        outcomes = users._apply_all([parse_event(message) for message in messages])
+        deliveries = service.app.extensions["clerkhooks"].deliveries
+        outcomes = deliveries._apply_all([parse_event(message) for message in messages])
         for event, outcome in zip(batch, outcomes, strict=True):
             run.expect(event, outcome)
     run.check()

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clerkhooks.clerk.events import (
-    LAST_MILLISECOND,
-    Profile,
-    ReceivedEvent,
-    is_user_id,
-    parse_event,
-    parse_profile,
-    storable,
-)
+from clerkhooks.clerk.events import LAST_MILLISECOND, ReceivedEvent, parse_event, storable
+from clerkhooks.clerk.kinds import USER, Profile, parse_profile
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.errors import EventError
 from clerkhooks.events import Version
@@ -93,7 +86,9 @@ def test_parses_clerks_own_payloads(
     assert (parsed.message_id, parsed.user_id) == ("msg_1", json.loads(body)["data"]["id"])
     assert parsed.type in name
     assert parsed.version == Version(*version, "msg_1")
-    assert parsed.profile == (None if kept is None else Profile(kept[1], kept[0], kept[2]))
+    shown = tuple(parsed.values[column] for column in ("email", "name", "image_url"))
+    assert shown == (kept or (None, "Deleted User", None))
+    assert parsed.is_deletion == (kept is None)
 
 
 def test_parses_every_payload_file() -> None:
@@ -169,8 +164,8 @@ def test_refuses_a_user_event_without_a_user_id(event_type: str, data: Any) -> N
 @pytest.mark.parametrize("user_id", ["user_a", "user_" + "Z9" * 32, USER_ID])
 def test_recognizes_a_user_id(user_id: str) -> None:
     """A user id is ``user_`` followed by 1 to 64 base-62 characters."""
-    assert is_user_id(user_id)
-    assert not is_user_id(user_id.replace("user_", "user_-"))
+    assert USER.is_id(user_id)
+    assert not USER.is_id(user_id.replace("user_", "user_-"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +175,7 @@ def test_recognizes_a_user_id(user_id: str) -> None:
 def test_parses_other_events_without_a_user(event_type: str, data: Any) -> None:
     """An event of another type is valid with any data, and has no user."""
     parsed = event({"type": event_type, "data": data})
-    assert (parsed.type, parsed.user_id, parsed.profile) == (event_type, None, None)
+    assert (parsed.type, parsed.kind, parsed.user_id) == (event_type, None, None)
 
 
 def test_cleans_ids_and_types_for_the_database() -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 import sqlalchemy as sa
 
-from clerkhooks import users
+from clerkhooks import deliveries, users
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.errors import RequestError
 from clerkhooks.store.pool import OrderedPool, Overloaded, Slots
@@ -198,23 +198,24 @@ def test_returns_a_slot_if_connecting_fails() -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("limited", ["_deliveries", "_calls"])
+@pytest.mark.parametrize("limited", ["deliveries", "users"])
 def test_answers_503_above_the_bound(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch, limited: str
 ) -> None:
     """A delivery or call over the limit is refused and counted, but not recorded as failed."""
-    monkeypatch.setattr(users, "MAX_CALLERS", 1)
+    monkeypatch.setattr(deliveries, "MAX_DELIVERIES", 1)
+    monkeypatch.setattr(users, "MAX_CALLS", 1)
     service = make_service(METRICS_TOKEN="x" * 20)
-    bound = getattr(service.app.extensions["clerkhooks"].users, limited)
+    bound = getattr(service.app.extensions["clerkhooks"], limited)._slots
     body, user_id = user_event(clerk_id("user")), clerk_id("user")
     with bound.use():
         answers = [service.deliver(body, "msg_1"), service.call(user_id)]
-    refused, served = answers if limited == "_deliveries" else answers[::-1]
+    refused, served = answers if limited == "deliveries" else answers[::-1]
     assert served.status_code == 200
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert refused.content_type == "application/problem+json"
     assert refused.get_json()["reason"] == "overloaded"
-    assert count(service, "webhook" if limited == "_deliveries" else "sessions") == 1
+    assert count(service, "webhook" if limited == "deliveries" else "sessions") == 1
     assert service.deliver(body, "msg_1").status_code == 200
     assert service.call(user_id).status_code == 200
 

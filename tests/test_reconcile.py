@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.clerk.events import parse_profile
 from clerkhooks.clerk.fake import clerk_id, event_body
+from clerkhooks.clerk.kinds import parse_profile
 from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import connections, listing, reconcile
 from tests.backend import Backend, Query, answering_json, refusing
@@ -471,7 +471,7 @@ def test_reports_a_malformed_user_and_continues(syncing: Service, backend: Backe
     assert summary == {"created": 1, "failed": len(ODD)}
     assert syncing.user(user_id, ("name",)) == ("ada",)
     assert not run.ok
-    assert [(finding.user_id, finding.reason) for finding in findings] == [
+    assert [(finding.id, finding.reason) for finding in findings] == [
         (None, "user_id_malformed")
     ] * 8 + [(ODD[-1]["id"], "updated_at_missing")]
 
@@ -493,7 +493,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     _, findings, run = sync(syncing, backend, check=True)
     assert syncing.rows("SELECT * FROM users ORDER BY id") == before
     assert (run.drifted, run.ok) == (4, False)
-    assert {finding.kind: finding.user_id for finding in findings} == {
+    assert {finding.kind: finding.id for finding in findings} == {
         "missing_here": users["new"],
         "differs": users["differs"],
         "unfilled_here": users["unfilled"],
@@ -516,7 +516,7 @@ def test_checks_rows_that_have_clerks_version(syncing: Service, backend: Backend
     summary, [finding], run = sync(syncing, backend, check=True)
     assert (summary, run.drifted, run.ok) == ({"unchanged": 2}, 1, False)
     emails = ("old@example.org", f"{edited.lower()}@example.org")
-    assert (finding.kind, finding.user_id, finding.fields) == ("differs", edited, {"email": emails})
+    assert (finding.kind, finding.id, finding.fields) == ("differs", edited, {"email": emails})
     assert sync(syncing, backend)[0] == {"unchanged": 2}
     syncing.rows(f"UPDATE users SET version_updated_at = NULL WHERE id = '{edited}'")
     assert sync(syncing, backend)[0] == {"updated": 1, "unchanged": 1}

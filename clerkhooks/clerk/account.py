@@ -28,18 +28,17 @@ class AccountState:
     locked_until: datetime | None = None
 
     @property
-    def is_barred(self) -> bool:
-        """Whether the user's calls are refused."""
-        return self.banned_at is not None or self.deprovisioned_at is not None
-
-    @property
     def columns(self) -> dict[str, datetime | None]:
         """The values by column name."""
         return {name: getattr(self, name) for name in ACCOUNT}
 
 
 ACCOUNT = ("banned_at", "deprovisioned_at", "locked_until")
-ACTIVE = AccountState()
+
+
+def is_barred(values: Mapping[str, Any]) -> bool:
+    """Return whether the calls of a user with these column values are refused."""
+    return any(values.get(name) is not None for name in ("banned_at", "deprovisioned_at"))
 
 
 def parse_account_state(data: Mapping[str, Any], at: int, read_at: int) -> AccountState:

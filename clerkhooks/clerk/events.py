@@ -1,43 +1,24 @@
-"""Parsing of Clerk's events and user objects into the data that is stored."""
+"""Parsing of Clerk's events, and of objects from the Backend API."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 from clerkhooks.clerk import strict_json
-from clerkhooks.clerk.account import ACTIVE, AccountState, parse_account_state
-from clerkhooks.clerk.fields import find_primary
+from clerkhooks.clerk.kinds import LABEL_LENGTH, UNSTORABLE, USER, Kind, StoredType, stored_types
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.errors import EventError
 from clerkhooks.events import Version
 
-EMAIL_LENGTH, IMAGE_URL_LENGTH, NAME_LENGTH, LABEL_LENGTH = 320, 2048, 255, 255
-NEW_USER = "New User"
 # The end of the year 9999, which is the latest time that Python and the databases support.
 LAST_MILLISECOND = 253_402_300_799_999
 FIRST_MILLISECOND = 10**11  # a time in 1973; smaller values are in seconds
-_USER_ID = re.compile(r"user_[0-9A-Za-z]{1,64}")
-UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-"""Characters that databases reject: NUL and lone surrogates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """
-    The stored part of a Clerk user. Every string is storable and fits its column.
-
-    Each field is a column of ``users``. In a tombstone, and before the first event, all fields
-    except the name are None.
-    """
-
-    name: str
-    email: str | None = None
-    image_url: str | None = None
+USER_TYPES: Mapping[str, StoredType] = stored_types([USER])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +26,8 @@ class ReceivedEvent:
     """
     An event of any type, before it is applied.
 
-    User events have a *user_id*. They also have a *profile* and the state of the *account*, unless
-    the user was deleted.
+    If it changes a row, it has the *kind* and the *id* of an object, and the *values* of the row's
+    columns. *user_id* is the user that the event concerns.
     """
 
     message_id: str
@@ -54,20 +35,27 @@ class ReceivedEvent:
     version: Version
     occurred_at: datetime | None
     data: Mapping[str, Any] = field(repr=False)
-    user_id: str | None = None
-    profile: Profile | None = None
-    account: AccountState = ACTIVE
+    kind: Kind | None = None
+    id: str | None = None
+    values: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    is_deletion: bool = False
+
+    @property
+    def user_id(self) -> str | None:
+        """The user or the member that the event concerns, or None."""
+        return self.id if self.kind is USER else self.values.get("user_id")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """
-    A user from the Backend API. It ranks below every event with the same ``updated_at``.
+    An object from the Backend API. It ranks below every event with the same ``updated_at``.
 
     *read_at* is the time before the request, in milliseconds.
     """
 
-    user_id: str
+    kind: Kind
+    id: str
     updated_at: int
     read_at: int
     data: Mapping[str, Any] = field(repr=False)
@@ -77,29 +65,26 @@ class Snapshot:
         """The snapshot's version, which can be compared with the version of an event."""
         return Version(self.updated_at, 0, "")
 
-    @property
-    def profile(self) -> Profile:
-        """The stored part. It is parsed only on access, because most rows are already current."""
-        return parse_profile(self.data)
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The columns' values. They are parsed only on access: most rows are already current."""
+        return self.kind.parse_rest(self.data) | self.state
 
-    @property
-    def account(self) -> AccountState:
-        """The account state."""
-        return parse_account_state(self.data, self.updated_at, self.read_at)
-
-
-def is_user_id(value: object) -> bool:
-    """Return whether *value* is a Clerk user id: ``user_`` and 1 to 64 base-62 characters."""
-    return isinstance(value, str) and _USER_ID.fullmatch(value) is not None
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The values of the columns that are compared even if the row has the same version."""
+        return self.kind.parse_state(self.data, self.updated_at, self.read_at)
 
 
-def parse_event(message: VerifiedMessage) -> ReceivedEvent:
+def parse_event(
+    message: VerifiedMessage, types: Mapping[str, StoredType] = USER_TYPES
+) -> ReceivedEvent:
     """
-    Return the event in *message*.
+    Return the event in *message*. *types* are the types of events that change rows.
 
     Raises:
-        EventError: the body is not a JSON object with a type, or it is a user event without a
-            valid id.
+        EventError: the body is not a JSON object with a type, or it is an event of *types* without
+            a valid id.
 
     Source: Clerk, "Webhooks overview", structure of the payload.
     """
@@ -116,45 +101,31 @@ def parse_event(message: VerifiedMessage) -> ReceivedEvent:
     data = data if isinstance(data, dict) else {}
     version, occurred_at = _parse_version(payload, data, message)
     common = (version.message_id, storable(event_type), version, occurred_at, data)
-    if event_type not in ("user.created", "user.updated", "user.deleted"):
+    stored = types.get(event_type)
+    if stored is None:
         return ReceivedEvent(*common)
-    if not is_user_id(data.get("id")):
-        raise EventError("user_id_malformed")
-    if event_type == "user.deleted":
-        return ReceivedEvent(*common, data["id"])
-    account = parse_account_state(data, version.timestamp, version.timestamp)
-    return ReceivedEvent(*common, data["id"], parse_profile(data), account)
+    kind, is_deletion = stored
+    object_id = kind.get_id(data)
+    if is_deletion:
+        return ReceivedEvent(*common, kind, object_id, kind.parse_deleted(data), is_deletion=True)
+    values = kind.parse(data, version.timestamp, version.timestamp)
+    return ReceivedEvent(*common, kind, object_id, values)
 
 
-def parse_profile(data: Mapping[str, Any]) -> Profile:
+def parse_snapshot(kind: Kind, data: Any, read_at: int) -> Snapshot:
     """
-    Return the stored part of a user object from an event or from the Backend API.
-
-    A field counts as absent if it is null, empty, too long or not storable, or has the wrong type.
-    A long name is truncated.
-    """
-    address = find_primary(data, "primary_email_address_id", "email_addresses")
-    email = _text(address.get("email_address"), EMAIL_LENGTH)
-    names = (_name(data.get("first_name")), _name(data.get("last_name")))
-    full_name = " ".join(name for name in names if name)
-    name = full_name or _local_part(email) or _name(data.get("username")) or NEW_USER
-    image_url = _text(data.get("image_url"), IMAGE_URL_LENGTH)
-    return Profile(name[:NAME_LENGTH].rstrip(), email, image_url)
-
-
-def parse_snapshot(data: object, read_at: int) -> Snapshot:
-    """
-    Return the snapshot of a user object from the Backend API, requested at *read_at*.
+    Return the snapshot of an object from the Backend API, requested at *read_at*.
 
     Raises:
-        EventError: *data* is not a user object, or has no valid ``updated_at``.
+        EventError: *data* is not an object of *kind*, or has no valid ``updated_at``.
     """
-    if not isinstance(data, dict) or not is_user_id(data.get("id")):
-        raise EventError("user_id_malformed")
+    object_id = kind.get_id(data)
     updated_at = milliseconds(data.get("updated_at"))
     if updated_at is None:
         raise EventError("updated_at_missing")
-    return Snapshot(data["id"], updated_at, read_at, data)
+    snapshot = Snapshot(kind, object_id, updated_at, read_at, data)
+    _ = snapshot.state  # raises EventError if required values are missing
+    return snapshot
 
 
 def storable(text: str) -> str:
@@ -192,20 +163,3 @@ def milliseconds(value: object) -> int | None:
     # In Clerk's documentation, the envelope's time is in seconds. In real deliveries, it is in
     # milliseconds.
     return int(value) * 1000 if value < FIRST_MILLISECOND else int(value)
-
-
-def _text(value: object, length: int) -> str | None:
-    if not isinstance(value, str) or not value.strip() or len(value) > length:
-        return None
-    return None if UNSTORABLE.search(value) else value
-
-
-def _local_part(email: str | None) -> str:
-    return email.rsplit("@", 1)[0].strip() if email else ""
-
-
-def _name(value: object) -> str | None:
-    # The name is not truncated here, because the full name is truncated later.
-    if not isinstance(value, str) or UNSTORABLE.search(value):
-        return None
-    return value.strip()

@@ -21,7 +21,7 @@ from clerkhooks.clerk.authorization import (
     parse_factor_ages,
     parse_organization,
 )
-from clerkhooks.clerk.events import is_user_id
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.clerk.signing_keys import SigningKeys
 from clerkhooks.errors import Unauthenticated
 
@@ -182,7 +182,7 @@ def verify_claims(
     """
     # The subject of a machine token begins with mch_. A template token has no sid, and may outlive
     # the session.
-    _require(is_user_id(claims.get("sub")), "token_subject_malformed")
+    _require(USER.is_id(claims.get("sub")), "token_subject_malformed")
     _require(isinstance(claims.get("sid"), str) and claims["sid"] != "", "token_session_missing")
     _require(_parse_seconds(claims, "exp") > now - LEEWAY, "token_expired")
     if "nbf" in claims:

@@ -20,7 +20,7 @@ import click
 from flask import current_app
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
-from clerkhooks.clerk.events import is_user_id
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import describe
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -89,7 +89,7 @@ def parse_time(text: str) -> datetime:
 
 def parse_user_id(text: str) -> str:
     """Validate the id of a Clerk user, and return it."""
-    if not is_user_id(text):
+    if not USER.is_id(text):
         raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
     return text
 

@@ -87,7 +87,7 @@ def sync(
 
 def _print_finding(finding: Finding) -> None:
     """Print a finding, but not the values of fields, which are profile data."""
-    subject = finding.user_id or "A user without an id"
+    subject = finding.id or "A user without an id"
     text = f"{subject} {_FINDINGS[finding.kind]}"
     details = finding.reason or ", ".join(finding.fields)
     click.echo(f"{text}: {details}" if details else text)
@@ -96,7 +96,7 @@ def _print_finding(finding: Finding) -> None:
 def _print_json(finding: Finding) -> None:
     pairs = finding.fields.items()
     fields = {name: {"here": here, "clerk": clerk} for name, (here, clerk) in pairs}
-    ids = {"kind": finding.kind, "id": finding.user_id, "reason": finding.reason}
+    ids = {"kind": finding.kind, "id": finding.id, "reason": finding.reason}
     click.echo(json.dumps(ids | {"fields": fields}, default=_plain))
 
 
@@ -141,7 +141,9 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
-        run = Reconciliation(api, store, connection, begin, tell, check, force, state.users.handled)
+        run = Reconciliation(
+            api, store, connection, begin, tell, check, force, state.deliveries.handled
+        )
         # Otherwise, garbage collection would scan imported modules for each page: 7 µs per user.
         gc.freeze()
         try:

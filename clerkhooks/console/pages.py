@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.clerk.account import FOREVER
-from clerkhooks.clerk.events import is_user_id
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.console import texts
 from clerkhooks.doctor import (
     APPLICATION,
@@ -131,7 +131,7 @@ def _search_users() -> Response:
     search = search[:MAX_SEARCH]
     if not search:
         return _redirect(".list_users")
-    if is_user_id(search):
+    if USER.is_id(search):
         return _redirect(".show_user", user_id=search)
     store, before = current_state().store, _parse_cursor(after)
     page = queries.list_users(store, search).read_page(PAGE, before)
@@ -142,7 +142,7 @@ def _search_users() -> Response:
 
 def show_user(user_id: str) -> Response:
     """Show a user's row, its source, and the latest messages about the user."""
-    if not is_user_id(user_id):
+    if not USER.is_id(user_id):
         abort(404)
     store = current_state().store
     user, winner = queries.list_users(store).find(user_id), None

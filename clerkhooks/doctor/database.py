@@ -188,8 +188,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
     """Describe a database that lacks tables or columns."""
     with store.database.connect() as connection:
         inspector = sa.inspect(connection)
-        tables = (store.users, store.messages)
-        present = [table for table in tables if inspector.has_table(table.name, table.schema)]
+        present = [table for table in store.tables if inspector.has_table(table.name, table.schema)]
         found = find_table(connection) if program is SERVICE else None
         is_recorded = inspector.has_table(VERSION_TABLE)
     subject, remedy = "database", f"Migrate: {program.upgrade}"

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.events import NEW_USER
+from clerkhooks.clerk.kinds import NEW_USER
 from clerkhooks.events import Version
 from clerkhooks.store import Store
 from clerkhooks.store.models import VERSION_COLUMNS

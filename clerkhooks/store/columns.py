@@ -14,8 +14,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.events import UNSTORABLE
 from clerkhooks.clerk.fields import Field
+from clerkhooks.clerk.kinds import UNSTORABLE
 
 logger = logging.getLogger(__name__)
 MAX_INDEXED = 2000  # in bytes; a btree index rejects rows larger than about 2.7 kB

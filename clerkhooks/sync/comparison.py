@@ -1,4 +1,4 @@
-"""Comparison of a user from the Backend API with the stored row."""
+"""Comparison of an object from the Backend API with the stored row."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from clerkhooks.clerk.account import ACCOUNT
+from clerkhooks.clerk.account import ACCOUNT, is_barred
 from clerkhooks.clerk.events import Snapshot
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.events import BARRED, RESTORED, Event, Outcome, Version
 from clerkhooks.store.models import VERSION_COLUMNS
-from clerkhooks.store.statements import PROFILE
 
 
 class Result(StrEnum):
-    """The result of a sync for one user."""
+    """The result of a sync for one object."""
 
     CREATED = "created"
     UPDATED = "updated"
@@ -31,7 +31,7 @@ class Result(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    A user whose row differs from Clerk's data or could not be compared.
+    An object whose row differs from Clerk's data or could not be compared.
 
     *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``,
     ``failed`` or ``handler_failed``. *fields* maps the name of each field that differs to its
@@ -39,14 +39,14 @@ class Finding:
     """
 
     kind: str
-    user_id: str | None
+    id: str | None
     reason: str | None = None
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """A user from Clerk, the *values* to store, and the stored *row* (None if missing)."""
+    """An object from Clerk, the *values* to store, and the stored *row* (None if missing)."""
 
     snapshot: Snapshot
     values: Mapping[str, Any]
@@ -67,12 +67,12 @@ class Comparison:
         The version to store.
 
         Usually, it is the snapshot's version. Clerk does not document that every change of the
-        account state moves ``updated_at``. If only the state differs, the snapshot ranks by the
-        time at which it was requested, so events from before that time do not undo it.
+        state moves ``updated_at``. If only the state differs, the snapshot ranks by the time at
+        which it was requested, so events from before that time do not undo it.
         """
         version = self.snapshot.version
         is_same = self.row is not None and self.row.version_updated_at == version.updated_at
-        has_changed = is_same and not self.fields.keys().isdisjoint(ACCOUNT)
+        has_changed = is_same and not self.fields.keys().isdisjoint(self.snapshot.kind.state)
         return version._replace(timestamp=self.snapshot.read_at) if has_changed else version
 
     @property
@@ -89,19 +89,20 @@ class Comparison:
     def new_row(self) -> dict[str, Any]:
         """The row to store."""
         version = dict(zip(VERSION_COLUMNS, self.version, strict=True))
-        return {"id": self.snapshot.user_id, **self.values, **version}
+        return {"id": self.snapshot.id, **self.values, **version}
 
     @property
     def changes_access(self) -> bool:
         """Whether the row's user becomes barred or is restored, of which handlers are told."""
-        names = ("banned_at", "deprovisioned_at")
-        was_barred = any(getattr(self.row, name, None) is not None for name in names)
-        return self.is_behind and was_barred != self.snapshot.account.is_barred
+        if self.snapshot.kind is not USER or not self.is_behind:
+            return False
+        was_barred = self.row is not None and is_barred(self.row._mapping)
+        return was_barred != is_barred(self.values)
 
     @property
     def event(self) -> Event:
         """The event that tells handlers of the changed account state."""
-        change = BARRED if self.snapshot.account.is_barred else RESTORED
+        change = BARRED if is_barred(self.values) else RESTORED
         data, version = self.snapshot.data, self.version
         at = datetime.fromtimestamp((version.timestamp or version.updated_at) / 1000, UTC)
         return Event(change, data, version.message_id, version, at, Outcome.APPLIED)
@@ -111,15 +112,14 @@ class Comparison:
         """Whether the row has the snapshot's version and an unfilled declared column."""
         if self.is_behind or self.row.version_updated_at != self.snapshot.updated_at:
             return False
-        return any(
-            self.fields[name][0] is None for name in self.fields.keys() - {*PROFILE, *ACCOUNT}
-        )
+        declared = self.fields.keys() - self.snapshot.kind.tombstone.keys()
+        return any(self.fields[name][0] is None for name in declared)
 
     @property
     def is_edited(self) -> bool:
         """Whether the row differs but has Clerk's version. A sync does not overwrite such a row."""
         same = self.row is not None and self.row.version_updated_at == self.snapshot.updated_at
-        return same and bool(self.fields.keys() - set(ACCOUNT))
+        return same and bool(self.fields.keys() - set(self.snapshot.kind.state))
 
     @cached_property
     def fields(self) -> dict[str, tuple[Any, Any]]:

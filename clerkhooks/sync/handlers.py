@@ -29,7 +29,7 @@ def write_told(
         try:
             is_written = retry(handled.store_snapshot, each.event, each.new_row)
         except Exception as error:  # noqa: BLE001  # an application's handler may raise anything
-            tell(Finding("handler_failed", each.snapshot.user_id, describe(error)))
+            tell(Finding("handler_failed", each.snapshot.id, describe(error)))
             yield Result.FAILED
         else:
             yield each.result if is_written else Result.NEWER_HERE

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.clerk.events import is_user_id, milliseconds
+from clerkhooks.clerk.events import milliseconds
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 
 _BUCKETS = 2**16  # with a million ids, each bucket has about 15
@@ -60,7 +61,7 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
         new = [data for data, key, time in each if time <= bound and seen.add(key)]
         if new:
             yield new
-        ids = [user_id for data in page if (user_id := id_of(data))]
+        ids = [user_id for data in page if (user_id := USER.find_id(data))]
         if not ids or min(times) > bound:
             return
         if not new:
@@ -87,16 +88,10 @@ def _read_after(api: BackendApi, ids: Sequence[str]) -> list[Any]:
     return api.list_users()
 
 
-def id_of(data: Any) -> str | None:
-    """Return a user object's id. A malformed id must not be reported, so return None for it."""
-    user_id = data.get("id") if isinstance(data, dict) else None
-    return user_id if is_user_id(user_id) else None
-
-
 def _created_at(data: Any) -> int:
     created_at = milliseconds(data.get("created_at")) if isinstance(data, dict) else None
     return -1 if created_at is None else created_at
 
 
 def _key(data: Any) -> str:
-    return id_of(data) or repr(data)
+    return USER.find_id(data) or repr(data)

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from clerkhooks.clerk.backend_api import IDS, BackendApi
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import EventError
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
@@ -22,11 +23,10 @@ from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.queries import is_live, is_unfilled
-from clerkhooks.store.statements import user_columns
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
 from clerkhooks.sync.handlers import write_told
-from clerkhooks.sync.listing import IdSet, id_of, read_all
+from clerkhooks.sync.listing import IdSet, read_all
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
@@ -146,18 +146,18 @@ class Reconciliation:
         found = {}
         for data in users:
             try:
-                snapshot = parse_snapshot(data, read_at)
-                found[snapshot.user_id] = snapshot
+                snapshot = parse_snapshot(USER, data, read_at)
+                found[snapshot.id] = snapshot
             except EventError as error:
                 self.counts[Result.FAILED] += 1
-                self.tell(Finding("failed", id_of(data), error.reason))
+                self.tell(Finding("failed", USER.find_id(data), error.reason))
         return found
 
     def _compare(self, snapshots: Mapping[str, Snapshot]) -> list[Comparison]:
         """Return the users whose rows are missing, or may differ. In a check, return all users."""
         rows = [
-            {"id": each.user_id, "version_updated_at": None if self.check else each.updated_at}
-            | each.account.columns
+            {"id": each.id, "version_updated_at": None if self.check else each.updated_at}
+            | each.state
             for each in snapshots.values()
         ]
         compare = self.store.statements.compare
@@ -176,7 +176,7 @@ class Reconciliation:
         self.counts[result] += 1
         if result in (Result.CREATED, Result.UPDATED) or comparison.is_edited:
             self.drifted += 1
-            user_id = comparison.snapshot.user_id
+            user_id = comparison.snapshot.id
             self.tell(Finding(comparison.kind, user_id, fields=comparison.fields))
 
     def _write(self, snapshots: Mapping[str, Snapshot]) -> tuple[Counter[Result], list[Comparison]]:
@@ -195,9 +195,9 @@ class Reconciliation:
             changed = self._execute(statements.merge_snapshots, behind)
             changed |= self._execute(statements.fill_declared, unfilled)
         # A webhook may have written newer data after the rows were read.
-        missed = {each.snapshot.user_id for each in (*behind, *unfilled)} - changed
+        missed = {each.snapshot.id for each in (*behind, *unfilled)} - changed
         counts = Counter(
-            Result.NEWER_HERE if each.snapshot.user_id in missed else each.result for each in rest
+            Result.NEWER_HERE if each.snapshot.id in missed else each.result for each in rest
         )
         counts[Result.UNCHANGED] += len(snapshots) - len(compared)
         return counts, told
@@ -209,8 +209,8 @@ class Reconciliation:
     def _values(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return the column values for *snapshot*."""
         dialect = self.store.database.dialect
-        declared = read_fields(self.store.fields, snapshot.data, dialect)
-        return user_columns(snapshot.profile, snapshot.account) | declared
+        declared = read_fields(self.store.statements.fields, snapshot.data, dialect)
+        return snapshot.values | declared
 
     def _execute(
         self, statement: sa.TextClause | None, comparisons: Sequence[Comparison]
@@ -238,7 +238,7 @@ class Reconciliation:
                 found = list(chain.from_iterable(pool.map(self.api.find_users, group)))
                 if apply:
                     self._apply(found, read_at)
-                known, asked = set(map(id_of, found)), list(chain.from_iterable(group))
+                known, asked = set(map(USER.find_id, found)), list(chain.from_iterable(group))
                 absent = [user_id for user_id in asked if user_id not in known]
                 for some in _batched(absent, THREADS):  # the caller stops if there are too many
                     yield from compress(some, pool.map(self.api.is_gone, some))

@@ -72,7 +72,7 @@ def find_fault(store: Store) -> str | None:
         if _is_read_only(connection):
             connection.invalidate()  # after a failover, a new connection may reach the new primary
             return "database_read_only"
-        for table in (store.users, store.messages):
+        for table in store.tables:
             try:
                 connection.execute(sa.select(table).limit(0))
             except (sa.exc.ProgrammingError, sa.exc.OperationalError) as error:

@@ -14,6 +14,7 @@ from flask import Flask, current_app, request
 
 from clerkhooks.clerk.session_tokens import Session, SessionVerifier
 from clerkhooks.clerk.signatures import SigningSecret
+from clerkhooks.deliveries import Deliveries
 from clerkhooks.settings import Settings
 from clerkhooks.store import Store
 from clerkhooks.store.models import ClerkUser
@@ -46,6 +47,7 @@ class State:
     """The variables from which *settings* were read, for the ``doctor`` command."""
     store: Store
     users: Users
+    deliveries: Deliveries
     authenticator: Authenticator
     secrets: tuple[SigningSecret, ...]
     metrics: Metrics | None = None

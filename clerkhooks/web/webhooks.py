@@ -48,10 +48,10 @@ def apply_delivery(fields: dict[str, Any], state: State) -> Response:
     headers = {name: request.headers.get(name, "") for name in HEADERS}
     message = verify_signature(headers, body, state.secrets, now)
     fields["message_id"] = message.message_id
-    event = parse_event(message)
+    event = parse_event(message, state.store.stored_types)
     fields |= {"message_id": event.message_id, "event_type": event.type, "user_id": event.user_id}
     try:
-        outcome = state.users.apply(event)
+        outcome = state.deliveries.apply(event)
     except Overloaded:
         raise
     except (RequestError, HTTPException) as error:

@@ -56,4 +56,6 @@ def _encode(state: State, clerk: FakeClerk, requests: Iterator[bytes], count: in
         verify_signature(clerk.headers(body), body, state.secrets, time.time()) for body in bodies
     ]
     events = map(parse_event, messages)
-    return str(state.store.statements.encode(state.users._row(event, now) for event in events))
+    return str(
+        state.store.statements.encode(state.deliveries.make_row(event, now) for event in events)
+    )

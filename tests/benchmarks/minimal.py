@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 
-from clerkhooks import create_app, users
+from clerkhooks import create_app, deliveries
 from clerkhooks.clerk.events import ReceivedEvent, parse_event
 from clerkhooks.clerk.signatures import verify_signature
 from clerkhooks.store.batching import Batcher
@@ -68,7 +68,7 @@ def receive(environ: dict[str, Any]) -> dict[str, str]:
 def write_to_postgresql(events: Sequence[ReceivedEvent]) -> list[str]:
     """Write users and messages in one statement."""
     now = datetime.now(UTC)
-    rows = STORE.statements.encode(STATE.users._row(event, now) for event in events)
+    rows = STORE.statements.encode(STATE.deliveries.make_row(event, now) for event in events)
     parameters = {"rows": rows, "now": now, "lock_timeout": LOCK_TIMEOUT}
     outcomes = dict(execute(APPLY, parameters).fetchall())
     return [str(outcomes.get(event.message_id, "duplicate")) for event in events]
@@ -81,7 +81,7 @@ def read(user_ids: Sequence[str]) -> list[Any]:
     return [found[user_id] for user_id in user_ids]
 
 
-DELIVERIES = Batcher(write_to_postgresql, keys=users._keys, concerns_all=bool)
+DELIVERIES = Batcher(write_to_postgresql, keys=deliveries.find_keys, concerns_all=bool)
 READS = Batcher(read, keys=lambda user_id: (user_id,), concerns_all=bool)
 
 
