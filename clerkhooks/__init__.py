@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from clerkhooks.events import Event, Outcome
     from clerkhooks.extension import ClerkHooks
     from clerkhooks.service import create_app
-    from clerkhooks.store.models import ClerkUser, Versioned, from_clerk
+    from clerkhooks.store.models import ClerkOrganization, ClerkUser, Versioned, from_clerk
     from clerkhooks.versioned import upsert
     from clerkhooks.web.auth import current_session, current_user, require_auth
 
 __all__ = [
     "ClerkHooks",
+    "ClerkOrganization",
     "ClerkUser",
     "Event",
     "Outcome",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 _MODULES = {
     "ClerkHooks": "extension",
+    "ClerkOrganization": "store.models",
     "ClerkUser": "store.models",
     "Event": "events",
     "Outcome": "events",

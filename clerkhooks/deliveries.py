@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from itertools import compress
 from time import monotonic
 from typing import Any
 
@@ -18,7 +20,7 @@ from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields
-from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction
+from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction, transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.pool import Overloaded, Slots
@@ -35,7 +37,7 @@ class Deliveries:
 
     def __init__(self, store: Store, handlers: Handlers, session: scoped_session[Session]) -> None:
         self._store, self._handlers, self._database = store, handlers, store.database
-        self.handled = HandledWrites(store, handlers, session)
+        self._endings, self.handled = store.endings, HandledWrites(store, handlers, session)
         self._batchers = {
             kind: Batcher(
                 self._apply_all,
@@ -95,7 +97,7 @@ class Deliveries:
         began_at = monotonic()
         with self._database.connect() as connection:
             try:
-                with sqlite_transaction(connection):
+                with self._transaction(connection, events):
                     return self.write(connection, events, lock_timeout)
             except OperationalError as error:
                 if not is_locked(error) or monotonic() - began_at > TABLE_LOCKED_AFTER:
@@ -105,8 +107,17 @@ class Deliveries:
     def _wait_for_row(self, event: ReceivedEvent) -> Outcome:
         """Apply *event* on PostgreSQL, waiting until its row is no longer locked."""
         with self._lock_waits.use(), self._database.connect() as connection:
-            [outcome] = self.write(connection, [event])
-        return outcome
+            with self._transaction(connection, [event]):
+                [outcome] = self.write(connection, [event])
+            return outcome
+
+    def _transaction(
+        self, connection: sa.Connection, events: Sequence[ReceivedEvent]
+    ) -> AbstractContextManager[None]:
+        """Begin a transaction if *events* need several statements."""
+        if self._endings is not None and any(map(self._endings.concerns, events)):
+            return transaction(connection)
+        return sqlite_transaction(connection)
 
     def write(
         self,
@@ -115,6 +126,8 @@ class Deliveries:
         lock_timeout: str = LOCK_TIMEOUT,
     ) -> list[Outcome]:
         """Write objects of one kind and messages. Skip messages that were already processed."""
+        if self._endings is not None:
+            self._endings.lock(connection, events, lock_timeout)
         statements, now = self._store.by_kind[events[0].kind or USER], datetime.now(UTC)
         rows = [self.make_row(event, now) for event in events]
         parameters = {"rows": statements.encode(rows), "now": now}
@@ -129,7 +142,11 @@ class Deliveries:
             parameters["rows"] = statements.encode(rows)
             done = connection.execute(statements.record_messages, parameters).all()
         outcomes = {message_id: Outcome(outcome) for message_id, outcome in done}
-        return [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
+        found = [outcomes.get(event.message_id, Outcome.DUPLICATE) for event in events]
+        if self._endings is not None:
+            applied = (outcome is Outcome.APPLIED for outcome in found)
+            self._endings.end_after(connection, compress(events, applied), now)
+        return found
 
     def make_row(self, event: ReceivedEvent, now: datetime) -> dict[str, Any]:
         """Return *event* as a row. If it is of a stored kind, the SQL sets the outcome."""

@@ -18,10 +18,13 @@ from clerkhooks.cli.commands import clerk
 from clerkhooks.deliveries import Deliveries
 from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
+from clerkhooks.organization_models import OrganizationModels, make_organization_models
 from clerkhooks.settings import Settings, merge_config
-from clerkhooks.store import Store
+from clerkhooks.store import OrganizationTables, Store
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
+    ClerkMembership,
+    ClerkOrganization,
     ClerkUser,
     add_indexes,
     declared_fields,
@@ -53,16 +56,37 @@ class ClerkHooks(Generic[U]):
         hooks = ClerkHooks(db, User)
         hooks.init_app(app)
 
+    Organizations and memberships are also stored if ``CLERK_TABLES`` is ``organizations``, or if
+    *organization_model* is passed. It derives from ``ClerkOrganization`` and ``db.Model``.
+
     Raises:
-        ValueError: a column of *model* is declared incorrectly, or the table's name is in use.
-        TypeError: *model* does not derive from ``ClerkUser``.
+        ValueError: a column of a model is declared incorrectly, or a table's name is in use.
+        TypeError: *model* does not derive from ``ClerkUser``, or *organization_model* does not
+            derive from ``ClerkOrganization``.
     """
 
     @overload
-    def __init__(self: ClerkHooks[ClerkUser], db: SQLAlchemy) -> None: ...
+    def __init__(
+        self: ClerkHooks[ClerkUser],
+        db: SQLAlchemy,
+        *,
+        organization_model: type[ClerkOrganization] | None = None,
+    ) -> None: ...
     @overload
-    def __init__(self, db: SQLAlchemy, model: type[U]) -> None: ...
-    def __init__(self, db: SQLAlchemy, model: type[Any] | None = None) -> None:
+    def __init__(
+        self,
+        db: SQLAlchemy,
+        model: type[U],
+        *,
+        organization_model: type[ClerkOrganization] | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        db: SQLAlchemy,
+        model: type[Any] | None = None,
+        *,
+        organization_model: type[Any] | None = None,
+    ) -> None:
         """Add the tables to the metadata of *db*."""
         if model is not None and not (isinstance(model, type) and issubclass(model, ClerkUser)):
             raise TypeError("The model must derive from ClerkUser: class User(ClerkUser, db.Model)")
@@ -75,6 +99,10 @@ class ClerkHooks(Generic[U]):
         self._handlers = Handlers()
         add_indexes(self._users)
         self._messages = make_messages_table(self._users.metadata, self._users.schema)
+        self._stores_organizations = organization_model is not None
+        self._organizations: OrganizationModels | None = None
+        if organization_model is not None:
+            self._organizations = make_organization_models(db, self._users, organization_model)
 
     def init_app(
         self,
@@ -100,7 +128,8 @@ class ClerkHooks(Generic[U]):
         Raises:
             SettingsError: the configuration in ``app.config`` and the environment is invalid.
             RuntimeError: ``db.init_app(app)`` was not called, or *app* already uses clerkhooks.
-            ValueError: *routes* contains an unknown name.
+            ValueError: *routes* contains an unknown name, or the name of an optional table is in
+                use.
         """
         wanted = _parse_routes(routes)
         self._check_app(app)
@@ -159,6 +188,16 @@ class ClerkHooks(Generic[U]):
         """The session of the current caller, or None if the caller is anonymous."""
         return cast("Session | None", auth.get_session())
 
+    @property
+    def organization_model(self) -> type[ClerkOrganization]:
+        """The model of organizations: the one that was passed, or the plain one."""
+        return self._get_organization_models().organization
+
+    @property
+    def membership_model(self) -> type[ClerkMembership]:
+        """The model of memberships."""
+        return self._get_organization_models().membership
+
     def include_name(self, name: str | None, type_: str, parent_names: Any) -> bool:
         """
         Restrict ``flask db migrate`` to the tables of *db* in a shared database.
@@ -184,7 +223,8 @@ class ClerkHooks(Generic[U]):
             engine = self.db.engines[bind_key]
         options = _engine_options(self.db, app, bind_key)
         database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
-        store = Store(database, self._mapper, self._messages, self._fields)
+        optional = self._find_optional(settings)
+        store = Store(database, self._mapper, self._messages, self._fields, optional)
         return State(
             hooks=self,
             settings=settings,
@@ -195,6 +235,19 @@ class ClerkHooks(Generic[U]):
             authenticator=auth.make_authenticator(settings),
             secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
         )
+
+    def _get_organization_models(self) -> OrganizationModels:
+        if self._organizations is None:
+            raise RuntimeError("Organizations are not stored. Set CLERK_TABLES=organizations.")
+        return self._organizations
+
+    def _find_optional(self, settings: Settings) -> OrganizationTables | None:
+        """Return the optional tables if a model was passed or *settings* ask for them."""
+        if not self._stores_organizations and "organizations" not in settings.tables:
+            return None
+        if self._organizations is None:
+            self._organizations = make_organization_models(self.db, self._users, None)
+        return self._organizations.tables
 
 
 def _make_model(db: SQLAlchemy) -> type[Any]:

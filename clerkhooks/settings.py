@@ -38,6 +38,7 @@ VARIABLES = {
     "CLERK_AUDIENCE": "The aud claim of your tokens.",
     "METRICS_TOKEN": _GENERATE,
     "CONSOLE_PASSWORD": _GENERATE,
+    "CLERK_TABLES": "organizations, to keep tables of organizations and memberships.",
     "DATABASE_POOL_SIZE": "The size of clerkhooks' connection pool per process, such as 5.",
     "DATABASE_POOLER": "session or transaction: the mode of a pooler such as PgBouncer.",
     "LOG_FORMAT": "json or text.",
@@ -73,6 +74,7 @@ _PARSERS: Parsers = {
     "audience": ("CLERK_AUDIENCE", parsing.split),
     "metrics_token": ("METRICS_TOKEN", parsing.parse_password),
     "console_password": ("CONSOLE_PASSWORD", parsing.parse_password),
+    "tables": ("CLERK_TABLES", parsing.list_of(parsing.one_of("organizations"))),
     "pool_size": ("DATABASE_POOL_SIZE", parsing.number_up_to(100)),
     "pooler": ("DATABASE_POOLER", parsing.one_of("session", "transaction")),
 }
@@ -100,6 +102,7 @@ class Settings:
     audience: tuple[str, ...] = ()
     metrics_token: str | None = field(repr=False, default=None)
     console_password: str | None = field(repr=False, default=None)
+    tables: tuple[str, ...] = ()
     pool_size: int = 5
     pooler: Literal["session", "transaction"] | None = None
 

@@ -15,7 +15,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase
 
-from clerkhooks import ClerkHooks, ClerkUser
+from clerkhooks import ClerkHooks, ClerkOrganization, ClerkUser
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.store.database import Database
 from clerkhooks.web.state import State, disconnect
@@ -31,9 +31,14 @@ class Application(Service):
         clerk: FakeClerk,
         database_url: str,
         columns: Mapping[str, Any] | None = None,
+        organization: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        """Create the application. *columns* are added to its user model."""
+        """
+        Create the application. *columns* are added to its user model.
+
+        With *organization*, it has a model of organizations with these columns.
+        """
 
         class Base(DeclarativeBase):
             """The application's declarative base."""
@@ -41,7 +46,10 @@ class Application(Service):
         self.db = SQLAlchemy(model_class=Base)
         parents: tuple[Any, ...] = (ClerkUser, self.db.Model)
         self.model: Any = type("User", parents, {"__module__": __name__, **(columns or {})})
-        self.hooks: ClerkHooks[Any] = ClerkHooks(self.db, self.model)
+        own: Any = organization and type(
+            "Organization", (ClerkOrganization, self.db.Model), dict(organization)
+        )
+        self.hooks: ClerkHooks[Any] = ClerkHooks(self.db, self.model, organization_model=own)
         super().__init__(self.create_app(clerk, database_url, **config), clerk, database_url)
 
     def create_app(self, clerk: FakeClerk, database_url: str, **config: Any) -> Flask:
@@ -85,8 +93,13 @@ def make_application(clerk: FakeClerk) -> Iterator[MakeApplication]:
     """Create applications and their tables; close the connections after the test."""
     made: list[Application] = []
 
-    def make(url: str, columns: Mapping[str, Any] | None = None, **config: Any) -> Application:
-        application = Application(clerk, url, columns, **config)
+    def make(
+        url: str,
+        columns: Mapping[str, Any] | None = None,
+        organization: Mapping[str, Any] | None = None,
+        **config: Any,
+    ) -> Application:
+        application = Application(clerk, url, columns, organization, **config)
         made.append(application)
         application.create_all()
         return application

@@ -47,6 +47,7 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
+TABLES = ("users", "organizations", "organization_memberships", "webhook_messages")
 TIMEOUT = 300  # seconds for a phase of a test, multiplied by four if the test is marked as slow
 EXIT_TIMEOUT = 60  # seconds that the process may take to exit after the last test
 MakeDatabase = Callable[[str], str]
@@ -197,7 +198,7 @@ def database_url(request: pytest.FixtureRequest, migrated_url: MigratedUrl, tmp_
         shutil.copy(url.removeprefix("sqlite:///"), copy)
         return f"sqlite:///{copy}"
     with psycopg.connect(url) as connection:
-        connection.execute("TRUNCATE users, webhook_messages")
+        connection.execute(f"TRUNCATE {', '.join(TABLES)}")
     return url
 
 
@@ -224,6 +225,12 @@ def make_service(database_url: str, clerk: FakeClerk) -> Iterator[MakeService]:
 def service(make_service: MakeService) -> Service:
     """Create the service on a database of each kind."""
     return make_service()
+
+
+@pytest.fixture
+def organizations(make_service: MakeService) -> Service:
+    """Create the service with tables of organizations and memberships."""
+    return make_service(CLERK_TABLES="organizations")
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def paused(point: PausePoint, request: Request) -> Iterator[Future[TestResponse]
 def blocked(service: Service, request: Request) -> Iterator[Future[TestResponse]]:
     """Run *request* in a thread until it is waiting for another transaction's lock."""
     writing = threading.Event()
-    writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE")
+    writes = ("INSERT", "UPDATE", "WITH", "BEGIN IMMEDIATE", "SELECT pg_advisory")
     with ThreadPool(1) as pool, on_statement(service, writes, writing.set):
         answer = pool.submit(request)
         # SQLite does not show its lock queue, but a blocked writer stops at this statement.

@@ -131,6 +131,54 @@ def deletion(user_id: str, at: int = NOW_MS) -> bytes:
     return event_body("user.deleted", {"deleted": True, "id": user_id, "object": "user"}, at)
 
 
+def organization_data(organization_id: str, *, updated_at: int) -> dict[str, Any]:
+    """Return the ``data`` of an event about an organization. *updated_at* is in milliseconds."""
+    return {
+        "created_at": updated_at,
+        "id": organization_id,
+        "image_url": f"https://img.clerk.com/{organization_id}",
+        "name": "Acme",
+        "object": "organization",
+        "public_metadata": {},
+        "slug": "acme",
+        "updated_at": updated_at,
+    }
+
+
+def membership_data(
+    membership_id: str, organization_id: str, user_id: str, *, updated_at: int
+) -> dict[str, Any]:
+    """Return the ``data`` of an event about a membership. *updated_at* is in milliseconds."""
+    return {
+        "created_at": updated_at,
+        "id": membership_id,
+        "object": "organization_membership",
+        "organization": organization_data(organization_id, updated_at=updated_at),
+        "public_user_data": {"user_id": user_id},
+        "role": "org:member",
+        "updated_at": updated_at,
+    }
+
+
+def organization_event(
+    organization_id: str, verb: str = "created", *, at: int = NOW_MS, **data: Any
+) -> bytes:
+    """Return an event about an organization. *data* replaces fields."""
+    if verb == "deleted":
+        whole = {"deleted": True, "id": organization_id, "object": "organization"}
+    else:
+        whole = organization_data(organization_id, updated_at=at)
+    return event_body(f"organization.{verb}", whole | data, at)
+
+
+def membership_event(
+    ids: tuple[str, str, str], verb: str = "created", *, at: int = NOW_MS, **data: Any
+) -> bytes:
+    """Return an event about a membership. *ids* are those of it, its organization and its user."""
+    whole = membership_data(*ids, updated_at=at)
+    return event_body(f"organizationMembership.{verb}", whole | data, at)
+
+
 class Service:
     """The service in this process, and the fake Clerk whose keys it trusts."""
 

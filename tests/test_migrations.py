@@ -21,33 +21,33 @@ from clerkhooks.doctor import diagnose
 from clerkhooks.doctor.database import check_database
 from clerkhooks.service import db
 from clerkhooks.settings import PROJECT
-from tests.conftest import KINDS, MakeDatabase, MakeService
+from tests.conftest import KINDS, TABLES, MakeDatabase, MakeService
 from tests.server import environ
 from tests.support import Service, pending_schema_changes, rows, user_event
 
 
-def test_agree_with_the_models(service: Service) -> None:
+def test_agree_with_the_models(organizations: Service) -> None:
     """Autogenerate finds no difference in columns, types, indexes or nullability."""
-    with service.app.app_context():
-        assert pending_schema_changes() == []
+    with organizations.app.app_context():
+        assert pending_schema_changes("organizations", "organization_memberships") == []
 
 
 def test_name_every_constraint_and_index(service: Service) -> None:
     """Names are the same on both databases, so a later migration can drop objects by name."""
     with service.app.app_context():
         inspector = sa.inspect(db.engine)
-        names = {
-            table: inspector.get_pk_constraint(table)["name"]
-            for table in ("users", "webhook_messages")
-        }
+        names = {table: inspector.get_pk_constraint(table)["name"] for table in TABLES}
         indexes = {index["name"] for table in names for index in inspector.get_indexes(table)}
-    assert names == {"users": "pk_users", "webhook_messages": "pk_webhook_messages"}
+    assert names == {table: f"pk_{table}" for table in TABLES}
     assert indexes == {
         "ix_users_email",
         "ix_users_created_at",
         "ix_users_without_profile",
         "ix_users_deleted",
         "ix_users_barred",
+        "ix_organizations_created_at",
+        "ix_organization_memberships_organization_id",
+        "ix_organization_memberships_user_id",
         "ix_webhook_messages_received_at",
         "ix_webhook_messages_clerk_user_id",
         "ix_webhook_messages_failed",
@@ -178,12 +178,14 @@ THEIRS = [
 ]
 
 
-def run(clerk: FakeClerk, url: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(
+    clerk: FakeClerk, url: str, command: list[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command of the service on the database at *url*."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=PROJECT,
-        env=environ(**clerk.environ, DATABASE_URL=url),
+        env=environ(**clerk.environ, DATABASE_URL=url, **variables),
         capture_output=True,
         text=True,
         timeout=60,
@@ -219,6 +221,37 @@ def test_refuse_a_table_of_others(
     [finding] = diagnose(values, checks=[check_database])
     assert (finding.code, finding.remedy) == ("database_of_others", remedy)
     assert what in finding.what
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["organizations", "organization_memberships"])
+def test_leave_organizations_of_others_alone(
+    make_database: MakeDatabase, make_service: MakeService, clerk: FakeClerk, kind: str, name: str
+) -> None:
+    """
+    A table of that name is another program's unless CLERK_TABLES is set.
+
+    Then the migration refuses it, and the doctor describes it.
+    """
+    url = make_database(kind)
+    rows(url, f"CREATE TABLE {name} (id INTEGER PRIMARY KEY, nickname TEXT)")
+    refused = run(clerk, url, UPGRADE, CLERK_TABLES="organizations")
+    what = f"has a table {name}"
+    assert refused.returncode == 1
+    assert what in refused.stderr
+    assert run(clerk, url, UPGRADE).returncode == 0
+    service = make_service(DATABASE_URL=url)
+    assert service.http.get("/readyz").status_code == 200
+    assert make_service(DATABASE_URL=url, CLERK_TABLES="organizations").http.get(
+        "/readyz"
+    ).get_json()["reason"] == ("schema_behind")
+    values = clerk.environ | {"DATABASE_URL": url, "CLERK_TABLES": "organizations"}
+    [finding] = diagnose(values, checks=[check_database])
+    assert finding.code == "database_of_others"
+    assert what in finding.what
+    with service.app.app_context():
+        downgrade(revision="base")
+        assert set(sa.inspect(db.engine).get_table_names()) == {name, "clerkhooks_version"}
 
 
 def _content(url: str) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +24,13 @@ from clerkhooks.doctor.findings import (
 )
 from clerkhooks.errors import describe
 from clerkhooks.settings import EPHEMERAL_PLATFORMS, VARIABLES, VERSION_TABLE, ServiceSettings
-from clerkhooks.store import Store, activity
+from clerkhooks.store import OrganizationTables, Store, activity
 from clerkhooks.store.database import Database
-from clerkhooks.store.foreign import find_table
+from clerkhooks.store.foreign import FoundTable, find_optional_table, find_table
 from clerkhooks.store.models import (
     VERSION_COLUMNS,
+    ClerkMembership,
+    ClerkOrganization,
     ClerkUser,
     add_indexes,
     make_messages_table,
@@ -69,7 +71,7 @@ def check_database(case: Case) -> Iterator[Finding]:
         return
 
     def judge() -> list[Finding]:
-        store = plain_store(url)
+        store = plain_store(url, case.settings.tables)
         try:
             found = judge_database(store, case.program, where)
             return found + ([] if is_named else _find_pooler(store.database))
@@ -93,12 +95,12 @@ def _find_pooler(database: Database) -> list[Finding]:
     return [Finding("database_pooler_unnamed", Level.ERROR, "database", what, remedy)]
 
 
-def plain_store(url: sa.URL) -> Store:
+def plain_store(url: sa.URL, optional: Sequence[str] = ()) -> Store:
     """
     Return a store with the service's tables in the database at *url*.
 
-    It connects when it is first used. The connections work through any pooler, and do not change
-    session settings.
+    *optional* are the names in CLERK_TABLES. The store connects when it is first used. The
+    connections work through any pooler, and do not change session settings.
     """
 
     class Plain(DeclarativeBase):
@@ -107,12 +109,21 @@ def plain_store(url: sa.URL) -> Store:
     class User(ClerkUser, Plain):
         """The plain table of users."""
 
+    class Organization(ClerkOrganization, Plain):
+        """The plain table of organizations."""
+
+    class Membership(ClerkMembership, Plain):
+        """The table of memberships."""
+
     mapper: Mapper[Any] = sa.inspect(User)
     users = cast("sa.Table", mapper.local_table)
     add_indexes(users)
     messages = make_messages_table(users.metadata, users.schema)
     database = Database(sa.create_engine(url), {}, pool_size=2, pooler="transaction")
-    return Store(database, mapper, messages, {})
+    tables = OrganizationTables(
+        cast("sa.Table", Organization.__table__), cast("sa.Table", Membership.__table__), {}
+    )
+    return Store(database, mapper, messages, {}, tables if optional else None)
 
 
 def _is_sqlite(url: sa.URL) -> bool:
@@ -189,7 +200,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
     with store.database.connect() as connection:
         inspector = sa.inspect(connection)
         present = [table for table in store.tables if inspector.has_table(table.name, table.schema)]
-        found = find_table(connection) if program is SERVICE else None
+        found = _find_foreign(store, connection) if program is SERVICE else None
         is_recorded = inspector.has_table(VERSION_TABLE)
     subject, remedy = "database", f"Migrate: {program.upgrade}"
     if found and not (is_recorded and found.missing.isdisjoint(VERSION_COLUMNS)):
@@ -199,6 +210,13 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
     fault = "lacks tables or columns that this release needs" if present else "is not migrated"
     what = f"{where} responds, but {fault}."
     return Finding("database_not_migrated", Level.ERROR, subject, what, remedy)
+
+
+def _find_foreign(store: Store, connection: sa.Connection) -> FoundTable | None:
+    """Return a table whose name clerkhooks uses. Prefer a table that lacks columns."""
+    found = find_table(connection)
+    optional = find_optional_table(connection) if store.endings is not None else None
+    return optional if optional is not None and optional.missing else found
 
 
 def _judge_failures(store: Store, program: Program) -> Finding:

@@ -6,7 +6,7 @@ import os
 import random
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import monotonic, sleep
 from typing import Any, cast
@@ -103,17 +103,22 @@ class Database:
             return connection.execute(statement, parameters).all()
 
 
-@contextmanager
-def sqlite_transaction(connection: sa.Connection) -> Iterator[None]:
+def sqlite_transaction(connection: sa.Connection) -> AbstractContextManager[None]:
     """
     Run the block's statements in one transaction on SQLite.
 
     On PostgreSQL, do nothing, because each statement is a complete transaction.
     """
-    if connection.dialect.name != "sqlite":
-        yield
-        return
-    begin_immediate(connection)
+    return nullcontext() if connection.dialect.name == "postgresql" else transaction(connection)
+
+
+@contextmanager
+def transaction(connection: sa.Connection) -> Iterator[None]:
+    """Run the block's statements in one transaction, although *connection* is in AUTOCOMMIT."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("BEGIN")
+    else:
+        begin_immediate(connection)
     try:
         yield
         connection.exec_driver_sql("COMMIT")

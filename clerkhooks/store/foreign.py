@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from clerkhooks.store.models import MESSAGES, OWN_COLUMNS, make_messages_table
+from clerkhooks.store.models import (
+    MEMBERSHIP_COLUMNS,
+    MESSAGES,
+    ORGANIZATION_COLUMNS,
+    OWN_COLUMNS,
+    make_messages_table,
+)
 
 MAX_COLUMNS = 12  # the maximum number of columns listed in a message
 _OTHER_FILE = "Use another file, such as sqlite:////path/to/clerkhooks.db, in DATABASE_URL."
@@ -51,14 +57,24 @@ class FoundTable:
 
 def find_table(connection: sa.Connection) -> FoundTable | None:
     """Return an existing table with one of our names in the current schema, or None."""
+    messages = make_messages_table(sa.MetaData(), None)
+    return _find(connection, {"users": OWN_COLUMNS, MESSAGES: frozenset(messages.columns.keys())})
+
+
+def find_optional_table(connection: sa.Connection) -> FoundTable | None:
+    """Do the same for the tables of organizations and memberships."""
+    needed = {
+        "organizations": ORGANIZATION_COLUMNS,
+        "organization_memberships": MEMBERSHIP_COLUMNS,
+    }
+    return _find(connection, needed)
+
+
+def _find(connection: sa.Connection, needed: dict[str, frozenset[str]]) -> FoundTable | None:
     inspector = sa.inspect(connection)
     schema = None
     if connection.dialect.name == "postgresql":  # tables in other schemas do not conflict
         schema = connection.scalar(sa.select(sa.func.current_schema()))
-    needed = {
-        "users": OWN_COLUMNS,
-        MESSAGES: frozenset(make_messages_table(sa.MetaData(), None).columns.keys()),
-    }
     for name, own in needed.items():
         if inspector.has_table(name, schema):
             columns = tuple(column["name"] for column in inspector.get_columns(name, schema))

@@ -1,4 +1,4 @@
-"""The tables: the mixin for users, the message log, and the version columns."""
+"""The tables: the mixins for models, the message log, and the version columns."""
 
 from __future__ import annotations
 
@@ -68,6 +68,17 @@ class Versioned:
     version_message_id: Mapped[str | None] = mapped_column(Bytewise)
 
 
+def _named(name: str) -> Any:
+    """Return the declaration of a table's name. It can be overridden in a model."""
+
+    @declared_attr.directive
+    def __tablename__(cls: type[Any]) -> str | None:  # noqa: N807
+        # In single-table inheritance, a derived model has no table name.
+        return None if has_inherited_table(cls) else name
+
+    return __tablename__
+
+
 class ClerkUser(Versioned):
     """
     Mixin for the application's user model. Users are matched only by Clerk's id.
@@ -81,11 +92,7 @@ class ClerkUser(Versioned):
     if TYPE_CHECKING:
         __tablename__: Any
     else:
-
-        @declared_attr.directive
-        def __tablename__(cls) -> str | None:  # noqa: N805
-            # In single-table inheritance, a derived model has no table name.
-            return None if has_inherited_table(cls) else "users"
+        __tablename__ = _named("users")
 
     id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
     email: Mapped[str | None] = mapped_column(sa.Text, index=True)
@@ -101,20 +108,67 @@ class ClerkUser(Versioned):
     locked_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
+class ClerkOrganization(Versioned):
+    """
+    Mixin for the application's model of organizations, which declares columns with ``from_clerk``.
+
+    The rows follow the same rules as those of ``ClerkUser``.
+    """
+
+    if TYPE_CHECKING:
+        __tablename__: Any
+    else:
+        __tablename__ = _named("organizations")
+
+    id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    name: Mapped[str] = mapped_column(sa.Text)
+    slug: Mapped[str | None] = mapped_column(sa.Text)
+    image_url: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, index=True)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+class ClerkMembership(Versioned):
+    """
+    A user's membership in an organization. A user who leaves and returns has a new one.
+
+    The deletion of the organization or the user also deletes the membership. There is no foreign
+    key, because a membership's event may arrive before those of the organization and the user. In a
+    tombstone, the role is NULL. If its event did not contain them, the other ids are NULL too.
+    """
+
+    if TYPE_CHECKING:
+        __tablename__: Any
+    else:
+        __tablename__ = _named("organization_memberships")
+
+    id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    organization_id: Mapped[str | None] = mapped_column(sa.Text, index=True)
+    user_id: Mapped[str | None] = mapped_column(sa.Text, index=True)
+    role: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
 OWN_COLUMNS = frozenset((*ClerkUser.__annotations__, *VERSION_COLUMNS))
+ORGANIZATION_COLUMNS = frozenset((*ClerkOrganization.__annotations__, *VERSION_COLUMNS))
+MEMBERSHIP_COLUMNS = frozenset((*ClerkMembership.__annotations__, *VERSION_COLUMNS))
 
 
 def from_clerk(
     path: str, *column: Any, parse: Callable[[Any], Any] | None = None, **options: Any
 ) -> MappedColumn[Any]:
     """
-    Declare a column that stores a field of Clerk's user object, versioned like the profile.
+    Declare a column that stores a field of Clerk's object, versioned like the other columns.
 
-    *path* is a field of the object (``username``), a dotted path (``public_metadata.plan``), or
-    ``primary_phone_number``. *parse* receives the value, which may be user input, and returns the
-    value to store. If *parse* raises ValueError, or the column cannot store the value, the value
-    counts as absent. *column* and *options* are passed to ``mapped_column``. The column must be
-    nullable. Use ``sa.JSON`` for objects and lists.
+    The object is a user or, in a model of organizations, an organization. *path* is a field of the
+    object (``username``), a dotted path (``public_metadata.plan``), or ``primary_phone_number``.
+    *parse* receives the value, which may be user input, and returns the value to store. If *parse*
+    raises ValueError, or the column cannot store the value, the value counts as absent. *column*
+    and *options* are passed to ``mapped_column``. The column must be nullable. Use ``sa.JSON`` for
+    objects and lists.
 
     Raises:
         ValueError: *path* is malformed or leads into ``private_metadata``.
@@ -130,10 +184,12 @@ def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
     Raises:
         ValueError: a column's declaration is invalid.
     """
+    is_user = issubclass(mapper.class_, ClerkUser)
+    own, what = (OWN_COLUMNS, "a user") if is_user else (ORGANIZATION_COLUMNS, "an organization")
     found: dict[sa.Column[Any], Field] = {}
     for attribute in mapper.column_attrs:
         column = attribute.columns[0]
-        if not isinstance(column, sa.Column) or column.key in OWN_COLUMNS:
+        if not isinstance(column, sa.Column) or column.key in own:
             continue
         where = f"{mapper.class_.__name__}.{attribute.key}"
         field = column.info.get(_FIELD)
@@ -142,7 +198,7 @@ def declared_fields(mapper: Mapper[Any]) -> dict[sa.Column[Any], Field]:
             found[column] = field
         elif not column.nullable and column.server_default is None and column.computed is None:
             raise ValueError(
-                f"{where} has no value when clerkhooks inserts a user. "
+                f"{where} has no value when clerkhooks inserts {what}. "
                 "Give it a server_default, or make it nullable."
             )
     return found
@@ -157,13 +213,13 @@ def _check_declared(column: sa.Column[Any], where: str) -> None:
     if not is_supported(column.type):
         raise ValueError(
             f"{where} has an unsupported type: a value outside its limits would make all events of "
-            "a user fail. Use text, JSON, a number, a date, Enum or Uuid."
+            "an object fail. Use text, JSON, a number, a date, Enum or Uuid."
         )
     unique: list[Any] = [index for index in column.table.indexes if index.unique]
     unique += [one for one in column.table.constraints if isinstance(one, sa.UniqueConstraint)]
     if column.unique or any(column in one.columns.values() for one in unique):
         raise ValueError(
-            f"{where} must not be unique: events arrive in any order, so two users may have the "
+            f"{where} must not be unique: events arrive in any order, so two rows may have the "
             "same value for a while."
         )
 

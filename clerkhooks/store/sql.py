@@ -1,5 +1,7 @@
 """The templates of the SQL that writes objects from Clerk. ``statements`` explains them."""
 
+from clerkhooks.clerk.events import LAST_MILLISECOND
+
 # Clerk never reuses an id, so a tombstone from a deletion event is final. A tombstone from a sync
 # has a version, which contains the time of the sync. Newer data from Clerk restores the row.
 IS_FINAL = "t.deleted_at IS NOT NULL AND t.version_updated_at IS NULL"
@@ -88,16 +90,25 @@ WHERE t.id = r.id AND t.deleted_at IS NULL AND t.version_updated_at = r.version_
 RETURNING {updated}
 """
 
-# The tombstone ranks above every update before the sync. A later event restores the row.
 TOMBSTONE = """
 UPDATE {table} SET
-    {erased}, deleted_at = :now, updated_at = :now,
-    version_updated_at = :found_at, version_timestamp = {last_millisecond}, version_message_id = ''
+    {erased}, deleted_at = :now, updated_at = :now, {version}
 WHERE id IN (
-    SELECT id FROM {table}
-    WHERE id IN (SELECT id FROM ({id_rows}) AS r)
-        AND deleted_at IS NULL AND created_at < :created_before
-        AND (version_updated_at IS NULL OR version_updated_at <= :found_at)
-    ORDER BY id {for_update})
+    SELECT t.id FROM {table} AS t
+    WHERE t.id IN (SELECT id FROM ({id_rows}) AS r) AND {condition}
+    ORDER BY t.id {for_update})
 RETURNING id
 """
+
+# The tombstone ranks above every update before the sync. A later event restores the row.
+INFERRED = {
+    "version": f"""
+    version_updated_at = :found_at, version_timestamp = {LAST_MILLISECOND}, version_message_id = ''
+    """,
+    "condition": """t.deleted_at IS NULL AND t.created_at < :created_before
+        AND (t.version_updated_at IS NULL OR t.version_updated_at <= :found_at)""",
+}
+FINAL = {
+    "version": "version_updated_at = NULL, version_timestamp = NULL, version_message_id = NULL",
+    "condition": f"NOT ({IS_FINAL})",
+}

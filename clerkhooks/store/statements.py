@@ -15,7 +15,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.events import LAST_MILLISECOND
 from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import MEMBERSHIP, USER, Kind
 from clerkhooks.store import sql
@@ -98,7 +97,10 @@ class Statements:
         The column ``sought`` has the id; ``id`` is NULL if the row is missing.
         """
         self.fill_declared = self.text(sql.FILL_DECLARED) if fields else None
-        self.tombstone = self.text(sql.TOMBSTONE)
+        self.tombstone = self.text(sql.TOMBSTONE, **sql.INFERRED)
+        """Write tombstones for objects that a sync did not find at the time ``found_at``."""
+        self.end = self.text(sql.TOMBSTONE, **sql.FINAL)
+        """Write final tombstones, like those of deletion events."""
         self.record_failure = self.text(sql.RECORD_FAILURE)
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -116,9 +118,9 @@ class Statements:
         times = [name for name in _TIMES if name in text._bindparams]
         return text.bindparams(*(sa.bindparam(name, type_=UTCDateTime) for name in times))
 
-    def lookup(self, alias: str, table: sa.Table, key: str) -> str:
+    def lookup(self, alias: str, table: sa.Table, key: str, column: str = "id") -> str:
         """
-        Return the table expression to join as *alias*, ``ON {alias}.id = {key}``.
+        Return the table expression to join as *alias*, ``ON {alias}.{column} = {key}``.
 
         On PostgreSQL, the subquery looks up each id in the index. Without OFFSET, a connection
         might keep a query plan that was made for a small table, and scan the whole table after it
@@ -127,7 +129,7 @@ class Statements:
         name = self.dialect.identifier_preparer.format_table(table)
         if not self._is_postgresql:
             return f"{name} AS {alias}"
-        rows = f"SELECT * FROM {name} AS {alias} WHERE {alias}.id = {key} OFFSET 0"
+        rows = f"SELECT * FROM {name} AS {alias} WHERE {alias}.{column} = {key} OFFSET 0"
         return f"LATERAL ({rows}) AS {alias}"
 
     def _make_names(self, messages: sa.Table) -> dict[str, str]:
@@ -164,7 +166,6 @@ class Statements:
             "typed_columns": self._typed(self.state + _MESSAGE),
             "snapshot_rows": self._rows(self.state),
             "id_rows": self._rows(("id",)),
-            "last_millisecond": str(LAST_MILLISECOND),
             "for_update": "FOR UPDATE" if self._is_postgresql else "",
             "updated": "t.id" if self._is_postgresql else "id",
         }
