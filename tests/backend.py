@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from clerkhooks.clerk.fake import clerk_id, user_data
-from tests.support import serving_in_thread
+from tests.support import membership_data, organization_data, serving_in_thread
 
 WINDOW = 10.0  # the length of the rate limit's window, in seconds
 TIMEOUT = 60  # seconds; under load, a process may take ten to send its first request
@@ -125,6 +125,8 @@ class Backend:
         secret_key: str = SECRET_KEY,
     ) -> None:
         self.users: dict[str, Any] = {}
+        self.organizations: dict[str, Any] = {}
+        self.memberships: dict[str, Any] = {}
         self.jwks = b'{"keys": []}'
         self.behaviours: list[Behaviour] = []
         self.always: Behaviour | None = None
@@ -162,6 +164,24 @@ class Backend:
             self._created_ms[user_id] = at
             self.users[user_id] = user_data(user_id, updated_at=at, **named) | data
         return user_id
+
+    def found(self, *, at: int | None = None, **data: Any) -> str:
+        """Create an organization and return its id."""
+        with self._arrived:
+            organization_id, at = clerk_id("org"), self._now() if at is None else at
+            whole = organization_data(organization_id, updated_at=at)
+            self.organizations[organization_id] = whole | data
+        return organization_id
+
+    def join(
+        self, organization_id: str, user_id: str, *, at: int | None = None, **data: Any
+    ) -> str:
+        """Create a membership and return its id."""
+        with self._arrived:
+            membership_id, at = clerk_id("orgmem"), self._now() if at is None else at
+            whole = membership_data(membership_id, organization_id, user_id, updated_at=at)
+            self.memberships[membership_id] = whole | data
+        return membership_id
 
     def update(self, user_id: str, **data: Any) -> None:
         """Replace fields of a user. ``updated_at`` becomes the current time unless given."""
@@ -223,12 +243,43 @@ class Backend:
             return answering_json(200, {"object": "total_count", "total_count": len(self.users)})
         if path == "/v1/users":
             return self._list(query)
+        if path.startswith("/v1/organization"):
+            return self._answer_about_organizations(path, query)
         user_id = path.removeprefix("/v1/users/")
         return (
             answering_json(200, self.users[user_id])
             if user_id in self.users
             else refusing(404, "resource_not_found")
         )
+
+    def _answer_about_organizations(self, path: str, query: Query) -> Behaviour:
+        if path == "/v1/organization_memberships":
+            return self._list_by_offset(list(self.memberships.values()), query)
+        if path == "/v1/organizations":
+            asked = query.get("organization_id", list(self.organizations))
+            found = [each for key, each in self.organizations.items() if key in asked]
+            return self._list_by_offset(found, query)
+        organization_id, _, rest = path.removeprefix("/v1/organizations/").partition("/")
+        if organization_id not in self.organizations:
+            return refusing(404, "resource_not_found")
+        if not rest:
+            return answering_json(200, self.organizations[organization_id])
+        members = [
+            each
+            for each in self.memberships.values()
+            if each["organization"]["id"] == organization_id
+            and each["public_user_data"]["user_id"] in query["user_id"]
+        ]
+        return self._list_by_offset(members, query)
+
+    def _list_by_offset(self, found: list[Any], query: Query) -> Behaviour:
+        limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
+        order = query.get("order_by", ["-created_at"])[0].replace(" ", "+")
+        if order.lstrip("+-") != "created_at" or not 1 <= limit <= 500 or offset < 0:
+            return refusing(422, "form_param_value_invalid")
+        found.sort(key=lambda each: each["created_at"], reverse=order.startswith("-"))
+        page = {"data": found[offset:][:limit], "total_count": len(found)}
+        return answering_json(200, page)
 
     def _list(self, query: Query) -> Behaviour:
         limit = int(query.get("limit", ["10"])[0])

@@ -21,7 +21,7 @@ from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.fake import clerk_id, event_body
 from clerkhooks.clerk.kinds import parse_profile
 from clerkhooks.errors import BackendApiError
-from clerkhooks.sync import connections, listing, reconcile
+from clerkhooks.sync import connections, listing, reconcile, tables
 from tests.backend import Backend, Query, answering_json, refusing
 from tests.conftest import MakeService
 from tests.racing import following, on_statement
@@ -227,9 +227,9 @@ class Listing(BackendApi):
             self._change(*self.changes.pop(0))
         return listed[:6]
 
-    def is_gone(self, user_id: str) -> bool:
+    def is_gone(self, object_id: str, path: str = "/users") -> bool:
         """Return whether the user was deleted."""
-        return user_id not in self.created_at
+        return object_id not in self.created_at
 
     def _sorted(self) -> list[dict[str, Any]]:
         ordered = sorted((at, user_id) for user_id, at in self.created_at.items())
@@ -593,17 +593,17 @@ def test_retries_a_batch_after_a_lock_timeout(syncing: Service, backend: Backend
     syncing.clerk_service.deliver("user.created", backend.users[user_id])
     backend.update(user_id, first_name="Grace", updated_at=LONG_AGO + 1)
     attempts = []
-    write = reconcile.Reconciliation._write
+    write = tables.TableSync._write
 
-    def write_late(self: reconcile.Reconciliation, snapshots: Any) -> Any:
+    def write_late(self: tables.TableSync, snapshots: Any) -> Any:
         attempts.append(snapshots)
         if len(attempts) == 1:
-            self.connection.execute(sa.text("SELECT 1"))
+            self.run.connection.execute(sa.text("SELECT 1"))
             raise lock_timeout(syncing)
         return write(self, snapshots)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconcile.Reconciliation, "_write", write_late)
+        patch.setattr(tables.TableSync, "_write", write_late)
         assert sync(syncing, backend)[0] == {"updated": 1}
     assert len(attempts) == 2
 

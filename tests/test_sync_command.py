@@ -48,7 +48,7 @@ def test_prints_a_summary(syncing: Service, backend: Backend) -> None:
     lines = first.stdout.splitlines()
     assert lines[0].startswith("Synced 3 users in ")
     assert lines[1].split() == ["created", "3"]
-    assert first.stderr.splitlines() == ["users at Clerk", "rows only here"]
+    assert first.stderr.splitlines() == ["users at Clerk", "users only here"]
     second = run(syncing, "--json")
     zeros = dict.fromkeys(
         ("created", "updated", "newer_here", "tombstoned", "unknown", "failed", "withheld"), 0

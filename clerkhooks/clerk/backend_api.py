@@ -116,7 +116,7 @@ class BackendApi:
 
     def count_users(self) -> int:
         """Return the number of users."""
-        counted = self._get("/users/count")
+        counted = self.get("/users/count")
         count = counted.get("total_count") if isinstance(counted, dict) else None
         if type(count) is not int:
             raise BackendApiError("answer_unusable", "did not answer with a number of users")
@@ -143,23 +143,29 @@ class BackendApi:
         # Without ids, Clerk lists all users. Without a limit, it returns at most ten users.
         return self._list(limit=IDS, user_id=list(user_ids)) if user_ids else []
 
-    def is_gone(self, user_id: str) -> bool:
+    def is_gone(self, object_id: str, path: str = "/users") -> bool:
         """
-        Return whether Clerk's own error code confirms that the user does not exist.
+        Return whether Clerk's own error code confirms that the user or other object does not exist.
 
-        The status 404 is not sufficient, because a proxy or a wrong URL can also cause it.
+        *path* is the path of the list of such objects. The status 404 is not sufficient, because a
+        proxy or a wrong URL can also cause it.
         """
-        path = f"/users/{quote(user_id, safe='')}"
-        return self._retry(lambda: _judge_user(self._send(path), user_id))
+        path = f"{path}/{quote(object_id, safe='')}"
+        return self._retry(lambda: _judge_object(self._send(path), object_id))
+
+    def find(self, path: str, **parameters: Any) -> Any:
+        """Return the parsed response, or None if Clerk confirms that the path's object is gone."""
+        return self._retry(lambda: _judge_or_none(self._send(path, **parameters)))
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """Return the parsed response."""
+        return self._retry(lambda: _judge(self._send(path, **parameters)))
 
     def _list(self, **parameters: Any) -> list[Any]:
-        users = self._get("/users", **parameters)
+        users = self.get("/users", **parameters)
         if not isinstance(users, list):
             raise BackendApiError("answer_unusable", "did not answer with a list of users")
         return users
-
-    def _get(self, path: str, **parameters: Any) -> Any:
-        return self._retry(lambda: _judge(self._send(path, **parameters)))
 
     def _pause_after(self, error: Exception) -> bool | float:
         """Return False to give up, True to retry with backoff, or the seconds to wait."""
@@ -226,13 +232,18 @@ def _judge(answer: Answer) -> Any:
     raise BackendApiError(reasons.get(status, "answer_unusable"), what)
 
 
-def _judge_user(answer: Answer, user_id: str) -> bool:
-    """Return True if *answer* proves that the user does not exist, False if the user exists."""
-    if answer.status == 404 and _is_not_found(answer.body):
+def _judge_or_none(answer: Answer) -> Any:
+    """Return the parsed JSON, or None if *answer* proves that the object does not exist."""
+    return None if answer.status == 404 and _is_not_found(answer.body) else _judge(answer)
+
+
+def _judge_object(answer: Answer, object_id: str) -> bool:
+    """Return True if *answer* proves that the object does not exist, False if it exists."""
+    found = _judge_or_none(answer)
+    if found is None:
         return True
-    user = _judge(answer)
-    if not isinstance(user, dict) or user.get("id") != user_id:
-        raise BackendApiError("answer_unusable", "did not answer with the requested user")
+    if not isinstance(found, dict) or found.get("id") != object_id:
+        raise BackendApiError("answer_unusable", "did not answer with the requested object")
     return False
 
 

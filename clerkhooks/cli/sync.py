@@ -1,4 +1,4 @@
-"""The ``sync`` command, which updates the users table from Clerk."""
+"""The ``sync`` command, which updates the tables from Clerk."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from clerkhooks.settings import VARIABLES
 from clerkhooks.sync.comparison import Finding, Result
 from clerkhooks.sync.connections import AlreadyRunning, reader, sole_writer
 from clerkhooks.sync.reconcile import Reconciliation
+from clerkhooks.sync.tables import TableSync
 from clerkhooks.web.state import current_state
 
 _CONTINUE = "Changes made so far are kept. To continue, run the command again."
@@ -62,6 +63,8 @@ def sync(
     may continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted.
     You can interrupt a sync at any time and run it again. CLERK_SECRET_KEY is required.
 
+    With CLERK_TABLES=organizations, a sync of all users also updates organizations and memberships.
+
     Without --force, no user is deleted if all of the newest users are missing from Clerk, or if
     more than 20 users and more than a tenth of all users are missing. With --json, findings include
     the values of fields, and the summary is the last line.
@@ -87,7 +90,9 @@ def sync(
 
 def _print_finding(finding: Finding) -> None:
     """Print a finding, but not the values of fields, which are profile data."""
-    subject = finding.id or "A user without an id"
+    subject = (
+        finding.id or f"{'An' if finding.noun[0] == 'o' else 'A'} {finding.noun} without an id"
+    )
     text = f"{subject} {_FINDINGS[finding.kind]}"
     details = finding.reason or ", ".join(finding.fields)
     click.echo(f"{text}: {details}" if details else text)
@@ -106,26 +111,35 @@ def _plain(value: object) -> str:
 
 
 def _print_summary(run: Reconciliation, finished: bool, seconds: float) -> None:
-    counts = run.summary()
     verb = ("Compared" if run.check else "Synced") if finished else "Stopped after"
     would = " A sync would result in:" if run.check else ""
-    click.echo(f"{verb} {sum(counts.values()):,} users in {seconds:,.1f} s.{would}")
-    for name, count in counts.items():
-        click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
-    if run.check:
-        click.echo(f"Users that differ from Clerk: {run.drifted:,}")
-    if run.withheld:
-        click.echo(
-            f"Nothing was deleted: at least {run.withheld:,} users no longer exist at Clerk, "
-            "which usually means that CLERK_SECRET_KEY is wrong. To delete them: --force",
-            err=True,
-        )
+    for table in run.tables:
+        counts = table.summary()
+        took = f" in {seconds:,.1f} s" if table is run.users else ""
+        click.echo(f"{verb} {sum(counts.values()):,} {table.noun}{took}.{would}")
+        for name, count in counts.items():
+            click.echo(f"  {name.replace('_', ' '):<13}{count:>12,}")
+        if run.check:
+            click.echo(f"{table.noun.capitalize()} that differ from Clerk: {table.drifted:,}")
+        if table.withheld:
+            click.echo(
+                f"Nothing was deleted: at least {table.withheld:,} {table.noun} no longer exist at "
+                "Clerk, which usually means that CLERK_SECRET_KEY is wrong. To delete them: "
+                "--force",
+                err=True,
+            )
 
 
 def _print_json_summary(run: Reconciliation, finished: bool) -> None:
-    drift = {"drift": run.drifted} if run.check else {}
-    state = {"withheld": run.withheld, "ok": run.ok and finished}
-    click.echo(json.dumps({"summary": run.summary() | drift | state}))
+    summary: dict[str, object] = {**_figures(run.users, check=run.check)}
+    for table in run.tables[1:]:
+        summary[table.noun] = _figures(table, check=run.check)
+    click.echo(json.dumps({"summary": summary | {"ok": run.ok and finished}}))
+
+
+def _figures(table: TableSync, *, check: bool) -> dict[str, int]:
+    drift = {"drift": table.drifted} if check else {}
+    return table.summary() | drift | {"withheld": table.withheld}
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Finding:
     id: str | None
     reason: str | None = None
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    noun: str = "user"
 
 
 @dataclass(frozen=True, repr=False)

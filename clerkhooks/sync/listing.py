@@ -1,16 +1,17 @@
-"""List all users in the Backend API, even while users are signing up or being deleted."""
+"""List all objects in the Backend API, even while objects are created or deleted."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.backend_api import PAGE, BackendApi
 from clerkhooks.clerk.events import milliseconds
-from clerkhooks.clerk.kinds import USER
+from clerkhooks.clerk.kinds import USER, Kind
 from clerkhooks.errors import BackendApiError
 
+MAX_STEPS_BACK = 100  # per list
 _BUCKETS = 2**16  # with a million ids, each bucket has about 15
 
 
@@ -88,10 +89,49 @@ def _read_after(api: BackendApi, ids: Sequence[str]) -> list[Any]:
     return api.list_users()
 
 
+def read_by_offset(
+    get_page: Callable[[str, int, int], list[Any]], kind: Kind, seen: IdSet
+) -> Iterator[list[Any]]:
+    """
+    Yield pages of all objects of *kind* that exist now, oldest first. Add the ids to *seen*.
+
+    *get_page* gets the order, the limit and the offset. This is for lists without a cursor. A
+    deletion moves the rest of the list, so pages overlap by one object. If the first object of a
+    page has not been seen, or the list has ended, step back by half a page, and continue if there
+    are new objects. The number of these steps is limited, and then objects may be missed until the
+    next sync. They are not deleted here, because a deletion is confirmed separately.
+
+    Objects created during the sync are not read, so the sync ends.
+
+    Raises:
+        BackendApiError: a page is repeated, for example because a proxy drops the query string.
+    """
+    newest_first = get_page("-created_at", 1, 0)
+    bound = _created_at(newest_first[0]) if newest_first else -1
+    offset, steps_back, is_checked, last = 0, 0, False, list[str]()
+    while True:
+        page = get_page("+created_at", PAGE, offset)
+        keys, times = [_key(data, kind) for data in page], [_created_at(data) for data in page]
+        if min(times, default=-1) > bound or (not page and (is_checked or offset == 0)):
+            return
+        if page and keys == last:
+            raise BackendApiError("answer_unusable", "answered with the same page again")
+        has_moved = bool(page) and keys[0] not in seen and steps_back < MAX_STEPS_BACK
+        if offset and (not page or has_moved):
+            offset, steps_back, last = max(0, offset - PAGE // 2), steps_back + 1, []
+            is_checked = is_checked or not page
+            continue
+        each = zip(page, keys, times, strict=True)
+        if new := [data for data, key, time in each if time <= bound and seen.add(key)]:
+            is_checked = False
+            yield new
+        offset, last = offset + max(1, len(page) - 1 if new else len(page)), keys
+
+
 def _created_at(data: Any) -> int:
     created_at = milliseconds(data.get("created_at")) if isinstance(data, dict) else None
     return -1 if created_at is None else created_at
 
 
-def _key(data: Any) -> str:
-    return USER.find_id(data) or repr(data)
+def _key(data: Any, kind: Kind = USER) -> str:
+    return kind.find_id(data) or repr(data)

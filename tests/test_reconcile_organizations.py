@@ -1,0 +1,279 @@
+"""The sync of organizations and memberships with the Backend API."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.clerk.kinds import ORGANIZATION
+from clerkhooks.errors import BackendApiError
+from clerkhooks.sync import listing
+from clerkhooks.sync.reconcile import Reconciliation
+from tests.backend import Backend, Query, answering_json
+from tests.conftest import MakeService
+from tests.support import NOW_MS, Service, deletion, membership_event, organization_event
+from tests.syncing import make_old, sync
+
+OLD = NOW_MS - 86_400_000
+MEMBERSHIPS = "SELECT id, organization_id, user_id, role, deleted_at IS NOT NULL"
+
+
+@pytest.fixture
+def storing(make_service: MakeService, backend: Backend) -> Service:
+    """Create the service with tables of organizations and access to the Backend API."""
+    return make_service(CLERK_TABLES="organizations", **backend.environ)
+
+
+def make_all_old(service: Service) -> None:
+    """Make every row old enough for a sync to check whether Clerk has deleted the object."""
+    make_old(service)
+    for table in ("organizations", "organization_memberships"):
+        service.rows(f"UPDATE {table} SET created_at = '2020-01-01 00:00:00.000000'")
+
+
+def organizations(service: Service) -> dict[str, tuple[Any, ...]]:
+    """Return the name of each organization, and whether it is a tombstone."""
+    found = service.rows("SELECT id, name, deleted_at IS NOT NULL FROM organizations")
+    return {row[0]: (row[1], bool(row[2])) for row in found}
+
+
+def memberships(service: Service) -> dict[str, tuple[Any, ...]]:
+    """Return the other columns of each membership, and whether it is a tombstone."""
+    found = service.rows(f"{MEMBERSHIPS} FROM organization_memberships")
+    return {row[0]: (*row[1:-1], bool(row[-1])) for row in found}
+
+
+def summaries(run: Reconciliation) -> list[dict[str, int]]:
+    """Return the nonzero counts of organizations and of memberships."""
+    return [
+        {name: count for name, count in table.summary().items() if count}
+        for table in run.tables[1:]
+    ]
+
+
+def test_fills_empty_tables(storing: Service, backend: Backend) -> None:
+    """All objects are read in pages from three lists, without a request for each organization."""
+    users = [backend.sign_up() for _ in range(3)]
+    ids = [backend.found(name=f"Acme {number}") for number in range(40)]
+    for organization_id in ids:
+        backend.join(organization_id, users[0], role="org:admin")
+    run = sync(storing, backend)[2]
+    assert summaries(run) == [{"created": 40}, {"created": 40}]
+    assert run.ok
+    assert organizations(storing) == {
+        organization_id: (f"Acme {number}", False) for number, organization_id in enumerate(ids)
+    }
+    assert set(memberships(storing).values()) == {
+        (organization_id, users[0], "org:admin", False) for organization_id in ids
+    }
+    assert sum(path.startswith("/v1/organization") for path, _ in backend.requests) == 14
+    assert summaries(sync(storing, backend)[2]) == [{"unchanged": 40}, {"unchanged": 40}]
+
+
+def test_updates_older_rows_only(storing: Service, backend: Backend) -> None:
+    """Newer rows are kept. A role that differs at the same ``updated_at`` is repaired."""
+    user_id, acme, other = backend.sign_up(), backend.found(at=OLD), backend.found(at=OLD)
+    member = backend.join(acme, user_id, at=OLD, role="org:admin")
+    storing.outcome(organization_event(acme, at=OLD - 1, name="Before"))
+    storing.outcome(organization_event(other, at=OLD + 1, name="After"))
+    storing.outcome(membership_event((member, acme, user_id), at=OLD, role="org:member"))
+    run = sync(storing, backend)[2]
+    assert summaries(run) == [{"updated": 1, "newer_here": 1}, {"updated": 1}]
+    assert organizations(storing) == {acme: ("Acme", False), other: ("After", False)}
+    assert memberships(storing)[member] == (acme, user_id, "org:admin", False)
+    late = membership_event((member, acme, user_id), "updated", at=OLD, role="org:viewer")
+    assert storing.outcome(late) == "stale"
+
+
+def test_ends_what_clerk_deleted(storing: Service, backend: Backend) -> None:
+    """Each deletion is confirmed by Clerk. An organization's memberships end with it."""
+    user_id = backend.sign_up()
+    acme, other = backend.found(), backend.found()
+    kept, left, gone = (backend.join(each, user_id) for each in (other, other, acme))
+    sync(storing, backend)
+    make_all_old(storing)
+    del backend.organizations[acme], backend.memberships[gone], backend.memberships[left]
+    backend.requests.clear()
+    run = sync(storing, backend)[2]
+    assert summaries(run) == [
+        {"unchanged": 1, "tombstoned": 1},
+        {"unchanged": 1, "tombstoned": 1},
+    ]
+    asked = [path for path, _ in backend.requests]
+    assert f"/v1/organizations/{acme}" in asked
+    assert f"/v1/organizations/{other}/memberships" in asked
+    assert organizations(storing)[acme] == ("Deleted Organization", True)
+    assert {each: row[-1] for each, row in memberships(storing).items()} == {
+        kept: False,
+        left: True,
+        gone: True,
+    }
+    # Later evidence restores what a sync did not find.
+    later = int(time.time() * 1000) + 60_000
+    storing.outcome(membership_event((left, other, user_id), "updated", at=later))
+    assert memberships(storing)[left] == (other, user_id, "org:member", False)
+
+
+def test_ends_memberships_of_a_user_that_clerk_does_not_know(
+    storing: Service, backend: Backend
+) -> None:
+    """The inferred deletion of a user ends older memberships, also those that arrive later."""
+    user_id, _, acme = backend.sign_up(), backend.sign_up(), backend.found()
+    member = backend.join(acme, user_id)
+    sync(storing, backend)
+    make_all_old(storing)
+    backend.delete(user_id)
+    data = backend.memberships.pop(member)
+    run = sync(storing, backend)[2]
+    assert run.summary()["tombstoned"] == 1
+    assert summaries(run) == [{"unchanged": 1}, {}]
+    late, later = (clerk_id("orgmem"), acme, user_id), int(time.time() * 1000) + 60_000
+    storing.outcome(membership_event(late, at=OLD))
+    newer = (clerk_id("orgmem"), acme, user_id)
+    storing.outcome(membership_event(newer, at=later))
+    ended = {each: row[-1] for each, row in memberships(storing).items()}
+    assert ended == {member: True, late[0]: True, newer[0]: False}
+    # The user is found again, with the memberships.
+    backend.sign_up(user_id)
+    backend.memberships[member] = data
+    sync(storing, backend)
+    assert not memberships(storing)[member][-1]
+
+
+def test_keeps_a_final_deletion(storing: Service, backend: Backend) -> None:
+    """What an event deleted stays deleted, although Clerk's lists still contain it."""
+    user_id, acme = backend.sign_up(), backend.found()
+    backend.join(acme, user_id)
+    storing.outcome(deletion(user_id))
+    run = sync(storing, backend)[2]
+    assert summaries(run) == [{"created": 1}, {"created": 1}]
+    assert [row[-1] for row in memberships(storing).values()] == [True]
+    assert summaries(sync(storing, backend)[2]) == [{"unchanged": 1}, {"newer_here": 1}]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_deletes_only_a_few(storing: Service, backend: Backend, force: bool) -> None:
+    """More than 20, and more than a tenth, are deleted only with ``force``."""
+    user_id, acme = backend.sign_up(), backend.found()
+    kept = backend.join(acme, user_id)
+    for _ in range(21):
+        backend.join(acme, user_id)
+    sync(storing, backend)
+    make_all_old(storing)
+    backend.memberships = {kept: backend.memberships[kept]}
+    run = sync(storing, backend, force=force)[2]
+    table = run.tables[2]
+    assert (table.withheld, run.ok) == (0 if force else 21, force)
+    ended = sum(row[-1] for row in memberships(storing).values())
+    assert ended == (21 if force else 0)
+
+
+def test_checks_without_changing_anything(storing: Service, backend: Backend) -> None:
+    """A check reports organizations and memberships that differ."""
+    user_id, acme, lost = backend.sign_up(), backend.found(name="Acme"), backend.found()
+    member, left = backend.join(acme, user_id), backend.join(acme, user_id)
+    sync(storing, backend)
+    make_all_old(storing)
+    backend.organizations[acme] |= {"name": "Acme 2"}
+    new = backend.join(acme, user_id)
+    backend.memberships[member] |= {"role": "org:admin"}
+    del backend.memberships[left], backend.organizations[lost]
+    before = organizations(storing), memberships(storing)
+    _, findings, run = sync(storing, backend, check=True)
+    assert (organizations(storing), memberships(storing)) == before
+    assert {(each.kind, each.noun, each.id) for each in findings} == {
+        ("differs", "organization", acme),
+        ("gone_at_clerk", "organization", lost),
+        ("missing_here", "membership", new),
+        ("differs", "membership", member),
+        ("gone_at_clerk", "membership", left),
+    }
+    fields = {each.id: each.fields for each in findings if each.kind == "differs"}
+    assert fields == {
+        acme: {"name": ("Acme", "Acme 2")},
+        member: {"role": ("org:member", "org:admin")},
+    }
+    assert (run.drifted, run.ok) == (5, False)
+
+
+def test_reports_malformed_objects(storing: Service, backend: Backend) -> None:
+    """The run continues. Other objects are stored."""
+    user_id, acme = backend.sign_up(), backend.found()
+    backend.organizations["odd"] = backend.organizations[acme] | {"id": "odd"}
+    backend.join(acme, user_id)
+    backend.join(acme, "malformed")
+    _, findings, run = sync(storing, backend)
+    assert summaries(run) == [{"created": 1, "failed": 1}, {"created": 1, "failed": 1}]
+    assert [(each.noun, each.reason) for each in findings] == [
+        ("organization", "organization_id_malformed"),
+        ("membership", "user_id_malformed"),
+    ]
+
+
+@pytest.mark.parametrize("answer", [[], {"data": []}, {"data": {}, "total_count": 0}])
+def test_stops_at_an_unusable_answer(storing: Service, backend: Backend, answer: Any) -> None:
+    """Nothing is deleted because of a response that is not Clerk's."""
+
+    def before(path: str, _query: Query) -> None:
+        if path == "/v1/organizations":
+            backend.behaviours = [answering_json(200, answer)]
+
+    backend.before = before
+    with pytest.raises(BackendApiError, match="a list and its length"):
+        sync(storing, backend)
+
+
+def test_needs_a_complete_list_to_confirm(storing: Service, backend: Backend) -> None:
+    """A membership is not deleted because of an incomplete list of an organization's members."""
+    user_id, acme = backend.sign_up(), backend.found()
+    member = backend.join(acme, user_id)
+    sync(storing, backend)
+    make_all_old(storing)
+    del backend.memberships[member]
+
+    def before(path: str, _query: Query) -> None:
+        if path.endswith("/memberships"):
+            backend.behaviours = [answering_json(200, {"data": [], "total_count": 7})]
+
+    backend.before = before
+    with pytest.raises(BackendApiError, match="all memberships"):
+        sync(storing, backend)
+    assert not memberships(storing)[member][-1]
+
+
+@given(
+    count=st.integers(0, 24),
+    deletions=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 24)), max_size=8),
+    ties=st.booleans(),
+)
+def test_lists_every_object_while_others_are_deleted(
+    count: int, deletions: list[tuple[int, int]], ties: bool
+) -> None:
+    """No object is skipped or repeated if others are deleted between two requests."""
+    objects = [
+        {"id": f"org_{number:02}", "created_at": OLD + (0 if ties else number)}
+        for number in range(count)
+    ]
+    requests, deleted = 0, set[str]()
+
+    def get_page(order: str, limit: int, offset: int) -> list[Any]:
+        nonlocal requests
+        for at, number in deletions:
+            if at == requests and number < count:
+                deleted.add(f"org_{number:02}")
+        requests += 1
+        assert requests < 100
+        kept = [each for each in objects if each["id"] not in deleted]
+        return (kept if order == "+created_at" else kept[::-1])[offset:][:limit]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "PAGE", 4)
+        pages = list(listing.read_by_offset(get_page, ORGANIZATION, listing.IdSet()))
+    read = [each["id"] for page in pages for each in page]
+    assert len(read) == len(set(read))
+    assert {each["id"] for each in objects} - deleted <= set(read)
