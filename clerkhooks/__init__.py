@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from clerkhooks.events import Event, Outcome
     from clerkhooks.extension import ClerkHooks
     from clerkhooks.service import create_app
+    from clerkhooks.store.memberships import Membership
     from clerkhooks.store.models import ClerkOrganization, ClerkUser, Versioned, from_clerk
     from clerkhooks.versioned import upsert
     from clerkhooks.web.auth import current_session, current_user, require_auth
@@ -17,6 +18,7 @@ __all__ = [
     "ClerkOrganization",
     "ClerkUser",
     "Event",
+    "Membership",
     "Outcome",
     "SettingsError",
     "Versioned",
@@ -32,6 +34,7 @@ _MODULES = {
     "ClerkOrganization": "store.models",
     "ClerkUser": "store.models",
     "Event": "events",
+    "Membership": "store.memberships",
     "Outcome": "events",
     "SettingsError": "errors",
     "Versioned": "store.models",

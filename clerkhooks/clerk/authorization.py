@@ -260,7 +260,7 @@ def _is_met(
     match name:
         case "role":
             held = organization.role if organization is not None else None
-            return held is not None and _with_prefix(held) == _with_prefix(wanted)
+            return held is not None and is_same_role(held, wanted)
         case "permission":
             permissions = organization.permissions if organization is not None else ()
             return _with_prefix(wanted) in permissions
@@ -270,6 +270,11 @@ def _is_met(
             return _is_listed(claims.get("pla"), wanted)
         case _:
             return _is_fresh(claims, wanted)
+
+
+def is_same_role(one: str, other: str) -> bool:
+    """Compare two roles, with or without the prefix ``org:``."""
+    return _with_prefix(one) == _with_prefix(other)
 
 
 def _with_prefix(text: str) -> str:

@@ -12,6 +12,7 @@ from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER, Kind, stored_types
 from clerkhooks.store.database import Database
 from clerkhooks.store.endings import Endings
+from clerkhooks.store.memberships import MembershipReader
 from clerkhooks.store.snapshots import make_snapshots, read_columns
 from clerkhooks.store.statements import Statements
 from clerkhooks.store.user_statements import UserStatements
@@ -45,10 +46,12 @@ class Store:
         self.by_kind: dict[Kind, Statements] = {USER: self.statements}
         """The statements of each stored kind."""
         self.endings: Endings | None = None
+        self.memberships: MembershipReader | None = None
         if optional is not None:
             self._add_organizations(optional)
         self.stored_types = stored_types(self.by_kind)
-        self.make_snapshot = make_snapshots(mapper, columns)
+        load = self.memberships.read if self.memberships is not None else None
+        self.make_snapshot = make_snapshots(mapper, columns, load)
 
     def _add_organizations(self, tables: OrganizationTables) -> None:
         organizations, memberships = tables.organizations, tables.memberships
@@ -59,6 +62,7 @@ class Store:
             MEMBERSHIP, memberships, self.messages, {}, self.database.dialect
         )
         self.endings = Endings(self.by_kind[MEMBERSHIP], self.users, organizations)
+        self.memberships = MembershipReader(self.database, memberships, organizations)
 
     @property
     def tables(self) -> list[sa.Table]:

@@ -19,6 +19,9 @@ from sqlalchemy.orm import (
 from clerkhooks.clerk.fields import Field
 from clerkhooks.store.columns import is_supported
 
+if TYPE_CHECKING:
+    from clerkhooks.store.memberships import Membership
+
 VERSION_COLUMNS = ("version_updated_at", "version_timestamp", "version_message_id")
 MESSAGES = "webhook_messages"
 _FIELD = "clerkhooks.field"
@@ -103,6 +106,16 @@ class ClerkUser(Versioned):
     created_at: Mapped[datetime] = mapped_column(UTCDateTime)
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    if TYPE_CHECKING:
+
+        @property
+        def memberships(self) -> tuple[Membership, ...]:
+            """
+            The user's memberships, oldest first, loaded on first access.
+
+            Only ``current_user`` has them, with ``CLERK_TABLES=organizations``.
+            """
+
     banned_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     deprovisioned_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     locked_until: Mapped[datetime | None] = mapped_column(UTCDateTime)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Never, cast
 
 import sqlalchemy as sa
@@ -72,12 +73,23 @@ def read_columns(mapper: Mapper[Any]) -> list[sa.Column[Any]]:
 
 
 def make_snapshots(
-    mapper: Mapper[Any], columns: Sequence[sa.Column[Any]]
+    mapper: Mapper[Any],
+    columns: Sequence[sa.Column[Any]],
+    load_memberships: Callable[[str], Any] | None = None,
 ) -> Callable[[Sequence[Any]], Any]:
-    """Return a function that makes a snapshot from a row with these *columns*."""
+    """
+    Return a function that makes a snapshot from a row with these *columns*.
+
+    With *load_memberships*, a snapshot has ``memberships``, unless the model has such an attribute.
+    They are loaded on first access.
+    """
     properties, model = _properties(mapper), mapper.class_
     names = tuple(properties.get(column, column).key for column in columns)
-    kind: Any = type(model.__name__, (Snapshot,), {"__slots__": names, "_model": model})
+    attributes: dict[str, Any] = {"__slots__": names, "_model": model}
+    if load_memberships is not None and not hasattr(model, "memberships"):
+        loaded = cached_property(lambda snapshot: load_memberships(snapshot.id))
+        attributes["memberships"] = loaded
+    kind: Any = type(model.__name__, (Snapshot,), attributes)
     assign = [kind.__dict__[name].__set__ for name in names]
 
     def make(row: Sequence[Any]) -> Any:

@@ -20,12 +20,14 @@ from clerkhooks.errors import Forbidden, RequestError
 from clerkhooks.parsing import NATIVE
 from clerkhooks.settings import Settings
 from clerkhooks.store.models import ClerkUser
+from clerkhooks.web.membership import TABLES_MISSING, check_membership
 from clerkhooks.web.sign_in import sign_in
 from clerkhooks.web.state import EXTENSION, Authenticator, current_state, request_state
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _IS_PROTECTED = "_clerkhooks_is_protected"
+_ORGANIZATION = "_clerkhooks_organization"
 
 
 def make_authenticator(settings: Settings) -> Authenticator:
@@ -86,6 +88,8 @@ class Protection:
 
     conditions: Conditions
     optional: bool = False
+    organization: str | None = None
+    """The path parameter with the id of an organization whose members are admitted."""
 
     @overload
     def __call__(self, view: Callable[P, R], /) -> Callable[P, R]: ...
@@ -112,6 +116,8 @@ class Protection:
             return (current_app.ensure_sync(view) if is_async else view)(*args, **kwargs)
 
         _mark_protected(view, protected)
+        if self.organization is not None:
+            vars(protected)[_ORGANIZATION] = self.organization
         return protected
 
     def check(self) -> None:
@@ -132,9 +138,12 @@ class Protection:
             metrics.sessions_verified.inc()
 
     def _authorize(self, session: Session | None) -> None:
-        if session is None or not self.conditions or session.has(**self.conditions):
+        if session is None or not (self.conditions or self.organization):
             return
-        others = self.conditions.copy()
+        conditions = check_membership(session, self.conditions, self.organization)
+        if not conditions or session.has(**conditions):
+            return
+        others = conditions.copy()
         reverification = others.pop("reverification", None)
         if reverification is not None and (not others or session.has(**others)):
             raise Forbidden("reverification_required", reverification)
@@ -144,12 +153,15 @@ class Protection:
 @overload
 def require_auth(view: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
-def require_auth(*, optional: bool = False, **conditions: Unpack[Conditions]) -> Protection: ...
+def require_auth(
+    *, optional: bool = False, organization: str | None = None, **conditions: Unpack[Conditions]
+) -> Protection: ...
 def require_auth(
     view: Callable[..., Any] | None = None,
     /,
     *,
     optional: bool = False,
+    organization: str | None = None,
     **conditions: Unpack[Conditions],
 ) -> Callable[..., Any] | Protection:
     """
@@ -159,6 +171,9 @@ def require_auth(
     ``@require_auth(role="org:admin")``. Put it below the route decorator. For a MethodView, put it
     in ``decorators`` or on the methods. For a whole blueprint, use
     ``blueprint.before_request(require_auth())``.
+
+    With ``CLERK_TABLES=organizations``, ``organization="organization_id"`` admits only members of
+    the organization whose id is in this path parameter. Then ``role`` is the role in it.
 
     With ``optional=True``, anonymous callers and callers with an expired cookie are admitted. Other
     invalid tokens are still refused. In such a view, use ``hooks.optional_user`` and
@@ -171,12 +186,12 @@ def require_auth(
         TypeError, ValueError: a condition is invalid. Raised when the view is defined.
     """
     checked = check_conditions(conditions)
-    if optional and checked:
+    if optional and (checked or organization is not None):
         raise ValueError(
             "optional=True cannot be combined with conditions. "
             "Call hooks.optional_session.has() inside the view instead."
         )
-    protection = Protection(checked, optional)
+    protection = Protection(checked, optional, organization)
     return protection if view is None else protection(view)
 
 
@@ -188,9 +203,11 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
     only one of the routes would be public.
 
     Raises:
-        RuntimeError: a view was protected only after it was registered.
+        RuntimeError: a view was protected only after it was registered, or a view needs an
+            organization that the route or the configuration lacks.
     """
     for endpoint, view in app.view_functions.items():
+        _check_organization(app, endpoint, getattr(view, "__dict__", {}).get(_ORGANIZATION))
         is_bare = getattr(view, "__dict__", {}).get(_IS_PROTECTED, False)
         if is_bare and not _is_guarded(app, endpoint):
             raise RuntimeError(
@@ -199,6 +216,19 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
                 "If the route is meant to be public, give it a separate function."
             )
     request_started.disconnect(refuse_unprotected, app)
+
+
+def _check_organization(app: Flask, endpoint: str, parameter: str | None) -> None:
+    if parameter is None:
+        return
+    if app.extensions[EXTENSION].store.memberships is None:
+        raise RuntimeError(TABLES_MISSING)
+    for rule in app.url_map.iter_rules(endpoint):
+        if parameter not in rule.arguments:
+            raise RuntimeError(
+                f"The route {rule.rule!r} has no parameter {parameter!r}, which "
+                "require_auth(organization=…) needs."
+            )
 
 
 def _is_guarded(app: Flask, endpoint: str) -> bool:
