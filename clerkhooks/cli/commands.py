@@ -22,9 +22,12 @@ from clerkhooks.cli.options import (
 from clerkhooks.cli.send import send
 from clerkhooks.cli.sync import sync
 from clerkhooks.store import queries
+from clerkhooks.store.organization_queries import find_memberships
 from clerkhooks.web.state import current_state
 
 _TIMES = ("last_seen", "created_at", "updated_at", "deleted_at")
+MEMBERSHIPS = ("organization_id", "organization_name", "role", "created_at", "deleted_at", "id")
+MAX_MEMBERSHIPS = 100
 MESSAGES = ("received_at", "event_type", "outcome", "attempts", "message_id", "error")
 
 
@@ -86,7 +89,7 @@ def list_users(
 @with_appcontext
 def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
-    Show a user's row with its source, version and account state, and the latest messages.
+    Show a user's row with its source, version and account state, memberships and messages.
 
     Exit status: 0 if the user has a row, 1 otherwise.
     """
@@ -94,10 +97,14 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
         store = current_state().store
         user = queries.list_users(store).find(user_id)
         found = queries.list_messages(store, user_id=user_id).read_all(10)
+        memberships = find_memberships(store, MAX_MEMBERSHIPS, user_id=user_id)
     if as_json:
         whole = user and as_object(user) | {"source": user.source}
         messages = [as_object(message) for message in found]
-        click.echo(json.dumps({"user": whole, "messages": messages}))
+        shown = {"user": whole, "messages": messages}
+        if store.memberships is not None:
+            shown["memberships"] = [as_object(membership) for membership in memberships]
+        click.echo(json.dumps(shown))
     elif user is None:
         click.echo(
             f"{printable(user_id)} has no row. "
@@ -105,6 +112,9 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
         )
     else:
         _print_user(user)
+    if not as_json and memberships:
+        click.echo()
+        print_reports(MEMBERSHIPS, memberships)
     if not as_json and found:
         click.echo()
         print_reports(MESSAGES, found)

@@ -9,7 +9,7 @@ from typing import ParamSpec
 from flask import Blueprint, Response
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
-from clerkhooks.console import pages
+from clerkhooks.console import organizations, pages
 from clerkhooks.console.access import check_password, set_headers
 from clerkhooks.errors import describe
 from clerkhooks.web.problems import answered, problem
@@ -23,6 +23,8 @@ VIEWS = (
     ("/messages/<path:message_id>", pages.show_message, ["GET"]),
     ("/users", pages.list_users, ["GET", "POST"]),
     ("/users/<user_id>", pages.show_user, ["GET"]),
+    ("/organizations", organizations.show_organizations, ["GET"]),
+    ("/organizations/<organization_id>", organizations.show_organization, ["GET"]),
 )
 
 

@@ -27,12 +27,14 @@ from clerkhooks.doctor.database import judge_database
 from clerkhooks.errors import BadRequest, describe
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store, activity, queries
+from clerkhooks.store.organization_queries import find_memberships
 from clerkhooks.users import is_present
 from clerkhooks.web.problems import read_body
 from clerkhooks.web.state import annotate, current_state
 
 PAGE = 50
 LATEST = 20  # the number of messages shown on a user's page
+MAX_MEMBERSHIPS = 100  # shown on a user's page
 MAX_SEARCH = 320  # characters
 DAY = timedelta(hours=24)
 PERIODS = {"1h": 1, "24h": 24, "7d": 7 * 24, "30d": 30 * 24}  # hours
@@ -67,7 +69,7 @@ def show_overview() -> Response:
         annotate(error=findings[0].code)
     keys = texts.key_set(state.authenticator.verifier.keys)
     findings = _sort(findings)
-    return _render("overview", findings=findings, figures=figures, is_ready=is_ready, keys=keys)
+    return render("overview", findings=findings, figures=figures, is_ready=is_ready, keys=keys)
 
 
 def show_checks() -> Response:
@@ -75,12 +77,12 @@ def show_checks() -> Response:
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
     findings += judge_database(state.store, program)
-    return _render("checks", findings=_sort(findings))
+    return render("checks", findings=_sort(findings))
 
 
 def list_messages() -> Response:
     """Show messages, newest first."""
-    asked = {name: _read_argument(name) for name in ("outcome", "type", "user", "since")}
+    asked = {name: read_argument(name) for name in ("outcome", "type", "user", "since")}
     outcome, since = asked["outcome"], asked["since"]
     if (outcome or Outcome.FAILED) not in activity.STORED or (since or "1h") not in PERIODS:
         raise BadRequest("filter_malformed")
@@ -91,21 +93,21 @@ def list_messages() -> Response:
         user_id=asked["user"],
         since=datetime.now(UTC) - timedelta(hours=PERIODS[since]) if since else None,
     )
-    page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
-    return _render("messages", page=page, asked=asked, outcomes=activity.STORED, periods=PERIODS)
+    page = listing.read_page(PAGE, parse_cursor(read_argument("after")))
+    return render("messages", page=page, asked=asked, outcomes=activity.STORED, periods=PERIODS)
 
 
 def show_message(message_id: str) -> Response:
     """Show a message and its outcome."""
     message = queries.list_messages(current_state().store).find(message_id)
-    return _render("message", message=message, message_id=message_id)
+    return render("message", message=message, message_id=message_id)
 
 
 def list_users() -> Response:
     """Show users, newest first. For a POST request, search for users."""
     if request.method == "POST":
         return _search_users()
-    shown = _read_argument("show") or "all"
+    shown = read_argument("show") or "all"
     if shown not in SHOWN:
         raise BadRequest("filter_malformed")
     listing = queries.list_users(
@@ -114,8 +116,8 @@ def list_users() -> Response:
         unsynced=shown == "unfilled",
         barred=shown == "barred",
     )
-    page = listing.read_page(PAGE, _parse_cursor(_read_argument("after")))
-    return _render("users", page=page, search=None, choices=SHOWN, shown=shown)
+    page = listing.read_page(PAGE, parse_cursor(read_argument("after")))
+    return render("users", page=page, search=None, choices=SHOWN, shown=shown)
 
 
 def _search_users() -> Response:
@@ -133,11 +135,11 @@ def _search_users() -> Response:
         return _redirect(".list_users")
     if USER.is_id(search):
         return _redirect(".show_user", user_id=search)
-    store, before = current_state().store, _parse_cursor(after)
+    store, before = current_state().store, parse_cursor(after)
     page = queries.list_users(store, search).read_page(PAGE, before)
     if len(page.rows) == 1 and not before and not page.next:
         return _redirect(".show_user", user_id=page.rows[0].id)
-    return _render("users", page=page, search=search, choices=SHOWN, shown=None)
+    return render("users", page=page, search=search, choices=SHOWN, shown=None)
 
 
 def show_user(user_id: str) -> Response:
@@ -149,12 +151,13 @@ def show_user(user_id: str) -> Response:
     messages = queries.list_messages(store, user_id=user_id).read_page(LATEST)
     if user is not None and user.version_message_id:
         winner = queries.list_messages(store).find(user.version_message_id)
-    return _render(
+    return render(
         "user",
         user=user,
         user_id=user_id,
         is_present=user is not None and is_present(user),
         messages=messages,
+        memberships=find_memberships(store, MAX_MEMBERSHIPS, user_id=user_id),
         winner=winner,
     )
 
@@ -168,12 +171,14 @@ def _sort(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: [*Level].index(finding.level))
 
 
-def _render(template: str, **context: object) -> Response:
+def render(template: str, **context: object) -> Response:
+    """Return the response with a page."""
     page = _ENVIRONMENT.get_template(f"clerkhooks/{template}.html").render(
         context,
         endpoint=(request.endpoint or "").rpartition(".")[2],
-        after=_read_argument("after"),
+        after=read_argument("after"),
         command=_find_program().command,
+        has_organizations=current_state().store.memberships is not None,
         now=datetime.now(UTC),
     )
     return Response(page, content_type="text/html; charset=utf-8")
@@ -197,17 +202,26 @@ def _read_figures(store: Store, now: datetime) -> dict[str, Any] | None:
             "tombstones": activity.count_tombstones(store),
             "unfilled": activity.count_unfilled(store, timedelta(hours=1)),
             "new": activity.count_new_users(store, midnight),
+            "organizations": activity.count_organizations(store),
+            "memberships": activity.count_memberships(store),
         }
     except SQLAlchemyError as error:
         annotate(error=describe(error))
         return None
 
 
-def _read_argument(name: str) -> str | None:
+def read_argument(name: str) -> str | None:
+    """Return an argument of the query string, or None if it is missing or empty."""
     return request.args.get(name, "").strip() or None
 
 
-def _parse_cursor(text: str | None) -> queries.Cursor | None:
+def parse_cursor(text: str | None) -> queries.Cursor | None:
+    """
+    Parse the cursor of a page.
+
+    Raises:
+        BadRequest: ``cursor_malformed``.
+    """
     try:
         return queries.Cursor.parse(text) if text else None
     except ValueError:

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 import sqlalchemy as sa
 
+from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, Kind
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
@@ -98,6 +99,23 @@ def count_barred(store: Store, state: str | None = None) -> int:
     users = store.users
     holds = sa.true() if state is None else users.c[f"{state}_at"].is_not(None)
     return _count(store, users, is_barred(users), holds)
+
+
+def count_organizations(store: Store) -> int | None:
+    """Return the number of organizations that are not deleted, or None without the table."""
+    return _count_live(store, ORGANIZATION)
+
+
+def count_memberships(store: Store) -> int | None:
+    """Return the number of memberships that have not ended, or None without the table."""
+    return _count_live(store, MEMBERSHIP)
+
+
+def _count_live(store: Store, kind: Kind) -> int | None:
+    if kind not in store.by_kind:
+        return None
+    table = store.by_kind[kind].table
+    return _count(store, table, is_live(table))
 
 
 def count_new_users(store: Store, since: datetime) -> int:

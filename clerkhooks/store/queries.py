@@ -142,7 +142,7 @@ class MessageReport:
         return Cursor(self.received_at, self.message_id)
 
 
-R = TypeVar("R", UserReport, MessageReport)
+R = TypeVar("R", bound=Any)  # a dataclass whose fields are columns
 
 
 class Page(NamedTuple, Generic[R]):

@@ -164,6 +164,7 @@ def _from_database(store: Store) -> Iterator[Metric]:
     try:
         unfilled, last = activity.count_unfilled(store), activity.find_last_received(store)
         barred = {state: activity.count_barred(store, state) for state in BARRING}
+        counts = activity.count_organizations(store), activity.count_memberships(store)
     except SQLAlchemyError:
         yield _gauge("database_up", up, 0)
         return
@@ -174,6 +175,10 @@ def _from_database(store: Store) -> Iterator[Metric]:
         unfilled,
     )
     yield _barred(barred)
+    for name, count in zip(("organizations", "memberships"), counts, strict=True):
+        if count is not None:
+            limit = activity.MAX_COUNT
+            yield _gauge(name, f"The {name} that have not ended, at most {limit + 1}.", count)
     if last is not None:
         yield _gauge(
             "last_webhook_age_seconds",

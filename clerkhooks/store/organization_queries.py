@@ -1,0 +1,80 @@
+"""Read-only queries about organizations and memberships, for operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION
+from clerkhooks.store import Store
+from clerkhooks.store.queries import Cursor, Listing
+
+
+@dataclass(frozen=True, slots=True)
+class OrganizationReport:
+    """A row of ``organizations``."""
+
+    id: str
+    name: str
+    slug: str | None
+    image_url: str | None
+    created_at: datetime
+    updated_at: datetime
+    deleted_at: datetime | None
+
+    @property
+    def cursor(self) -> Cursor:
+        """The cursor that continues after this row."""
+        return Cursor(self.created_at, self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipReport:
+    """A row of ``organization_memberships``, with the names if their rows exist."""
+
+    id: str
+    organization_id: str | None
+    organization_name: str | None
+    user_id: str | None
+    user_name: str | None
+    role: str | None
+    created_at: datetime
+    deleted_at: datetime | None
+
+
+def list_organizations(store: Store) -> Listing[OrganizationReport]:
+    """Return a query for organizations."""
+    columns = store.by_kind[ORGANIZATION].table.c
+    return Listing(store, OrganizationReport, (columns.created_at, columns.id), [], [])
+
+
+def find_memberships(
+    store: Store, limit: int, *, user_id: str | None = None, organization_id: str | None = None
+) -> list[MembershipReport]:
+    """
+    Return up to *limit* memberships of a user or an organization, those that last first.
+
+    Without the tables, there are none.
+    """
+    if MEMBERSHIP not in store.by_kind:
+        return []
+    own, users = store.by_kind[MEMBERSHIP].table, store.users
+    organizations = store.by_kind[ORGANIZATION].table
+    is_asked = own.c.user_id == user_id if user_id else own.c.organization_id == organization_id
+    named = {"organization_name": organizations.c.name, "user_name": users.c.name}
+    columns = (
+        named[name].label(name) if name in named else own.c[name]
+        for name in MembershipReport.__dataclass_fields__
+    )
+    query = (
+        sa.select(*columns)
+        .select_from(own)
+        .outerjoin(organizations, organizations.c.id == own.c.organization_id)
+        .outerjoin(users, users.c.id == own.c.user_id)
+        .where(is_asked)
+        .order_by(own.c.deleted_at.is_not(None), own.c.created_at, own.c.id)
+        .limit(limit)
+    )
+    return [MembershipReport(**row._mapping) for row in store.database.execute(query)]
