@@ -1,0 +1,1 @@
+"""An application that stores Clerk's subscriptions in its own table."""

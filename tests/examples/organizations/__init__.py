@@ -1,1 +1,0 @@
-"""An application that stores Clerk's organizations and memberships in its own tables."""
