@@ -16,18 +16,21 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
-from tests.conftest import migrate
+from tests.conftest import TABLES, migrate
 from tests.dedicated_postgresql import DedicatedPostgreSQL, dedicated_postgresql
 from tests.fault_injection import FaultInjector, RestartableServer
 from tests.histories import COLUMNS, Message, expected_row, history
+from tests.organizations import Ids, Sent, expected_rows, random_group, stored_rows
 from tests.support import ThreadPool, rows
 
 SENDERS = 8
+SHARE_OF_GROUPS = 0.25  # of the histories; the others are about one user
 MAX_OPEN = 60  # unacknowledged messages; enough to interleave the histories of many users
 RETRY_PAUSE = 0.05  # seconds between two attempts; Svix waits 5 seconds
 MIN_FAULTS = 3
@@ -60,11 +63,13 @@ class Svix:
 
     def __init__(self, server: RestartableServer, seed: int) -> None:
         self.server, self.rng, self.report = server, random.Random(seed), Report()
-        self.created: dict[str, Message] = {}
+        self.created: dict[str, Message | Sent] = {}
+        self.groups: list[tuple[Ids, list[Sent]]] = []
+        """Users, organizations and memberships that belong together, and their messages."""
         self.acknowledged: dict[str, list[str]] = defaultdict(list)  # outcomes by message id
         self.stopped = threading.Event()
         self.deadline = float("inf")
-        self._open: list[Message] = []
+        self._open: list[Message | Sent] = []
         self._lock = threading.Lock()
 
     def send(self) -> None:
@@ -85,21 +90,24 @@ class Svix:
         self.deadline = time.monotonic() + DRAIN_TIMEOUT
         self.stopped.set()
 
-    def _take(self) -> Message | None:
+    def _take(self) -> Message | Sent | None:
         with self._lock:
             while len(self._open) < MAX_OPEN and not self.stopped.is_set():
-                messages = history(self.rng)
+                messages: Sequence[Message | Sent] = history(self.rng)
+                if self.rng.random() < SHARE_OF_GROUPS:
+                    self.groups.append(random_group(self.rng))
+                    messages = self.groups[-1][1]
                 self.created |= {message.message_id: message for message in messages}
                 self._open += messages
             if not self._open:
                 return None
             return self._open.pop(self.rng.randrange(len(self._open)))
 
-    def _put_back(self, message: Message) -> None:
+    def _put_back(self, message: Message | Sent) -> None:
         with self._lock:
             self._open.append(message)
 
-    def _call_or_deliver(self, message: Message) -> bool:
+    def _call_or_deliver(self, message: Message | Sent) -> bool:
         """
         Deliver *message* once and return whether it was acknowledged.
 
@@ -108,7 +116,7 @@ class Svix:
         """
         with self._lock:
             calls, repeats = self.rng.random() < 0.2, self.rng.random() < 0.1
-        if calls:
+        if calls and isinstance(message, Message):
             headers = {
                 "Authorization": f"Bearer {self.server.clerk.session_token(message.user_id)}"
             }
@@ -160,7 +168,7 @@ class Auditor:
         self._check_for_orphans()
 
     def check_at_end(self) -> None:
-        """Check that each message was processed once and each user has the newest version."""
+        """Check that each message was processed once and each row has the newest version."""
         created, acknowledged = self.svix.created, self.svix.acknowledged
         log = dict(rows(self.database_url, "SELECT message_id, outcome FROM webhook_messages"))
         self.svix.report.messages, self.svix.report.lost = (
@@ -176,18 +184,24 @@ class Auditor:
             assert done in ([], [log[message_id]]), (message_id, outcomes, log[message_id])
         users: dict[str, list[Message]] = defaultdict(list)
         for message in created.values():
-            users[message.user_id].append(message)
+            if isinstance(message, Message):
+                users[message.user_id].append(message)
+        grouped = {user_id for ids, _ in self.svix.groups for user_id in ids.users}
         found = {
             row[0]: (*row[1:-4], *map(bool, row[-4:]))
             for row in rows(self.database_url, f"SELECT id, {COLUMNS} FROM users")
+            if row[0] not in grouped
         }
         expected = {user_id: expected_row(messages) for user_id, messages in users.items()}
         assert found == expected, f"differs from the events: {found.items() ^ expected.items()}"
+        for ids, messages in self.svix.groups:
+            assert stored_rows(self.database_url, ids) == expected_rows(ids, messages)
         self._check_for_orphans()
 
     def _check_for_orphans(self) -> None:
-        orphans = rows(self.database_url, ORPHANS)
-        assert not orphans, f"users whose message is not in the log: {orphans}"
+        for query in (ORPHANS, *(LIVE_ORPHANS.format(table=table) for table in TABLES[1:3])):
+            orphans = rows(self.database_url, query)
+            assert not orphans, f"rows whose message is not in the log: {orphans}"
 
 
 # Select users whose latest message is not logged as applied. The latest message is the one in the
@@ -202,6 +216,11 @@ SELECT users.id FROM users WHERE NOT EXISTS (
         )
     )
 ) AND (users.version_message_id IS NOT NULL OR users.deleted_at IS NOT NULL)
+"""
+
+LIVE_ORPHANS = """
+SELECT id FROM {table} WHERE version_message_id NOT IN (
+    SELECT message_id FROM webhook_messages WHERE outcome = 'applied')
 """
 
 

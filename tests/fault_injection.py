@@ -20,7 +20,7 @@ from tests.server import Response, free_port, start_server, wait_until_healthy
 
 
 class RestartableServer:
-    """The real server. It keeps its port and its database when it is restarted."""
+    """The real server, with all tables. It keeps its port and its database when restarted."""
 
     def __init__(self, database_url: str, clerk: FakeClerk, log: Path) -> None:
         self.database_url, self.clerk, self.log, self.port = database_url, clerk, log, free_port()
@@ -28,7 +28,8 @@ class RestartableServer:
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
-        self.server = start_server(self.database_url, self.clerk, self.port, self.log)
+        url, clerk, tables = self.database_url, self.clerk, "organizations"
+        self.server = start_server(url, clerk, self.port, self.log, CLERK_TABLES=tables)
         wait_until_healthy(self.server)
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ It shares no code with the service.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from clerkhooks.clerk.fake import clerk_id
-from tests.support import HasTables
+from tests.support import rows
 
 Row = tuple[Any, ...]
 USERS, ORGANIZATIONS = range(2), range(2)
@@ -162,7 +163,7 @@ def expected_row(object_id: str, events: Iterable[Sent]) -> Row | None:
     return (*newest.row, newest.version, False)
 
 
-def stored_rows(service: HasTables, ids: Ids) -> dict[str, Row]:
+def stored_rows(database_url: str, ids: Ids) -> dict[str, Row]:
     """Return the rows of these objects in the format of ``expected_row``."""
     columns = {
         "user": "name",
@@ -174,7 +175,7 @@ def stored_rows(service: HasTables, ids: Ids) -> dict[str, Row]:
     for family, shown in columns.items():
         quoted = ", ".join(f"'{each}'" for each in ids.of(family))
         query = f"SELECT id, {shown}, {version} FROM {TABLES[family]} WHERE id IN ({quoted})"
-        for object_id, *kept, at, timestamp, message_id, is_deleted in service.rows(query):
+        for object_id, *kept, at, timestamp, message_id, is_deleted in rows(database_url, query):
             told = None if at is None else (at, timestamp, message_id.encode())
             found[object_id] = (*kept, told, bool(is_deleted))
     return found
@@ -183,8 +184,21 @@ def stored_rows(service: HasTables, ids: Ids) -> dict[str, Row]:
 def expected_rows(ids: Ids, events: Iterable[Sent]) -> Mapping[str, Row]:
     """Return the rows that *events* must produce."""
     found, every = list(events), (*ids.users, *ids.organizations, *ids.memberships)
-    rows = {object_id: expected_row(object_id, found) for object_id in every}
-    return {object_id: row for object_id, row in rows.items() if row is not None}
+    expected = {object_id: expected_row(object_id, found) for object_id in every}
+    return {object_id: row for object_id, row in expected.items() if row is not None}
+
+
+def random_group(rng: random.Random) -> tuple[Ids, list[Sent]]:
+    """Return the ids of related objects, and a random history of their events."""
+    ids, counts = Ids.new(), {"user": USERS, "organization": ORGANIZATIONS}
+    drafts = []
+    for _ in range(rng.randrange(4, 16)):
+        family = rng.choice([*TABLES, "organizationMembership"])
+        numbers = range(len(counts.get(family, MEMBERSHIPS)))
+        verb = rng.choice(["created", "updated", "updated", "updated", "deleted"])
+        times = (10**11 + rng.randrange(3), 10**11 + rng.randrange(3))
+        drafts.append(Draft(family, verb, rng.choice(numbers), *times, "a", rng.randrange(4)))
+    return ids, [draft.sent(ids, number) for number, draft in enumerate(drafts)]
 
 
 _times = st.sampled_from([10**11, 10**11 + 1, 10**11 + 2])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 
 from clerkhooks.clerk.events import parse_event
-from clerkhooks.clerk.fake import clerk_id, event_body
+from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.events import Event
 from clerkhooks.store import endings
+from tests.conftest import KINDS, MakeDatabase, migrate
 from tests.organizations import (
     Draft,
     Ids,
@@ -24,9 +26,11 @@ from tests.organizations import (
     stored_rows,
 )
 from tests.racing import blocked, delivery, outcomes, registered_handler, run_contending
+from tests.server import Server, serving
 from tests.support import (
     NOW_MS,
     Service,
+    ThreadPool,
     deletion,
     membership_event,
     organization_event,
@@ -69,7 +73,9 @@ class Run:
 
     def check(self) -> None:
         """Check that the tables agree with the model."""
-        assert stored_rows(self.service, self.ids) == expected_rows(self.ids, self.arrived)
+        assert stored_rows(self.service.database_url, self.ids) == expected_rows(
+            self.ids, self.arrived
+        )
 
 
 @pytest.mark.parametrize("handled", [False, True])
@@ -110,6 +116,43 @@ def test_writes_a_batch_as_its_events_one_by_one(
         for event, outcome in zip(batch, state.deliveries._apply_all(parsed), strict=True):
             run.expect(event, outcome)
     run.check()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    request: pytest.FixtureRequest,
+    make_database: MakeDatabase,
+    clerk: FakeClerk,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """Run the real server with tables of organizations on a database of each kind."""
+    url, log = make_database(request.param), tmp_path_factory.mktemp("server") / "server.log"
+    migrate(url, clerk)
+    with serving(url, clerk, log, CLERK_TABLES="organizations") as server:
+        yield server
+
+
+# Shrinking is off, because a race cannot be reproduced exactly.
+@settings(max_examples=settings().max_examples // 4, phases=[Phase.generate])
+@given(history=orders(most=24))
+def test_ends_the_same_under_16_threads(
+    server: Server, history: tuple[list[Draft], list[int]]
+) -> None:
+    """Two workers serve 16 threads: no delivery fails, and the rows agree with the model."""
+    ids, (drafts, order) = Ids.new(), history
+    events = [draft.sent(ids, number) for number, draft in enumerate(drafts)]
+
+    def deliver(number: int) -> tuple[int, int, str]:
+        event = events[number]
+        response = server.deliver(event.body, event.message_id)
+        return number, response.status, response.json().get("outcome")
+
+    with ThreadPool(16) as pool:
+        answers = list(pool.map(deliver, [*order, *order], timeout=60))
+    assert {status for _, status, _ in answers} == {200}
+    processed = [number for number, _, outcome in answers if outcome != "duplicate"]
+    assert sorted(processed) == list(range(len(events)))
+    assert stored_rows(server.database_url, ids) == expected_rows(ids, events)
 
 
 def do_nothing(_event: Event) -> None:
