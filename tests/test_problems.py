@@ -98,7 +98,7 @@ def test_answers_a_failure_without_its_text(service: Service, written: list[str]
     failure, request = shown(written)
     assert (failure["event"], failure["level"]) == ("request_failed", "error")
     assert (failure["message_id"], request["status"]) == ("msg_1", 500)
-    assert any("users.py" in frame for frame in failure["frames"])
+    assert any("deliveries.py" in frame for frame in failure["frames"])
     [(outcome, attempts, error)] = service.rows(
         "SELECT outcome, attempts, error FROM webhook_messages"
     )

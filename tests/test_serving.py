@@ -266,6 +266,7 @@ WRONG = {
     "CLERK_AUDIENCE": ",",
     "METRICS_TOKEN": "hidden",
     "CONSOLE_PASSWORD": "hidden",
+    "CLERK_TABLES": "hidden",
     "DATABASE_POOL_SIZE": "hidden",
     "DATABASE_POOLER": "hidden",
     "LOG_FORMAT": "hidden",

@@ -128,6 +128,6 @@ def test_reports_errors_and_traces_statements(
         ClerkService(app, clerk).client("user_1").get("/api/me")
         statements = captured.statements()
         selects = [text for text in statements if text.strip().startswith("SELECT")]
-        assert any("users AS u" in text for text in selects), statements
+        assert any("users AS t" in text for text in selects), statements
         assert any("INSERT INTO users" in text for text in statements), statements
         assert "ada@example.org" not in json.dumps(captured.events)
