@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.clerk.fake import clerk_id, event_body
 from clerkhooks.clerk.kinds import ORGANIZATION
 from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import listing
@@ -277,3 +277,131 @@ def test_lists_every_object_while_others_are_deleted(
     read = [each["id"] for page in pages for each in page]
     assert len(read) == len(set(read))
     assert {each["id"] for each in objects} - deleted <= set(read)
+
+
+class World:
+    """A Clerk instance with two users and two organizations, its events, and the tables."""
+
+    def __init__(self, service: Service, backend: Backend) -> None:
+        self.service, self.backend, self.now = service, backend, OLD
+        self.sent: list[tuple[str, bytes]] = []
+        for objects in (backend.users, backend.organizations, backend.memberships):
+            objects.clear()
+        for _ in range(2):
+            user_id, organization_id = backend.sign_up(at=OLD), backend.found(at=OLD)
+            self._send(event_body("user.created", backend.users[user_id], OLD))
+            self._send(organization_event(organization_id, at=OLD))
+
+    def perform(self, method: str, number: int) -> None:
+        """Call the method that a step names. Each change has a new time."""
+        self.now += 1
+        getattr(self, method)(number)
+
+    def join(self, number: int) -> None:
+        """Make a user a member of an organization, possibly again."""
+        users, organizations = list(self.backend.users), list(self.backend.organizations)
+        if users and organizations:
+            parents = organizations[number // 2 % len(organizations)], users[number % len(users)]
+            member = self.backend.join(*parents, at=self.now)
+            self._send_membership("created", member)
+
+    def change(self, number: int) -> None:
+        """Change the role of a member."""
+        if member := self._pick(self.backend.memberships, number):
+            changed = {"role": f"org:role_{number}", "updated_at": self.now}
+            self.backend.memberships[member] |= changed
+            self._send_membership("updated", member)
+
+    def leave(self, number: int) -> None:
+        """Remove a member."""
+        if member := self._pick(self.backend.memberships, number):
+            self._send_membership("deleted", member)
+            del self.backend.memberships[member]
+
+    def rename(self, number: int) -> None:
+        """Rename an organization."""
+        if organization := self._pick(self.backend.organizations, number):
+            changed = {"name": f"Acme {number}", "updated_at": self.now}
+            self.backend.organizations[organization] |= changed
+            data = self.backend.organizations[organization]
+            self._send(event_body("organization.updated", data, self.now))
+
+    def dissolve(self, number: int) -> None:
+        """Delete an organization. Clerk sends no events about its memberships."""
+        if organization := self._pick(self.backend.organizations, number):
+            del self.backend.organizations[organization]
+            self._end_memberships("organization", organization)
+            self._send(organization_event(organization, "deleted", at=self.now))
+
+    def delete(self, number: int) -> None:
+        """Delete a user. Clerk sends no events about the user's memberships."""
+        if user_id := self._pick(self.backend.users, number):
+            self.backend.delete(user_id)
+            self._end_memberships("user", user_id)
+            self._send(deletion(user_id, self.now))
+
+    def deliver(self, number: int) -> None:
+        """Deliver one of the events sent so far, possibly again."""
+        message_id, body = self.sent[number % len(self.sent)]
+        assert self.service.deliver(body, message_id).status_code == 200
+
+    def sync(self, _number: int) -> None:
+        """Run a sync."""
+        make_all_old(self.service)
+        sync(self.service, self.backend, force=True)
+
+    def check(self) -> None:
+        """Check that all of Clerk's objects have rows, and that other rows are tombstones."""
+        known = {key: (each["name"], False) for key, each in self.backend.organizations.items()}
+        found = organizations(self.service)
+        assert {key: row for key, row in found.items() if not row[-1]} == known
+        members = {
+            key: (each["organization"]["id"], each["public_user_data"]["user_id"], each["role"])
+            for key, each in self.backend.memberships.items()
+        }
+        stored = memberships(self.service)
+        assert {key: row[:-1] for key, row in stored.items() if not row[-1]} == members
+
+    def _pick(self, objects: dict[str, Any], number: int) -> str | None:
+        return list(objects)[number % len(objects)] if objects else None
+
+    def _end_memberships(self, parent: str, parent_id: str) -> None:
+        for key, each in list(self.backend.memberships.items()):
+            ids = {"organization": each["organization"]["id"]}
+            ids["user"] = each["public_user_data"]["user_id"]
+            if ids[parent] == parent_id:
+                del self.backend.memberships[key]
+
+    def _send_membership(self, verb: str, member: str) -> None:
+        data = self.backend.memberships[member]
+        self._send(event_body(f"organizationMembership.{verb}", data, self.now))
+
+    def _send(self, body: bytes) -> None:
+        self.sent.append((clerk_id("msg"), body))
+
+
+METHODS = ["join"] * 3 + ["deliver"] * 5 + ["change"] * 2
+METHODS += ["leave", "rename", "dissolve", "delete", "sync"]
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(METHODS), st.integers(0, 20)), max_size=24),
+    order=st.randoms(use_true_random=False),
+    last=st.sampled_from(["events", "sync"]),
+)
+def test_ends_in_clerks_state(
+    storing: Service, backend: Backend, steps: list[tuple[str, int]], order: Any, last: str
+) -> None:
+    """After any changes, events and syncs, all events or one more sync repair every row."""
+    for table in ("users", "organizations", "organization_memberships"):
+        storing.rows(f"DELETE FROM {table}")
+    world = World(storing, backend)
+    for method, number in steps:
+        world.perform(method, number)
+    if last == "sync":
+        world.sync(0)
+    else:
+        for number in order.sample(range(len(world.sent)), len(world.sent)):
+            world.deliver(number)
+    world.check()
