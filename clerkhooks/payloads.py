@@ -774,7 +774,7 @@ class SCIMUserMetadata(TypedDict):
 
 @final
 class User(TypedDict):
-    """The data of ``user.created`` and ``user.updated``."""
+    """The data of ``user.created``, ``user.updated``, ``user.barred`` and ``user.restored``."""
 
     id: str
     object: Literal["user"]
@@ -1230,6 +1230,8 @@ if TYPE_CHECKING:
             pattern: Literal[
                 "user.created",
                 "user.updated",
+                "user.barred",
+                "user.restored",
             ],
             *,
             after_commit: bool = False,

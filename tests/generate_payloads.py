@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from clerkhooks.events import CHANGES
 from clerkhooks.settings import PROJECT
 from tests.support import load
 
@@ -79,6 +80,7 @@ class Generator:
             event_type: self._name_data(event_type, event["data"])
             for event_type, event in specification["events"].items()
         }
+        self.changes = dict.fromkeys(CHANGES, self.data["user.updated"])
 
     def write(self) -> str:
         """Return the text of the module."""
@@ -87,7 +89,8 @@ class Generator:
         return header + classes + self._write_registration()
 
     def _write_class(self, name: str) -> str:
-        used = [event_type for event_type, data in self.data.items() if data == name]
+        every = self.data | self.changes
+        used = [event_type for event_type, data in every.items() if data == name]
         docstring = (
             f"The data of {_join(used)}." if used else f"A part of {self._find_owners(name)}."
         )
@@ -162,11 +165,12 @@ class Generator:
         return REGISTRATION.format(variables=variables, overloads=overloads)
 
     def _list_patterns(self) -> Iterator[tuple[str, str]]:
-        """Yield each event type and each family, with the type of its data."""
+        """Yield each event type and each family of Clerk's types, with the type of its data."""
         families: defaultdict[str, dict[str, None]] = defaultdict(dict)
         for event_type, annotation in self.data.items():
             families[f"{event_type.partition('.')[0]}.*"][annotation] = None
             yield event_type, annotation
+        yield from self.changes.items()
         for family, found in families.items():
             yield family, " | ".join(found)
 
