@@ -85,7 +85,6 @@ class ClerkService:
         paths = {rule.endpoint: rule.rule for rule in app.url_map.iter_rules()}
         self._webhook_path = paths.get("clerkhooks.receive_webhook", "/webhooks/clerk")
         self._last_event = 0
-        self._users: dict[str, dict[str, Any]] = {}
 
     def sign_up(
         self,
@@ -103,8 +102,8 @@ class ClerkService:
         """
         user_id = str(data.pop("id", clerk_id("user")))
         profile = {"email": email, "first_name": first_name, "last_name": last_name}
-        self._users[user_id] = profile | data
-        self._deliver_user("user.created", user_id)
+        user = user_data(user_id, **profile, updated_at=self._next_event())
+        self._deliver_user("user.created", user | data)
         self.user_id = user_id
         return user_id
 
@@ -112,20 +111,19 @@ class ClerkService:
         """
         Deliver ``user.updated`` for a user. *data* overrides fields, such as ``banned=True``.
 
-        Fields from ``sign_up`` and earlier updates are kept.
+        Other fields are those of the user's last event. *email* replaces all email addresses.
 
         Raises:
             AssertionError: the application did not accept the event.
         """
-        profile = {"email": "ada@example.org", "first_name": "Ada", "last_name": "Lovelace"}
-        self._users[user_id] = self._users.get(user_id, profile) | data
-        self._deliver_user("user.updated", user_id)
+        user = self.event_data("user.updated", user_id=user_id)
+        if "email" in data:
+            profile = {name: user[name] for name in ("first_name", "last_name", "updated_at")}
+            new = user_data(user_id, email=data.pop("email"), **profile)
+            user |= {name: new[name] for name in ("email_addresses", "primary_email_address_id")}
+        self._deliver_user("user.updated", user | data)
 
-    def _deliver_user(self, event_type: str, user_id: str) -> None:
-        fields = self._users[user_id].copy()
-        names = ("email", "first_name", "last_name")
-        profile = {name: fields.pop(name) for name in names}
-        data = user_data(user_id, **profile, updated_at=self._next_event()) | fields
+    def _deliver_user(self, event_type: str, data: Mapping[str, Any]) -> None:
         response = self.deliver(event_type, data)
         if response.status_code != 200:
             raise AssertionError(

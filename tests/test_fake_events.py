@@ -190,6 +190,25 @@ def test_fits_members_to_users_and_organizations(acme: ClerkService) -> None:
     assert admin["id"] != member["id"]
 
 
+def test_fits_a_member_to_an_updated_user(acme: ClerkService) -> None:
+    """Fields of delivered events are kept in later updates, and shown in a membership."""
+    first = acme.event_data("user.updated")
+    acme.deliver("user.updated", first | {"username": "alan"})
+    acme.update(acme.user_id, email="turing@example.com", banned=True)
+    user, member = (
+        acme.event_data("user.updated"),
+        acme.event_data("organizationMembership.updated"),
+    )
+    assert (user["username"], user["last_name"]) == ("alan", "Turing")
+    assert user["created_at"] == first["created_at"] < user["updated_at"]
+    shown = member["public_user_data"]
+    assert (shown["identifier"], shown["username"]) == ("turing@example.com", "alan")
+    assert shown["banned"]
+    acme.update(acme.user_id, email=None)
+    assert acme.event_data("email.created")["to_email_address"] == ""
+    assert acme.event_data("organizationMembership.updated")["public_user_data"]["banned"]
+
+
 def test_fits_other_events_to_their_subjects(acme: ClerkService) -> None:
     """Invitations, sessions and payments are about the same user and organization."""
     user_id, organization_id = acme.user_id, acme.organization_id
