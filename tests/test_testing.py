@@ -19,8 +19,9 @@ import clerkhooks
 from clerkhooks import create_app, current_session, require_auth
 from clerkhooks.clerk.authorization import Preset, is_authorized, parse_organization
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, user_data
+from clerkhooks.clerk.fake_claims import session_claims
 from clerkhooks.settings import PROJECT
-from clerkhooks.testing import ClerkService, session_claims
+from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
 from tests.support import rows
 
