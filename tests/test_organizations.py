@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from clerkhooks.clerk.events import parse_event
 from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
@@ -78,8 +79,7 @@ class Run:
         )
 
 
-@pytest.mark.parametrize("handled", [False, True])
-@given(history=orders())
+@given(handled=st.booleans(), history=orders())
 def test_ends_as_the_set_of_events_says(
     organizations: Service, handled: bool, history: tuple[list[Draft], list[int]]
 ) -> None:

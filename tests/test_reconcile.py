@@ -157,9 +157,9 @@ STEPS = st.tuples(st.sampled_from(METHODS), st.integers(0, 3), st.integers(0, 20
 RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 
 
-@pytest.mark.parametrize("follows", [False, True])
 @settings(max_examples=settings().max_examples // 2)
 @given(
+    follows=st.booleans(),
     steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24),
     order=st.randoms(use_true_random=False),
 )
