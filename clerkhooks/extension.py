@@ -92,7 +92,7 @@ class ClerkHooks(Generic[U]):
             raise TypeError("The model must derive from ClerkUser: class User(ClerkUser, db.Model)")
         self.db = db
         self.model: type[U] = cast("type[U]", model or _make_model(db))
-        """The user model: *model*, or the plain one."""
+        """The user model, which is *model* or the plain one."""
         mapper: Mapper[Any] = sa.inspect(self.model)
         self._mapper, self._users = mapper, cast("sa.Table", mapper.local_table)
         self._fields = declared_fields(mapper)
