@@ -1,1 +1,1 @@
-"""An application that uses clerkhooks as an extension: the README's tutorial."""
+"""An application that uses clerkhooks as an extension: docs/tutorials/application.md."""
