@@ -90,6 +90,20 @@ def test_updates_older_rows_only(storing: Service, backend: Backend) -> None:
     assert storing.outcome(late) == "stale"
 
 
+def test_ends_although_a_row_seems_to_be_from_the_future(
+    storing: Service, backend: Backend
+) -> None:
+    """A membership that was created while the clock was wrong is left, and the sync ends."""
+    acme = backend.found()
+    member = backend.join(acme, backend.sign_up())
+    sync(storing, backend)
+    make_all_old(storing)
+    storing.rows("UPDATE organization_memberships SET created_at = '2099-01-01 00:00:00'")
+    del backend.organizations[acme], backend.memberships[member]
+    sync(storing, backend)
+    assert organizations(storing)[acme] == ("Deleted Organization", True)
+
+
 def test_ends_what_clerk_deleted(storing: Service, backend: Backend) -> None:
     """Each deletion is confirmed by Clerk. An organization's memberships end with it."""
     user_id = backend.sign_up()

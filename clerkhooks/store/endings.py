@@ -147,8 +147,12 @@ class Endings:
         """
         find = self._find_members[kind, found_at is None]
         rows = {"rows": to_json([{"id": each} for each in ids]), "found_at": found_at}
-        while found := connection.scalars(find, {**rows, "most": MAX_ENDED}).all():
-            self._end(connection, found, now, found_at)
+        is_done = False
+        while not is_done and (
+            found := connection.scalars(find, {**rows, "most": MAX_ENDED}).all()
+        ):
+            # The statement leaves rows that seem to be from the future.
+            is_done = self._end(connection, found, now, found_at) < len(found)
 
     def end_orphans(
         self,
@@ -184,13 +188,13 @@ class Endings:
 
     def _end(
         self, connection: sa.Connection, ids: Sequence[str], now: datetime, found_at: int | None
-    ) -> None:
+    ) -> int:
+        """End the memberships with these *ids*, and return how many were ended."""
         rows = {"rows": to_json([{"id": each} for each in ids]), "now": now}
         if found_at is None:
-            connection.execute(self._memberships.end, rows)
-        else:
-            inferred = {"found_at": found_at, "created_before": now + timedelta(days=1)}
-            connection.execute(self._memberships.tombstone, rows | inferred)
+            return len(connection.execute(self._memberships.end, rows).all())
+        inferred = {"found_at": found_at, "created_before": now + timedelta(days=1)}
+        return len(connection.execute(self._memberships.tombstone, rows | inferred).all())
 
     def _lock(
         self,
