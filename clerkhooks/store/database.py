@@ -116,7 +116,8 @@ def sqlite_transaction(connection: sa.Connection) -> AbstractContextManager[None
 def transaction(connection: sa.Connection) -> Iterator[None]:
     """Run the block's statements in one transaction, although *connection* is in AUTOCOMMIT."""
     if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("BEGIN")
+        # At a higher level, a statement would not see what is committed while it waits for a lock.
+        connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
     else:
         begin_immediate(connection)
     try:
