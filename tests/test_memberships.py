@@ -108,6 +108,38 @@ def test_admits_members(storing: Application) -> None:
     assert answer(storing, ids[2], path, **token_for(ids[1])) == "not_a_member"
 
 
+@pytest.mark.parametrize(
+    "organization_id", ["%00", "org_a%00b", "%FF", "org_é", "org_" + "a" * 999]
+)
+def test_refuses_malformed_ids(storing: Application, organization_id: str) -> None:
+    """Ids that a database would refuse are no error."""
+    add_view(storing.app)
+    path = f"/organizations/{organization_id}/notes"
+    assert answer(storing, clerk_id("user"), path) == "not_a_member"
+
+
+@pytest.mark.parametrize("organization_id", ["\x00", "org_a\x00b", "\ud800"])
+def test_ignores_a_malformed_id_in_a_token(storing: Application, organization_id: str) -> None:
+    """The tables are not asked about it."""
+    view = require_auth(role="org:admin")(lambda: jsonify(ok=True))
+    storing.app.add_url_rule("/notes", "notes", view)
+    claims = token_for(organization_id, "admin")
+    assert answer(storing, clerk_id("user"), "/notes", **claims) in (200, "forbidden")
+
+
+def test_does_not_use_permissions_of_an_older_role(storing: Application) -> None:
+    """After a demotion, a token that was issued before it has no permissions."""
+    add_view(storing.app, permission="org:notes:edit")
+    ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
+    path, granted = f"/organizations/{ids[1]}/notes", {"per": "edit", "fpm": "1"}
+    claims = token_for(ids[1], "admin", NOW - 30) | {"v": 2, "fea": "o:notes"}
+    claims["o"] |= granted
+    storing.outcome(membership_event(ids, at=MINUTES_AGO, role="org:admin"))
+    assert answer(storing, ids[2], path, **claims) == 200
+    storing.outcome(membership_event(ids, at=NOW * 1000, role="org:member"))
+    assert answer(storing, ids[2], path, **claims) == "forbidden"
+
+
 def test_refuses_members_of_deleted_organizations(storing: Application) -> None:
     """Nobody is a member, although tokens for the organization are still valid."""
     add_view(storing.app)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import request
 
 from clerkhooks.clerk.authorization import Conditions, is_same_role
+from clerkhooks.clerk.kinds import ORGANIZATION
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.errors import Forbidden
 from clerkhooks.store.memberships import MembershipReader
@@ -26,30 +27,45 @@ def check_membership(session: Session, conditions: Conditions, parameter: str | 
             no such parameter, or a condition needs a token for this organization.
         RuntimeError: the application does not store memberships.
     """
-    active = session.organization
-    organization_id = active.id if active is not None else None
-    if parameter is not None:
-        organization_id = (request.view_args or {}).get(parameter)
-        if organization_id is None:
-            raise Forbidden("organization_required")
-    elif not {"role", "permission"} & conditions.keys():
-        return conditions
+    organization_id = _find_organization(session, conditions, parameter)
     memberships = current_state().store.memberships
     if parameter is not None and memberships is None:
         raise RuntimeError(TABLES_MISSING)
     if organization_id is None or memberships is None:
         return conditions
-    is_member, role = _find_role(memberships, session, str(organization_id))
+    is_member, role = _find_role(memberships, session, organization_id)
     if not is_member:
         raise Forbidden("forbidden" if parameter is None else "not_a_member")
     rest = conditions.copy()
     wanted = rest.pop("role", None)
-    if wanted is not None and (role is None or not is_same_role(role, wanted)):
+    if wanted is not None and not _is_same(role, wanted):
         raise Forbidden("forbidden")
-    is_active = active is not None and active.id == organization_id
-    if not is_active and any(_needs_organization(rest.get(name)) for name in _SCOPED):
-        raise Forbidden("organization_required")
+    active = session.organization
+    if active is None or active.id != organization_id:
+        if any(_needs_organization(rest.get(name)) for name in _SCOPED):
+            raise Forbidden("organization_required")
+    elif "permission" in rest and not _is_same(role, active.role):
+        raise Forbidden("forbidden")  # the token has the permissions of another role
     return rest
+
+
+def _find_organization(
+    session: Session, conditions: Conditions, parameter: str | None
+) -> str | None:
+    """
+    Return the id of the organization about which the tables are asked, or None.
+
+    A malformed id is never asked about, because a database may refuse its characters.
+    """
+    if parameter is None:
+        active, is_needed = session.organization, {"role", "permission"} & conditions.keys()
+        return active.id if active and is_needed and ORGANIZATION.is_id(active.id) else None
+    organization_id = (request.view_args or {}).get(parameter)
+    if organization_id is None:
+        raise Forbidden("organization_required")
+    if not ORGANIZATION.is_id(organization_id):
+        raise Forbidden("not_a_member")
+    return str(organization_id)
 
 
 def _find_role(
@@ -69,6 +85,10 @@ def _find_role(
         if standing is None or standing.at < issued_at:
             return True, active.role
     return (standing.is_member, standing.role) if standing is not None else (False, None)
+
+
+def _is_same(one: str | None, other: str | None) -> bool:
+    return one == other or (one is not None and other is not None and is_same_role(one, other))
 
 
 def _needs_organization(value: object) -> bool:
