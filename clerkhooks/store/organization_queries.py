@@ -54,9 +54,9 @@ def find_memberships(
     store: Store, limit: int, *, user_id: str | None = None, organization_id: str | None = None
 ) -> list[MembershipReport]:
     """
-    Return up to *limit* memberships of a user or an organization, those that last first.
+    Return up to *limit* memberships of a user or an organization. Ended memberships come last.
 
-    Without the tables, there are none.
+    The list is empty if the application does not store memberships.
     """
     if MEMBERSHIP not in store.by_kind:
         return []

@@ -252,8 +252,9 @@ class _Server(StreamServer):  # type: ignore[misc]
         Otherwise, if eight connections arrive together, one of two workers often accepts seven of
         them before the operating system has scheduled the other worker.
         While connections are ending, there are no pauses, because clients that open a connection
-        for each request would otherwise wait every time. There are none with many connections
-        either: thousands that arrive together would fill the operating system's queue.
+        for each request would otherwise wait every time. A worker with many connections does not
+        pause either. Otherwise, thousands of new connections would fill the operating system's
+        queue.
         """
         super().do_handle(*arguments)
         is_ending = time.monotonic() - self._ended_at < RECENT
