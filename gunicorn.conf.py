@@ -89,6 +89,20 @@ def post_fork(server: Any, _worker: Any) -> None:
     fetch_keys_soon(app)
 
 
+def post_worker_init(worker: Any) -> None:
+    """Start the background work. In post_fork, it would delay the worker's signal handlers."""
+    from clerkhooks.web.background import start_background
+
+    start_background(worker.app.wsgi())
+
+
+def worker_exit(server: Any, _worker: Any) -> None:
+    """Let another worker continue the background work."""
+    from clerkhooks.web.background import stop_background
+
+    stop_background(server.app.wsgi())
+
+
 def pre_request(_worker: Any, request: Any) -> None:
     """Record the iteration of the event loop in which this request began."""
     request.began_in = gevent.get_hub().loop.iteration

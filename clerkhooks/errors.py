@@ -90,12 +90,13 @@ class BackendApiError(ClerkhooksError):
     A call to Clerk's Backend API failed. The message never quotes the request or response.
 
     *reason* is ``secret_key_refused``, ``secret_key_forbidden``, ``rate_limited``,
-    ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``.
+    ``api_unreachable``, ``answer_unusable`` or ``proxy_invalid``. *retry_after* is in seconds, or
+    None if unknown.
     """
 
-    def __init__(self, reason: str, what: str) -> None:
+    def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.what = what
+        self.what, self.retry_after = what, retry_after
 
     def __str__(self) -> str:
         return f"Clerk's Backend API {self.what}.\n{_BACKEND_API_REMEDIES[self.reason]}"

@@ -20,7 +20,7 @@ from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.organization_models import OrganizationModels, make_organization_models
 from clerkhooks.settings import Settings, merge_config
-from clerkhooks.store import OrganizationTables, Store
+from clerkhooks.store import OrganizationTables, Store, make_own_tables
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
     ClerkMembership,
@@ -28,7 +28,6 @@ from clerkhooks.store.models import (
     ClerkUser,
     add_indexes,
     declared_fields,
-    make_messages_table,
 )
 from clerkhooks.users import Users
 from clerkhooks.web import auth, health, me, webhooks
@@ -98,7 +97,7 @@ class ClerkHooks(Generic[U]):
         self._fields = declared_fields(mapper)
         self._handlers = Handlers()
         add_indexes(self._users)
-        self._messages = make_messages_table(self._users.metadata, self._users.schema)
+        self._own = make_own_tables(self._users.metadata, self._users.schema)
         self._stores_organizations = organization_model is not None
         self._organizations: OrganizationModels | None = None
         if organization_model is not None:
@@ -224,7 +223,7 @@ class ClerkHooks(Generic[U]):
         options = _engine_options(self.db, app, bind_key)
         database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
         optional = self._find_optional(settings)
-        store = Store(database, self._mapper, self._messages, self._fields, optional)
+        store = Store(database, self._mapper, self._own, self._fields, optional)
         return State(
             hooks=self,
             settings=settings,

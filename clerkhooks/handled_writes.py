@@ -77,9 +77,9 @@ class HandledWrites:
         """Call the handlers that run after the commit. Their errors are logged."""
         self._call(self._find_calls(_make_event(event, outcome), change, after_commit=True))
 
-    def store_snapshot(self, event: Event, row: Mapping[str, Any]) -> bool:
+    def store_snapshot(self, event: Event, row: Mapping[str, Any], read_at: int) -> bool:
         """
-        Store a *row* that a sync read, and call the handlers of its change.
+        Store a *row* that a sync requested at *read_at*, and call the handlers of its change.
 
         The type of *event* is the change. Return whether the row was written. If a newer event has
         already made the change, the row may be written without a call.
@@ -88,13 +88,15 @@ class HandledWrites:
             Exception: a handler or the database raised an error. Everything is rolled back.
         """
         store, user_id, change = self._store, row["id"], None
-        rows = {"rows": store.statements.encode([row]), "now": datetime.now(UTC), "may_bar": True}
+        rows = store.statements.encode([row])
+        parameters = {"rows": rows, "now": datetime.now(UTC), "may_bar": True, "read_at": read_at}
         is_written = False
 
         def write(connection: sa.Connection) -> Sequence[Call] | None:
             nonlocal change, is_written
             was_barred = lock_account(store, connection, user_id)
-            is_written = bool(connection.execute(store.statements.merge_snapshots, rows).all())
+            merged = connection.execute(store.statements.merge_snapshots, parameters)
+            is_written = bool(merged.all())
             change = _find_change(was_barred, event.type == BARRED)
             return self._find_changed(event, change, after_commit=False) if is_written else None
 

@@ -52,6 +52,16 @@ def number_up_to(most: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_follow(text: str) -> float:
+    """Return the seconds between two rounds of the follower, or 0 if it is switched off."""
+    if not re.fullmatch(r"[0-9]{1,4}(?:\.[0-9]{1,3})?", text):
+        raise ValueError("must be a number of seconds, or 0.")
+    seconds = float(text)
+    if seconds and not 0.1 <= seconds <= 3600:
+        raise ValueError("must be 0, or from 0.1 to 3600 seconds.")
+    return seconds
+
+
 def _decode_base64(text: str) -> bytes | None:
     """Decode canonical base64. Return None for other strings, which Clerk's SDK rejects."""
     try:

@@ -30,6 +30,7 @@ VARIABLES = {
     "CLERK_JWT_KEY": "Clerk Dashboard → API keys → JWT public key (PEM).",
     "CLERK_PUBLISHABLE_KEY": "Clerk Dashboard → API keys: pk_test_… or pk_live_…",
     "CLERK_SECRET_KEY": "Clerk Dashboard → API keys → Secret keys: sk_test_… or sk_live_…",
+    "CLERK_FOLLOW": "The seconds between two requests for changes, such as 60, or 0.",
     "CLERK_JWKS_URL": "Leave it unset unless your Clerk instance is behind your own proxy.",
     "CLERK_ISSUER": "Clerk Dashboard → API keys → Frontend API URL: https://clerk.example.com",
     "CLERK_API_URL": "Leave it unset: the default is https://api.clerk.com",
@@ -66,6 +67,7 @@ _PARSERS: Parsers = {
     "jwks_keep_hours": ("CLERK_JWKS_KEEP_HOURS", parsing.number_up_to(168)),
     "secret_key": ("CLERK_SECRET_KEY", parsing.parse_secret_key),
     "api_url": ("CLERK_API_URL", parsing.parse_url),
+    "follow": ("CLERK_FOLLOW", parsing.parse_follow),
     "issuers": ("CLERK_ISSUER", parsing.list_of(parsing.parse_url)),
     "authorized_parties": (
         "CLERK_AUTHORIZED_PARTIES",
@@ -97,6 +99,7 @@ class Settings:
     publishable_key: str | None = None
     secret_key: str | None = field(repr=False, default=None)
     api_url: str = "https://api.clerk.com"
+    follow: float = 60.0
     issuers: tuple[str, ...] = ()
     authorized_parties: tuple[str, ...] = ()
     audience: tuple[str, ...] = ()

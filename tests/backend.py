@@ -282,10 +282,12 @@ class Backend:
         return answering_json(200, page)
 
     def _list(self, query: Query) -> Behaviour:
-        limit = int(query.get("limit", ["10"])[0])
+        limit, offset = int(query.get("limit", ["10"])[0]), int(query.get("offset", ["0"])[0])
         # The plus sign of +created_at arrives as a space if the client does not encode it.
         order = query.get("order_by", ["-created_at"])[0].replace(" ", "+")
-        if order.lstrip("+-") != "created_at" or limit < 1:
+        times = {"created_at": self._created_at, "updated_at": self._updated_at}
+        time_of = times.get(order.lstrip("+-"))
+        if time_of is None or limit < 1 or offset < 0:
             return refusing(422, "form_param_value_invalid")
         asked = query.get("user_id")
         if asked is not None and len(asked) > 100:
@@ -295,13 +297,13 @@ class Backend:
             for user_id in (self.users if asked is None else set(asked))
             if user_id in self.users
         ]
-        found.sort(key=lambda id_: (self._created_at(id_), id_), reverse=order.startswith("-"))
+        found.sort(key=lambda id_: (time_of(id_), id_), reverse=order.startswith("-"))
         if "starting_after" in query:
             [cursor] = query["starting_after"]
             if cursor not in found:
                 return self.lost_cursor
             found = found[found.index(cursor) + 1 :]
-        page = found[: limit if limit <= 500 else 10]
+        page = found[offset:][: limit if limit <= 500 else 10]
         return answering_json(200, [self.users[user_id] for user_id in page])
 
     def _created_at(self, user_id: str) -> int:
@@ -309,6 +311,11 @@ class Backend:
         data = self.users[user_id]
         created_at = data.get("created_at") if isinstance(data, dict) else None
         return created_at if type(created_at) is int else self._created_ms.get(user_id, 0)
+
+    def _updated_at(self, user_id: str) -> int:
+        data = self.users[user_id]
+        updated_at = data.get("updated_at") if isinstance(data, dict) else None
+        return updated_at if type(updated_at) is int else self._created_at(user_id)
 
     def _now(self) -> int:
         """Return the current time in milliseconds, increased if needed so that it is unique."""

@@ -47,7 +47,14 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
-TABLES = ("users", "organizations", "organization_memberships", "webhook_messages")
+TABLES = (
+    "users",
+    "organizations",
+    "organization_memberships",
+    "webhook_messages",
+    "clerk_leases",
+    "clerk_awaited_webhooks",
+)
 TIMEOUT = 300  # seconds for a phase of a test, multiplied by four if the test is marked as slow
 EXIT_TIMEOUT = 60  # seconds that the process may take to exit after the last test
 MakeDatabase = Callable[[str], str]

@@ -27,6 +27,7 @@ from clerkhooks.web.logs import logger
 
 DATA = Path(__file__).parent / "data"
 NOW_MS = int(time.time() * 1000)
+TABLES = ("users", "webhook_messages", "clerk_leases", "clerk_awaited_webhooks")
 JOIN_TIMEOUT = 60  # seconds
 
 
@@ -88,7 +89,7 @@ def pending_schema_changes(*own: str) -> list[Any]:
     """
 
     def is_known(_: object, name: str, kind: str, *__: object) -> bool:
-        return kind != "table" or name in ("users", "webhook_messages", *own)
+        return kind != "table" or name in (*TABLES, *own)
 
     options = current_app.extensions["migrate"].configure_args | {"include_object": is_known}
     with db.engine.connect() as connection:

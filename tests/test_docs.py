@@ -32,6 +32,7 @@ from clerkhooks.store.pool import Overloaded
 from clerkhooks.web.problems import _REASONS
 from tests.conftest import MakeService
 from tests.documentation import DOCS, blocks, names_in, pages, read_page
+from tests.following import complete_round
 from tests.support import user_event
 
 SOURCES = [*sorted((PROJECT / "clerkhooks").rglob("*.py")), PROJECT / "gunicorn.conf.py"]
@@ -164,7 +165,9 @@ def test_lists_every_member_of_the_state() -> None:
 def test_lists_every_metric(make_service: MakeService) -> None:
     """The table lists each exported metric with its type, and no others."""
     token = "a-token-of-sixteen-characters-or-more"
-    service = make_service(METRICS_TOKEN=token, CLERK_TABLES="organizations")
+    own = {"CLERK_TABLES": "organizations", "CLERK_SECRET_KEY": "sk_test_x"}
+    service = make_service(METRICS_TOKEN=token, **own)
+    complete_round(service)
     service.outcome(user_event(clerk_id("user")))
     response = service.http.get("/metrics", headers={"Authorization": f"Bearer {token}"})
     exported = dict(re.findall(r"^# TYPE (\w+) (\w+)$", response.text, re.MULTILINE))
@@ -340,6 +343,8 @@ def find_log_events() -> Iterator[str]:
         owner = getattr(getattr(call.func, "value", None), "id", None)
         if owner == "logger" and name in places:
             yield from constants(call.args[places[name]])
+        if name == "tell" and len(call.args) == 2:  # the follower's events
+            yield from expand(call.args[0])
 
 
 # Checking commands in pages

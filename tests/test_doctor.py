@@ -25,6 +25,7 @@ from clerkhooks.settings import VARIABLES, ServiceSettings, merge_config
 from clerkhooks.store.database import Database
 from tests.backend import Backend, answering, refusing, stalling
 from tests.conftest import MakeDatabase, MakeService, migrate
+from tests.following import complete_round
 from tests.issuer import Issuer, jwk, key_set
 from tests.server import environ
 from tests.support import Service, broken_users, rows, user_event
@@ -87,12 +88,15 @@ KEYS_OK = (
 )
 SETTINGS_OK = ("settings_valid", "webhook_secret_set", "authorized_parties_set")
 TABLES_OK = ("database_ready", "messages_processed", "webhook_received", "users_filled")
+FOLLOWER_OK = ("follower_runs", "deliveries_complete")
 
 
 def test_reports_ok_for_every_check(correct: dict[str, str], make_service: MakeService) -> None:
     """In a correct setup, every finding is OK, and no check is skipped."""
-    make_service(**correct).outcome(user_event(clerk_id("user")))
-    expected = (*KEYS_OK, *SETTINGS_OK, "env_file_absent", *TABLES_OK)
+    service = make_service(**correct)
+    service.outcome(user_event(clerk_id("user")))
+    complete_round(service)
+    expected = (*KEYS_OK, *SETTINGS_OK, "env_file_absent", *TABLES_OK, *FOLLOWER_OK)
     assert levels(correct) == dict.fromkeys(expected, "ok")
 
 
@@ -410,14 +414,15 @@ def test_names_the_commands_of_an_application(
     """Remedies for an application contain ``flask`` commands."""
     url = make_url(make_database("postgresql")).set(drivername="postgresql+psycopg")
     store = plain_store(url)
-    [found] = judge_database(store, APPLICATION)
+    service = make_service()
+    state = service.app.extensions["clerkhooks"]
+    [found] = judge_database(store, state.settings, APPLICATION)
     store.database.engine.dispose()
     assert found.remedy == "Migrate: flask db migrate && flask db upgrade"
-    service = make_service()
     with broken_users(service):
         service.deliver(user_event(clerk_id("user")))
-    state = service.app.extensions["clerkhooks"]
-    remedies = [finding.remedy for finding in judge_database(state.store, APPLICATION)]
+    found_now = judge_database(state.store, state.settings, APPLICATION)
+    remedies = [finding.remedy for finding in found_now]
     assert any("flask clerk sync --failed" in str(remedy) for remedy in remedies)
 
 
@@ -481,7 +486,7 @@ def test_prints_findings_and_remedies(
 
     An error sets the exit status to 1.
     """
-    del service
+    complete_round(service)
     text = run(monkeypatch, correct)
     assert text.exit_code == 0
     line = (

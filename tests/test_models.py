@@ -17,7 +17,7 @@ from clerkhooks.web.state import disconnect
 from tests.application import Application
 from tests.conftest import MakeDatabase
 from tests.racing import delivery, outcomes, run_contending
-from tests.support import NOW_MS, Service, user_event
+from tests.support import NOW_MS, TABLES, Service, user_event
 
 pytest_plugins = ["tests.application"]
 
@@ -34,7 +34,7 @@ def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatab
     service = Service(app, clerk, url)
     assert service.outcome(user_event("user_1")) == "applied"
     assert service.call("user_1").get_json()["name"] == "Ada Lovelace"
-    assert set(db.metadata.tables) == {"users", "webhook_messages"}
+    assert set(db.metadata.tables) == set(TABLES)
     disconnect(app)
 
 

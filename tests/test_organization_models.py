@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from clerkhooks import ClerkHooks, ClerkOrganization, ClerkUser, SettingsError, from_clerk
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from tests.application import Application, MakeApplication
-from tests.support import NOW_MS, membership_event, organization_event
+from tests.support import NOW_MS, TABLES, membership_event, organization_event
 
 pytest_plugins = ["tests.application"]
 
@@ -66,7 +66,7 @@ def test_offers_the_models(make_application: MakeApplication, empty_database: st
 
 def test_has_no_tables_by_default(application: Application) -> None:
     """Without CLERK_TABLES, the tables are not in the metadata, so migrations ignore them."""
-    assert set(application.db.metadata.tables) == {"users", "webhook_messages"}
+    assert set(application.db.metadata.tables) == set(TABLES)
     for name in ("organization_model", "membership_model"):
         with pytest.raises(RuntimeError, match="CLERK_TABLES"):
             getattr(application.hooks, name)
@@ -99,8 +99,7 @@ def test_uses_the_database_of_users(clerk: FakeClerk) -> None:
     db.init_app(app)
     hooks.init_app(app)
     assert set(db.metadatas["other"].tables) == {
-        f"clerk.{name}"
-        for name in ("users", "organizations", "organization_memberships", "webhook_messages")
+        f"clerk.{name}" for name in (*TABLES, "organizations", "organization_memberships")
     }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -109,21 +110,30 @@ class World:
             return
         self.running = True
         make_old(self.service)
+        with self.performing(number):
+            sync(self.service, self.backend, force=True)
+        self.running = False
+
+    @contextmanager
+    def performing(self, number: int) -> Iterator[None]:
+        """Perform the next *number* steps during the block, one before each request."""
         during, self.later = self.later[:number], self.later[number:]
-        step_lock, failures = Lock(), list[Exception]()
+        step_lock, failures, outer = Lock(), list[Exception](), self.backend.before
 
         def before(_path: str, _query: Query) -> None:
             with step_lock:  # a sync sends requests from several threads
-                try:
-                    if during:
-                        self.perform(during.pop(0))
-                except Exception as error:  # noqa: BLE001  # the backend's server would swallow it
-                    failures.append(error)
+                step = during.pop(0) if during else None
+            try:
+                if step:
+                    self.perform(step)
+            except Exception as error:  # noqa: BLE001  # the backend's server would swallow it
+                failures.append(error)
 
         self.backend.before = before
-        sync(self.service, self.backend, force=True)
-        self.backend.before = lambda _path, _query: None
-        self.running = False
+        try:
+            yield
+        finally:
+            self.backend.before = outer
         if failures:
             raise failures[0]
 

@@ -52,11 +52,7 @@ class RateLimit:
 
 
 class _Temporary(BackendApiError):
-    """An error that calls for a retry. *retry_after* is in seconds, or None if unknown."""
-
-    def __init__(self, reason: str, what: str, retry_after: float | None = None) -> None:
-        super().__init__(reason, what)
-        self.retry_after = retry_after
+    """An error that calls for a retry."""
 
 
 class BackendApi:
@@ -64,8 +60,9 @@ class BackendApi:
     A client that retries requests and respects rate limits. Threads may share it.
 
     Every method raises BackendApiError on failure, after at most *patience* seconds of retries.
-    *pace* scales *patience* and all pauses; a small value makes tests faster. *timeout* is in
-    seconds. *version* is the requested version of the API; None requests the instance's default.
+    Without patience, nothing is retried. *share* is the part of the rate limit to use. *pace*
+    scales *patience* and all pauses; a small value makes tests faster. *timeout* is in seconds.
+    *version* is the requested version of the API; None requests the instance's default.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests; "Versioning".
     """
@@ -78,6 +75,7 @@ class BackendApi:
         patience: float = RETRY_TIMEOUT,
         pace: float = 1.0,
         timeout: float = TIMEOUT,
+        share: float = 1.0,
         version: str | None = API_VERSION,
     ) -> None:
         headers = {"Authorization": f"Bearer {secret_key}"}
@@ -95,11 +93,11 @@ class BackendApi:
         self._idle: list[Connection] = []
         self._is_closed = False
         rate = LIVE_RATE if secret_key.startswith("sk_live_") else TEST_RATE
-        self._rate_limit = RateLimit(pace / rate)
+        self._rate_limit = RateLimit(pace / (rate * share))
         self._url, self._patience, self._pace = f"{api_url}/v1", patience, pace
         self._retry = stamina.RetryingCaller(
-            attempts=None,
-            timeout=patience * pace,
+            attempts=None if patience else 1,
+            timeout=patience * pace or None,
             wait_initial=0.5 * pace,
             wait_max=min(15.0, patience) * pace,
             wait_jitter=0.5 * pace,
@@ -112,7 +110,7 @@ class BackendApi:
     def __exit__(self, *_: object) -> None:
         """Close all connections. Those in use are closed when their exchanges end."""
         self._is_closed = True
-        self._close_idle()
+        self.close_idle()
 
     def count_users(self) -> int:
         """Return the number of users."""
@@ -135,6 +133,10 @@ class BackendApi:
     def list_newest(self, limit: int) -> list[Any]:
         """Return the newest user objects as Clerk sent them: at most *limit*, newest first."""
         return self._list(limit=limit, order_by="-created_at")
+
+    def list_updated(self, limit: int, offset: int) -> list[Any]:
+        """Return at most *limit* users as Clerk sent them, latest change first."""
+        return self._list(limit=limit, offset=offset, order_by="-updated_at")
 
     def find_users(self, user_ids: Sequence[str]) -> list[Any]:
         """Return the users with these ids (at most 100). Omit users that do not exist."""
@@ -209,9 +211,10 @@ class BackendApi:
         finally:
             self._idle.append(connection)
             if self._is_closed:  # during this exchange, for example after Ctrl-C
-                self._close_idle()
+                self.close_idle()
 
-    def _close_idle(self) -> None:
+    def close_idle(self) -> None:
+        """Close the connections that are not in use. The client stays usable."""
         with suppress(IndexError):  # several threads may close connections at once
             while True:
                 self._idle.pop().close()

@@ -17,6 +17,7 @@ import click
 from flask.cli import with_appcontext
 
 from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.cli.follow import follow as follow_clerk
 from clerkhooks.cli.options import CannotDo, database_failures, json_lines_option, parse_user_id
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES
@@ -44,6 +45,7 @@ _FINDINGS = {
 @click.option("--missing", is_flag=True, help="Only users without a profile.")
 @click.option("--failed", is_flag=True, help="Only users whose messages failed.")
 @click.option("--force", is_flag=True, help="Delete users even if many are missing from Clerk.")
+@click.option("--follow", is_flag=True, help="Keep running, and update users as they change.")
 @json_lines_option
 @click.pass_context
 @with_appcontext
@@ -54,6 +56,7 @@ def sync(
     missing: bool,
     failed: bool,
     force: bool,
+    follow: bool,
     as_json: bool,
 ) -> None:
     """
@@ -69,12 +72,23 @@ def sync(
     more than 20 users and more than a tenth of all users are missing. With --json, findings include
     the values of fields, and the summary is the last line.
 
+    With --follow, the command runs until it is interrupted. It reads the latest changes about once
+    a minute (CLERK_FOLLOW), and asks Clerk for every user within a day. Of all processes that
+    follow, the service's workers included, one works and the others wait. --json prints one object
+    per event.
+
     Exit status: 0 if the users match Clerk; 1 if a user could not be read, a handler failed,
     deletions require --force, a given user is unknown, or --check found a difference; 2 if the sync
     could not run.
     """
     if (bool(user_ids) + missing + failed) > 1:
         raise click.UsageError("Use only one of user ids, --missing and --failed.")
+    if follow:
+        if user_ids or missing or failed or check or force:
+            raise click.UsageError("Use --follow without user ids and without other options.")
+        _require_key()
+        follow_clerk(as_json)
+        context.exit(0)
     with _failures(), _reconciliation(as_json, check, force) as run:
         if user_ids:
             run.sync_some(user_ids)
@@ -142,16 +156,21 @@ def _figures(table: TableSync, *, check: bool) -> dict[str, int]:
     return table.summary() | drift | {"withheld": table.withheld}
 
 
+def _require_key() -> str:
+    key = current_state().settings.secret_key
+    if key is None:
+        raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
+    return key
+
+
 @contextmanager
 def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconciliation]:
     """Yield a reconciliation. At the end, print its summary, even after an error."""
     state = current_state()
     settings, store = state.settings, state.store
-    if settings.secret_key is None:
-        raise CannotDo(f"CLERK_SECRET_KEY is not set.\n{VARIABLES['CLERK_SECRET_KEY']}")
     tell = _print_json if as_json else _print_finding
     began, finished = time.monotonic(), False
-    api = BackendApi(settings.api_url, settings.secret_key)
+    api = BackendApi(settings.api_url, _require_key())
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)

@@ -61,7 +61,7 @@ _ENVIRONMENT.globals.update(
 def show_overview() -> Response:
     """Show whether webhooks and the database work, with figures if the database is usable."""
     state, figures = current_state(), None
-    findings = judge_database(state.store, _find_program())
+    findings = judge_database(state.store, state.settings, _find_program())
     is_ready = findings[0].level is not Level.ERROR
     if is_ready:
         figures = _read_figures(state.store, datetime.now(UTC))
@@ -76,7 +76,7 @@ def show_checks() -> Response:
     """Run and show the doctor's checks. Each request to Clerk may take at most 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
-    findings += judge_database(state.store, program)
+    findings += judge_database(state.store, state.settings, program)
     return render("checks", findings=_sort(findings))
 
 

@@ -22,9 +22,16 @@ from clerkhooks.doctor.findings import (
     count,
     run_with_timeout,
 )
+from clerkhooks.doctor.following import judge_following
 from clerkhooks.errors import describe
-from clerkhooks.settings import EPHEMERAL_PLATFORMS, VARIABLES, VERSION_TABLE, ServiceSettings
-from clerkhooks.store import OrganizationTables, Store, activity
+from clerkhooks.settings import (
+    EPHEMERAL_PLATFORMS,
+    VARIABLES,
+    VERSION_TABLE,
+    ServiceSettings,
+    Settings,
+)
+from clerkhooks.store import OrganizationTables, Store, activity, make_own_tables
 from clerkhooks.store.database import Database
 from clerkhooks.store.foreign import FoundTable, find_optional_table, find_table
 from clerkhooks.store.models import (
@@ -33,7 +40,6 @@ from clerkhooks.store.models import (
     ClerkOrganization,
     ClerkUser,
     add_indexes,
-    make_messages_table,
 )
 from clerkhooks.web.health import find_fault
 
@@ -73,7 +79,7 @@ def check_database(case: Case) -> Iterator[Finding]:
     def judge() -> list[Finding]:
         store = plain_store(url, case.settings.tables)
         try:
-            found = judge_database(store, case.program, where)
+            found = judge_database(store, case.settings, case.program, where)
             return found + ([] if is_named else _find_pooler(store.database))
         finally:
             store.database.engine.dispose()
@@ -118,12 +124,12 @@ def plain_store(url: sa.URL, optional: Sequence[str] = ()) -> Store:
     mapper: Mapper[Any] = sa.inspect(User)
     users = cast("sa.Table", mapper.local_table)
     add_indexes(users)
-    messages = make_messages_table(users.metadata, users.schema)
+    own = make_own_tables(users.metadata, users.schema)
     database = Database(sa.create_engine(url), {}, pool_size=2, pooler="transaction")
     tables = OrganizationTables(
         cast("sa.Table", Organization.__table__), cast("sa.Table", Membership.__table__), {}
     )
-    return Store(database, mapper, messages, {}, tables if optional else None)
+    return Store(database, mapper, own, {}, tables if optional else None)
 
 
 def _is_sqlite(url: sa.URL) -> bool:
@@ -153,7 +159,7 @@ def _name_database(case: Case) -> str:
 
 
 def judge_database(
-    store: Store, program: Program = SERVICE, where: str = "The database"
+    store: Store, settings: Settings, program: Program = SERVICE, where: str = "The database"
 ) -> list[Finding]:
     """
     Check the database of *store*. The returned findings refer to the database as *where*.
@@ -170,6 +176,7 @@ def judge_database(
             _judge_failures(store, program),
             _judge_last_webhook(store, program),
             _judge_unfilled(store, program),
+            *judge_following(store, settings, program),
         ]
     except SQLAlchemyError as error:
         return [_describe_unreachable(where, error, program)]

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapper
 
 from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER, Kind, stored_types
+from clerkhooks.store.awaited import AwaitedWebhooks, make_awaited_table
 from clerkhooks.store.database import Database
 from clerkhooks.store.endings import Endings
+from clerkhooks.store.leases import Leases, make_leases_table
 from clerkhooks.store.memberships import MembershipReader
+from clerkhooks.store.models import make_messages_table
 from clerkhooks.store.snapshots import make_snapshots, read_columns
 from clerkhooks.store.statements import Statements
 from clerkhooks.store.user_statements import UserStatements
+
+
+class OwnTables(NamedTuple):
+    """The tables that do not contain Clerk's objects."""
+
+    messages: sa.Table
+    leases: sa.Table
+    awaited: sa.Table
+
+
+def make_own_tables(metadata: sa.MetaData, schema: str | None) -> OwnTables:
+    """
+    Return the log of messages, the table of leases, and the table of awaited webhooks.
+
+    Raises:
+        ValueError: the name of a table is in use.
+    """
+    return OwnTables(
+        make_messages_table(metadata, schema),
+        make_leases_table(metadata, schema),
+        make_awaited_table(metadata, schema),
+    )
 
 
 @dataclass(frozen=True)
@@ -34,15 +59,19 @@ class Store:
         self,
         database: Database,
         mapper: Mapper[Any],
-        messages: sa.Table,
+        own: OwnTables,
         fields: dict[sa.Column[Any], Field],
         optional: OrganizationTables | None = None,
     ) -> None:
         """Use the table of *mapper* for users. *fields* are the model's declared columns."""
-        self.database, self.messages = database, messages
+        self.database, self.messages = database, own.messages
         self.users = cast("sa.Table", mapper.local_table)
+        self.leases = Leases(database, own.leases)
+        self.awaited = AwaitedWebhooks(database, own.awaited, own.messages)
         columns = read_columns(mapper)
-        self.statements = UserStatements(self.users, messages, fields, database.dialect, columns)
+        self.statements = UserStatements(
+            self.users, own.messages, fields, database.dialect, columns
+        )
         self.by_kind: dict[Kind, Statements] = {USER: self.statements}
         """The statements of each stored kind."""
         self.endings: Endings | None = None
@@ -67,4 +96,5 @@ class Store:
     @property
     def tables(self) -> list[sa.Table]:
         """All tables."""
-        return [*(statements.table for statements in self.by_kind.values()), self.messages]
+        kept = (statements.table for statements in self.by_kind.values())
+        return [*kept, self.messages, self.leases.table, self.awaited.table]

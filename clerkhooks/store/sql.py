@@ -32,8 +32,10 @@ EVENT_WINS = """
         OR (t.version_updated_at, t.version_timestamp, t.version_message_id)
          < (excluded.version_updated_at, excluded.version_timestamp, excluded.version_message_id)"""
 
-# If the Backend API returns an object, it exists, even if an earlier sync wrote a tombstone.
-SNAPSHOT_WINS = f"(t.deleted_at IS NOT NULL OR {EVENT_WINS})"
+# If the Backend API returns an object, it exists, unless a sync wrote a tombstone after :read_at
+# (the time before the request).
+SNAPSHOT_WINS = f"""((t.deleted_at IS NOT NULL AND t.version_updated_at < :read_at)
+        OR {EVENT_WINS})"""
 
 # Each message is processed once. The retry of a failed message updates its row.
 RECORD_MESSAGES = """

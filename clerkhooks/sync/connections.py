@@ -40,7 +40,7 @@ def sole_writer(store: Store) -> Iterator[sa.Connection]:
 
 def check_lock(connection: sa.Connection) -> None:
     """Raise SQLAlchemyError if the session that holds the sync's lock has ended."""
-    lock = connection.info["lock"]
+    lock = connection.info.get("lock")
     if lock is not None:
         lock.exec_driver_sql("SELECT 1")
 

@@ -27,7 +27,8 @@ def write_told(
     for each in comparisons:
         check_lock(connection)
         try:
-            is_written = retry(handled.store_snapshot, each.event, each.new_row)
+            read_at = each.snapshot.read_at
+            is_written = retry(handled.store_snapshot, each.event, each.new_row, read_at)
         except Exception as error:  # noqa: BLE001  # an application's handler may raise anything
             tell(Finding("handler_failed", each.snapshot.id, describe(error)))
             yield Result.FAILED

@@ -42,9 +42,11 @@ class IdSet:
         return number in self._buckets[number % _BUCKETS]
 
 
-def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
+def read_all(api: BackendApi, seen: IdSet, after: str | None = None) -> Iterator[list[Any]]:
     """
     Yield pages of all users that exist now, oldest first. Add the ids to *seen*.
+
+    Begin after the user with the id *after*, or with the oldest user if that user is gone.
 
     Each user is yielded once. The cursor is the last user of the previous page, so sign-ups and
     deletions during the sync do not shift the following pages. Users who sign up during the sync
@@ -56,7 +58,7 @@ def read_all(api: BackendApi, seen: IdSet) -> Iterator[list[Any]]:
     """
     newest_first = api.list_newest(1)
     bound = _created_at(newest_first[0]) if newest_first else -1
-    page = api.list_users()
+    page = api.list_users() if after is None else _read_after(api, [after])
     while page:
         keys, times = [_key(data) for data in page], [_created_at(data) for data in page]
         each = zip(page, keys, times, strict=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from clerkhooks.clerk.backend_api import IDS
+from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.sync.comparison import Result
@@ -27,7 +29,8 @@ class Reconciliation(Run):
     finding: a difference that a check found, or a failure. *begin* is called before each part of
     the sync, with the name of the part and the number of objects (None if unknown). *begin* returns
     a function that is called with the number of objects processed since the last call. With
-    *handled*, handlers are told of changes of the account state.
+    *handled*, handlers are told of changes of the account state. *written* receives the written
+    objects, except those that handlers are told of.
     """
 
     def __post_init__(self) -> None:
@@ -88,7 +91,12 @@ class Reconciliation(Run):
 
     def _knows_instance(self) -> bool:
         """Return whether Clerk has any of the newest stored users. If not, the key may be wrong."""
-        users = self.store.users
-        filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
-        newest = filled.order_by(users.c.created_at.desc()).limit(IDS)
-        return bool(self.api.find_users(self.connection.scalars(newest).all()))
+        newest = self.connection.scalars(newest_ids(self.store)).all()
+        return bool(self.api.find_users(newest))
+
+
+def newest_ids(store: Store) -> sa.Select[Any]:
+    """Return the query for the newest stored users that have a profile, at most 100."""
+    users = store.users
+    filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
+    return filled.order_by(users.c.created_at.desc()).limit(IDS)

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
-from clerkhooks.sync.comparison import Finding
+from clerkhooks.sync.comparison import Comparison, Finding
 
 Advance = Callable[[int], object]
 
@@ -27,3 +27,4 @@ class Run:
     check: bool = False
     force: bool = False
     handled: HandledWrites | None = None
+    written: list[Comparison] | None = None

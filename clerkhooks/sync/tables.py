@@ -68,14 +68,14 @@ class TableSync(ABC):
         seen = IdSet()
         pages, read_at = self.source.read_all(seen), _now()
         while page := next(pages, None):
-            self._apply(page, read_at)
+            self.apply(page, read_at)
             advance(len(page))
             read_at = _now()
         is_old = self.table.c.created_at < datetime.now(UTC) - MIN_AGE
         ids = self.read_ids(self.table.c.id, is_live(self.table), is_old)
         unseen = (object_id for object_id in ids if object_id not in seen)
         advance = self.run.begin(f"{self.noun} only here", None)
-        self._tombstone(self._find_deleted(unseen, advance), is_trusted=is_trusted)
+        self._tombstone_limited(self._find_deleted(unseen, advance), is_trusted=is_trusted)
 
     def read_ids(self, key: sa.Column[str], *conditions: sa.ColumnElement[bool]) -> Iterator[str]:
         """Yield the ids in the column *key* of rows that meet *conditions*."""
@@ -89,7 +89,7 @@ class TableSync(ABC):
         count = sa.select(sa.func.count()).select_from(self.table).where(is_live(self.table))
         return self.run.connection.scalar(count) or 0
 
-    def _apply(self, objects: Iterable[Any], read_at: int) -> None:
+    def apply(self, objects: Iterable[Any], read_at: int) -> None:
         """Write missing and older rows of *objects*. In a check, report the differences instead."""
         snapshots = self._parse(objects, read_at)
         if self.run.check:
@@ -161,6 +161,8 @@ class TableSync(ABC):
         unfilled = [each for each in rest if each.lacks_declared]
         changed = self._execute(self.statements.merge_snapshots, behind)
         changed |= self._execute(self.statements.fill_declared, unfilled)
+        if self.run.written is not None:
+            self.run.written += [each for each in behind if each.snapshot.id in changed]
         # A webhook may have written newer data after the rows were read.
         missed = {each.snapshot.id for each in (*behind, *unfilled)} - changed
         counts = Counter(
@@ -186,14 +188,19 @@ class TableSync(ABC):
             return set()
         check_lock(self.run.connection)
         rows = self.statements.encode(each.new_row for each in comparisons)
-        parameters = {"rows": rows, "now": datetime.now(UTC), "may_bar": not self._follows}
+        parameters = {
+            "rows": rows,
+            "now": datetime.now(UTC),
+            "may_bar": not self._follows,
+            "read_at": min(each.snapshot.read_at for each in comparisons),
+        }
         return set(self.run.connection.execute(statement, parameters).scalars().all())
 
     @abstractmethod
     def _find_deleted(self, ids: Iterable[str], advance: Advance) -> Iterator[str]:
         """Yield the ids for which Clerk confirms that the objects do not exist."""
 
-    def _tombstone(self, gone: Iterator[str], *, is_trusted: bool) -> None:
+    def _tombstone_limited(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone objects that are deleted at Clerk, unless there are too many of them."""
         if not (self.run.force or self.run.check):
             share = self._count_live() // MAX_DELETED_SHARE
@@ -206,9 +213,10 @@ class TableSync(ABC):
         # A deletion locks memberships of the same organization or user until the transaction ends.
         size = IDS if self.run.store.endings is None else 1
         for ids in batched(gone, size):
-            self._tombstone_some(ids)
+            self.tombstone(ids)
 
-    def _tombstone_some(self, ids: Sequence[str]) -> None:
+    def tombstone(self, ids: Sequence[str]) -> None:
+        """Tombstone objects that Clerk has confirmed to be deleted. In a check, report them."""
         table = self.table
         states = sa.select(table.c.id, is_live(table)).where(table.c.id.in_(ids))
         here = self.run.connection.execute(states).all()
@@ -251,7 +259,7 @@ class LookupSync(TableSync):
     def sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
         """Sync the objects with these *ids*. *total* is their number if known."""
         gone = self._find_deleted(ids, self.run.begin(self.noun, total), apply=True)
-        self._tombstone(gone, is_trusted=is_trusted)
+        self._tombstone_limited(gone, is_trusted=is_trusted)
 
     def _find_deleted(
         self, ids: Iterable[str], advance: Advance, *, apply: bool = False
@@ -267,7 +275,7 @@ class LookupSync(TableSync):
                 read_at = _now()
                 found = list(chain.from_iterable(pool.map(self.source.find, group)))
                 if apply:
-                    self._apply(found, read_at)
+                    self.apply(found, read_at)
                 known = set(map(self.source.kind.find_id, found))
                 asked = list(chain.from_iterable(group))
                 absent = [object_id for object_id in asked if object_id not in known]

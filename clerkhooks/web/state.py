@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +21,7 @@ from clerkhooks.store.models import ClerkUser
 from clerkhooks.users import Users
 
 if TYPE_CHECKING:
+    from clerkhooks.sync.lease import LeasedLoop
     from clerkhooks.web.metrics import Metrics
 
 EXTENSION = "clerkhooks"
@@ -51,6 +52,8 @@ class State:
     authenticator: Authenticator
     secrets: tuple[SigningSecret, ...]
     metrics: Metrics | None = None
+    loops: Sequence[LeasedLoop] = ()
+    """The background work of this process."""
     logs_requests: bool = False
     """Whether every request is logged, as in the service, or only deliveries."""
     log_format: RequestLog = "auto"

@@ -1,0 +1,37 @@
+"""``sync --follow``: keep the tables up to date without webhooks."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import click
+
+from clerkhooks.cli.options import printable
+from clerkhooks.web.background import make_follower
+from clerkhooks.web.state import current_state
+
+
+def follow(as_json: bool) -> None:
+    """Follow Clerk until this process is interrupted or terminated. Print each event."""
+    follower = make_follower(current_state(), _print_json if as_json else _print)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        follower.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        follower.stop()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _print(event: str, fields: Mapping[str, object]) -> None:
+    text = "  ".join(f"{name}={printable(value)}" for name, value in fields.items())
+    click.echo(f"{printable(datetime.now(UTC))}  {event}  {text}".rstrip())
+
+
+def _print_json(event: str, fields: Mapping[str, object]) -> None:
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+    click.echo(json.dumps({"time": moment, "event": event, **fields}))

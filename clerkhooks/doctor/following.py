@@ -1,0 +1,86 @@
+"""Checks of the follower, and of webhooks that did not arrive although users changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clerkhooks.doctor.findings import Finding, Level, Program, count
+from clerkhooks.settings import Settings
+from clerkhooks.store import Store
+from clerkhooks.store.awaited import Missed
+from clerkhooks.store.leases import Held
+from clerkhooks.sync.progress import Progress, find_progress
+
+MAX_AGE = 300.0  # seconds since the last round, or five times the interval
+_ENDPOINT = (
+    "See Clerk Dashboard → Webhooks → your endpoint. Is it enabled, and is its URL correct? Is it "
+    "subscribed to user.created, user.updated and user.deleted? Was its signing secret rotated? "
+    "Then set CLERK_WEBHOOK_SECRET."
+)
+_FAULTS = {
+    "wrong_instance": (
+        "Clerk knows none of the newest users in the table, so the follower does nothing.",
+        "CLERK_SECRET_KEY probably belongs to another instance: Clerk Dashboard → API keys. If all "
+        "of these users were deleted, run: {command} sync --force",
+    ),
+    "deletions_withheld": (
+        "The follower found more deleted users than it may delete within a day: more than 20 and "
+        "more than a tenth of all users.",
+        "Check that CLERK_SECRET_KEY is correct. To delete these users, run: {command} sync, and "
+        "if it asks for it, {command} sync --force",
+    ),
+}
+_OTHER_FAULT = (
+    "The follower cannot read users from Clerk's Backend API ({reason}).",
+    "See what {command} sync reports.",
+)
+
+
+def judge_following(store: Store, settings: Settings, program: Program) -> Iterator[Finding]:
+    """Check the follower, if there is a secret key."""
+    if settings.secret_key is None:
+        return
+    found = find_progress(store)
+    age = None if found is None else (found[0].now - (found[0].completed_at or 0)) / 1000
+    max_age = max(MAX_AGE, 5 * settings.follow)
+    if not settings.follow and (age is None or age > max_age):
+        return  # it is switched off, here and elsewhere
+    if found is None:
+        what = "Changes are not read from Clerk's Backend API: no follower has run yet."
+        remedy = f"Start the service with gunicorn, or run: {program.command} sync --follow"
+        yield Finding("follower_never_ran", Level.WARNING, "follower", what, remedy)
+        return
+    yield _judge_progress(*found, max_age, program)
+    yield _judge_missed(store.awaited.count())
+
+
+def _judge_progress(held: Held, progress: Progress, max_age: float, program: Program) -> Finding:
+    subject = "follower"
+    if progress.fault is not None:
+        what, remedy = _FAULTS.get(progress.fault, _OTHER_FAULT)
+        texts = {"command": program.command, "reason": progress.fault}
+        what, remedy = what.format(**texts), remedy.format(**texts)
+        return Finding(f"follower_{progress.fault}", Level.ERROR, subject, what, remedy)
+    if held.completed_at is None:
+        what = "The follower is reading all users for the first time."
+        return Finding("follower_begins", Level.OK, subject, what)
+    age = (held.now - held.completed_at) / 1000
+    if age > max_age:
+        minutes = count(int(age // 60), "minute")
+        what = f"The follower has not read the changes at Clerk for {minutes}."
+        remedy = f"See round_failed in the log, or run: {program.command} sync --follow"
+        return Finding("follower_stopped", Level.ERROR, subject, what, remedy)
+    what = f"The follower last read the changes at Clerk {count(int(age), 'second')} ago."
+    return Finding("follower_runs", Level.OK, subject, what)
+
+
+def _judge_missed(found: Missed) -> Finding:
+    if found.since is None or found.last is None:
+        what = "In the last 24 hours, a webhook has arrived for every change at Clerk."
+        return Finding("deliveries_complete", Level.OK, "webhooks", what)
+    what = (
+        f"No webhook arrived for {count(found.missed, 'change')} at Clerk, the first at "
+        f"{found.since:%Y-%m-%d %H:%M} and the last at {found.last:%Y-%m-%d %H:%M} UTC. The "
+        "follower has updated these users."
+    )
+    return Finding("deliveries_missed", Level.ERROR, "webhooks", what, _ENDPOINT)

@@ -1,0 +1,114 @@
+"""Leases: a process holds a name for a short time, and keeps its progress under this name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from clerkhooks.store.columns import to_json
+from clerkhooks.store.database import Database
+
+LEASES = "clerk_leases"
+MAX_LIFETIME = 60_000  # in milliseconds; a lease that ends later was written by a wrong clock
+
+NOW = {
+    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)",
+    "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
+}
+"""The database's clock in milliseconds, by dialect."""
+
+# One statement decides who holds the lease. It needs no session, so it works through any pooler,
+# and only the database's clock counts. A lease is also taken if it ends too far in the future,
+# because the clock was set back.
+_ACQUIRE = """
+INSERT INTO {leases} AS t (name, holder, expires_at)
+VALUES (:name, :holder, {now} + :lifetime)
+ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at = excluded.expires_at
+WHERE t.holder IS NULL OR t.holder = excluded.holder
+    OR t.expires_at NOT BETWEEN {now} AND {now} + {max_lifetime}
+RETURNING {now} AS now, completed_at, state
+"""
+
+_FIND = "SELECT {now} AS now, completed_at, state FROM {leases} WHERE name = :name"
+
+_RELEASE = """
+UPDATE {leases} SET holder = NULL WHERE name = :name AND holder = :holder RETURNING name
+"""
+
+# Progress is stored only while the lease is held.
+_SAVE = """
+UPDATE {leases} SET
+    state = :state,
+    completed_at = CASE WHEN :completed THEN {now} ELSE completed_at END
+WHERE name = :name AND holder = :holder
+RETURNING name
+"""
+
+
+class Held(NamedTuple):
+    """
+    What is stored under the name of a lease. Times are in milliseconds by the database's clock.
+
+    *completed_at* is the end of the last complete round. *state* is the progress.
+    """
+
+    now: int
+    completed_at: int | None
+    state: Mapping[str, Any]
+
+
+def make_leases_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
+    """Return the table of leases. It contains no profile data."""
+    return sa.Table(
+        LEASES,
+        metadata,
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("holder", sa.Text),
+        sa.Column("expires_at", sa.BigInteger),
+        sa.Column("completed_at", sa.BigInteger),
+        sa.Column("state", sa.Text),
+        schema=schema,
+    )
+
+
+class Leases:
+    """The statements on the table of leases."""
+
+    def __init__(self, database: Database, table: sa.Table) -> None:
+        self._database, self.table = database, table
+        self._names = {
+            "leases": database.dialect.identifier_preparer.format_table(table),
+            "now": NOW[database.dialect_name],
+            "max_lifetime": str(MAX_LIFETIME),
+        }
+
+    def acquire(self, name: str, holder: str, lifetime: float) -> Held | None:
+        """Take or renew a lease for *lifetime* seconds. Return None if another one holds it."""
+        row = {"name": name, "holder": holder, "lifetime": int(lifetime * 1000)}
+        return _parse(self._database.write(self._text(_ACQUIRE), row))
+
+    def save(self, name: str, holder: str, state: Mapping[str, Any], *, completed: bool) -> bool:
+        """Store the progress. Return whether *holder* still holds the lease."""
+        row = {"state": to_json(state), "completed": completed, "name": name, "holder": holder}
+        return bool(self._database.write(self._text(_SAVE), row))
+
+    def release(self, name: str, holder: str) -> None:
+        """End the lease, so that another process can take it at once."""
+        self._database.write(self._text(_RELEASE), {"name": name, "holder": holder})
+
+    def find(self, name: str) -> Held | None:
+        """Return what is stored, or None if no process has ever held the lease."""
+        return _parse(self._database.execute(self._text(_FIND), {"name": name}))
+
+    def _text(self, template: str) -> sa.TextClause:
+        return sa.text(template.format(**self._names))
+
+
+def _parse(rows: Any) -> Held | None:
+    if not rows:
+        return None
+    [(now, completed_at, state)] = rows
+    return Held(now, completed_at, json.loads(state or "{}"))

@@ -1,0 +1,180 @@
+"""Work that one process of all hosts does, and that another takes over if this one stops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from clerkhooks.errors import ClerkhooksError, describe, frames
+from clerkhooks.store import Store
+from clerkhooks.store.leases import Held
+
+logger = logging.getLogger(__name__)
+Tell = Callable[[str, Mapping[str, object]], object]
+LIFETIME = 15.0  # seconds without a renewal after which another process takes over
+RENEWALS = 3  # per lifetime
+FIRST_PAUSE = 2.0  # seconds after the first failure; it doubles with each failure
+
+
+class LeaseLost(ClerkhooksError):
+    """Another process holds the lease. Nothing more may be written."""
+
+
+class Lease:
+    """
+    The right to do the work *name*, for *lifetime* seconds after each renewal.
+
+    The thread that works also renews the lease. If it hangs, the lease ends.
+    """
+
+    def __init__(self, store: Store, name: str, lifetime: float = LIFETIME) -> None:
+        self._leases, self.name, self.lifetime = store.leases, name, lifetime
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._renewed_at = -lifetime
+        self._is_released = False
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two renewals, and between two attempts to take the lease."""
+        return self.lifetime / RENEWALS
+
+    def acquire(self) -> Held | None:
+        """Take or renew the lease. Return the progress so far, or None if another holds it."""
+        if self._is_released:
+            return None
+        began_at = time.monotonic()
+        held = self._leases.acquire(self.name, self.holder, self.lifetime)
+        if held is not None:
+            self._renewed_at = began_at
+        return held
+
+    def check(self) -> None:
+        """
+        Renew the lease if it is time.
+
+        Raises:
+            LeaseLost: another process has taken over.
+        """
+        is_due = time.monotonic() - self._renewed_at >= self.interval
+        if self._is_released or (is_due and self.acquire() is None):
+            raise LeaseLost("lease_lost")
+
+    def save(self, state: Mapping[str, Any], *, completed: bool = False) -> None:
+        """
+        Store the progress. *completed* records the time at which a round has ended.
+
+        Raises:
+            LeaseLost: another process has taken over.
+        """
+        if not self._leases.save(self.name, self.holder, state, completed=completed):
+            raise LeaseLost("lease_lost")
+
+    def release(self) -> None:
+        """End the lease for good, so that another process can take over at once."""
+        self._is_released = True
+        self._leases.release(self.name, self.holder)
+
+
+class LeasedLoop(ABC):
+    """
+    Repeats rounds of work every *interval* seconds, in one process of all that run the loop.
+
+    *tell* receives the name and the fields of each event; by default, they are logged.
+    """
+
+    def __init__(self, lease: Lease, interval: float, tell: Tell | None = None) -> None:
+        self.lease, self.interval, self.tell = lease, interval, tell or _log
+        self._is_leading = False
+        self._next_at = 0.0
+        self._failures = 0
+        self._stopping = threading.Event()
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget what is in memory: this process has just taken the lease."""
+
+    @abstractmethod
+    def work(self, held: Held) -> None:
+        """
+        Do a round. Call ``lease.check()`` at least every few seconds, and before each write.
+
+        Raises:
+            Exception: the round failed. It is repeated after a pause that grows.
+        """
+
+    def find_pause(self, error: Exception) -> float | None:
+        """Record a failure, and return the seconds until the next round if they are known."""
+        del error
+        return None
+
+    def run(self) -> None:
+        """Repeat rounds until ``stop`` is called. No error ends this function."""
+        while not self._stopping.is_set():
+            self._turn()
+            pause = self._next_at - time.monotonic()
+            self._stopping.wait(max(0.0, min(pause, self.lease.interval)))
+
+    def stop(self) -> None:
+        """End ``run``, and release the lease if this process holds it."""
+        self._stopping.set()
+        with suppress(SQLAlchemyError):  # then the lease ends by itself
+            self.lease.release()
+
+    def _turn(self) -> None:
+        """Take or renew the lease. Do a round if it is time."""
+        try:
+            held = self.lease.acquire()
+            if held is None:
+                self._stand_by()
+            else:
+                self._lead(held)
+        except LeaseLost:
+            self._stand_by()
+        except Exception as error:  # noqa: BLE001  # the loop must survive every error
+            self._fail(error)
+
+    def _stand_by(self) -> None:
+        """Wait until the lease may be free."""
+        if self._is_leading and not self._stopping.is_set():
+            self.tell("lease_lost", {"lease": self.lease.name})
+        self._is_leading, self._next_at = False, time.monotonic() + self.lease.interval
+
+    def _lead(self, held: Held) -> None:
+        if not self._is_leading:
+            self.begin()
+            self._is_leading, self._next_at = True, 0.0
+            self.tell("lease_taken", {"lease": self.lease.name, "holder": self.lease.holder})
+        began_at = time.monotonic()
+        if began_at >= self._next_at:
+            self.work(held)
+            self._failures, self._next_at = 0, began_at + self.interval
+
+    def _fail(self, error: Exception) -> None:
+        """Log *error*, and try again later."""
+        pause = min(self.interval, FIRST_PAUSE * 2**self._failures)
+        self._failures = min(self._failures + 1, 10)
+        with suppress(SQLAlchemyError, LeaseLost):
+            pause = self.find_pause(error) or pause
+        self._next_at = time.monotonic() + pause
+        reason = error.reason if isinstance(error, ClerkhooksError) else describe(error)
+        fields: dict[str, object] = {"lease": self.lease.name, "error": reason}
+        if not isinstance(error, ClerkhooksError | SQLAlchemyError):
+            fields["frames"] = frames(error)
+        self.tell("round_failed", fields | {"retry_in_s": round(pause, 1)})
+
+
+INFORMATION = ("lease_taken", "lease_lost", "users_healed")
+
+
+def _log(event: str, fields: Mapping[str, object]) -> None:
+    logger.log(logging.INFO if event in INFORMATION else logging.WARNING, event, extra=fields)

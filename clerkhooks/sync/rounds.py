@@ -1,0 +1,144 @@
+"""One round of the follower: the latest changes, some users in turn, and the watch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from clerkhooks.clerk.kinds import USER
+from clerkhooks.errors import BackendApiError
+from clerkhooks.store.awaited import now_ms
+from clerkhooks.store.leases import Held
+from clerkhooks.sync.comparison import Result
+from clerkhooks.sync.leased import LeasedSync
+from clerkhooks.sync.listing import IdSet, read_all
+from clerkhooks.sync.newest import read_newest, time_of
+from clerkhooks.sync.progress import Progress
+from clerkhooks.sync.sweep import Sweep
+from clerkhooks.sync.watch import Watch
+
+# In milliseconds. A change may become visible after another change with a later time.
+OVERLAP = 120_000
+MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an outage
+HEALED = (Result.CREATED, Result.UPDATED, Result.TOMBSTONED)
+
+
+class Round:
+    """
+    The rounds of a process that holds the lease, one every *interval* seconds.
+
+    Progress is stored only after everything before it has been written, so an interrupted round is
+    repeated by the same process or by the next one.
+    """
+
+    def __init__(self, leased: LeasedSync, interval: float) -> None:
+        self._leased, self._interval = leased, interval
+        self._watch = Watch(leased.store)
+        self._sweep = Sweep(leased, self._watch, interval)
+        self._is_trusted = False
+        self._missed = 0
+        self.progress = Progress()
+        """The progress of the current round, or of the last one."""
+
+    def run(self, held: Held) -> None:
+        """
+        Do one round.
+
+        Raises:
+            LeaseLost: another process has taken over.
+            WrongInstance: nothing was changed, because the secret key is probably wrong.
+            BackendApiError, SQLAlchemyError: Clerk or the database failed.
+        """
+        self._begin(held)
+        try:
+            if self.progress.position is None:
+                self._import()
+            unusable = self._follow()
+            for _ in range(self._sweep.count_steps(self.progress)):
+                self._store(self._sweep.run(self.progress))
+            if unusable is not None:
+                raise unusable
+            self._end()
+        finally:
+            self._report()
+
+    def fail(self, reason: str) -> None:
+        """Store the *reason* why the last round is incomplete, for operators."""
+        self._store(replace(self.progress, error=reason))
+
+    def _begin(self, held: Held) -> None:
+        """Check that it is the right instance, and that no outage has delayed webhooks."""
+        self._leased.counts.clear()
+        self._leased.written.clear()
+        self.progress = Progress.of(held)
+        if not self._is_trusted:
+            self._leased.check_instance()
+            self._is_trusted = True
+        if held.completed_at is not None:
+            gap = held.now - held.completed_at
+            if gap > max(MAX_GAP, 3000 * self._interval):
+                troubled_at = self._watch.postpone(now_ms() - gap)
+                self.progress = replace(self.progress, troubled_at=troubled_at)
+
+    def _import(self) -> None:
+        """Write all users who exist now. An interrupted import continues with the next page."""
+        api = self._leased.api
+        position = _find_latest(self._leased.ask(lambda: api.list_updated(1, 0)))
+        pages = read_all(api, IdSet(), self.progress.imported_to)
+        while page := self._leased.ask(lambda: next(pages, None)):
+            self._leased.apply(page)
+            self._leased.written.clear()  # users from before the installation
+            self._store(replace(self.progress, imported_to=USER.find_id(page[-1])))
+        self._store(replace(self.progress, position=position, imported_to=None))
+
+    def _follow(self) -> BackendApiError | None:
+        """
+        Write what has changed at Clerk since the last round.
+
+        Return the error if Clerk does not list users by their latest change. Then the sweep still
+        compares every user.
+        """
+        leased, position = self._leased, self.progress.position or 0
+        pages = read_newest(leased.api.list_updated, USER, "updated_at", position - OVERLAP)
+        try:
+            while page := leased.ask(lambda: next(pages, None)):
+                position = max(position, _find_latest(page))
+                leased.apply(page)
+                self._expect_webhooks()
+        except BackendApiError as error:
+            if error.reason == "answer_unusable":
+                return error
+            raise
+        self._store(replace(self.progress, position=position))
+        return None
+
+    def _end(self) -> None:
+        """Store that the round is complete."""
+        troubled_at, before = self._watch.update(), self._missed
+        self._missed = self._watch.missed
+        if self._missed and not before:
+            self._leased.tell("deliveries_missed", {"changes": self._missed})
+        troubled_at = troubled_at or self.progress.troubled_at
+        self._store(replace(self.progress, troubled_at=troubled_at, error=None), completed=True)
+
+    def _expect_webhooks(self) -> None:
+        self._watch.add(self._leased.written, self.progress.troubled_at)
+        self._leased.written.clear()
+
+    def _store(self, progress: Progress, *, completed: bool = False) -> None:
+        self._expect_webhooks()
+        self._leased.lease.save(progress.state, completed=completed)
+        self.progress = progress
+
+    def _report(self) -> None:
+        # logging has an attribute "created" of its own.
+        healed = {f"users_{result.value}": self._leased.counts[result] for result in HEALED}
+        if any(healed.values()):
+            self._leased.tell("users_healed", healed)
+
+
+def _find_latest(users: Sequence[Any]) -> int:
+    """Return the time of the latest change of *users*. A time in the future does not count."""
+    now, times = now_ms(), (time_of(data, "updated_at") for data in users)
+    return max((at for at in times if at is not None and at <= now), default=0)

@@ -1,0 +1,312 @@
+"""The follower: users are right even if no webhook arrives."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.errors import BackendApiError
+from clerkhooks.store.leases import Held
+from clerkhooks.sync.lease import Lease, LeaseLost
+from clerkhooks.sync.leased import WrongInstance
+from clerkhooks.sync.progress import FOLLOWER
+from tests.backend import Backend, Query, answering_json
+from tests.following import Crash, Following
+from tests.support import NOW_MS, TABLES, Service
+from tests.syncing import make_old, store_of, sync
+from tests.test_reconcile import METHODS, World
+
+LONG_AGO = NOW_MS - 3_600_000
+sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+def following(syncing: Service, backend: Backend) -> Following:
+    """Return a follower that has not run yet."""
+    return Following(syncing, backend)
+
+
+@dataclass
+class FollowedWorld(World):
+    """
+    Clerk, the messages that it sent, and a service with a follower.
+
+    One user is never changed. Otherwise, the follower would suspect a wrong instance if all others
+    were deleted.
+    """
+
+    is_following: bool = False
+
+    def follow(self, _user: str, number: int) -> None:
+        """Run a round, during which the next *number* steps are performed."""
+        self._follow(number, 10**9)
+
+    def crash(self, _user: str, number: int) -> None:
+        """Kill the follower during a round."""
+        self._follow(number % 3, number)
+
+    def _follow(self, during: int, steps: int) -> None:
+        if self.is_following:  # this step is performed during another round
+            return
+        self.is_following = True
+        make_old(self.service)
+        with self.performing(during), suppress(Crash, LeaseLost):
+            Following(self.service, self.backend).run(2, steps)
+        self.is_following = False
+
+
+STEPS = st.tuples(
+    st.sampled_from([*METHODS, "follow", "follow", "crash"]), st.integers(0, 3), st.integers(0, 20)
+)
+RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
+
+
+@sqlite
+@settings(max_examples=settings().max_examples // 4)
+@given(steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24))
+def test_ends_in_clerks_state(syncing: Service, backend: Backend, steps: list[Any]) -> None:
+    """
+    After any sequence of changes, lost webhooks, calls, syncs and crashes, rounds repair all rows.
+
+    No webhook is delivered again before the check.
+    """
+    backend.users.clear()
+    for table in TABLES:
+        syncing.rows(f"DELETE FROM {table}")
+    stays = backend.sign_up(at=int(time.time() * 1000) - 3_600_000)
+    syncing.clerk_service.deliver("user.created", backend.users[stays])
+    world = FollowedWorld(syncing, backend, later=steps)
+    while world.later:
+        world.perform(world.later.pop(0))
+    backend.users |= world.hidden
+    make_old(syncing)
+    users = syncing.rows("SELECT count(*) FROM users")[0][0]
+    Following(syncing, backend).run(2 * (users // 100 + 2))
+    world.check()
+
+
+def test_reads_everything_in_the_first_round(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A new table is filled without a sync. Later rounds read what has changed since."""
+    users = [backend.sign_up(at=LONG_AGO - number * 60_000) for number in range(250)]
+    following.run()
+    assert syncing.rows("SELECT count(*) FROM users WHERE name = 'Ada Lovelace'") == [(250,)]
+    backend.requests.clear()
+    following.run()
+    lists = [query for _, query in backend.requests if "order_by" in query]
+    assert [query["limit"] for query in lists] == [["10"]]
+    backend.update(users[7], first_name="Grace")
+    following.run()
+    assert syncing.user(users[7], ("name",)) == ("Grace Lovelace",)
+    assert following.names().count("users_healed") == 2
+
+
+@sqlite
+def test_continues_where_another_process_stopped(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Wherever the process is killed, the next one misses no change."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    for steps in range(0, 12, 2):
+        users = [backend.sign_up() for _ in range(30)]
+        with suppress(Crash):  # the round may need fewer steps
+            Following(syncing, backend).run(steps=steps)
+        Following(syncing, backend).run()
+        assert all(syncing.user(user_id) for user_id in users)
+
+
+def test_waits_for_changes_that_become_visible_late(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A change may appear after a later one, so each round reads two minutes again."""
+    backend.sign_up()
+    following.run()
+    late = backend.sign_up(at=int(time.time() * 1000) - 60_000)
+    following.run()
+    assert syncing.user(late, ("name",)) == ("Ada Lovelace",)
+
+
+def test_finds_deletions_in_turn(following: Following, syncing: Service, backend: Backend) -> None:
+    """Each batch of a hundred users is compared by id, and a missing user is confirmed."""
+    users = sorted(backend.sign_up(at=LONG_AGO + number) for number in range(230))
+    following.run()
+    make_old(syncing)
+    for number in (3, 150, 229):
+        backend.delete(users[number])
+    for found in ([3], [3, 150], [3, 150, 229]):
+        following.run()
+        deleted = syncing.rows("SELECT id FROM users WHERE deleted_at IS NOT NULL ORDER BY id")
+        assert deleted == [(users[number],) for number in found]
+    assert following.progress().deleted == 3
+
+
+def test_does_not_delete_a_user_whom_a_list_omits(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Only a 404 for the user's own path proves a deletion; absence from a list does not."""
+    user_id, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+
+    def forget(_path: str, query: Query) -> None:
+        if "user_id" in query:
+            backend.behaviours.append(answering_json(200, [backend.users[other]]))
+
+    backend.before = forget
+    following.run(2)
+    assert syncing.rows("SELECT count(*) FROM users WHERE deleted_at IS NULL") == [(2,)]
+    assert f"/v1/users/{user_id}" in [path for path, _ in backend.requests]
+
+
+@sqlite
+@pytest.mark.parametrize(("rows", "gone", "deleted"), [(60, 20, 20), (60, 21, 0), (250, 22, 22)])
+def test_stops_before_it_deletes_too_many(
+    following: Following, syncing: Service, backend: Backend, rows: int, gone: int, deleted: int
+) -> None:
+    """At most 20 users or a tenth of all users are deleted within a day."""
+    users = sorted(backend.sign_up(at=LONG_AGO + number) for number in range(rows))
+    following.run()
+    make_old(syncing)
+    for user_id in users[-gone:]:
+        backend.delete(user_id)
+    following.run(4)
+    count = "SELECT count(*) FROM users WHERE deleted_at IS NOT NULL"
+    assert syncing.rows(count) == [(deleted,)]
+    assert (following.progress().fault == "deletions_withheld") == (deleted < gone)
+    if deleted < gone:
+        assert "deletions_withheld" in following.names()
+        sync(syncing, backend, force=True)
+        following.run(4)
+        assert following.progress().fault is None
+        return
+    backend.delete(users[0])
+    following.run(4)
+    assert syncing.rows(count) == [(deleted,)], "the limit is for a day"
+    following.change_state(deleted_since=following.progress().deleted_since - 86_400_001)
+    following.run(4)
+    assert syncing.rows(count) == [(deleted + 1,)]
+
+
+def test_revives_a_user_whom_an_outage_hid(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Recent tombstones of the sweep are compared again, in case that the user exists after all."""
+    user_id, _ = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    hidden = backend.users.pop(user_id)
+    following.run(2)
+    assert syncing.user(user_id, ("name",)) == ("Deleted User",)
+    backend.users[user_id] = hidden
+    following.run(2)
+    assert syncing.user(user_id, ("name", "deleted_at")) == ("Ada Lovelace", None)
+
+
+def test_does_not_revive_with_data_from_before_the_deletion(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A page that was requested before a sync wrote a tombstone does not prove anything."""
+    user_id, _ = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    page = list(backend.users.values())
+    read = following.leased.ask(lambda: page)
+    time.sleep(0.002)
+    backend.delete(user_id)
+    assert sync(syncing, backend)[0]["tombstoned"] == 1
+    following.leased.apply(read)
+    assert syncing.user(user_id, ("name",)) == ("Deleted User",)
+
+
+@pytest.mark.parametrize("strangers", [0, 3])
+def test_stops_at_another_instance(
+    following: Following, syncing: Service, backend: Backend, strangers: int
+) -> None:
+    """With the key of another instance, nothing is changed. The reason is stored."""
+    for _ in range(5):
+        backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    before = syncing.rows("SELECT * FROM users ORDER BY id")
+    ours = dict(backend.users)
+    backend.users.clear()
+    for _ in range(strangers):
+        backend.sign_up()
+    other = Following(syncing, backend)
+    with pytest.raises(WrongInstance):
+        other.run()
+    other.rounds.fail("wrong_instance")
+    assert syncing.rows("SELECT * FROM users ORDER BY id") == before
+    assert other.progress().fault == "wrong_instance"
+    backend.users |= ours
+    other.run()
+    assert other.progress().fault is None
+
+
+def test_stops_if_the_instance_vanishes_meanwhile(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """If the sweep finds none of a hundred users, it asks for the newest users first."""
+    for _ in range(5):
+        backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    backend.users.clear()
+    with pytest.raises(WrongInstance):
+        following.run(2)
+    assert syncing.rows("SELECT count(*) FROM users WHERE deleted_at IS NULL") == [(5,)]
+
+
+def test_sweeps_even_if_the_list_is_not_in_order(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A proxy that drops the query string does not stop the sweep."""
+    user_id, _ = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    backend.update(user_id, first_name="Grace")
+
+    def reverse(_path: str, query: Query) -> None:
+        if "order_by" in query:
+            backend.behaviours.append(answering_json(200, list(backend.users.values())[::-1]))
+
+    backend.before = reverse
+    with pytest.raises(BackendApiError, match="latest changes first"):
+        following.run()
+    assert syncing.user(user_id, ("name",)) == ("Grace Lovelace",)
+
+
+def test_reports_a_malformed_user(following: Following, syncing: Service, backend: Backend) -> None:
+    """Other users are written."""
+    backend.users["odd"] = {"id": clerk_id("user"), "updated_at": "x"}
+    user_id = backend.sign_up(at=LONG_AGO)
+    following.run()
+    assert syncing.user(user_id, ("name",)) == ("Ada Lovelace",)
+    reasons = [
+        fields["reason"] for name, fields in following.events if name == "object_not_followed"
+    ]
+    assert set(reasons) == {"updated_at_missing"}
+
+
+def test_stops_when_it_is_replaced(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A process that has lost the lease neither reads nor writes."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    Following(syncing, backend)
+    Lease(store_of(syncing), FOLLOWER).acquire()
+    following.lease._renewed_at = -1000.0
+    backend.requests.clear()
+    with pytest.raises(LeaseLost):
+        following.rounds.run(Held(0, None, {}))
+    assert backend.requests == []

@@ -1,0 +1,98 @@
+"""A lease: one process at a time holds it, whatever its clock says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from clerkhooks.sync.lease import Lease, LeaseLost
+from tests.support import Service, ThreadPool
+from tests.syncing import store_of
+
+
+def test_has_one_holder(service: Service) -> None:
+    """The first process holds the lease until it expires, and another one takes it then."""
+    store = store_of(service)
+    first, second = Lease(store, "work", 0.5), Lease(store, "work", 0.5)
+    assert first.acquire() is not None
+    assert second.acquire() is None
+    assert first.acquire() is not None, "the holder can renew it"
+    time.sleep(0.6)
+    assert second.acquire() is not None
+    assert first.acquire() is None
+    with pytest.raises(LeaseLost):
+        first.check()
+
+
+def test_goes_to_one_of_many(service: Service) -> None:
+    """If many processes try to take a free lease at once, one of them gets it."""
+    store = store_of(service)
+    leases = [Lease(store, "work") for _ in range(8)]
+    with ThreadPool(8) as pool:
+        found = list(pool.map(Lease.acquire, leases))
+    assert sum(held is not None for held in found) == 1
+
+
+def test_is_free_after_a_release(service: Service) -> None:
+    """A process that stops releases the lease for good, and takes it no more."""
+    store = store_of(service)
+    first, second = Lease(store, "work"), Lease(store, "work")
+    first.acquire()
+    first.release()
+    assert second.acquire() is not None
+    second.release()
+    assert first.acquire() is None
+    with pytest.raises(LeaseLost):
+        first.check()
+
+
+def test_stores_progress_of_the_holder_only(service: Service) -> None:
+    """A process that was replaced does not move the position."""
+    store = store_of(service)
+    first, second = Lease(store, "work"), Lease(store, "work")
+    first.acquire()
+    first.save({"position": 1}, completed=True)
+    service.rows("UPDATE clerk_leases SET expires_at = 0")
+    held = second.acquire()
+    assert held is not None
+    assert held.state == {"position": 1}
+    assert 0 <= held.now - (held.completed_at or 0) < 20_000
+    with pytest.raises(LeaseLost):
+        first.save({"position": 2})
+    found = store.leases.find("work")
+    assert found is not None
+    assert found.state == {"position": 1}
+
+
+def test_is_renewed_when_it_is_time(service: Service) -> None:
+    """Most checks need no query."""
+    lease = Lease(store_of(service), "work", 0.6)
+    lease.acquire()
+    query = "SELECT expires_at FROM clerk_leases"
+    before = service.rows(query)
+    lease.check()
+    assert service.rows(query) == before
+    time.sleep(0.25)
+    lease.check()
+    assert service.rows(query) > before
+
+
+def test_is_taken_if_the_clock_was_set_back(service: Service) -> None:
+    """A lease that ends in the far future does not block others until then."""
+    store = store_of(service)
+    first, second = Lease(store, "work"), Lease(store, "work")
+    first.acquire()
+    service.rows("UPDATE clerk_leases SET expires_at = expires_at + 3600000")
+    assert second.acquire() is not None
+
+
+def test_is_independent_of_other_names(service: Service) -> None:
+    """Each kind of work has a lease and progress of its own."""
+    store = store_of(service)
+    first, second = Lease(store, "work"), Lease(store, "other")
+    assert first.acquire() is not None
+    first.save({"position": 1})
+    held = second.acquire()
+    assert held is not None
+    assert held.state == {}
