@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store, activity
+from clerkhooks.sync.progress import FOLLOWER
 from clerkhooks.web.state import State
 
 FAMILIES = frozenset(
@@ -44,8 +45,8 @@ _IN_USE = "clerkhooks.in_use"
 class Metrics:
     """The metrics of this process, or of all processes that share a directory."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, *, follows: bool) -> None:
+        self._store, self._follows = store, follows
         self.registry = CollectorRegistry()
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
         histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
@@ -114,12 +115,12 @@ class Metrics:
         for family in _read_files() if is_shared() else self.registry.collect():
             is_time = family.name == f"{NAMESPACE}_{FETCHED_AT}"
             yield _age(family) if is_time else family
-        yield from _from_database(self._store)
+        yield from _from_database(self._store, follows=self._follows)
 
 
 def init_metrics(state: State) -> None:
     """Set up the metrics of the application that *state* belongs to."""
-    metrics = state.metrics = Metrics(state.store)
+    metrics = state.metrics = Metrics(state.store, follows=state.settings.secret_key is not None)
     keys = state.authenticator.verifier.keys
     if isinstance(keys, FetchedKeys):
         keys.on_fetch = metrics.count_fetch
@@ -159,12 +160,13 @@ def _age(family: Metric) -> Metric:
     return ages
 
 
-def _from_database(store: Store) -> Iterator[Metric]:
+def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
     up = "Whether the database answers."
     try:
         unfilled, last = activity.count_unfilled(store), activity.find_last_received(store)
         barred = {state: activity.count_barred(store, state) for state in BARRING}
         counts = activity.count_organizations(store), activity.count_memberships(store)
+        following = list(_from_follower(store)) if follows else []
     except SQLAlchemyError:
         yield _gauge("database_up", up, 0)
         return
@@ -179,12 +181,25 @@ def _from_database(store: Store) -> Iterator[Metric]:
         if count is not None:
             limit = activity.MAX_COUNT
             yield _gauge(name, f"The {name} that have not ended, at most {limit + 1}.", count)
+    yield from following
     if last is not None:
         yield _gauge(
             "last_webhook_age_seconds",
             "Time since the last verified delivery of a new message.",
             (datetime.now(UTC) - last).total_seconds(),
         )
+
+
+def _from_follower(store: Store) -> Iterator[Metric]:
+    yield _gauge(
+        "deliveries_missed",
+        "Changes of the last day that the follower found, and for which no webhook arrived.",
+        store.awaited.count().missed,
+    )
+    held = store.leases.find(FOLLOWER)
+    if held is not None and held.completed_at is not None:
+        age = (held.now - held.completed_at) / 1000
+        yield _gauge("follower_age_seconds", "Time since the follower's last round.", age)
 
 
 def _barred(counts: dict[str, int]) -> GaugeMetricFamily:

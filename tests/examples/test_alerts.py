@@ -10,15 +10,18 @@ from typing import Any
 import yaml
 
 from clerkhooks.clerk.fake import clerk_id
+from tests.backend import Backend
 from tests.conftest import MakeService
+from tests.following import complete_round
 from tests.support import user_event
 
 TOKEN = "a-token-of-sixteen-characters-or-more"
 
 
-def test_every_metric_exists(make_service: MakeService) -> None:
-    """After a webhook, the metrics of the rules and of the dashboard are exported."""
-    service = make_service(METRICS_TOKEN=TOKEN)
+def test_every_metric_exists(make_service: MakeService, backend: Backend) -> None:
+    """The metrics of the rules and of the dashboard are exported, some of them after a webhook."""
+    service = make_service(METRICS_TOKEN=TOKEN, **backend.environ)
+    complete_round(service)
     service.outcome(user_event(clerk_id("user")))
     response = service.http.get("/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
     exported = set(re.findall(r"^# TYPE (\w+) ", response.text, re.MULTILINE))
