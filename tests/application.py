@@ -83,9 +83,9 @@ MakeApplication = Callable[..., Application]
 
 
 @pytest.fixture(params=KINDS)
-def empty_database(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
+def empty_database(request: pytest.FixtureRequest, emptied_database: MakeDatabase) -> str:
     """Return the URL of an empty database. The test runs once for each kind of database."""
-    return make_database(request.param)
+    return emptied_database(request.param)
 
 
 @pytest.fixture

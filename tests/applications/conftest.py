@@ -8,9 +8,9 @@ from tests.conftest import KINDS, MakeDatabase
 
 
 @pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, make_database: MakeDatabase) -> str:
-    """Create an empty database of each kind."""
-    return make_database(request.param)
+def url(request: pytest.FixtureRequest, emptied_database: MakeDatabase) -> str:
+    """Return the URL of an empty database of each kind."""
+    return emptied_database(request.param)
 
 
 @pytest.fixture
@@ -20,6 +20,6 @@ def sqlite_url(make_database: MakeDatabase) -> str:
 
 
 @pytest.fixture
-def postgresql_url(make_database: MakeDatabase) -> str:
-    """Create an empty PostgreSQL database."""
-    return make_database("postgresql")
+def postgresql_url(emptied_database: MakeDatabase) -> str:
+    """Return the URL of an empty PostgreSQL database."""
+    return emptied_database("postgresql")
