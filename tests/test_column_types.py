@@ -133,14 +133,13 @@ PARSED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("type_", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("parse", [None, PARSED.get], ids=["from Clerk", "from parse"])
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.pysqlite does .not. support Decimal")
 def test_never_fails_an_event(
-    make_application: MakeApplication, empty_database: str, type_: Any, parse: Any
+    make_application: MakeApplication, empty_database: str, parse: Any
 ) -> None:
     """No value, from Clerk or from *parse*, makes an event fail or a row unreadable."""
-    columns = {"value": from_clerk("value", type_, parse=parse)}
+    columns = {name: from_clerk("value", type_, parse=parse) for name, type_ in TYPES.items()}
     application = make_application(empty_database, columns)
     values: list[Any] = list(PARSED) if parse else ODD
     for value in values:

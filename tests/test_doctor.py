@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy.engine import make_url
 
 from clerkhooks import doctor
+from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.cli.main import main
 from clerkhooks.doctor import APPLICATION, OUTSIDE_CHECKS, configuration, findings
@@ -29,6 +31,12 @@ from tests.following import complete_round
 from tests.issuer import Issuer, jwk, key_set
 from tests.server import environ
 from tests.support import Service, broken_users, rows, user_event
+
+
+@pytest.fixture(autouse=True)
+def soon_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the pauses between attempts to reach the Backend API, but not a request's timeout."""
+    monkeypatch.setattr(doctor.instance, "BackendApi", partial(BackendApi, pace=0.02))
 
 
 @pytest.fixture
