@@ -37,13 +37,14 @@ pytest_plugins = ["clerkhooks.testing"]
 
 hypothesis_settings.register_profile(
     "suite",
-    max_examples=60,
+    max_examples=24,  # .ci/run tries more
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-hypothesis_settings.register_profile(
-    "thorough", hypothesis_settings.get_profile("suite"), max_examples=2000
-)
+for name, max_examples in (("extended", 100), ("thorough", 2000)):
+    hypothesis_settings.register_profile(
+        name, hypothesis_settings.get_profile("suite"), max_examples=max_examples
+    )
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
