@@ -635,7 +635,8 @@ def test_pages_through_messages(service: Service, data: st.DataObject) -> None:
         at = f"2026-01-01 00:00:0{second}.000000"
         service.rows(
             "INSERT INTO webhook_messages VALUES "
-            f"('msg_{number:02}', 'user.updated', NULL, '{outcome}', 1, NULL, '{at}', NULL, NULL)"
+            f"('msg_{number:02}', 'user.updated', NULL, NULL, '{outcome}', 1, NULL, '{at}', "
+            "NULL, NULL)"
         )
     kept = [
         (second, f"msg_{number:02}")
@@ -739,7 +740,8 @@ def test_escapes_hostile_content(console: Console, name: str) -> None:
     console.service.deliver(user_event(user_id, first_name=name, last_name=None))
     quoted = name[:200].replace("'", "''")
     at = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    values = f"'msg {quoted}', '{quoted}', '{user_id}', 'failed', 1, NULL, '{at}', NULL, '{quoted}'"
+    ids = f"'{user_id}', 'org_{quoted}'"
+    values = f"'msg {quoted}', '{quoted}', {ids}, 'failed', 1, NULL, '{at}', NULL, '{quoted}'"
     console.service.rows(
         f"INSERT INTO webhook_messages VALUES ({values})".replace(
             "%", "%%" if "sqlite" not in console.service.database_url else "%"

@@ -16,7 +16,14 @@ from clerkhooks.sync import listing
 from clerkhooks.sync.reconcile import Reconciliation
 from tests.backend import Backend, Query, answering_json
 from tests.conftest import MakeService
-from tests.support import NOW_MS, Service, deletion, membership_event, organization_event
+from tests.support import (
+    NOW_MS,
+    Service,
+    deletion,
+    membership_event,
+    organization_event,
+    user_event,
+)
 from tests.syncing import make_old, sync
 
 OLD = NOW_MS - 86_400_000
@@ -258,6 +265,66 @@ def test_needs_a_complete_list_to_confirm(storing: Service, backend: Backend) ->
     with pytest.raises(BackendApiError, match="all memberships"):
         sync(storing, backend)
     assert not memberships(storing)[member][-1]
+
+
+def test_syncs_given_objects(storing: Service, backend: Backend) -> None:
+    """Only these are updated. Memberships are searched for if they have no row."""
+    user_id, acme, other = backend.sign_up(), backend.found(), backend.found()
+    new, changed, unasked = (backend.join(each, user_id) for each in (acme, other, acme))
+    gone = (clerk_id("orgmem"), other, backend.sign_up())
+    storing.outcome(membership_event(gone, at=OLD))
+    storing.outcome(membership_event((changed, other, user_id), at=OLD))
+    make_all_old(storing)
+    backend.memberships[changed] |= {"role": "org:admin"}
+    ids = [acme, gone[0], changed]
+    _, findings, run = sync(storing, backend, lambda run: run.sync_some(ids))
+    assert summaries(run) == [{"created": 1}, {"updated": 1, "tombstoned": 1}]
+    assert "/v1/organization_memberships" not in {path for path, _ in backend.requests}
+    run = sync(storing, backend, lambda run: run.sync_some([new, clerk_id("orgmem")]))[2]
+    assert summaries(run) == [{}, {"created": 1, "unknown": 1}]
+    assert (findings, run.unknown, run.summary()["created"]) == ([], 1, 0)
+    assert organizations(storing).keys() == {acme}
+    assert memberships(storing) == {
+        new: (acme, user_id, "org:member", False),
+        changed: (other, user_id, "org:admin", False),
+        gone[0]: (*gone[1:], None, True),
+    }
+    assert unasked not in memberships(storing)
+
+
+def test_repairs_the_objects_of_failed_messages(storing: Service, backend: Backend) -> None:
+    """A failure while organizations or memberships are written is repaired by ``--failed``."""
+    user_id, acme, lost = backend.sign_up(), backend.found(), backend.found()
+    ended, kept = backend.join(lost, user_id), backend.join(acme, user_id)
+    sync(storing, backend)
+    make_all_old(storing)
+    del backend.organizations[lost], backend.memberships[ended]
+    new = backend.join(acme, user_id)
+    at = int(time.time() * 1000) + 1000
+    backend.memberships[kept] |= {"role": "org:admin", "updated_at": at}
+    events = [
+        organization_event(lost, "deleted"),
+        membership_event((new, acme, user_id)),
+        membership_event((kept, acme, user_id), "updated", at=at, role="org:admin"),
+    ]
+    storing.rows("ALTER TABLE organization_memberships RENAME TO elsewhere")
+    try:
+        assert {storing.deliver(body).status_code for body in events} == {500}
+    finally:
+        storing.rows("ALTER TABLE elsewhere RENAME TO organization_memberships")
+    run = sync(storing, backend, Reconciliation.sync_failed)[2]
+    assert summaries(run) == [{"tombstoned": 1}, {"created": 1, "updated": 1}]
+    assert (run.ok, sync(storing, backend, check=True)[2].drifted) == (True, 0)
+    assert memberships(storing)[ended] == (lost, user_id, None, True)
+
+
+def test_records_the_object_of_an_event(storing: Service) -> None:
+    """The message log names organizations and memberships. Users have a column of their own."""
+    ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
+    for body in (membership_event(ids), organization_event(ids[1]), user_event(ids[2])):
+        storing.outcome(body)
+    query = "SELECT clerk_user_id, clerk_object_id FROM webhook_messages"
+    assert set(storing.rows(query)) == {(ids[2], ids[0]), (None, ids[1]), (ids[2], None)}
 
 
 @given(

@@ -76,6 +76,7 @@ def test_checks_without_changing_anything(syncing: Service, backend: Backend) ->
     differs, missing = sorted(findings, key=lambda finding: str(finding["kind"]))
     assert differs == {
         "kind": "differs",
+        "object": "user",
         "id": ids[0],
         "reason": None,
         "fields": {"name": {"here": "Ada Lovelace", "clerk": "Grace Lovelace"}},
@@ -157,7 +158,8 @@ def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) 
     [
         (["user_1", "--missing"], "Use only one of"),
         (["--missing", "--failed"], "Use only one of"),
-        (["org_1"], "not a Clerk user id"),
+        (["role_1"], "not a Clerk id"),
+        (["user_1", "org_1"], "org_1 is not kept without CLERK_TABLES=organizations"),
     ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], message: str) -> None:

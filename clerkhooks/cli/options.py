@@ -20,7 +20,7 @@ import click
 from flask import current_app
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
-from clerkhooks.clerk.kinds import USER
+from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER
 from clerkhooks.errors import describe
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -91,6 +91,16 @@ def parse_user_id(text: str) -> str:
     """Validate the id of a Clerk user, and return it."""
     if not USER.is_id(text):
         raise click.BadParameter(f"{text!r} is not a Clerk user id, such as user_2abcDEF….")
+    return text
+
+
+def parse_object_id(text: str) -> str:
+    """Validate the id of a user, an organization or a membership, and return it."""
+    if not any(kind.is_id(text) for kind in (USER, ORGANIZATION, MEMBERSHIP)):
+        raise click.BadParameter(
+            f"{text!r} is not a Clerk id of a user, an organization or a membership, such as "
+            "user_2abcDEF…, org_2abcDEF… or orgmem_2abcDEF…."
+        )
     return text
 
 

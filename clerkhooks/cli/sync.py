@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from datetime import time as time_of_day
@@ -18,10 +18,10 @@ from flask.cli import with_appcontext
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.cli.follow import follow as follow_clerk
-from clerkhooks.cli.options import CannotDo, database_failures, json_lines_option, parse_user_id
+from clerkhooks.cli.options import CannotDo, database_failures, json_lines_option, parse_object_id
 from clerkhooks.errors import BackendApiError
 from clerkhooks.settings import VARIABLES
-from clerkhooks.sync.comparison import Finding, Result
+from clerkhooks.sync.comparison import Finding
 from clerkhooks.sync.connections import AlreadyRunning, reader, sole_writer
 from clerkhooks.sync.reconcile import Reconciliation
 from clerkhooks.sync.tables import TableSync
@@ -40,18 +40,18 @@ _FINDINGS = {
 
 
 @click.command()
-@click.argument("user_ids", nargs=-1, type=parse_user_id, metavar="[USER_ID]...")
+@click.argument("ids", nargs=-1, type=parse_object_id, metavar="[ID]...")
 @click.option("--check", is_flag=True, help="Report differences and change nothing.")
 @click.option("--missing", is_flag=True, help="Only users without a profile.")
-@click.option("--failed", is_flag=True, help="Only users whose messages failed.")
-@click.option("--force", is_flag=True, help="Delete users even if many are missing from Clerk.")
-@click.option("--follow", is_flag=True, help="Keep running, and update users as they change.")
+@click.option("--failed", is_flag=True, help="Only objects whose messages failed.")
+@click.option("--force", is_flag=True, help="Delete objects even if many are missing from Clerk.")
+@click.option("--follow", is_flag=True, help="Keep running, and update objects as they change.")
 @json_lines_option
 @click.pass_context
 @with_appcontext
 def sync(
     context: click.Context,
-    user_ids: tuple[str, ...],
+    ids: tuple[str, ...],
     check: bool,
     missing: bool,
     failed: bool,
@@ -60,16 +60,18 @@ def sync(
     as_json: bool,
 ) -> None:
     """
-    Update all users, or the given ones, from Clerk's Backend API.
+    Update the tables, or the objects with the given ids, from Clerk's Backend API.
 
     Run this command after installation, after an outage, and on a schedule. Webhooks and API calls
     may continue during a sync: newer data is kept, and a user deleted by a webhook stays deleted.
     You can interrupt a sync at any time and run it again. CLERK_SECRET_KEY is required.
 
-    With CLERK_TABLES=organizations, a sync of all users also updates organizations and memberships.
+    The objects are users and, with CLERK_TABLES=organizations, organizations and memberships. An ID
+    begins with user_, org_ or orgmem_. A membership that is not in the table is searched for in
+    Clerk's list of all memberships.
 
-    Without --force, no user is deleted if all of the newest users are missing from Clerk, or if
-    more than 20 users and more than a tenth of all users are missing. With --json, findings include
+    Without --force, nothing is deleted if all of the newest users are missing from Clerk, or if
+    more than 20 rows and more than a tenth of a table are missing. With --json, findings include
     the values of fields, and the summary is the last line.
 
     With --follow, the command runs until it is interrupted. It reads the latest changes about once
@@ -77,29 +79,36 @@ def sync(
     follow, the service's workers included, one works and the others wait. --json prints one object
     per event.
 
-    Exit status: 0 if the users match Clerk; 1 if a user could not be read, a handler failed,
-    deletions require --force, a given user is unknown, or --check found a difference; 2 if the sync
+    Exit status: 0 if the tables match Clerk; 1 if an object could not be read, a handler failed,
+    deletions require --force, a given id is unknown, or --check found a difference; 2 if the sync
     could not run.
     """
-    if (bool(user_ids) + missing + failed) > 1:
-        raise click.UsageError("Use only one of user ids, --missing and --failed.")
+    if (bool(ids) + missing + failed) > 1:
+        raise click.UsageError("Use only one of ids, --missing and --failed.")
     if follow:
-        if user_ids or missing or failed or check or force:
-            raise click.UsageError("Use --follow without user ids and without other options.")
+        if ids or missing or failed or check or force:
+            raise click.UsageError("Use --follow without ids and without other options.")
         _require_key()
         follow_clerk(as_json)
         context.exit(0)
+    _check_kept(ids)
     with _failures(), _reconciliation(as_json, check, force) as run:
-        if user_ids:
-            run.sync_some(user_ids)
+        if ids:
+            run.sync_some(ids)
         elif missing:
             run.sync_missing()
         elif failed:
             run.sync_failed()
         else:
             run.sync_all()
-    is_unknown = user_ids and run.counts[Result.UNKNOWN]
-    context.exit(0 if run.ok and not is_unknown else 1)
+    context.exit(0 if run.ok and not (ids and run.unknown) else 1)
+
+
+def _check_kept(ids: Sequence[str]) -> None:
+    """Raise UsageError if an id is not of a kind whose table is kept."""
+    kinds = current_state().store.by_kind
+    if unkept := [each for each in ids if not any(kind.is_id(each) for kind in kinds)]:
+        raise click.UsageError(f"{unkept[0]} is not kept without CLERK_TABLES=organizations.")
 
 
 def _print_finding(finding: Finding) -> None:
@@ -115,8 +124,9 @@ def _print_finding(finding: Finding) -> None:
 def _print_json(finding: Finding) -> None:
     pairs = finding.fields.items()
     fields = {name: {"here": here, "clerk": clerk} for name, (here, clerk) in pairs}
-    ids = {"kind": finding.kind, "id": finding.id, "reason": finding.reason}
-    click.echo(json.dumps(ids | {"fields": fields}, default=_plain))
+    about = {"kind": finding.kind, "object": finding.noun, "id": finding.id}
+    told = about | {"reason": finding.reason, "fields": fields}
+    click.echo(json.dumps(told, default=_plain))
 
 
 def _plain(value: object) -> str:

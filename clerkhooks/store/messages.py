@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from clerkhooks.clerk.events import ReceivedEvent
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import describe
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store
@@ -29,6 +30,7 @@ def record_failure(store: Store, event: ReceivedEvent, error: Exception, now: da
         "message_id": event.message_id,
         "event_type": event.type,
         "user_id": event.user_id,
+        "object_id": None if event.kind is USER else event.id,
         "occurred_at": event.occurred_at,
         "now": now,
         "error": describe(error),

@@ -256,6 +256,7 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
         sa.Column("message_id", Bytewise, primary_key=True),
         sa.Column("event_type", sa.Text, nullable=False),
         sa.Column("clerk_user_id", sa.Text),
+        sa.Column("clerk_object_id", sa.Text),
         sa.Column("outcome", sa.Text, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("occurred_at", UTCDateTime),

@@ -129,6 +129,7 @@ class MessageReport:
     message_id: str
     event_type: str
     clerk_user_id: str | None
+    clerk_object_id: str | None
     outcome: str
     attempts: int
     occurred_at: datetime | None

@@ -40,9 +40,9 @@ SNAPSHOT_WINS = f"""((t.deleted_at IS NOT NULL AND t.version_updated_at < :read_
 # Each message is processed once. The retry of a failed message updates its row.
 RECORD_MESSAGES = """
 INSERT INTO {messages} AS m
-    (message_id, event_type, clerk_user_id, outcome, attempts,
+    (message_id, event_type, clerk_user_id, clerk_object_id, outcome, attempts,
      occurred_at, received_at, processed_at)
-SELECT message_id, event_type, {user_id}, {outcome}, 1, occurred_at, :now, :now
+SELECT message_id, event_type, {user_id}, {object_id}, {outcome}, 1, occurred_at, :now, :now
 FROM r
 WHERE true
 ORDER BY message_id
@@ -64,8 +64,9 @@ changed AS ({upsert})
 
 RECORD_FAILURE = """
 INSERT INTO {messages} AS m
-    (message_id, event_type, clerk_user_id, outcome, attempts, occurred_at, received_at, error)
-VALUES (:message_id, :event_type, :user_id, 'failed', 1, :occurred_at, :now, :error)
+    (message_id, event_type, clerk_user_id, clerk_object_id, outcome, attempts,
+     occurred_at, received_at, error)
+VALUES (:message_id, :event_type, :user_id, :object_id, 'failed', 1, :occurred_at, :now, :error)
 ON CONFLICT (message_id) DO UPDATE SET attempts = m.attempts + 1, error = excluded.error
 WHERE m.outcome = 'failed'
 RETURNING message_id

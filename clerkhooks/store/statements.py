@@ -136,7 +136,7 @@ class Statements:
         """Return the values of the templates' placeholders."""
         format_table, own = self.dialect.identifier_preparer.format_table, self.own
         declared = [self._quote(column.name) for column in self.fields]
-        user_id = {USER: "id", MEMBERSHIP: "user_id"}.get(self.kind, "CAST(NULL AS TEXT)")
+        null = "CAST(NULL AS TEXT)"
         return {
             "table": format_table(self.table),
             "messages": format_table(messages),
@@ -150,7 +150,8 @@ class Statements:
                 for name in self.kind.fixed
             ),
             "erased": _assign(self._erased() | own.erased),
-            "user_id": user_id,
+            "user_id": {USER: "id", MEMBERSHIP: "user_id"}.get(self.kind, null),
+            "object_id": null if self.kind is USER else "id",
             "state_differs": own.differs or self._state_differs(),
             "declared_from_r": _assign(
                 {each: f"coalesce(t.{each}, r.{each})" for each in declared}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import chain, groupby
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -13,12 +13,14 @@ import sqlalchemy as sa
 
 from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.events import Snapshot
+from clerkhooks.clerk.kinds import MEMBERSHIP
 from clerkhooks.store.database import transaction
 from clerkhooks.store.endings import Endings
 from clerkhooks.sync.comparison import Comparison, Result
+from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.run import Advance, Run
 from clerkhooks.sync.sources import Memberships
-from clerkhooks.sync.tables import THREADS, TableSync, batched
+from clerkhooks.sync.tables import THREADS, TableSync, batched, now_ms
 
 ROWS = 1000  # memberships whose organizations are asked about at a time
 
@@ -38,18 +40,56 @@ class MembershipSync(TableSync):
             self._endings.end_orphans(connection, snapshots, datetime.now(UTC), by_sync=True)
         return merged
 
-    def _find_deleted(self, ids: Iterable[str], advance: Advance) -> Iterator[str]:
+    def sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
         """
-        Yield the ids that do not exist at Clerk.
+        Sync the memberships with these *ids*. *total* is their number if known.
 
-        A membership is deleted if the complete list of its
-        user's memberships in its organization does not contain it, or if a 404 in Clerk's words
-        confirms that the organization does not exist.
+        Clerk has no lookup by id. Without a row, the organization is unknown, so the membership is
+        searched for in the list of all memberships.
+        """
+        sought, advance = set(ids), self.run.begin(self.noun, total)
+        gone = self._find_deleted(sorted(self._find_here(sought)), advance, apply=True)
+        self._tombstone(gone, is_trusted=is_trusted)
+        self._search(sought - self._find_here(sought), advance)
+
+    def _find_here(self, ids: Iterable[str]) -> set[str]:
+        """Return those of *ids* that have a row."""
+        column = self.table.c.id
+        queries = (sa.select(column).where(column.in_(some)) for some in batched(ids, ROWS))
+        return {each for query in queries for each in self.run.connection.scalars(query)}
+
+    def _search(self, sought: set[str], advance: Advance) -> None:
+        """Read the list of all memberships until all *sought* ones are found and updated."""
+        pages, read_at = self.source.read_all(IdSet()), now_ms()
+        while sought and (page := next(pages, None)):
+            found = {MEMBERSHIP.find_id(data): data for data in page}.items()
+            own = {object_id: data for object_id, data in found if object_id in sought}
+            if own:
+                self._apply(own.values(), read_at)
+            sought -= own.keys()
+            advance(len(own))
+            read_at = now_ms()
+        self.counts[Result.UNKNOWN] += len(sought)
+
+    def _find_deleted(
+        self, ids: Iterable[str], advance: Advance, *, apply: bool = False
+    ) -> Iterator[str]:
+        """
+        Yield the ids that do not exist at Clerk. With *apply*, update the other memberships.
+
+        A membership is deleted if the complete list of its user's memberships in its organization
+        does not contain it, or if a 404 in Clerk's words confirms that the organization does not
+        exist.
         """
         with ThreadPool(THREADS) as pool:
             for some in batched(ids, ROWS):
                 for group in batched(self._group(some), THREADS):
-                    yield from (each for gone in pool.map(self._ask, group) for each in gone)
+                    read_at, answers = now_ms(), pool.map(self._ask, group)
+                    if apply:
+                        self._apply(chain.from_iterable(answers), read_at)
+                    for (_, members), listed in zip(group, answers, strict=True):
+                        known = set(map(MEMBERSHIP.find_id, listed))
+                        yield from (each.id for each in members if each.id not in known)
                 advance(len(some))
 
     def _group(self, ids: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
@@ -65,9 +105,8 @@ class MembershipSync(TableSync):
             for some in batched(members, IDS):
                 yield organization_id, some
 
-    def _ask(self, group: tuple[str, list[Any]]) -> list[str]:
-        """Return the ids of the memberships of an organization that do not exist at Clerk."""
+    def _ask(self, group: tuple[str, list[Any]]) -> list[Any]:
+        """Return all memberships of the *group*'s users in its organization."""
         organization_id, members = group
         user_ids = dict.fromkeys(member.user_id for member in members)
-        known = self._memberships.find_of(organization_id, list(user_ids))
-        return [member.id for member in members if member.id not in known]
+        return self._memberships.find_of(organization_id, list(user_ids))

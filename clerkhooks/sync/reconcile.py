@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +41,14 @@ class Reconciliation(Run):
             self.tables.append(LookupSync(self, Organizations(self.api)))
             self.tables.append(MembershipSync(self, Memberships(self.api), endings))
 
+    @property
+    def unknown(self) -> int:
+        """The number of given objects that exist neither in the tables nor at Clerk."""
+        return sum(table.counts[Result.UNKNOWN] for table in self.tables)
+
     def summary(self) -> dict[str, int]:
         """Return the number of users by result."""
         return self.users.summary()
-
-    @property
-    def counts(self) -> Counter[Result]:
-        """The number of users by result."""
-        return self.users.counts
 
     @property
     def withheld(self) -> int:
@@ -72,22 +71,26 @@ class Reconciliation(Run):
         for table in self.tables:  # the users and organizations of memberships come first
             table.sync_all(is_trusted=is_trusted)
 
-    def sync_some(self, user_ids: Sequence[str]) -> None:
-        """Sync the users with these ids."""
-        self.users.sync_ids(dict.fromkeys(user_ids), len(user_ids), is_trusted=True)
+    def sync_some(self, ids: Sequence[str]) -> None:
+        """Sync the users, organizations and memberships with these ids."""
+        for table in self.tables:
+            if own := list(dict.fromkeys(filter(table.source.kind.is_id, ids))):
+                table.sync_ids(own, len(own), is_trusted=True)
 
     def sync_missing(self) -> None:
         """Sync the users that have no profile yet."""
         users = self.store.users
-        self._sync_users(self.users.read_ids(users.c.id, is_unfilled(users)))
+        ids = self.users.read_ids(users.c.id, is_unfilled(users))
+        self.users.sync_ids(ids, None, is_trusted=self._knows_instance())
 
     def sync_failed(self) -> None:
-        """Sync the users of failed messages that no retry has processed."""
-        messages = self.store.messages
-        self._sync_users(self.users.read_ids(messages.c.clerk_user_id, is_failed(messages)))
-
-    def _sync_users(self, ids: Iterator[str]) -> None:
-        self.users.sync_ids(ids, None, is_trusted=self._knows_instance())
+        """Sync the objects of failed messages that no retry has processed."""
+        messages, is_trusted = self.store.messages, self._knows_instance()
+        for table in self.tables:
+            column = messages.c.clerk_user_id if table is self.users else messages.c.clerk_object_id
+            ids = table.read_ids(column, is_failed(messages))
+            own = filter(table.source.kind.is_id, ids)
+            table.sync_ids(own, None, is_trusted=is_trusted)
 
     def _knows_instance(self) -> bool:
         """Return whether Clerk has any of the newest stored users. If not, the key may be wrong."""

@@ -92,9 +92,9 @@ class Memberships:
         """Yield pages of all memberships that exist now."""
         return read_by_offset(_lister(self._api, MEMBERSHIPS), MEMBERSHIP, seen)
 
-    def find_of(self, organization_id: str, user_ids: Sequence[str]) -> set[str]:
+    def find_of(self, organization_id: str, user_ids: Sequence[str]) -> list[Any]:
         """
-        Return the ids of all memberships of these users (at most 100) in an organization.
+        Return all memberships of these users (at most 100) in an organization.
 
         Raises:
             BackendApiError: the response does not prove that there are no others.
@@ -102,12 +102,11 @@ class Memberships:
         path = f"{ORGANIZATIONS}/{organization_id}/memberships"
         answer = self._api.find(path, user_id=list(user_ids), limit=PAGE)
         if answer is None:  # the organization does not exist
-            return set()
+            return []
         listed, total = _parse_page(answer)
-        ids = {MEMBERSHIP.find_id(data) for data in listed}
-        if None in ids or total != len(listed):
+        if total != len(listed) or None in map(MEMBERSHIP.find_id, listed):
             raise BackendApiError("answer_unusable", "did not answer with all memberships")
-        return {each for each in ids if each is not None}
+        return listed
 
 
 def _lister(api: BackendApi, path: str) -> Callable[[str, int, int], list[Any]]:

@@ -66,11 +66,11 @@ class TableSync(ABC):
         """Sync all objects at Clerk, then tombstone objects that exist only in the table."""
         advance = self.run.begin(f"{self.noun} at Clerk", self.source.count())
         seen = IdSet()
-        pages, read_at = self.source.read_all(seen), _now()
+        pages, read_at = self.source.read_all(seen), now_ms()
         while page := next(pages, None):
             self.apply(page, read_at)
             advance(len(page))
-            read_at = _now()
+            read_at = now_ms()
         is_old = self.table.c.created_at < datetime.now(UTC) - MIN_AGE
         ids = self.read_ids(self.table.c.id, is_live(self.table), is_old)
         unseen = (object_id for object_id in ids if object_id not in seen)
@@ -197,8 +197,18 @@ class TableSync(ABC):
         return set(self.run.connection.execute(statement, parameters).scalars().all())
 
     @abstractmethod
-    def _find_deleted(self, ids: Iterable[str], advance: Advance) -> Iterator[str]:
-        """Yield the ids for which Clerk confirms that the objects do not exist."""
+    def sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
+        """Sync the objects with these *ids*. *total* is their number if known."""
+
+    @abstractmethod
+    def _find_deleted(
+        self, ids: Iterable[str], advance: Advance, *, apply: bool = False
+    ) -> Iterator[str]:
+        """
+        Yield the ids for which Clerk confirms that the objects do not exist.
+
+        With *apply*, update the other objects.
+        """
 
     def _tombstone_limited(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone objects that are deleted at Clerk, unless there are too many of them."""
@@ -272,7 +282,7 @@ class LookupSync(TableSync):
         """
         with ThreadPool(THREADS) as pool:
             for group in batched(batched(ids, IDS), THREADS):
-                read_at = _now()
+                read_at = now_ms()
                 found = list(chain.from_iterable(pool.map(self.source.find, group)))
                 if apply:
                     self.apply(found, read_at)
@@ -284,7 +294,8 @@ class LookupSync(TableSync):
                 advance(len(asked))
 
 
-def _now() -> int:
+def now_ms() -> int:
+    """Return the current time in milliseconds."""
     return int(time() * 1000)
 
 

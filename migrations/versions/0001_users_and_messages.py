@@ -56,6 +56,7 @@ def upgrade() -> None:
         sa.Column("message_id", bytewise, nullable=False),
         sa.Column("event_type", sa.Text(), nullable=False),
         sa.Column("clerk_user_id", sa.Text()),
+        sa.Column("clerk_object_id", sa.Text()),
         sa.Column("outcome", sa.Text(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("occurred_at", moment),
