@@ -19,7 +19,7 @@ from clerkhooks.events import BARRED, RESTORED, Event, Handlers, Outcome
 from clerkhooks.handler_transaction import Call, Execute, call_handler, write_with_handlers
 from clerkhooks.store import Store
 from clerkhooks.store.account import holds_version, lock_account
-from clerkhooks.store.messages import is_processed
+from clerkhooks.store.messages import end_processing, is_processed
 
 logger = logging.getLogger(__name__)
 Write = Callable[[sa.Connection, Sequence[ReceivedEvent]], list[Outcome]]
@@ -70,7 +70,10 @@ class HandledWrites:
         def is_saved(execute: Execute) -> bool:
             return is_processed(self._store, execute, event.message_id)
 
-        write_with_handlers(self._session, self._store, write_and_find, is_saved)
+        def note_end(execute: Execute) -> None:
+            execute(end_processing(self._store, event.message_id))
+
+        write_with_handlers(self._session, self._store, write_and_find, is_saved, note_end)
         return outcome, change
 
     def call_after_commit(self, event: ReceivedEvent, outcome: Outcome, change: str | None) -> None:

@@ -38,12 +38,13 @@ def write_with_handlers(
     store: Store,
     write: Callable[[sa.Connection], Sequence[Call] | None],
     is_saved: Callable[[Execute], bool],
+    note_end: Callable[[Execute], object] = lambda _execute: None,
 ) -> None:
     """
     Execute *write*, make the calls that it returns, and commit everything in one transaction.
 
     If *write* returns None, there is nothing to commit. *is_saved* returns whether the data of
-    *write* is in the database.
+    *write* is in the database. *note_end* is called after the last handler.
 
     Raises:
         Overloaded: the application's pool provided no connection in time.
@@ -67,6 +68,8 @@ def write_with_handlers(
             execute = session.connection(bind_arguments={"clause": store.messages}).execute
             if scoped() is not session or not is_saved(execute):
                 raise RuntimeError(_ENDED)
+        if calls:
+            note_end(execute)
         session.commit()
     except BaseException:
         scoped.rollback()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -93,6 +95,16 @@ def test_gets_the_event_once(
     assert event.occurred_at is not None
     assert event.occurred_at.timestamp() == NOW_MS / 1000
     assert "Acme" not in repr(event)
+
+
+def test_records_when_the_last_handler_returned(application: Application) -> None:
+    """Therefore, the lag that operators see includes the handlers."""
+    application.hooks.on("organization.*")(lambda _event: time.sleep(0.2))
+    assert application.outcome(organization(), "msg_1") == "applied"
+    store = application.state.store
+    query = sa.select(store.messages.c.received_at, store.messages.c.processed_at)
+    [(received_at, processed_at)] = store.database.execute(query)
+    assert processed_at - received_at >= timedelta(seconds=0.2)
 
 
 @whens

@@ -26,7 +26,7 @@ class Demonstration:
         self._client, self._clerk = app.test_client(), clerk
         self.ada, self.grace, self.alan = (clerk_id("user") for _ in range(3))
         self._objects = FakeObjects()
-        self._start = int(time.time() * 1000) - 100
+        self._start = 0
         self._results: list[bool] = []
 
     def run(self, database: Path) -> bool:
@@ -43,10 +43,10 @@ class Demonstration:
         return not failed
 
     def _show_ordering(self) -> None:
-        _print_title("Ada signs up. Webhooks are repeated, late or forged; her row stays correct.")
+        self._begin("Ada signs up. Webhooks are repeated, late or forged; her row stays correct.")
         created = self._sign("user.created", self.ada, "Ada Byron")
-        renamed = self._sign("user.updated", self.ada, "Ada Lovelace", 50)
-        older = self._sign("user.updated", self.ada, "Ada King", 30)
+        renamed = self._sign("user.updated", self.ada, "Ada Lovelace", 5)
+        older = self._sign("user.updated", self.ada, "Ada King", 3)
         forged = (renamed[0], renamed[1].replace(b"Lovelace", b"Hacker"))
         self._send("user.created", created, "200 applied", "the row is inserted")
         self._send("user.updated", renamed, "200 applied", "the name changes")
@@ -55,17 +55,17 @@ class Demonstration:
         self._send("user.updated, forged", forged, "401 signature_mismatch", "nothing changes")
 
     def _show_first_call(self) -> None:
-        _print_title("Grace calls the API before her webhook arrives.")
+        self._begin("Grace calls the API before her webhook arrives.")
         created = self._sign("user.created", self.grace, "Grace Hopper")
         self._call(self.grace, "200 New User", "the call inserts the row")
         self._send("user.created", created, "200 applied", "the webhook fills it in")
         self._call(self.grace, "200 Grace Hopper", "the API returns her name")
 
     def _show_deletion(self) -> None:
-        _print_title("Alan deletes his account. The deletion is final.")
+        self._begin("Alan deletes his account. The deletion is final.")
         created = self._sign("user.created", self.alan, "Alan Turing")
         deleted = self._sign("user.deleted", self.alan, "Alan Turing")
-        updated = self._sign("user.updated", self.alan, "Al Turing", 20)
+        updated = self._sign("user.updated", self.alan, "Al Turing", 5)
         self._send("user.created", created, "200 applied", "the row is inserted")
         self._send("user.deleted", deleted, "200 applied", "name, email and image are erased")
         self._send("user.updated, late", updated, "200 stale", "the user stays deleted")
@@ -83,6 +83,11 @@ class Demonstration:
         self._results.append(found == expected)
         _print_title("The users table:")
         print_table(("id", "name", "email", "deleted_at"), rows)
+
+    def _begin(self, title: str) -> None:
+        """Let a user sign up now: a few milliseconds before the first webhook is sent."""
+        _print_title(title)
+        self._start = int(time.time() * 1000) - 10
 
     def _sign(self, event_type: str, user_id: str, name: str, after: int = 0) -> Message:
         """Return a signed event about a user. *after* is in milliseconds since the sign-up."""

@@ -55,6 +55,13 @@ def is_processed(
     return any(True for _ in execute(query.where(columns.outcome != Outcome.FAILED)))
 
 
+def end_processing(store: Store, message_id: str) -> sa.Update:
+    """Return a statement that sets the end of a message's processing to the current time."""
+    messages = store.messages
+    ended = sa.update(messages).where(messages.c.message_id == message_id)
+    return ended.values(processed_at=datetime.now(UTC))
+
+
 def is_unanswered(error: Exception) -> bool:
     """
     Return whether *error* means that the database did not respond in time.

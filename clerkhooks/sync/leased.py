@@ -95,7 +95,7 @@ class LeasedSync:
                 written=[],
             )
             yield run
-        self.counts += run.counts
+        self.counts += run.users.counts
         self.written += (each for each in run.written or () if each.expects_webhook)
 
     def _tell_failure(self, finding: Finding) -> None:

@@ -49,7 +49,7 @@ class MembershipSync(TableSync):
         """
         sought, advance = set(ids), self.run.begin(self.noun, total)
         gone = self._find_deleted(sorted(self._find_here(sought)), advance, apply=True)
-        self._tombstone(gone, is_trusted=is_trusted)
+        self._tombstone_limited(gone, is_trusted=is_trusted)
         self._search(sought - self._find_here(sought), advance)
 
     def _find_here(self, ids: Iterable[str]) -> set[str]:
@@ -65,7 +65,7 @@ class MembershipSync(TableSync):
             found = {MEMBERSHIP.find_id(data): data for data in page}.items()
             own = {object_id: data for object_id, data in found if object_id in sought}
             if own:
-                self._apply(own.values(), read_at)
+                self.apply(own.values(), read_at)
             sought -= own.keys()
             advance(len(own))
             read_at = now_ms()
@@ -86,7 +86,7 @@ class MembershipSync(TableSync):
                 for group in batched(self._group(some), THREADS):
                     read_at, answers = now_ms(), pool.map(self._ask, group)
                     if apply:
-                        self._apply(chain.from_iterable(answers), read_at)
+                        self.apply(chain.from_iterable(answers), read_at)
                     for (_, members), listed in zip(group, answers, strict=True):
                         known = set(map(MEMBERSHIP.find_id, listed))
                         yield from (each.id for each in members if each.id not in known)
