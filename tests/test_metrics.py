@@ -353,6 +353,7 @@ def scrape_once_both_serve(server: Server) -> Samples:
     return read()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_adds_up_all_workers(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
     """
     The counters of two workers are added up, even after one of them was killed.

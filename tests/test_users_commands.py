@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from click.testing import Result
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.cli.options import print_table
 from clerkhooks.settings import PROJECT
+from clerkhooks.web.state import disconnect
 from tests.server import environ
 from tests.support import NOW_MS, Service, deletion, rows, user_event
 
@@ -230,11 +232,21 @@ def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
     return run_process
 
 
-def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path) -> None:
+def test_works_in_an_application(
+    flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The commands use the application's model, and suggest commands as ``flask clerk …``."""
+    for name, value in (clerk.environ | {"FILE": str(tmp_path / "shop.db")}).items():
+        monkeypatch.setenv(name, value)
+    app = runpy.run_path(str(tmp_path / "shop.py"))["create_app"]()
+
+    def run_here(*arguments: str) -> Result:
+        result: Result = app.test_cli_runner().invoke(args=["clerk", *arguments])
+        return result
+
     user_id = clerk_id("user")
-    unknown = flask_clerk("user", user_id)
-    assert (unknown.returncode, unknown.stderr) == (1, "")
+    unknown = run_here("user", user_id)
+    assert (unknown.exit_code, unknown.stderr) == (1, "")
     assert f"To fetch the user from Clerk: flask clerk sync {user_id}" in unknown.stdout
     url = f"sqlite:///{tmp_path / 'shop.db'}"
     columns = "id, name, is_online, last_seen, created_at, updated_at"
@@ -245,12 +257,13 @@ def test_works_in_an_application(flask_clerk: RunProcess, clerk: FakeClerk, tmp_
     listed = flask_clerk("users", "--json")
     assert (listed.returncode, listed.stderr) == (0, "")
     assert [user["id"] for user in json.loads(listed.stdout)["users"]] == [user_id]
-    shown = flask_clerk("user", user_id)
-    assert (shown.returncode, shown.stderr) == (0, "")
+    shown = run_here("user", user_id)
+    assert (shown.exit_code, shown.stderr) == (0, "")
     assert "source      first call\n" in shown.stdout
-    assert flask_clerk("log").stdout == "No messages found.\n"
-    assert flask_clerk("prune", "--json").stdout == '{"pruned": 0}\n'
-    assert "5000/webhooks/clerk does not respond" in flask_clerk("send", "user.created").stderr
+    assert run_here("log").stdout == "No messages found.\n"
+    assert run_here("prune", "--json").stdout == '{"pruned": 0}\n'
+    assert "5000/webhooks/clerk does not respond" in run_here("send", "user.created").stderr
+    disconnect(app)
 
 
 def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> None:
@@ -274,6 +287,7 @@ def test_ends_with_one_message_if_the_settings_are_invalid(
     assert "hidden" not in ended.stderr
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_is_the_same_command_in_the_service(service: Service) -> None:
     """``clerkhooks users`` reads the environment, as gunicorn does."""
     user_id = clerk_id("user")

@@ -87,6 +87,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, set[
     return found
 
 
+@pytest.mark.slow
 def test_reports_nothing_in_a_correct_application(
     errors: dict[str, dict[int, set[str]]],
 ) -> None:
@@ -95,11 +96,13 @@ def test_reports_nothing_in_a_correct_application(
     assert not re.search(r"\bcast\(|type: ignore|\bAny\b", TYPED.read_text())
 
 
+@pytest.mark.slow
 def test_knows_the_data_of_every_event(errors: dict[str, dict[int, set[str]]]) -> None:
     """Each event type accepts a handler for its own data."""
     assert errors["every.py"] == {}
 
 
+@pytest.mark.slow
 def test_reports_every_mistake(errors: dict[str, dict[int, set[str]]]) -> None:
     """Unknown columns, unchecked optional users and wrong arguments are errors."""
     first = BEFORE.count("\n") + 1
