@@ -14,13 +14,14 @@ import sqlalchemy as sa
 from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.events import Snapshot
 from clerkhooks.clerk.kinds import MEMBERSHIP
+from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.database import transaction
 from clerkhooks.store.endings import Endings
 from clerkhooks.sync.comparison import Comparison, Result
 from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.run import Advance, Run
 from clerkhooks.sync.sources import Memberships
-from clerkhooks.sync.tables import THREADS, TableSync, batched, now_ms
+from clerkhooks.sync.tables import THREADS, TableSync, batched
 
 ROWS = 1000  # memberships whose organizations are asked about at a time
 

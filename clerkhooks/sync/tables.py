@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, compress, islice
 from multiprocessing.pool import ThreadPool
-from time import time
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -18,6 +17,7 @@ from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.clerk.kinds import MEMBERSHIP
 from clerkhooks.errors import EventError
+from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction, transaction
 from clerkhooks.store.queries import is_live
@@ -292,11 +292,6 @@ class LookupSync(TableSync):
                 for some in batched(absent, THREADS):  # the caller stops if there are too many
                     yield from compress(some, pool.map(self.source.is_gone, some))
                 advance(len(asked))
-
-
-def now_ms() -> int:
-    """Return the current time in milliseconds."""
-    return int(time() * 1000)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
