@@ -268,7 +268,8 @@ class Backend:
             each
             for each in self.memberships.values()
             if each["organization"]["id"] == organization_id
-            and each["public_user_data"]["user_id"] in query["user_id"]
+            and each["public_user_data"]["user_id"]
+            in query.get("user_id", [each["public_user_data"]["user_id"]])
         ]
         return self._list_by_offset(members, query)
 

@@ -50,7 +50,13 @@ class Ids:
 
 @dataclass(frozen=True)
 class Draft:
-    """An event of a history, before ids are assigned. *label* is the new name or role."""
+    """
+    An event of a history, before ids are assigned. *label* is the new name or role.
+
+    *parents* tells what an event about a membership names: ``both`` its organization and its user,
+    only the ``organization``, ``none``, or ``others``, which contradicts the other events. Only
+    deletions can name none.
+    """
 
     family: str
     verb: str
@@ -59,26 +65,28 @@ class Draft:
     timestamp: int
     letter: str
     label: int
-    with_parents: bool = True
+    parents: str = "both"
 
     def sent(self, ids: Ids, number: int) -> Sent:
         """Return the message for event *number* of a run with these *ids*."""
-        organization_id = user_id = None
-        if self.family == "organizationMembership":
-            organization, user = MEMBERSHIPS[self.number]
-            organization_id, user_id = ids.organizations[organization], ids.users[user]
-        return Sent(
-            f"msg_{self.letter}{number}_{ids.users[0][5:]}",
-            self,
-            ids.of(self.family)[self.number],
-            organization_id,
-            user_id,
-        )
+        message_id = f"msg_{self.letter}{number}_{ids.users[0][5:]}"
+        return Sent(message_id, self, ids.of(self.family)[self.number], *self._find_parents(ids))
+
+    def _find_parents(self, ids: Ids) -> tuple[str | None, str | None]:
+        """Return the ids of the organization and the user that the event names."""
+        has_none = self.parents == "none" and self.verb == "deleted"
+        if self.family != "organizationMembership" or has_none:
+            return None, None
+        organization, user = MEMBERSHIPS[self.number]
+        if self.parents == "others":
+            organization, user = 1 - organization, 1 - user
+        has_user = self.parents in ("both", "others")
+        return ids.organizations[organization], ids.users[user] if has_user else None
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A message about an object."""
+    """A message about an object, and the ids of the organization and the user that it names."""
 
     message_id: str
     draft: Draft
@@ -97,13 +105,6 @@ class Sent:
         return self.draft.verb == "deleted"
 
     @property
-    def has_parents(self) -> bool:
-        """Whether the event names a membership's organization and user."""
-        return self.organization_id is not None and (
-            self.draft.with_parents or not self.is_deletion
-        )
-
-    @property
     def body(self) -> bytes:
         """The event as JSON. Clerk's events about deleted users and organizations have no times."""
         data: dict[str, Any] = {"id": self.object_id}
@@ -112,8 +113,9 @@ class Sent:
         else:
             data |= {"updated_at": self.draft.updated_at, "slug": "acme", "role": self._label}
             data |= {"name": self._label, "first_name": self._label}
-        if self.has_parents:
+        if self.organization_id is not None:
             data["organization"] = {"id": self.organization_id, "name": "Another name"}
+        if self.user_id is not None:
             data["public_user_data"] = {"user_id": self.user_id}
         event = {"type": self.type, "timestamp": self.draft.timestamp, "data": data}
         return json.dumps(event).encode()
@@ -131,12 +133,8 @@ class Sent:
 
     @property
     def row(self) -> Row:
-        """The columns of the row that this event writes, before the version."""
-        if self.draft.family == "organization":
-            return (self._label, "acme")
-        if self.draft.family == "user":
-            return (self._label,)
-        return (self.organization_id, self.user_id, self._label)
+        """The columns that this event writes, except a membership's parents and the version."""
+        return (self._label, "acme") if self.draft.family == "organization" else (self._label,)
 
 
 def expected_row(object_id: str, events: Iterable[Sent]) -> Row | None:
@@ -150,17 +148,18 @@ def expected_row(object_id: str, events: Iterable[Sent]) -> Row | None:
     if not own:
         return None
     deleted = {event.object_id for event in found if event.is_deletion}
-    named = next((event for event in own if event.has_parents), None)
-    parents = (named.organization_id, named.user_id) if named else (None, None)
+    parents = max((event.organization_id or "", event.user_id or "") for event in own)
+    named = tuple(each or None for each in parents)
+    is_membership = own[0].draft.family == "organizationMembership"
     if not deleted.isdisjoint((object_id, *parents)):
         tombstone: dict[str, Row] = {
             "user": ("Deleted User",),
             "organization": ("Deleted Organization", None),
-            "organizationMembership": (*parents, None),
+            "organizationMembership": (*named, None),
         }
         return (*tombstone[own[0].draft.family], None, True)
     newest = max(own, key=lambda event: event.version)
-    return (*newest.row, newest.version, False)
+    return (*(named if is_membership else ()), *newest.row, newest.version, False)
 
 
 def stored_rows(database_url: str, ids: Ids) -> dict[str, Row]:
@@ -205,13 +204,15 @@ _times = st.sampled_from([10**11, 10**11 + 1, 10**11 + 2])
 _rest = (st.one_of(st.none(), _times), _times, st.sampled_from("aAbB09"), st.integers(0, 3))
 
 
-def _drafts(family: str, count: int) -> st.SearchStrategy[Draft]:
+def _drafts(family: str, count: int, parents: str = "both") -> st.SearchStrategy[Draft]:
     verbs = st.sampled_from(["created", "updated", "updated", "deleted"])
     numbers = st.integers(0, count - 1)
-    return st.builds(Draft, st.just(family), verbs, numbers, *_rest, st.booleans())
+    named = st.sampled_from(parents.split())
+    return st.builds(Draft, st.just(family), verbs, numbers, *_rest, named)
 
 
-_memberships = _drafts("organizationMembership", len(MEMBERSHIPS))
+_memberships = _drafts("organizationMembership", len(MEMBERSHIPS), "both both organization none")
+CONTRADICTING = _drafts("organizationMembership", 2, "both organization none others")
 DRAFTS = st.one_of(
     _memberships,
     _memberships,
@@ -221,9 +222,11 @@ DRAFTS = st.one_of(
 
 
 @st.composite
-def orders(draw: st.DrawFn, most: int = 10) -> tuple[list[Draft], list[int]]:
+def orders(
+    draw: st.DrawFn, most: int = 10, each: st.SearchStrategy[Draft] = DRAFTS
+) -> tuple[list[Draft], list[int]]:
     """Draw events, and the order of their deliveries. Some are delivered several times."""
-    drafts = draw(st.lists(DRAFTS, min_size=1, max_size=most))
+    drafts = draw(st.lists(each, min_size=1, max_size=most))
     numbers = st.integers(0, len(drafts) - 1)
     repeated = [*range(len(drafts)), *draw(st.lists(numbers, max_size=most))]
     return drafts, draw(st.permutations(repeated))

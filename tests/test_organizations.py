@@ -18,6 +18,7 @@ from clerkhooks.events import Event
 from clerkhooks.store import endings
 from tests.conftest import KINDS, MakeDatabase, migrate
 from tests.organizations import (
+    CONTRADICTING,
     Draft,
     Ids,
     Sent,
@@ -89,6 +90,18 @@ def test_ends_as_the_set_of_events_says(
     with registered_handler(organizations.app, do_nothing, "*" if handled else "session.created"):
         for number in order:
             run.deliver(events[number])
+    run.check()
+
+
+@given(history=orders(each=CONTRADICTING))
+def test_ends_the_same_although_events_contradict_each_other(
+    organizations: Service, history: tuple[list[Draft], list[int]]
+) -> None:
+    """If events of a membership name different parents, the order of the events decides nothing."""
+    run, (drafts, order) = Run(organizations), history
+    events = [draft.sent(run.ids, number) for number, draft in enumerate(drafts)]
+    for number in order:
+        run.deliver(events[number])
     run.check()
 
 
@@ -196,6 +209,34 @@ def test_stores_a_membership(organizations: Service) -> None:
     log = "SELECT clerk_user_id FROM webhook_messages WHERE message_id = 'msg_1'"
     assert organizations.rows(log) == [(ids[2],)]
     assert organizations.user(ids[2]) is None
+
+
+def test_learns_the_user_later(organizations: Service) -> None:
+    """Clerk's schema does not require the user. Another event of the membership fills it in."""
+    ids, later = new_ids(), NOW_MS + 10
+    body = membership_event(ids, at=later, role="org:admin", public_user_data=None)
+    assert organizations.outcome(body, "msg_1") == "applied"
+    assert organizations.rows(MEMBERSHIPS) == [(*ids[:2], None, "org:admin", False)]
+    assert organizations.rows("SELECT clerk_user_id FROM webhook_messages") == [(None,)]
+    assert organizations.outcome(membership_event(ids)) == "applied"
+    assert organizations.rows(MEMBERSHIPS) == [(*ids, "org:admin", False)]
+    body = membership_event(ids, at=later + 1, role="org:viewer", public_user_data=None)
+    assert organizations.outcome(body) == "applied"
+    assert organizations.rows(MEMBERSHIPS) == [(*ids, "org:viewer", False)]
+    organizations.outcome(deletion(ids[2]))
+    assert organizations.rows(MEMBERSHIPS) == [(*ids, None, True)]
+
+
+@pytest.mark.parametrize("what", ["user", "organization"])
+def test_ends_when_it_learns_that_the_user_was_deleted(organizations: Service, what: str) -> None:
+    """A membership of an unknown user ends with its organization, or once the user is known."""
+    ids = new_ids()
+    organizations.outcome(membership_event(ids, at=NOW_MS + 10, public_user_data=None))
+    body = deletion(ids[2]) if what == "user" else organization_event(ids[1], "deleted")
+    organizations.outcome(body)
+    assert organizations.rows(MEMBERSHIPS)[0][-1] == (what == "organization")
+    assert organizations.outcome(membership_event(ids)) == "applied"
+    assert organizations.rows(MEMBERSHIPS) == [(*ids, None, True)]
 
 
 def test_ends_with_the_organization_and_the_user(organizations: Service) -> None:

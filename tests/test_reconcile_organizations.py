@@ -140,6 +140,50 @@ def test_ends_what_clerk_deleted(storing: Service, backend: Backend) -> None:
     assert memberships(storing)[left] == (other, user_id, "org:member", False)
 
 
+def test_learns_the_users_of_memberships(storing: Service, backend: Backend) -> None:
+    """A sync fills in users that events did not name, and ends the memberships that are gone."""
+    user_id, acme = backend.sign_up(), backend.found()
+    kept, gone = backend.join(acme, user_id, at=OLD), backend.join(acme, user_id, at=OLD)
+    for member in (kept, gone):
+        ids = (member, acme, user_id)
+        storing.outcome(membership_event(ids, at=OLD, public_user_data=None))
+    sync(storing, backend, lambda run: run.sync_some([user_id, kept]))
+    assert memberships(storing)[kept] == (acme, user_id, "org:member", False)
+    make_all_old(storing)
+    storing.rows("UPDATE organization_memberships SET user_id = NULL")
+    del backend.memberships[gone]
+    assert sync(storing, backend, check=True)[2].tables[2].drifted == 2
+    sync(storing, backend)
+    assert memberships(storing) == {
+        kept: (acme, user_id, "org:member", False),
+        gone: (acme, None, None, True),
+    }
+    assert sync(storing, backend, check=True)[2].drifted == 0
+
+
+def test_corrects_the_parents_of_a_membership(storing: Service, backend: Backend) -> None:
+    """If events contradict each other, a sync decides. A check then finds no difference."""
+    users = sorted(backend.sign_up() for _ in range(2))
+    parents = sorted(backend.found() for _ in range(2))
+    member = backend.join(parents[0], users[0], at=OLD)
+    storing.outcome(membership_event((member, parents[1], users[1]), at=OLD))
+    [finding] = [each for each in sync(storing, backend, check=True)[1] if each.id == member]
+    assert finding.fields.keys() == {"organization_id", "user_id"}
+    sync(storing, backend)
+    assert memberships(storing)[member] == (parents[0], users[0], "org:member", False)
+    assert sync(storing, backend, check=True)[2].drifted == 0
+
+
+def test_keeps_the_user_that_clerks_list_lacks(storing: Service, backend: Backend) -> None:
+    """The user in the row stays, and a check finds no difference."""
+    user_id, acme = backend.sign_up(), backend.found()
+    member = backend.join(acme, user_id, at=OLD, public_user_data=None)
+    storing.outcome(membership_event((member, acme, user_id), at=OLD - 1, role="org:admin"))
+    sync(storing, backend)
+    assert memberships(storing)[member] == (acme, user_id, "org:member", False)
+    assert sync(storing, backend, check=True)[2].drifted == 0
+
+
 def test_ends_memberships_of_a_user_that_clerk_does_not_know(
     storing: Service, backend: Backend
 ) -> None:

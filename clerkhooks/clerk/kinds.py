@@ -151,7 +151,8 @@ def _parse_membership(data: Data, *_: int) -> Values:
     found = _find_parents(data)
     if found["organization_id"] is None:
         raise EventError(ORGANIZATION.malformed)
-    if found["user_id"] is None:
+    # Clerk's schema does not require the user.
+    if found["user_id"] is None and data.get("public_user_data") is not None:
         raise EventError(USER.malformed)
     return found | {"role": _text(data.get("role"), LABEL_LENGTH)}
 

@@ -116,7 +116,7 @@ class Endings:
     ) -> None:
         """Lock the organizations and users of *memberships*, which are column values."""
         ids = (values[name] for values in memberships for name in MEMBERSHIP.fixed)
-        self._lock(connection, ids, lock_timeout, is_exclusive=False)
+        self._lock(connection, filter(None, ids), lock_timeout, is_exclusive=False)
 
     def end_after(
         self, connection: sa.Connection, events: Iterable[ReceivedEvent], now: datetime

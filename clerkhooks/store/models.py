@@ -148,7 +148,8 @@ class ClerkMembership(Versioned):
 
     The deletion of the organization or the user also deletes the membership. There is no foreign
     key, because a membership's event may arrive before those of the organization and the user. In a
-    tombstone, the role is NULL. If its event did not contain them, the other ids are NULL too.
+    tombstone, the role is NULL. An id that no event contained is NULL until another event or a sync
+    provides it.
     """
 
     if TYPE_CHECKING:

@@ -16,7 +16,7 @@ ORDER BY id  -- one order in every transaction, so that two writers never deadlo
 ON CONFLICT (id) DO UPDATE SET
     {changes},
     updated_at = excluded.updated_at
-WHERE (NOT ({is_final}) AND ({wins}) AND {may_merge}) {or_completes}
+WHERE {may_change}
 RETURNING id
 """
 

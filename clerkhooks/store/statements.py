@@ -75,12 +75,9 @@ class Statements:
         names = self._names = self._make_names(messages)
         became = "CASE WHEN id IN (SELECT id FROM changed) THEN 'applied' ELSE 'stale' END"
         outcome = f"coalesce(outcome, {became})" if self._is_postgresql else "outcome"
-        upsert = sql.UPSERT.format(
-            **names, is_new=sql.IS_NEW.format(**names), wins=sql.EVENT_WINS, may_merge="true"
-        )
-        merge = sql.UPSERT.format(
-            **names, is_new="true", wins=sql.SNAPSHOT_WINS, may_merge=self.own.may_merge
-        )
+        upsert = self._make_upsert(sql.IS_NEW.format(**names), sql.EVENT_WINS)
+        snapshot_wins = f"({sql.SNAPSHOT_WINS}) AND {self.own.may_merge}"
+        merge = self._make_upsert("true", snapshot_wins, corrects=True)
         record = sql.RECORD_MESSAGES.format(**names, outcome=outcome)
 
         self.apply = self.text(sql.APPLY_ON_POSTGRESQL, upsert=upsert, record_messages=record)
@@ -143,12 +140,6 @@ class Statements:
             "columns": ", ".join(map(self._quote, self.state)),
             "own_columns": "".join(f", {name}" for name in own.values),
             "own_values": "".join(f", {value}" for value in own.values.values()),
-            "changes": _assign(self._changes() | own.changes),
-            "is_final": sql.IS_FINAL,
-            "or_completes": "".join(
-                f" OR (t.{name} IS NULL AND excluded.{name} IS NOT NULL)"
-                for name in self.kind.fixed
-            ),
             "erased": _assign(self._erased() | own.erased),
             "user_id": {USER: "id", MEMBERSHIP: "user_id"}.get(self.kind, null),
             "object_id": null if self.kind is USER else "id",
@@ -171,20 +162,37 @@ class Statements:
             "updated": "t.id" if self._is_postgresql else "id",
         }
 
-    def _changes(self) -> dict[str, str]:
+    def _make_upsert(self, is_new: str, wins: str, *, corrects: bool = False) -> str:
         """
-        Return the new value of each column of the state, in an update of a row.
+        Return the statement that inserts new rows, and updates rows if the condition *wins* holds.
 
-        If there are fixed columns, a later event may complete a final tombstone. Then the other
-        columns keep their values.
+        At Clerk, fixed columns never change, but an event may lack some of them. If events
+        disagree, the greatest values are kept, so the result does not depend on the order of the
+        events. If the statement *corrects* them, the values of a winning row replace them.
         """
-        fixed = self.kind.fixed
-        value = f"CASE WHEN {sql.IS_FINAL} THEN t.{{0}} ELSE excluded.{{0}} END"
-        changes = {
-            name: (value if fixed else "excluded.{0}").format(name)
-            for name in map(self._quote, self.state[1:])
-        }
-        return changes | {name: f"coalesce(t.{name}, excluded.{name})" for name in fixed}
+        may_change = has_won = f"(NOT ({sql.IS_FINAL}) AND ({wins}))"
+        changes = {name: f"excluded.{name}" for name in map(self._quote, self.state[1:])}
+        if self.kind.fixed:
+            may_fix = self._make_may_fix(has_won if corrects else "false")
+            changes = {
+                name: f"CASE WHEN {may_fix if name in self.kind.fixed else has_won} "
+                f"THEN {value} ELSE t.{name} END"
+                for name, value in changes.items()
+            }
+            may_change = f"({has_won} OR {may_fix})"
+        changes |= self.own.changes
+        rest = {"changes": _assign(changes), "may_change": may_change}
+        return sql.UPSERT.format(**self._names, is_new=is_new, **rest)
+
+    def _make_may_fix(self, corrects: str) -> str:
+        """Return the condition for writing fixed columns. *corrects* is another condition."""
+        collation = 'COLLATE "C"' if self._is_postgresql else ""
+        new, old = (
+            ", ".join(f"coalesce({alias}.{name}, '') {collation}" for name in self.kind.fixed)
+            for alias in ("excluded", "t")
+        )
+        are_known = " AND ".join(f"excluded.{name} IS NOT NULL" for name in self.kind.fixed)
+        return f"(({new}) > ({old}) OR ({corrects} AND {are_known}))"
 
     def _erased(self) -> dict[str, str]:
         """Return the values of a tombstone, except fixed columns."""

@@ -150,6 +150,8 @@ class Comparison:
         return {name: pair for name, pair in pairs.items() if self._differs(name, *pair)}
 
     def _differs(self, name: str, here: Any, clerk: Any) -> bool:
+        if name in self.snapshot.kind.fixed and clerk is None:
+            return False
         if name not in ACCOUNT:
             return bool(here != clerk)
         now = datetime.now(UTC)

@@ -98,7 +98,7 @@ class MembershipSync(TableSync):
         columns = self.table.c
         query = (
             sa.select(columns.id, columns.user_id, columns.organization_id)
-            .where(columns.id.in_(ids))
+            .where(columns.id.in_(ids), columns.organization_id.is_not(None))
             .order_by(columns.organization_id)
         )
         rows = self.run.connection.execute(query).all()
@@ -109,5 +109,5 @@ class MembershipSync(TableSync):
     def _ask(self, group: tuple[str, list[Any]]) -> list[Any]:
         """Return all memberships of the *group*'s users in its organization."""
         organization_id, members = group
-        user_ids = dict.fromkeys(member.user_id for member in members)
-        return self._memberships.find_of(organization_id, list(user_ids))
+        user_ids = list(dict.fromkeys(member.user_id for member in members))
+        return self._memberships.find_of(organization_id, [] if None in user_ids else user_ids)

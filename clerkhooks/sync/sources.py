@@ -96,6 +96,8 @@ class Memberships:
         """
         Return all memberships of these users (at most 100) in an organization.
 
+        Without *user_ids*, return the memberships of all users.
+
         Raises:
             BackendApiError: the response does not prove that there are no others.
         """
