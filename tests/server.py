@@ -146,13 +146,21 @@ def serving(
         wait_until_healthy(server)
         yield server
     finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers."""
+    for _ in range(5):
         if process.poll() is None:
-            process.send_signal(signal.SIGQUIT)  # faster than SIGTERM, which has its own test
+            # Faster than SIGTERM, which has its own test. A worker that is still starting misses
+            # the signal.
+            os.killpg(process.pid, signal.SIGQUIT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+            process.wait(2)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def wait_until_healthy(server: Server, seconds: float = 20) -> None:
