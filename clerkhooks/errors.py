@@ -102,6 +102,10 @@ class BackendApiError(ClerkhooksError):
         return f"Clerk's Backend API {self.what}.\n{_BACKEND_API_REMEDIES[self.reason]}"
 
 
+class Unconfirmed(BackendApiError):
+    """The response does not prove whether one object exists. Requests for others may succeed."""
+
+
 PROXY_REMEDY = (
     "Use a URL such as http://proxy.example.com:3128 or socks5://proxy.example.com:1080. In "
     "NO_PROXY, separate the hosts with commas."

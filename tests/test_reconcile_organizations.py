@@ -14,8 +14,9 @@ from clerkhooks.clerk.kinds import ORGANIZATION
 from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import listing
 from clerkhooks.sync.reconcile import Reconciliation
-from tests.backend import Backend, Query, answering_json
+from tests.backend import Backend, Behaviour, Query, answering_json, refusing
 from tests.conftest import MakeService
+from tests.racing import on_statement
 from tests.support import (
     NOW_MS,
     Service,
@@ -293,22 +294,75 @@ def test_stops_at_an_unusable_answer(storing: Service, backend: Backend, answer:
         sync(storing, backend)
 
 
-def test_needs_a_complete_list_to_confirm(storing: Service, backend: Backend) -> None:
-    """A membership is not deleted because of an incomplete list of an organization's members."""
-    user_id, acme = backend.sign_up(), backend.found()
-    member = backend.join(acme, user_id)
+UNPROVEN = [
+    answering_json(200, {"data": [], "total_count": 7}),
+    answering_json(200, {"data": [{"id": "odd"}], "total_count": 1}),
+    refusing(404, "host_invalid"),
+]
+
+
+@pytest.mark.parametrize("behaviour", UNPROVEN)
+@pytest.mark.parametrize("what", ["organization", "membership", "user"])
+def test_keeps_what_clerk_does_not_confirm_to_be_gone(
+    storing: Service, backend: Backend, what: str, behaviour: Behaviour
+) -> None:
+    """The row is reported, and the sync continues with the other objects."""
+    user_id, other = backend.sign_up(), backend.sign_up()
+    acme, lost = backend.found(), backend.found()
+    member, left = backend.join(acme, user_id), backend.join(acme, user_id)
     sync(storing, backend)
     make_all_old(storing)
-    del backend.memberships[member]
+    del backend.organizations[lost], backend.memberships[left], backend.users[other]
+    path = {
+        "organization": f"/v1/organizations/{lost}",
+        "membership": f"/v1/organizations/{acme}/memberships",
+        "user": f"/v1/users/{other}",
+    }[what]
+    kept = {"organization": lost, "membership": left, "user": other}[what]
 
-    def before(path: str, _query: Query) -> None:
-        if path.endswith("/memberships"):
-            backend.behaviours = [answering_json(200, {"data": [], "total_count": 7})]
+    def before(asked: str, _query: Query) -> None:
+        backend.behaviours = [behaviour] if asked == path else []
 
     backend.before = before
-    with pytest.raises(BackendApiError, match="all memberships"):
-        sync(storing, backend)
-    assert not memberships(storing)[member][-1]
+    new = backend.join(acme, user_id)
+    _, findings, run = sync(storing, backend)
+    assert [(each.kind, each.noun, each.id) for each in findings] == [("unconfirmed", what, kept)]
+    assert (findings[0].reason, run.ok) == ("answer_unusable", False)
+    assert organizations(storing)[lost][-1] == (what != "organization")
+    ended = {each: row[-1] for each, row in memberships(storing).items()}
+    assert ended == {member: False, new: False, left: what != "membership"}
+    assert (storing.user(other, ("deleted_at",)) == (None,)) == (what == "user")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ends_although_a_list_ignores_the_offset(count: int) -> None:
+    """Pages that change but contain nothing new do not keep a sync running for ever."""
+    objects = [{"id": f"org_{number}", "created_at": OLD} for number in range(count)]
+    requests = 0
+
+    def get_page(_order: str, _limit: int, _offset: int) -> list[Any]:
+        nonlocal requests
+        requests += 1
+        assert requests < 1000
+        return [objects[requests % count]]
+
+    pages = listing.read_by_offset(get_page, ORGANIZATION, listing.IdSet())
+    with pytest.raises(BackendApiError, match="the same objects again"):
+        list(pages)
+
+
+def test_tombstones_many_memberships_in_one_statement(storing: Service, backend: Backend) -> None:
+    """Their deletion locks nothing, so there is no transaction for each."""
+    user_id, acme = backend.sign_up(), backend.found()
+    gone = [backend.join(acme, user_id) for _ in range(8)]
+    sync(storing, backend)
+    make_all_old(storing)
+    for each in gone:
+        del backend.memberships[each]
+    updates: list[None] = []
+    with on_statement(storing, "UPDATE organization_memberships", lambda: updates.append(None)):
+        assert summaries(sync(storing, backend)[2])[1] == {"tombstoned": 8}
+    assert len(updates) == 1
 
 
 def test_syncs_given_objects(storing: Service, backend: Backend) -> None:

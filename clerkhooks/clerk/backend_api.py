@@ -15,7 +15,7 @@ import stamina
 
 from clerkhooks.clerk import strict_json
 from clerkhooks.clerk.download import Answer, Connection, TooLong, UnusableAnswer, load_certificates
-from clerkhooks.errors import BackendApiError, ProxyUrlError
+from clerkhooks.errors import BackendApiError, ProxyUrlError, Unconfirmed
 
 API_VERSION = "2026-05-12"  # the version whose requests and responses this module knows
 PAGE = 500  # users per page; for a higher limit, Clerk silently returns only ten
@@ -150,7 +150,7 @@ class BackendApi:
         Return whether Clerk's own error code confirms that the user or other object does not exist.
 
         *path* is the path of the list of such objects. The status 404 is not sufficient, because a
-        proxy or a wrong URL can also cause it.
+        proxy or a wrong URL can also cause it. In that case, raise Unconfirmed.
         """
         path = f"{path}/{quote(object_id, safe='')}"
         return self._retry(lambda: _judge_object(self._send(path), object_id))
@@ -237,7 +237,11 @@ def _judge(answer: Answer) -> Any:
 
 def _judge_or_none(answer: Answer) -> Any:
     """Return the parsed JSON, or None if *answer* proves that the object does not exist."""
-    return None if answer.status == 404 and _is_not_found(answer.body) else _judge(answer)
+    if answer.status != 404:
+        return _judge(answer)
+    if not _is_not_found(answer.body):
+        raise Unconfirmed("answer_unusable", "answered 404")
+    return None
 
 
 def _judge_object(answer: Answer, object_id: str) -> bool:
@@ -246,7 +250,7 @@ def _judge_object(answer: Answer, object_id: str) -> bool:
     if found is None:
         return True
     if not isinstance(found, dict) or found.get("id") != object_id:
-        raise BackendApiError("answer_unusable", "did not answer with the requested object")
+        raise Unconfirmed("answer_unusable", "did not answer with the requested object")
     return False
 
 

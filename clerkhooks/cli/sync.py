@@ -35,6 +35,7 @@ _FINDINGS = {
     "differs": "differs",
     "gone_at_clerk": "no longer exists at Clerk",
     "failed": "could not be read",
+    "unconfirmed": "is not listed by Clerk, but Clerk does not confirm its deletion",
     "handler_failed": "was not updated, because a handler failed",
 }
 

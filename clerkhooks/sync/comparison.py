@@ -34,8 +34,9 @@ class Finding:
     An object whose row differs from Clerk's data or could not be compared.
 
     *kind* is ``missing_here``, ``unfilled_here``, ``deleted_here``, ``differs``, ``gone_at_clerk``,
-    ``failed`` or ``handler_failed``. *fields* maps the name of each field that differs to its
-    stored value and its value at Clerk. The values are profile data and must not be logged.
+    ``failed``, ``unconfirmed`` or ``handler_failed``. *fields* maps the name of each field that
+    differs to its stored value and its value at Clerk. The values are profile data and must not be
+    logged.
     """
 
     kind: str

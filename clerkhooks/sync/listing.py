@@ -13,6 +13,7 @@ from clerkhooks.clerk.kinds import USER, Kind
 from clerkhooks.errors import BackendApiError
 
 MAX_STEPS_BACK = 100  # per list
+MAX_REPEATS = 2 * MAX_STEPS_BACK  # pages without new objects, per list
 _BUCKETS = 2**16  # with a million ids, each bucket has about 15
 
 
@@ -102,16 +103,17 @@ def read_by_offset(
     deletion moves the rest of the list, so pages overlap by one object. If the first object of a
     page has not been seen, or the list has ended, step back by half a page, and continue if there
     are new objects. The number of these steps is limited, and then objects may be missed until the
-    next sync. They are not deleted here, because a deletion is confirmed separately.
+    next sync. They are not deleted here, because a deletion is confirmed separately. The number of
+    pages without new objects is limited as well, so the sync ends even if Clerk ignores *offset*.
 
     Objects created during the sync are not read, so the sync ends.
 
     Raises:
-        BackendApiError: a page is repeated, for example because a proxy drops the query string.
+        BackendApiError: pages are repeated, for example because a proxy drops the query string.
     """
     newest_first = get_page("-created_at", 1, 0)
     bound = _created_at(newest_first[0]) if newest_first else -1
-    offset, steps_back, is_checked, last = 0, 0, False, list[str]()
+    offset, steps_back, repeats, is_checked, last = 0, 0, 0, False, list[str]()
     while True:
         page = get_page("+created_at", PAGE, offset)
         keys, times = [_key(data, kind) for data in page], [_created_at(data) for data in page]
@@ -128,6 +130,8 @@ def read_by_offset(
         if new := [data for data, key, time in each if time <= bound and seen.add(key)]:
             is_checked = False
             yield new
+        elif (repeats := repeats + 1) > MAX_REPEATS:
+            raise BackendApiError("answer_unusable", "answered with the same objects again")
         offset, last = offset + max(1, len(page) - 1 if new else len(page)), keys
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import chain, groupby
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.events import Snapshot
 from clerkhooks.clerk.kinds import MEMBERSHIP
+from clerkhooks.errors import Unconfirmed
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.database import transaction
 from clerkhooks.store.endings import Endings
@@ -21,7 +22,7 @@ from clerkhooks.sync.comparison import Comparison, Result
 from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.run import Advance, Run
 from clerkhooks.sync.sources import Memberships
-from clerkhooks.sync.tables import THREADS, TableSync, batched
+from clerkhooks.sync.tables import THREADS, TableSync, batched, or_unconfirmed
 
 ROWS = 1000  # memberships whose organizations are asked about at a time
 
@@ -85,13 +86,23 @@ class MembershipSync(TableSync):
         with ThreadPool(THREADS) as pool:
             for some in batched(ids, ROWS):
                 for group in batched(self._group(some), THREADS):
-                    read_at, answers = now_ms(), pool.map(self._ask, group)
-                    if apply:
-                        self.apply(chain.from_iterable(answers), read_at)
+                    read_at, answers = now_ms(), pool.map(or_unconfirmed(self._ask), group)
                     for (_, members), listed in zip(group, answers, strict=True):
-                        known = set(map(MEMBERSHIP.find_id, listed))
-                        yield from (each.id for each in members if each.id not in known)
+                        yield from self._judge(members, listed, read_at if apply else None)
                 advance(len(some))
+
+    def _judge(
+        self, members: Sequence[Any], listed: list[Any] | Unconfirmed, read_at: int | None
+    ) -> Iterator[str]:
+        """Yield the ids of *members* that are not *listed*. With *read_at*, update the others."""
+        if isinstance(listed, Unconfirmed):
+            for member in members:
+                self.tell_unconfirmed(member.id, listed)
+            return
+        if read_at is not None:
+            self.apply(listed, read_at)
+        known = set(map(MEMBERSHIP.find_id, listed))
+        yield from (member.id for member in members if member.id not in known)
 
     def _group(self, ids: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
         """Yield organizations, each with some of these memberships: ids and users."""

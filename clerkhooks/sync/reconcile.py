@@ -13,10 +13,11 @@ from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.queries import is_live, is_unfilled
 from clerkhooks.sync.comparison import Result
+from clerkhooks.sync.lookups import LookupSync
 from clerkhooks.sync.memberships import MembershipSync
 from clerkhooks.sync.run import Run
 from clerkhooks.sync.sources import Memberships, Organizations, Users
-from clerkhooks.sync.tables import LookupSync, TableSync
+from clerkhooks.sync.tables import TableSync
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from clerkhooks.clerk.backend_api import IDS, PAGE, BackendApi
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER, Kind
-from clerkhooks.errors import BackendApiError
+from clerkhooks.errors import BackendApiError, Unconfirmed
 from clerkhooks.sync.listing import IdSet, read_all, read_by_offset
 
 ORGANIZATIONS, MEMBERSHIPS = "/organizations", "/organization_memberships"
@@ -99,7 +99,7 @@ class Memberships:
         Without *user_ids*, return the memberships of all users.
 
         Raises:
-            BackendApiError: the response does not prove that there are no others.
+            Unconfirmed: the response does not prove that there are no others.
         """
         path = f"{ORGANIZATIONS}/{organization_id}/memberships"
         answer = self._api.find(path, user_id=list(user_ids), limit=PAGE)
@@ -107,7 +107,7 @@ class Memberships:
             return []
         listed, total = _parse_page(answer)
         if total != len(listed) or None in map(MEMBERSHIP.find_id, listed):
-            raise BackendApiError("answer_unusable", "did not answer with all memberships")
+            raise Unconfirmed("answer_unusable", "did not answer with all memberships")
         return listed
 
 

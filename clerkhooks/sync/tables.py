@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import chain, compress, islice
-from multiprocessing.pool import ThreadPool
+from itertools import islice
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,7 +15,7 @@ import sqlalchemy as sa
 from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.events import Snapshot, parse_snapshot
 from clerkhooks.clerk.kinds import MEMBERSHIP
-from clerkhooks.errors import EventError
+from clerkhooks.errors import EventError, Unconfirmed
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import sqlite_transaction, transaction
@@ -26,8 +25,9 @@ from clerkhooks.sync.connections import check_lock, retry
 from clerkhooks.sync.handlers import write_told
 from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.run import Advance, Run
-from clerkhooks.sync.sources import Lookup, Source
+from clerkhooks.sync.sources import Source
 
+A = TypeVar("A")
 T = TypeVar("T")
 # If a call has just created the row of a new user, the Backend API may not yet return this user.
 MIN_AGE = timedelta(minutes=10)
@@ -196,6 +196,11 @@ class TableSync(ABC):
         }
         return set(self.run.connection.execute(statement, parameters).scalars().all())
 
+    def tell_unconfirmed(self, object_id: str, error: Unconfirmed) -> None:
+        """Report a row that stays because Clerk's response proves nothing about its object."""
+        self.counts[Result.FAILED] += 1
+        self._tell("unconfirmed", object_id, error.reason)
+
     @abstractmethod
     def sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
         """Sync the objects with these *ids*. *total* is their number if known."""
@@ -221,7 +226,8 @@ class TableSync(ABC):
                 return
             gone = iter(found)
         # A deletion locks memberships of the same organization or user until the transaction ends.
-        size = IDS if self.run.store.endings is None else 1
+        locks = self.run.store.endings is not None and self.source.kind is not MEMBERSHIP
+        size = 1 if locks else IDS
         for ids in batched(gone, size):
             self.tombstone(ids)
 
@@ -260,38 +266,16 @@ class TableSync(ABC):
         return len(done)
 
 
-@dataclass
-class LookupSync(TableSync):
-    """The sync of a table of objects that can be looked up by id."""
+def or_unconfirmed(ask: Callable[[A], T]) -> Callable[[A], T | Unconfirmed]:
+    """Return a function like *ask* that returns the error Unconfirmed instead of raising it."""
 
-    source: Lookup
+    def ask_and_catch(about: A) -> T | Unconfirmed:
+        try:
+            return ask(about)
+        except Unconfirmed as error:
+            return error
 
-    def sync_ids(self, ids: Iterable[str], total: int | None, *, is_trusted: bool) -> None:
-        """Sync the objects with these *ids*. *total* is their number if known."""
-        gone = self._find_deleted(ids, self.run.begin(self.noun, total), apply=True)
-        self._tombstone_limited(gone, is_trusted=is_trusted)
-
-    def _find_deleted(
-        self, ids: Iterable[str], advance: Advance, *, apply: bool = False
-    ) -> Iterator[str]:
-        """
-        Yield the ids that do not exist at Clerk. With *apply*, update the other objects.
-
-        An object's absence from a list does not prove a deletion: pages shift while objects are
-        created, and Clerk returns fewer objects if it does not accept the limit.
-        """
-        with ThreadPool(THREADS) as pool:
-            for group in batched(batched(ids, IDS), THREADS):
-                read_at = now_ms()
-                found = list(chain.from_iterable(pool.map(self.source.find, group)))
-                if apply:
-                    self.apply(found, read_at)
-                known = set(map(self.source.kind.find_id, found))
-                asked = list(chain.from_iterable(group))
-                absent = [object_id for object_id in asked if object_id not in known]
-                for some in batched(absent, THREADS):  # the caller stops if there are too many
-                    yield from compress(some, pool.map(self.source.is_gone, some))
-                advance(len(asked))
+    return ask_and_catch
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
