@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, scoped_session
 
 from clerkhooks.clerk.events import ReceivedEvent
-from clerkhooks.clerk.kinds import USER
+from clerkhooks.clerk.kinds import MEMBERSHIP, USER
 from clerkhooks.events import Handlers, Outcome
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
@@ -162,7 +162,8 @@ class Deliveries:
             handled = self._handlers.handles(event.type)
             row["outcome"] = Outcome.APPLIED if handled else Outcome.IGNORED
         elif event.is_deletion:
-            row["deleted_at"] = now
+            at = event.occurred_at if event.kind is MEMBERSHIP else None
+            row["deleted_at"] = min(at or now, now)
         else:
             fields = self._store.by_kind[event.kind].fields
             row |= read_fields(fields, event.data, self._database.dialect)

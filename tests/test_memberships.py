@@ -10,11 +10,17 @@ import pytest
 from flask import Blueprint, Flask, jsonify
 
 from clerkhooks import ClerkUser, current_user, require_auth
-from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.clerk.fake import clerk_id, event_body
 from clerkhooks.web.auth import Protection, refuse_unprotected
 from tests.application import Application, MakeApplication
 from tests.racing import on_statement
-from tests.support import deletion, membership_event, organization_event, user_event
+from tests.support import (
+    deletion,
+    membership_data,
+    membership_event,
+    organization_event,
+    user_event,
+)
 
 pytest_plugins = ["tests.application"]
 NOW = int(time.time())
@@ -194,12 +200,66 @@ def test_asks_whichever_is_newer_for_the_role(
     assert found == (refused if expected == "refused" else expected)
 
 
+@pytest.mark.parametrize("was_lost", [False, True], ids=["late", "lost"])
+def test_decides_by_the_newest_of_several_memberships(storing: Application, was_lost: bool) -> None:
+    """
+    A user has one membership at a time in an organization.
+
+    The late deletion of the first does not end the second. The deletion of the second shows that
+    the first, whose deletion was lost, has ended too.
+    """
+    add_view(storing.app)
+    view = require_auth(lambda: jsonify(len(current_user.memberships)))
+    storing.app.add_url_rule("/mine", "mine", view)
+    acme, user_id = clerk_id("org"), clerk_id("user")
+    first, second = ((clerk_id("orgmem"), acme, user_id) for _ in range(2))
+    storing.outcome(membership_event(first, at=MINUTES_AGO))
+    storing.outcome(membership_event(second, at=MINUTES_AGO + 2000))
+    if was_lost:
+        storing.outcome(membership_event(second, "deleted", at=MINUTES_AGO + 3000))
+    else:
+        storing.outcome(membership_event(first, "deleted", at=MINUTES_AGO + 1000))
+    path = f"/organizations/{acme}/notes"
+    assert answer(storing, user_id, path) == ("not_a_member" if was_lost else 200)
+    claims = token_for(acme, at=NOW - 30)
+    assert answer(storing, user_id, path, **claims) == ("not_a_member" if was_lost else 200)
+    assert storing.call(user_id, path="/mine").get_json() == (0 if was_lost else 1)
+
+
+def test_ends_with_the_organization_whatever_the_row_says(storing: Application) -> None:
+    """A membership that missed its organization's deletion is not read as a live one."""
+    add_view(storing.app)
+    view = require_auth(lambda: jsonify(len(current_user.memberships)))
+    storing.app.add_url_rule("/mine", "mine", view)
+    ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
+    storing.outcome(organization_event(ids[1], "deleted"))
+    storing.outcome(membership_event(ids, at=NOW * 1000))
+    storing.rows(
+        f"UPDATE organization_memberships SET deleted_at = NULL, version_updated_at = {NOW}000, "
+        f"version_timestamp = {NOW}000, version_message_id = ''"
+    )
+    path = f"/organizations/{ids[1]}/notes"
+    assert answer(storing, ids[2], path) == "not_a_member"
+    assert answer(storing, ids[2], path, **token_for(ids[1])) == "not_a_member"
+    assert storing.call(ids[2], path="/mine").get_json() == 0
+
+
+def test_knows_the_role_as_of_the_events_time(storing: Application) -> None:
+    """An event may repeat an old ``updated_at``. Its timestamp is newer than the token."""
+    add_view(storing.app, role="org:admin")
+    ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
+    data = membership_data(*ids, updated_at=MINUTES_AGO) | {"role": "org:member"}
+    storing.outcome(event_body("organizationMembership.updated", data, NOW * 1000))
+    claims = token_for(ids[1], "admin", NOW - 30)
+    assert answer(storing, ids[2], f"/organizations/{ids[1]}/notes", **claims) == "forbidden"
+
+
 def test_admits_who_returned_before_the_webhook(storing: Application) -> None:
     """A token that was issued well after the deletion shows that the user is a member again."""
     add_view(storing.app)
     ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
     storing.outcome(membership_event(ids, "deleted"))
-    storing.rows("UPDATE organization_memberships SET deleted_at = '2020-01-01 00:00:00.000000'")
+    storing.rows("UPDATE organization_memberships SET updated_at = '2020-01-01 00:00:00.000000'")
     path = f"/organizations/{ids[1]}/notes"
     assert answer(storing, ids[2], path, **token_for(ids[1])) == 200
     assert answer(storing, ids[2], path) == "not_a_member"
