@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from clerkhooks.doctor import APPLICATION, SERVICE, Program
 from clerkhooks.doctor.database import judge_database
 from tests.backend import Backend
 from tests.conftest import MakeService
@@ -36,6 +39,22 @@ def test_reports_the_follower(make_service: MakeService, backend: Backend) -> No
     assert findings(service)["follower_stopped"] == "error"
     assert findings(make_service(**backend.environ, CLERK_FOLLOW="0")) == {}
     assert findings(make_service()) == {}
+
+
+@pytest.mark.parametrize(
+    ("program", "remedy"),
+    [
+        (SERVICE, "Start the service with gunicorn, or run: clerkhooks sync --follow"),
+        (APPLICATION, "Run: flask clerk sync --follow"),
+    ],
+)
+def test_says_how_to_start_a_follower(
+    make_service: MakeService, backend: Backend, program: Program, remedy: str
+) -> None:
+    """In an application, no worker follows, so the remedy names only the command."""
+    state = make_service(**backend.environ).app.extensions["clerkhooks"]
+    found = judge_database(state.store, state.settings, program)
+    assert [each.remedy for each in found if each.code == "follower_never_ran"] == [remedy]
 
 
 def test_reports_missed_webhooks(make_service: MakeService, backend: Backend) -> None:

@@ -178,6 +178,7 @@ def test_reports_a_database_failure(unreachable: Service) -> None:
         result = run(unreachable, *arguments)
         assert result.exit_code == 2
         assert "Database error (OperationalError" in result.output
+        assert result.output.endswith("Run: flask --app wsgi db upgrade\n")
         assert "SELECT" not in result.output
 
 
@@ -235,7 +236,7 @@ def flask_clerk(clerk: FakeClerk, tmp_path: Path) -> RunProcess:
 def test_works_in_an_application(
     flask_clerk: RunProcess, clerk: FakeClerk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commands use the application's model, and suggest commands as ``flask clerk …``."""
+    """The commands use the application's model, and suggest the application's commands."""
     for name, value in (clerk.environ | {"FILE": str(tmp_path / "shop.db")}).items():
         monkeypatch.setenv(name, value)
     app = runpy.run_path(str(tmp_path / "shop.py"))["create_app"]()
@@ -262,7 +263,11 @@ def test_works_in_an_application(
     assert "source      first call\n" in shown.stdout
     assert run_here("log").stdout == "No messages found.\n"
     assert run_here("prune", "--json").stdout == '{"pruned": 0}\n'
-    assert "5000/webhooks/clerk does not respond" in run_here("send", "user.created").stderr
+    unanswered = run_here("send", "user.created").stderr
+    assert "5000/webhooks/clerk does not respond (ConnectError)" in unanswered
+    assert unanswered.endswith("Start the server first: flask run\n")
+    rows(url, "DROP TABLE members")
+    assert run_here("users").stderr.endswith("Run: flask db upgrade\n")
     disconnect(app)
 
 

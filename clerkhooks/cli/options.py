@@ -57,14 +57,19 @@ def database_failures() -> Iterator[None]:
         ) from None
     except SQLAlchemyError as error:
         raise CannotDo(
-            f"Database error ({describe(error)}). Check the database's URL, and that the "
-            "database has been migrated. In the service: flask --app wsgi db upgrade"
+            f"Database error ({describe(error)}). Check the database's URL. Has the database "
+            f"been migrated? Run: flask {'--app wsgi ' if is_service() else ''}db upgrade"
         ) from None
+
+
+def is_service() -> bool:
+    """Return whether the current application is the service."""
+    return current_app.name == "clerkhooks"
 
 
 def command(name: str) -> str:
     """Return the command line that runs the command *name* in the current application."""
-    return f"clerkhooks {name}" if current_app.name == "clerkhooks" else f"flask clerk {name}"
+    return f"{'clerkhooks' if is_service() else 'flask clerk'} {name}"
 
 
 def parse_age(text: str) -> timedelta:

@@ -16,7 +16,14 @@ from flask.cli import with_appcontext
 from clerkhooks.clerk.download import Connection, UnusableAnswer
 from clerkhooks.clerk.fake import clerk_id, event_body, svix_headers, user_data
 from clerkhooks.clerk.signatures import SigningSecret
-from clerkhooks.cli.options import CannotDo, json_option, parse_age, parse_user_id, printable
+from clerkhooks.cli.options import (
+    CannotDo,
+    is_service,
+    json_option,
+    parse_age,
+    parse_user_id,
+    printable,
+)
 from clerkhooks.errors import ProxyUrlError
 from clerkhooks.parsing import parse_url
 from clerkhooks.web.state import current_state
@@ -136,8 +143,7 @@ def _make_event(
 
 def _own_url() -> str:
     """Return the local URL of this application's webhook endpoint."""
-    is_service = current_app.name == "clerkhooks"
-    port = current_state().values.get("PORT") or (8000 if is_service else 5000)
+    port = current_state().values.get("PORT") or (8000 if is_service() else 5000)
     with current_app.test_request_context():
         path = url_for("clerkhooks.receive_webhook")
     return f"http://127.0.0.1:{port}{path}"
@@ -188,8 +194,8 @@ def _post(url: str, headers: dict[str, str], body: bytes) -> dict[str, Any]:
         raise CannotDo(str(error)) from None
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TimeoutError, UnusableAnswer) as error:
         raise CannotDo(
-            f"{url} does not respond ({type(error).__name__}). Start the server first. "
-            "For the service: gunicorn wsgi:app"
+            f"{url} does not respond ({type(error).__name__}). Start the server first: "
+            f"{'gunicorn wsgi:app' if is_service() else 'flask run'}"
         ) from None
     return {"status": answer.status, "body": answer.body.decode(errors="replace")}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clerkhooks.doctor.findings import Finding, Level, Program, count
+from clerkhooks.doctor.findings import SERVICE, Finding, Level, Program, count
 from clerkhooks.settings import Settings
 from clerkhooks.store import Store
 from clerkhooks.store.awaited import Missed
@@ -47,7 +47,8 @@ def judge_following(store: Store, settings: Settings, program: Program) -> Itera
         return  # it is switched off, here and elsewhere
     if found is None:
         what = "Changes are not read from Clerk's Backend API: no follower has run yet."
-        remedy = f"Start the service with gunicorn, or run: {program.command} sync --follow"
+        start = "Start the service with gunicorn, or run" if program is SERVICE else "Run"
+        remedy = f"{start}: {program.command} sync --follow"
         yield Finding("follower_never_ran", Level.WARNING, "follower", what, remedy)
         return
     yield _judge_progress(*found, max_age, program)
