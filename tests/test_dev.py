@@ -32,6 +32,7 @@ from clerkhooks.cli.options import CannotDo, mark
 from clerkhooks.settings import PROJECT, VARIABLES
 from clerkhooks.web import logs
 from clerkhooks.web.state import disconnect
+from tests.server import environ
 
 TIMEOUT = 60  # seconds, after which a command that is not serving is killed
 SERVING = "README.md"  # printed in the last line before the command waits
@@ -131,14 +132,15 @@ def test_passes_every_check_and_ends_with_0(
     """Every step has a tick, the output fits on one screen, and no file is left behind."""
     assert run(0, once=True)
     printed = capsys.readouterr().out
-    assert printed.count("✓") == 15
+    assert printed.count("✓") == 16, "13 checks, the database, the server and the last line"
     assert "✗" not in printed
     assert "✓ All 13 checks passed." in printed
     names = re.findall(r"^user_\w+  (\w+ \w+)  ", printed, re.MULTILINE)
     assert names == ["Ada Lovelace", "Grace Hopper", "Deleted User"]
     assert len(printed.splitlines()) <= 40
     assert max(map(len, printed.replace(str(temporary), "/tmp").splitlines())) <= 100
-    _, _, table = printed.partition("The users table:\n")
+    assert "  ✓ SELECT … FROM users             3 rows     " in printed
+    _, _, table = printed.partition("two users and a tombstone\n")
     assert max(map(len, table.splitlines())) <= 80
     assert "whsec_" not in printed
     assert list(temporary.iterdir()) == []
@@ -150,6 +152,7 @@ def test_ends_with_1_if_the_table_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     result = CliRunner().invoke(main, ["dev", "--once", "--port", "0"])
     assert result.exit_code == 1
     assert "✗ 1 of 13 checks failed." in result.stdout
+    assert re.search(r"✗ SELECT … FROM users +0 rows +expected: two users", result.stdout)
 
 
 def test_shows_the_expected_answer_of_a_failed_check(
@@ -216,6 +219,21 @@ def test_keeps_serving_with_a_token_and_a_console_that_work(
     watchdog.cancel()
     assert answers == ["Ada Lovelace", 200]
     assert list(temporary.iterdir()) == []
+
+
+def test_prints_a_command_that_posts_another_webhook(tmp_path: Path) -> None:
+    """The command works in another folder, without other settings."""
+    pattern = r"^  (CLERK_WEBHOOK_SECRET=whsec_\S+ clerkhooks send .+)$"
+    with serving() as (_, printed):
+        [line] = re.findall(pattern, printed, re.MULTILINE)
+        assignment, _, *arguments = line.split()
+        variables = environ(CLERK_WEBHOOK_SECRET=assignment.partition("=")[2])
+        command = [sys.executable, "-m", "clerkhooks", *arguments]
+        posted = subprocess.run(
+            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    assert (posted.returncode, posted.stderr) == (0, "")
+    assert '200 {"outcome": "applied"' in posted.stdout
 
 
 def test_logs_requests_once_the_demonstration_is_over() -> None:

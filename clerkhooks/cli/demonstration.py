@@ -80,8 +80,9 @@ class Demonstration:
             (self.alan, "Deleted User", None, True),
         ]
         found = [(*row[:3], row[3] is not None) for row in rows]
-        self._results.append(found == expected)
-        _print_title("The users table:")
+        _print_title("The users table contains the result.")
+        label, meaning = "SELECT … FROM users", "two users and a tombstone"
+        self._print_check(label, f"{len(rows)} rows", found == expected, meaning, meaning)
         print_table(("id", "name", "email", "deleted_at"), rows)
 
     def _begin(self, title: str) -> None:
@@ -115,7 +116,9 @@ class Demonstration:
         body = response.get_json()
         told = body.get("outcome") or body.get("reason") or body.get("name")
         answer = f"{response.status_code} {told}"
-        ok = answer == expected
+        self._print_check(label, answer, answer == expected, meaning, expected)
+
+    def _print_check(self, label: str, answer: str, ok: bool, meaning: str, expected: str) -> None:
         self._results.append(ok)
         colour = "green" if ok else "red"
         sign = click.style(mark(ok), fg=colour)

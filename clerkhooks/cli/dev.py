@@ -78,8 +78,7 @@ def run(port: int, *, once: bool) -> bool:
         ok = demonstration.run(database)
         logging.disable(logging.NOTSET)
         if not once:
-            token = clerk.session_token(demonstration.ada, lifetime=TOKEN_LIFETIME)
-            _serve(app, listener, url, token, password)
+            _serve(app, listener, _instructions(clerk, demonstration.ada, url, password))
         disconnect(app)
     return ok
 
@@ -114,21 +113,35 @@ def _create_app(clerk: FakeClerk, database: Path, password: str) -> Flask:
     return app
 
 
-def _serve(app: Flask, listener: socket.socket, url: str, token: str, password: str) -> None:
-    """Print instructions, and serve until a signal arrives."""
+def _instructions(clerk: FakeClerk, user_id: str, url: str, password: str) -> str:
+    """Describe how to use the running service. All secrets are those of this run."""
+    token = clerk.session_token(user_id, lifetime=TOKEN_LIFETIME)
+    until = time.strftime("%H:%M %Z", time.localtime(time.time() + TOKEN_LIFETIME))
+    secret = f"CLERK_WEBHOOK_SECRET={clerk.environ['CLERK_WEBHOOK_SECRET']}"
+    title = click.style(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)
+    return f"""{title}
+Call the API as Ada (her token expires at {until}):
+
+  curl -H 'Authorization: Bearer {token}' {url}/api/me
+
+Post another webhook:
+
+  {secret} clerkhooks send user.created --to {url}/webhooks/clerk
+
+Open the console: {url}/console, any user name, password {password}
+
+To connect your own Clerk application, follow "Set up the service" in README.md.
+"""
+
+
+def _serve(app: Flask, listener: socket.socket, instructions: str) -> None:
+    """Print *instructions*, and serve until a signal arrives."""
     port, fd = listener.getsockname()[1], listener.fileno()
     server = make_server(HOST, port, app, threaded=True, fd=fd)
     # The service logs each request itself.
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    until = time.strftime("%H:%M", time.localtime(time.time() + TOKEN_LIFETIME))
     with suppress(KeyboardInterrupt):
-        click.secho(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)
-        click.echo(f"Call the API as Ada (her token expires at {until}):\n")
-        click.echo(f"  curl -H 'Authorization: Bearer {token}' {url}/api/me\n")
-        click.echo(f"Open the console: {url}/console, any user name, password {password}\n")
-        click.echo(
-            'To connect your own Clerk application, follow "Set up the service" in README.md.\n'
-        )
+        click.echo(instructions)
         server.serve_forever()
     click.echo("\nStopping.")
 
