@@ -379,7 +379,8 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
     """If no message has failed, the overview shows the figures and no problems."""
     console.service.deliver(user_event(clerk_id("user")))
     gone = clerk_id("user")
-    console.service.deliver(deletion(gone))
+    for _ in range(2):
+        console.service.deliver(deletion(gone), "msg_repeated")
     words = console.read("/console")
     assert "Webhooks and database are OK" in words
     for figure in (
@@ -392,6 +393,8 @@ def test_reports_that_everything_is_ok(console: Console) -> None:
         assert figure in words
     assert "Messages in the last 24 hours: 2 " in words
     assert "applied 2 stale 0 ignored 0 failed 0" in words
+    assert "The total includes tombstones, which are the rows of deleted users." in words
+    assert "A message that is delivered repeatedly counts once." in words
     assert "newest" not in words
     assert "Session keys 1 key configured" in words
     assert "Last webhook just now" in words or "s ago" in words
@@ -539,7 +542,8 @@ def test_explains_the_source_of_a_row(console: Console, syncing: Service, backen
     console.service.deliver(deletion(gone))
     words = console.read(f"/console/users/{filled}")
     assert re.search(
-        r"The user\.updated event of \d\d \w+ \d{4}, [\d:]+ .*, message msg_winner\. No newer",
+        r"The user\.updated event of \d\d \w+ \d{4}, [\d:]+ .*, message msg_winner\. No event with "
+        r"newer data has arrived\.",
         words,
     )
     assert "The user's first call created the row" in console.read(f"/console/users/{seen}")

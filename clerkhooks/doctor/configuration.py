@@ -125,7 +125,10 @@ def check_authorized_parties(case: Case) -> Iterator[Finding]:
     keys = (case.settings.publishable_key, case.settings.secret_key)
     is_live = any(key and _kind(key) == "production" for key in keys)
     if not parties:
-        what = "Bearer tokens from any origin are accepted; cookies and cross-origin calls are not."
+        what = (
+            "Bearer tokens are accepted regardless of their origin. Cookies are refused, and "
+            "browsers cannot call /api/me from other origins."
+        )
         remedy = f"Set {name}. {VARIABLES[name]}"
         yield Finding("authorized_parties_unset", Level.WARNING, name, what, remedy)
     elif local and is_live:
