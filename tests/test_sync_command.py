@@ -17,7 +17,7 @@ from click.testing import Result
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.settings import PROJECT
 from clerkhooks.sync import connections
-from tests.backend import Backend, refusing, stalling
+from tests.backend import Backend, answering, refusing, stalling
 from tests.conftest import MakeService
 from tests.server import environ
 from tests.support import NOW_MS, Service
@@ -209,6 +209,16 @@ def test_reports_a_database_failure(make_service: MakeService, backend: Backend)
     assert result.exit_code == 2
     assert "Database error (" in result.output
     assert "SELECT" not in result.output
+
+
+def test_says_once_that_it_retries(syncing: Service, backend: Backend) -> None:
+    """Otherwise, a sync without a network seems to hang for two minutes."""
+    backend.behaviours += [answering(503), answering(503)]
+    result = run(syncing, "--check")
+    assert result.exit_code == 0
+    what = "Clerk's Backend API answered 503. Retrying for up to 2 minutes.\n"
+    assert result.stderr.count(what) == 1
+    assert "answered" not in result.stdout
 
 
 @pytest.mark.parametrize(

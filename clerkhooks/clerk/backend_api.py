@@ -62,7 +62,8 @@ class BackendApi:
     Every method raises BackendApiError on failure, after at most *patience* seconds of retries.
     Without patience, nothing is retried. *share* is the part of the rate limit to use. *pace*
     scales *patience* and all pauses; a small value makes tests faster. *timeout* is in seconds.
-    *version* is the requested version of the API; None requests the instance's default.
+    *version* is the requested version of the API; None requests the instance's default. *on_retry*
+    is called with a description of each error that calls for a retry.
 
     Source: Clerk, "Backend API", users; "System limits", Backend API requests; "Versioning".
     """
@@ -77,6 +78,7 @@ class BackendApi:
         timeout: float = TIMEOUT,
         share: float = 1.0,
         version: str | None = API_VERSION,
+        on_retry: Callable[[str], object] | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {secret_key}"}
         if version is not None:
@@ -95,6 +97,7 @@ class BackendApi:
         rate = LIVE_RATE if secret_key.startswith("sk_live_") else TEST_RATE
         self._rate_limit = RateLimit(pace / (rate * share))
         self._url, self._patience, self._pace = f"{api_url}/v1", patience, pace
+        self._on_retry = on_retry
         self._retry = stamina.RetryingCaller(
             attempts=None if patience else 1,
             timeout=patience * pace or None,
@@ -173,6 +176,8 @@ class BackendApi:
         """Return False to give up, True to retry with backoff, or the seconds to wait."""
         if not isinstance(error, _Temporary):
             return False
+        if self._on_retry is not None:
+            self._on_retry(error.what)
         if not error.retry_after:
             return True
         pause = min(error.retry_after, MAX_PAUSE, self._patience) * self._pace

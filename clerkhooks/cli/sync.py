@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from datetime import time as time_of_day
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 
 import click
 from flask.cli import with_appcontext
 
-from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.backend_api import RETRY_TIMEOUT, BackendApi
 from clerkhooks.cli.follow import follow as follow_clerk
 from clerkhooks.cli.options import CannotDo, database_failures, json_lines_option, parse_object_id
 from clerkhooks.errors import BackendApiError
@@ -181,7 +181,8 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
     settings, store = state.settings, state.store
     tell = _print_json if as_json else _print_finding
     began, finished = time.monotonic(), False
-    api = BackendApi(settings.api_url, _require_key())
+    report = cache(_report_retry)  # once for each kind of error
+    api = BackendApi(settings.api_url, _require_key(), on_retry=report)
     connecting = reader(store) if check else sole_writer(store)
     with api, ExitStack() as bars, connecting as connection:
         begin = partial(_begin, bars)
@@ -200,6 +201,13 @@ def _reconciliation(as_json: bool, check: bool, force: bool) -> Iterator[Reconci
                 _print_json_summary(run, finished)
             else:
                 _print_summary(run, finished, time.monotonic() - began)
+
+
+def _report_retry(what: str) -> None:
+    """Print why the sync is waiting."""
+    over_bar = "\r\x1b[K" if sys.stderr.isatty() else ""
+    minutes = f"{RETRY_TIMEOUT / 60:.0f} minutes"
+    click.echo(f"{over_bar}Clerk's Backend API {what}. Retrying for up to {minutes}.", err=True)
 
 
 def _begin(bars: ExitStack, label: str, total: int | None) -> Callable[[int], None]:
