@@ -6,6 +6,7 @@ import pytest
 
 from clerkhooks.doctor import APPLICATION, SERVICE, Program
 from clerkhooks.doctor.database import judge_database
+from clerkhooks.sync.progress import Deletions
 from tests.backend import Backend
 from tests.conftest import MakeService
 from tests.following import complete_round
@@ -32,7 +33,7 @@ def test_reports_the_follower(make_service: MakeService, backend: Backend) -> No
     for fault in ("wrong_instance", "secret_key_refused"):
         complete_round(service, completed=False, error=fault)
         assert findings(service)[f"follower_{fault}"] == "error"
-    complete_round(service, withheld=True)
+    complete_round(service, deletions={"user": Deletions(withheld=True)})
     assert findings(service)["follower_deletions_withheld"] == "error"
     complete_round(service)
     service.rows("UPDATE clerk_leases SET completed_at = completed_at - 600000")

@@ -11,14 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clerkhooks import Event
 from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
 from clerkhooks.sync.leased import WrongInstance
-from clerkhooks.sync.progress import FOLLOWER
+from clerkhooks.sync.progress import FOLLOWER, Deletions
 from tests.backend import Backend, Query, answering_json
 from tests.following import Crash, Following
+from tests.racing import registered_handler
 from tests.support import NOW_MS, TABLES, Service
 from tests.syncing import make_old, store_of, sync
 from tests.test_reconcile import METHODS, World
@@ -106,7 +109,7 @@ def test_reads_everything_in_the_first_round(
     backend.update(users[7], first_name="Grace")
     following.run()
     assert syncing.user(users[7], ("name",)) == ("Grace Lovelace",)
-    assert following.names().count("users_healed") == 2
+    assert following.names().count("objects_healed") == 2
 
 
 @sqlite
@@ -122,6 +125,56 @@ def test_continues_where_another_process_stopped(
             Following(syncing, backend).run(steps=steps)
         Following(syncing, backend).run()
         assert all(syncing.user(user_id) for user_id in users)
+
+
+@sqlite
+def test_continues_an_interrupted_import(
+    following: Following, syncing: Service, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import continues with the page at which it was interrupted."""
+    monkeypatch.setattr("clerkhooks.clerk.backend_api.PAGE", 20)
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(100)]
+    with suppress(Crash):
+        following.run(steps=12)
+    reached = syncing.rows("SELECT count(*) FROM users")[0][0]
+    assert 20 < reached < 100
+    backend.delete(users[0])
+    backend.requests.clear()
+    Following(syncing, backend).run()
+    pages = [query for _, query in backend.requests if query.get("order_by") == ["+created_at"]]
+    assert "starting_after" in pages[0]
+    assert len(pages) <= 3
+    assert syncing.rows("SELECT count(*) FROM users") == [(100,)]
+    assert following.missed().recorded == 0
+
+
+def test_begins_with_an_empty_instance(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """The first user is written in the next round, and the webhook is expected."""
+    following.run(2)
+    user_id = backend.sign_up()
+    following.run()
+    assert syncing.user(user_id, ("name",)) == ("Ada Lovelace",)
+    assert following.missed().recorded == 1
+
+
+def test_writes_nothing_after_it_has_lost_the_lease(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Another process takes the lease during a request."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    user_id = backend.sign_up()
+
+    def replace_holder(_path: str, _query: Query) -> None:
+        syncing.rows("UPDATE clerk_leases SET holder = 'another'")
+        following.lease._renewed_at = -1000.0
+
+    backend.before = replace_holder
+    with pytest.raises(LeaseLost):
+        following.run()
+    assert syncing.user(user_id) is None
 
 
 def test_waits_for_changes_that_become_visible_late(
@@ -146,7 +199,7 @@ def test_finds_deletions_in_turn(following: Following, syncing: Service, backend
         following.run()
         deleted = syncing.rows("SELECT id FROM users WHERE deleted_at IS NOT NULL ORDER BY id")
         assert deleted == [(users[number],) for number in found]
-    assert following.progress().deleted == 3
+    assert following.progress().deletions_of(USER).count == 3
 
 
 def test_does_not_delete_a_user_whom_a_list_omits(
@@ -191,7 +244,7 @@ def test_stops_before_it_deletes_too_many(
     backend.delete(users[0])
     following.run(4)
     assert syncing.rows(count) == [(deleted,)], "the limit is for a day"
-    following.change_state(deleted_since=following.progress().deleted_since - 86_400_001)
+    following.change_state(deletions={"user": Deletions()})
     following.run(4)
     assert syncing.rows(count) == [(deleted + 1,)]
 
@@ -223,7 +276,7 @@ def test_does_not_revive_with_data_from_before_the_deletion(
     time.sleep(0.002)
     backend.delete(user_id)
     assert sync(syncing, backend)[0]["tombstoned"] == 1
-    following.leased.apply(read)
+    following.leased.apply(USER, read)
     assert syncing.user(user_id, ("name",)) == ("Deleted User",)
 
 
@@ -283,6 +336,31 @@ def test_sweeps_even_if_the_list_is_not_in_order(
     with pytest.raises(BackendApiError, match="latest changes first"):
         following.run()
     assert syncing.user(user_id, ("name",)) == ("Grace Lovelace",)
+
+
+def test_tells_handlers_of_changes_of_the_account_state(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """If a handler fails, the user is not written, and the next round tries again."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    following.run()
+    backend.update(user_id, banned=True)
+    told = list[str]()
+
+    def handle(event: Event) -> None:
+        told.append(event.type)
+        if len(told) == 1:
+            raise ValueError
+
+    with registered_handler(syncing.app, handle, "user.barred", after_commit=False):
+        following.run()
+        assert following.events[-1] == (
+            "object_not_followed",
+            {"id": user_id, "reason": "ValueError"},
+        )
+        following.run()
+    assert told == ["user.barred", "user.barred"]
+    assert syncing.rows("SELECT count(*) FROM users WHERE banned_at IS NOT NULL") == [(1,)]
 
 
 def test_reports_a_malformed_user(following: Following, syncing: Service, backend: Backend) -> None:

@@ -154,7 +154,7 @@ def test_follows_without_webhooks(
         server.process.wait(20)
         events = [line["event"] for line in server.lines()]
     assert holder_of(url) is None
-    assert {"lease_taken", "users_healed"} <= set(events)
+    assert {"lease_taken", "objects_healed"} <= set(events)
     assert "round_failed" not in events
 
 
@@ -200,5 +200,5 @@ def test_follows_by_command(url: str, clerk: FakeClerk, backend: Backend) -> Non
         process.kill()
     events = [json.loads(line) for line in printed.splitlines()]
     assert process.returncode == 0
-    assert [events[0]["event"], events[1]["event"]] == ["lease_taken", "users_healed"]
+    assert [events[0]["event"], events[1]["event"]] == ["lease_taken", "objects_healed"]
     assert holder_of(url) is None

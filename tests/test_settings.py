@@ -178,6 +178,7 @@ def test_counts_an_empty_variable_as_unset() -> None:
             ("https://a.b", "native"),
         ),
         ({"CLERK_JWKS_KEEP_HOURS": "168"}, "jwks_keep_hours", 168),
+        *(({"CLERK_FOLLOW": text}, "follow", float(text)) for text in ("0", "0.1", "30", "3600")),
         *(({"DATABASE_POOL_SIZE": str(size)}, "pool_size", size) for size in (1, 100)),
         ({"LOG_FORMAT": "text"}, "log_format", "text"),
         ({"CLERK_AUDIENCE": "a,b c"}, "audience", ("a", "b", "c")),
@@ -315,6 +316,10 @@ BAD = {
     "WEB_CONCURRENCY": {"must be a number from 1 to 512": ["0", "513", "auto"]},
     "DATABASE_POOL_SIZE": {"must be a number from 1 to 100": ["0", "101", "-5", "5.0", "many"]},
     "CLERK_JWKS_KEEP_HOURS": {"must be a number from 1 to 168": ["0", "169", "1.5"]},
+    "CLERK_FOLLOW": {
+        "must be a number of seconds": ["x", "-1", "1e3", "1,5"],
+        "must be 0, or from 0.1 to 3600": ["0.09", "3601"],
+    },
     "LOG_FORMAT": {"must be json or text": ["JSON", "xml"]},
     "DATABASE_POOLER": {"must be session or transaction": ["statement", "pgbouncer", "1"]},
     "METRICS_TOKEN": {

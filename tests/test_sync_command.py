@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from click.testing import Result
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.settings import PROJECT
 from clerkhooks.sync import connections
+from clerkhooks.sync.follower import Follower
 from tests.backend import Backend, answering, refusing, stalling
 from tests.conftest import MakeService
 from tests.server import environ
@@ -160,6 +162,7 @@ def test_reports_a_user_that_cannot_be_read(syncing: Service, backend: Backend) 
         (["--missing", "--failed"], "Use only one of"),
         (["role_1"], "not a Clerk id"),
         (["user_1", "org_1"], "org_1 is not kept without CLERK_TABLES=organizations"),
+        (["--follow", "--check"], "Use --follow without"),
     ],
 )
 def test_refuses_wrong_use(service: Service, arguments: list[str], message: str) -> None:
@@ -168,12 +171,26 @@ def test_refuses_wrong_use(service: Service, arguments: list[str], message: str)
     assert (result.exit_code, message in result.output) == (2, True)
 
 
-def test_asks_for_the_key(service: Service) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--follow"]])
+def test_asks_for_the_key(service: Service, arguments: list[str]) -> None:
     """Without CLERK_SECRET_KEY, the message says where to find the key."""
-    result = run(service)
+    result = run(service, *arguments)
     assert result.exit_code == 2
     assert "CLERK_SECRET_KEY is not set" in result.output
     assert "Clerk Dashboard" in result.output
+
+
+def test_prints_what_the_follower_does(syncing: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event is a line with the time and the fields. ``stop`` is called after Ctrl-C."""
+
+    def follow(follower: Follower) -> None:
+        follower.tell("lease_taken", {"lease": "follower", "holder": "host:1"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Follower, "run", follow)
+    result = run(syncing, "--follow")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"[-:0-9 ]+  lease_taken  lease=follower  holder=host:1\n", result.output)
 
 
 @pytest.mark.parametrize("status", [401, 403])

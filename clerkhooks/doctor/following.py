@@ -14,8 +14,9 @@ from clerkhooks.sync.progress import Progress, find_progress
 MAX_AGE = 300.0  # seconds since the last round, or five times the interval
 _ENDPOINT = (
     "See Clerk Dashboard → Webhooks → your endpoint. Is it enabled, and is its URL correct? Is it "
-    "subscribed to user.created, user.updated and user.deleted? Was its signing secret rotated? "
-    "Then set CLERK_WEBHOOK_SECRET."
+    "subscribed to user.created, user.updated and user.deleted, and to the events of organizations "
+    "and memberships if CLERK_TABLES=organizations is set? Was its signing secret rotated? Then "
+    "set CLERK_WEBHOOK_SECRET."
 )
 _FAULTS = {
     "wrong_instance": (
@@ -24,14 +25,14 @@ _FAULTS = {
         "of these users were deleted, run: {command} sync --force",
     ),
     "deletions_withheld": (
-        "The follower found more deleted users than it may delete within a day: more than 20 and "
-        "more than a tenth of all users.",
-        "Check that CLERK_SECRET_KEY is correct. To delete these users, run: {command} sync, and "
+        "The follower found more deletions than it may write within a day: more than 20 and more "
+        "than a tenth of all users, organizations or memberships.",
+        "Check that CLERK_SECRET_KEY is correct. To write the deletions, run: {command} sync, and "
         "if it asks for it, {command} sync --force",
     ),
 }
 _OTHER_FAULT = (
-    "The follower cannot read users from Clerk's Backend API ({reason}).",
+    "The follower cannot read Clerk's Backend API ({reason}).",
     "See what {command} sync reports.",
 )
 
@@ -63,7 +64,7 @@ def _judge_progress(held: Held, progress: Progress, max_age: float, program: Pro
         what, remedy = what.format(**texts), remedy.format(**texts)
         return Finding(f"follower_{progress.fault}", Level.ERROR, subject, what, remedy)
     if held.completed_at is None:
-        what = "The follower is reading all users for the first time."
+        what = "The follower is reading everything for the first time."
         return Finding("follower_begins", Level.OK, subject, what)
     age = (held.now - held.completed_at) / 1000
     if age > max_age:
@@ -82,6 +83,6 @@ def _judge_missed(found: Missed) -> Finding:
     what = (
         f"No webhook arrived for {count(found.missed, 'change')} at Clerk, the first at "
         f"{found.since:%Y-%m-%d %H:%M} and the last at {found.last:%Y-%m-%d %H:%M} UTC. The "
-        "follower has updated these users."
+        "follower has updated the tables."
     )
     return Finding("deliveries_missed", Level.ERROR, "webhooks", what, _ENDPOINT)

@@ -67,7 +67,6 @@ class Store:
         self.database, self.messages = database, own.messages
         self.users = cast("sa.Table", mapper.local_table)
         self.leases = Leases(database, own.leases)
-        self.awaited = AwaitedWebhooks(database, own.awaited, own.messages)
         columns = read_columns(mapper)
         self.statements = UserStatements(
             self.users, own.messages, fields, database.dialect, columns
@@ -78,6 +77,8 @@ class Store:
         self.memberships: MembershipReader | None = None
         if optional is not None:
             self._add_organizations(optional)
+        others = {kind: each.table for kind, each in self.by_kind.items() if kind is not USER}
+        self.awaited = AwaitedWebhooks(database, own.awaited, own.messages, others)
         self.stored_types = stored_types(self.by_kind)
         load = self.memberships.read if self.memberships is not None else None
         self.make_snapshot = make_snapshots(mapper, columns, load)

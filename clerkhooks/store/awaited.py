@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 
+from clerkhooks.clerk.kinds import Kind
 from clerkhooks.store.columns import to_json
 from clerkhooks.store.database import Database
 
@@ -33,7 +34,25 @@ WHERE a.due_at <= :now - {day} OR EXISTS (
     SELECT 1 FROM {messages} AS m
     WHERE m.clerk_user_id = a.object_id AND (
         m.event_type = 'user.deleted'
-        OR (NOT a.is_deletion AND {occurred_at} >= a.changed_at - {tolerance})))
+        OR (m.event_type LIKE 'user.%' AND NOT a.is_deletion
+            AND {occurred_at} >= a.changed_at - {tolerance})))
+RETURNING object_id
+"""
+
+# The log has no index for organizations and memberships, but the row has the id of the message that
+# wrote it. A final tombstone has no version. A failed message counts as arrived.
+_DELETE_BY_ROW = """
+DELETE FROM {awaited} AS a
+WHERE substr(a.object_id, 1, length(:prefix)) = :prefix AND (
+    EXISTS (
+        SELECT 1 FROM {table} AS t
+        WHERE t.id = a.object_id AND (
+            (NOT a.is_deletion AND t.version_message_id <> ''
+                AND t.version_updated_at >= a.changed_at)
+            OR (t.deleted_at IS NOT NULL AND t.version_updated_at IS NULL)))
+    OR EXISTS (
+        SELECT 1 FROM {messages} AS m
+        WHERE m.outcome = 'failed' AND m.clerk_object_id = a.object_id))
 RETURNING object_id
 """
 
@@ -102,8 +121,15 @@ def make_awaited_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
 class AwaitedWebhooks:
     """The statements on the table of awaited webhooks. Times are in milliseconds."""
 
-    def __init__(self, database: Database, table: sa.Table, messages: sa.Table) -> None:
-        self._database, self.table = database, table
+    def __init__(
+        self,
+        database: Database,
+        table: sa.Table,
+        messages: sa.Table,
+        others: Mapping[Kind, sa.Table],
+    ) -> None:
+        """Use the log of *messages*. *others* are the tables of kinds other than users."""
+        self._database, self.table, self._others = database, table, others
         format_table = database.dialect.identifier_preparer.format_table
         self._names = {
             **(_SQLITE if database.dialect_name == "sqlite" else _POSTGRESQL),
@@ -121,6 +147,10 @@ class AwaitedWebhooks:
     def delete_arrived(self) -> None:
         """Forget the changes that messages have announced, and those from over a day ago."""
         self._write(_DELETE, {"now": now_ms()})
+        format_table = self._database.dialect.identifier_preparer.format_table
+        for kind, table in self._others.items():
+            prefix = {"prefix": f"{kind.id_prefix}_"}
+            self._write(_DELETE_BY_ROW, prefix, table=format_table(table))
 
     def postpone(self, grace: int, since: int) -> None:
         """Give more time to webhooks that were due at *since* or later."""
@@ -132,11 +162,11 @@ class AwaitedWebhooks:
         recorded, missed, since, last = cast("tuple[int, int, int | None, int | None]", rows[0])
         return Missed(recorded, missed, _moment(since), _moment(last))
 
-    def _write(self, template: str, parameters: Mapping[str, Any]) -> None:
-        self._database.write(self._text(template), parameters)
+    def _write(self, template: str, parameters: Mapping[str, Any], **names: str) -> None:
+        self._database.write(self._text(template, **names), parameters)
 
-    def _text(self, template: str) -> sa.TextClause:
-        return sa.text(template.format(**self._names))
+    def _text(self, template: str, **names: str) -> sa.TextClause:
+        return sa.text(template.format(**self._names, **names))
 
 
 def now_ms() -> int:

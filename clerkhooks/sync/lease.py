@@ -173,7 +173,7 @@ class LeasedLoop(ABC):
         self.tell("round_failed", fields | {"retry_in_s": round(pause, 1)})
 
 
-INFORMATION = ("lease_taken", "lease_lost", "users_healed")
+INFORMATION = ("lease_taken", "lease_lost", "objects_healed")
 
 
 def _log(event: str, fields: Mapping[str, object]) -> None:

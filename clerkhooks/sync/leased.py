@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from clerkhooks.clerk.backend_api import BackendApi
+from clerkhooks.clerk.kinds import Kind
 from clerkhooks.errors import ClerkhooksError
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
@@ -18,7 +19,7 @@ from clerkhooks.sync.lease import Lease, Tell
 from clerkhooks.sync.reconcile import Reconciliation, newest_ids
 
 T = TypeVar("T")
-CHUNK = 20  # users to write at a time; meanwhile, other requests of this process wait
+CHUNK = 20  # objects to write at a time; meanwhile, other requests of this process wait
 PAUSE = 1e-5  # seconds; enough for gevent to serve every request that has arrived
 
 
@@ -28,10 +29,10 @@ class WrongInstance(ClerkhooksError):
 
 class LeasedSync:
     """
-    Reads users from Clerk and writes them, in small steps, as long as *lease* is held.
+    Reads objects from Clerk and writes them, in small steps, as long as *lease* is held.
 
-    *tell* receives the name and the fields of each event to log. *counts* has the users by result,
-    and *written* has those whose changes a webhook must have announced.
+    *tell* receives the name and the fields of each event to log. *counts* has the objects by table
+    and result, and *written* has those whose changes a webhook must have announced.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LeasedSync:
         self.api, self.store, self.lease, self.tell = api, store, lease, tell
         self._handled = handled
         self._read_at = 0
-        self.counts: Counter[Result] = Counter()
+        self.counts: Counter[tuple[str, Result]] = Counter()
         self.written: list[Comparison] = []
 
     def ask(self, request: Callable[[], T]) -> T:
@@ -55,20 +56,32 @@ class LeasedSync:
         self._read_at = now_ms()
         return request()
 
-    def apply(self, users: Sequence[Any]) -> None:
-        """Write the users that the last request returned, unless the rows are newer."""
-        for start in range(0, len(users), CHUNK):
-            self.lease.check()
-            with self._open_run() as run:
-                run.users.apply(users[start : start + CHUNK], self._read_at)
-            time.sleep(PAUSE)
+    def apply(self, kind: Kind, objects: Sequence[Any], *, is_import: bool = False) -> None:
+        """
+        Write the objects that the last request returned, unless the rows are newer.
 
-    def tombstone(self, user_ids: Sequence[str]) -> None:
-        """Write tombstones for users that Clerk has confirmed to be deleted."""
-        for user_id in user_ids:
+        In an import, no webhooks are expected, because the objects existed before the installation.
+        """
+        before = len(self.written)
+        for start in range(0, len(objects), CHUNK):
             self.lease.check()
-            with self._open_run() as run:
-                run.users.tombstone([user_id])
+            with self.open_run() as run:
+                run.table_of(kind).apply(objects[start : start + CHUNK], self._read_at)
+            time.sleep(PAUSE)
+        if is_import:
+            del self.written[before:]
+
+    def look_up(self, kind: Kind, ids: Sequence[str]) -> list[Callable[[], list[str]]]:
+        """Return functions that send a request each, and return ids that do not exist at Clerk."""
+        with self.open_run() as run:
+            return list(run.table_of(kind).look_up(ids))
+
+    def tombstone(self, kind: Kind, ids: Sequence[str]) -> None:
+        """Write tombstones for objects that Clerk has confirmed to be deleted."""
+        for object_id in ids:
+            self.lease.check()
+            with self.open_run() as run:
+                run.table_of(kind).tombstone([object_id])
 
     def check_instance(self) -> None:
         """
@@ -82,7 +95,7 @@ class LeasedSync:
             raise WrongInstance("wrong_instance")
 
     @contextmanager
-    def _open_run(self) -> Iterator[Reconciliation]:
+    def open_run(self) -> Iterator[Reconciliation]:
         """Yield a reconciliation on a connection for requests, and collect its results."""
         with self.store.database.connect() as connection:
             run = Reconciliation(
@@ -95,7 +108,8 @@ class LeasedSync:
                 written=[],
             )
             yield run
-        self.counts += run.users.counts
+        for table in run.tables:
+            self.counts.update({(table.noun, result): n for result, n in table.counts.items()})
         self.written += (each for each in run.written or () if each.expects_webhook)
 
     def _tell_failure(self, finding: Finding) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 
@@ -25,6 +26,13 @@ class LookupSync(TableSync):
         """Sync the objects with these *ids*. *total* is their number if known."""
         gone = self._find_deleted(ids, self.run.begin(self.noun, total), apply=True)
         self._tombstone_limited(gone, is_trusted=is_trusted)
+
+    def look_up(self, ids: Sequence[str]) -> Iterator[Callable[[], list[str]]]:
+        """Yield a function for each id."""
+        return (partial(self._ask, object_id) for object_id in ids)
+
+    def _ask(self, object_id: str) -> list[str]:
+        return [object_id] if self.source.is_gone(object_id) else []
 
     def _find_deleted(
         self, ids: Iterable[str], advance: Advance, *, apply: bool = False

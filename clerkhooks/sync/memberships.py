@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -24,6 +25,7 @@ from clerkhooks.sync.run import Advance, Run
 from clerkhooks.sync.sources import Memberships
 from clerkhooks.sync.tables import THREADS, TableSync, batched, or_unconfirmed
 
+Group = tuple[str, list[Any]]
 ROWS = 1000  # memberships whose organizations are asked about at a time
 
 
@@ -101,10 +103,16 @@ class MembershipSync(TableSync):
             return
         if read_at is not None:
             self.apply(listed, read_at)
-        known = set(map(MEMBERSHIP.find_id, listed))
-        yield from (member.id for member in members if member.id not in known)
+        yield from _find_missing(members, listed)
 
-    def _group(self, ids: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    def look_up(self, ids: Sequence[str]) -> Iterator[Callable[[], list[str]]]:
+        """Yield a function for each organization, or for each hundred of its memberships."""
+        return (partial(self._find_gone, group) for group in self._group(ids))
+
+    def _find_gone(self, group: Group) -> list[str]:
+        return _find_missing(group[1], self._ask(group))
+
+    def _group(self, ids: Sequence[str]) -> Iterator[Group]:
         """Yield organizations, each with some of these memberships: ids and users."""
         columns = self.table.c
         query = (
@@ -117,8 +125,14 @@ class MembershipSync(TableSync):
             for some in batched(members, IDS):
                 yield organization_id, some
 
-    def _ask(self, group: tuple[str, list[Any]]) -> list[Any]:
+    def _ask(self, group: Group) -> list[Any]:
         """Return all memberships of the *group*'s users in its organization."""
         organization_id, members = group
         user_ids = list(dict.fromkeys(member.user_id for member in members))
         return self._memberships.find_of(organization_id, [] if None in user_ids else user_ids)
+
+
+def _find_missing(members: Iterable[Any], listed: Iterable[Any]) -> list[str]:
+    """Return the ids of *members* that Clerk has not *listed*."""
+    known = set(map(MEMBERSHIP.find_id, listed))
+    return [member.id for member in members if member.id not in known]

@@ -9,9 +9,12 @@ from typing import Any
 from clerkhooks.clerk.events import milliseconds
 from clerkhooks.clerk.kinds import Kind
 from clerkhooks.errors import BackendApiError
+from clerkhooks.store.awaited import now_ms
 
 FIRST_PAGE, PAGE = 10, 100  # usually, few objects have changed since the last round
 MAX_REPEATS = 50  # pages without a new object
+# In milliseconds. A change may become visible after another change with a later time.
+OVERLAP = 120_000
 Read = Callable[[int, int], list[Any]]
 
 
@@ -51,7 +54,13 @@ def read_newest(read: Read, kind: Kind, time_name: str, until: int) -> Iterator[
         offset, limit = max(0, offset + step), PAGE
 
 
-def time_of(data: Any, name: str) -> int | None:
+def find_latest(objects: Sequence[Any], time_name: str) -> int:
+    """Return the latest time of *objects*, or 0. A time in the future does not count."""
+    now, times = now_ms(), (_time_of(data, time_name) for data in objects)
+    return max((at for at in times if at is not None and at <= now), default=0)
+
+
+def _time_of(data: Any, name: str) -> int | None:
     """Return a time of an object in milliseconds, or None if it is malformed."""
     return milliseconds(data.get(name)) if isinstance(data, dict) else None
 
@@ -60,7 +69,7 @@ def _read_times(page: Sequence[Any], name: str) -> list[float]:
     """Return the time of each object. A malformed one has the time of the object before it."""
     times, latest = list[float](), math.inf
     for data in page:
-        at = time_of(data, name)
+        at = _time_of(data, name)
         if at is not None and at > latest:
             raise BackendApiError("answer_unusable", "did not list the latest changes first")
         latest = latest if at is None else at

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
+from clerkhooks.clerk.kinds import Kind
 from clerkhooks.store import Store
 from clerkhooks.store.leases import Held
 
@@ -14,25 +16,42 @@ WITHHELD = "deletions_withheld"
 
 
 @dataclass(frozen=True)
+class Deletions:
+    """
+    The deletions in one table: *count* since the time *since* (milliseconds).
+
+    Others were withheld in this pass over all objects (*withholds*) or in the last (*withheld*).
+    """
+
+    since: int = 0
+    count: int = 0
+    withholds: bool = False
+    withheld: bool = False
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether an operator must decide."""
+        return self.withholds or self.withheld
+
+
+@dataclass(frozen=True)
 class Progress:
     """
     What has been read from Clerk. Times are in milliseconds.
 
     All users whose ``updated_at`` is at most *position* are stored. Before the first position is
     known, the import has reached the user with the id *imported_to*. The sweep has reached the id
-    *swept_to* of *users* users. It has written *deleted* tombstones since *deleted_since*, and
-    withheld others in this pass (*withholds*) or in the last one (*withheld*). Webhooks were
-    delayed until *troubled_at*. *error* is the reason why the last round is incomplete.
+    *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
+    read once, and *deletions* the deletions by family. Webhooks were delayed until *troubled_at*.
+    *error* is the reason why the last round is incomplete.
     """
 
     position: int | None = None
     imported_to: str | None = None
     swept_to: str | None = None
     users: int = 0
-    deleted_since: int = 0
-    deleted: int = 0
-    withholds: bool = False
-    withheld: bool = False
+    passed: Sequence[str] = ()
+    deletions: Mapping[str, Deletions] = field(default_factory=dict)
     troubled_at: int = 0
     error: str | None = None
 
@@ -40,7 +59,10 @@ class Progress:
     def of(cls, held: Held) -> Self:
         """Return the stored progress. Ignore what another release has stored."""
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in held.state.items() if name in names})
+        stored = {name: value for name, value in held.state.items() if name in names}
+        deletions = stored.get("deletions", {})
+        stored["deletions"] = {family: Deletions(**each) for family, each in deletions.items()}
+        return cls(**stored)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -50,7 +72,16 @@ class Progress:
     @property
     def fault(self) -> str | None:
         """The reason that operators are told, or None if all is well."""
-        return self.error or (WITHHELD if self.withholds or self.withheld else None)
+        is_withheld = any(each.is_withheld for each in self.deletions.values())
+        return self.error or (WITHHELD if is_withheld else None)
+
+    def deletions_of(self, kind: Kind) -> Deletions:
+        """Return the deletions of objects of *kind*."""
+        return self.deletions.get(kind.family, Deletions())
+
+    def with_deletions(self, kind: Kind, deletions: Deletions) -> Self:
+        """Return the progress with other deletions of objects of *kind*."""
+        return replace(self, deletions={**self.deletions, kind.family: deletions})
 
 
 def find_progress(store: Store) -> tuple[Held, Progress] | None:

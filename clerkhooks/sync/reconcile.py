@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from clerkhooks.clerk.backend_api import IDS
+from clerkhooks.clerk.kinds import Kind
 from clerkhooks.store import Store
 from clerkhooks.store.messages import is_failed
 from clerkhooks.store.queries import is_live, is_unfilled
@@ -46,6 +47,11 @@ class Reconciliation(Run):
     def unknown(self) -> int:
         """The number of given objects that exist neither in the tables nor at Clerk."""
         return sum(table.counts[Result.UNKNOWN] for table in self.tables)
+
+    def table_of(self, kind: Kind) -> TableSync:
+        """Return the sync of the table of objects of *kind*."""
+        [table] = (table for table in self.tables if table.source.kind is kind)
+        return table
 
     def summary(self) -> dict[str, int]:
         """Return the number of users by result."""

@@ -1,27 +1,27 @@
-"""One round of the follower: the latest changes, some users in turn, and the watch."""
+"""One round of the follower: the latest changes, some objects in turn, and the watch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.comparison import Result
+from clerkhooks.sync.deleting import Deleter
 from clerkhooks.sync.leased import LeasedSync
 from clerkhooks.sync.listing import IdSet, read_all
-from clerkhooks.sync.newest import read_newest, time_of
+from clerkhooks.sync.newest import OVERLAP, find_latest, read_newest
+from clerkhooks.sync.passes import Passes
 from clerkhooks.sync.progress import Progress
+from clerkhooks.sync.sources import Memberships, Organizations
 from clerkhooks.sync.sweep import Sweep
 from clerkhooks.sync.watch import Watch
 
-# In milliseconds. A change may become visible after another change with a later time.
-OVERLAP = 120_000
 MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an outage
 HEALED = (Result.CREATED, Result.UPDATED, Result.TOMBSTONED)
+UPDATED_AT = "updated_at"
 
 
 class Round:
@@ -34,8 +34,14 @@ class Round:
 
     def __init__(self, leased: LeasedSync, interval: float) -> None:
         self._leased, self._interval = leased, interval
-        self._watch = Watch(leased.store)
-        self._sweep = Sweep(leased, self._watch, interval)
+        watch = self._watch = Watch(leased.store)
+        self._sweep = Sweep(leased, Deleter(leased, watch, USER), interval)
+        sources = (Organizations(leased.api), Memberships(leased.api))
+        self._passes = [
+            Passes(leased, Deleter(leased, watch, source.kind), source, interval)
+            for source in sources
+            if source.kind in leased.store.by_kind
+        ]
         self._is_trusted = False
         self._missed = 0
         self.progress = Progress()
@@ -57,6 +63,8 @@ class Round:
             unusable = self._follow()
             for _ in range(self._sweep.count_steps(self.progress)):
                 self._store(self._sweep.run(self.progress))
+            for passes in self._passes:
+                self._store(passes.run(self.progress))
             if unusable is not None:
                 raise unusable
             self._end()
@@ -84,11 +92,10 @@ class Round:
     def _import(self) -> None:
         """Write all users who exist now. An interrupted import continues with the next page."""
         api = self._leased.api
-        position = _find_latest(self._leased.ask(lambda: api.list_updated(1, 0)))
+        position = find_latest(self._leased.ask(lambda: api.list_updated(1, 0)), UPDATED_AT)
         pages = read_all(api, IdSet(), self.progress.imported_to)
         while page := self._leased.ask(lambda: next(pages, None)):
-            self._leased.apply(page)
-            self._leased.written.clear()  # users from before the installation
+            self._leased.apply(USER, page, is_import=True)
             self._store(replace(self.progress, imported_to=USER.find_id(page[-1])))
         self._store(replace(self.progress, position=position, imported_to=None))
 
@@ -100,11 +107,11 @@ class Round:
         compares every user.
         """
         leased, position = self._leased, self.progress.position or 0
-        pages = read_newest(leased.api.list_updated, USER, "updated_at", position - OVERLAP)
+        pages = read_newest(leased.api.list_updated, USER, UPDATED_AT, position - OVERLAP)
         try:
             while page := leased.ask(lambda: next(pages, None)):
-                position = max(position, _find_latest(page))
-                leased.apply(page)
+                position = max(position, find_latest(page, UPDATED_AT))
+                leased.apply(USER, page)
                 self._expect_webhooks()
         except BackendApiError as error:
             if error.reason == "answer_unusable":
@@ -132,13 +139,11 @@ class Round:
         self.progress = progress
 
     def _report(self) -> None:
-        # logging has an attribute "created" of its own.
-        healed = {f"users_{result.value}": self._leased.counts[result] for result in HEALED}
-        if any(healed.values()):
-            self._leased.tell("users_healed", healed)
-
-
-def _find_latest(users: Sequence[Any]) -> int:
-    """Return the time of the latest change of *users*. A time in the future does not count."""
-    now, times = now_ms(), (time_of(data, "updated_at") for data in users)
-    return max((at for at in times if at is not None and at <= now), default=0)
+        counts = self._leased.counts.items()
+        healed = {
+            f"{noun}_{result.value}": number
+            for (noun, result), number in counts
+            if number and result in HEALED
+        }
+        if healed:
+            self._leased.tell("objects_healed", healed)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from clerkhooks.clerk.backend_api import IDS, PAGE, BackendApi
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER, Kind
 from clerkhooks.errors import BackendApiError, Unconfirmed
 from clerkhooks.sync.listing import IdSet, read_all, read_by_offset
-
-ORGANIZATIONS, MEMBERSHIPS = "/organizations", "/organization_memberships"
 
 
 class Source(Protocol):
@@ -50,47 +48,51 @@ class Users:
         return read_all(self._api, seen)
 
 
-class Organizations:
-    """Clerk's organizations."""
+class PagedSource:
+    """Objects that Clerk lists by limit and offset, without a cursor."""
 
-    kind, noun = ORGANIZATION, "organizations"
+    kind: Kind
+    noun: str
+    path: str
 
     def __init__(self, api: BackendApi) -> None:
         self._api = api
 
     def count(self) -> int:
-        """Return the number of organizations."""
-        return _get_page(self._api, ORGANIZATIONS, limit=1)[1]
+        """Return the number of objects."""
+        return self.list_page("-created_at", 1, 0)[1]
 
     def read_all(self, seen: IdSet) -> Iterator[list[Any]]:
-        """Yield pages of all organizations that exist now."""
-        return read_by_offset(_lister(self._api, ORGANIZATIONS), ORGANIZATION, seen)
+        """Yield pages of all objects that exist now."""
+        return read_by_offset(lambda *page: self.list_page(*page)[0], self.kind, seen)
+
+    def list_page(self, order_by: str, limit: int, offset: int) -> tuple[list[Any], int]:
+        """Return the objects of a page, and the number of all objects."""
+        return _parse_page(self._api.get(self.path, order_by=order_by, limit=limit, offset=offset))
+
+    def list_newest(self, limit: int, offset: int) -> list[Any]:
+        """Return a page of objects, newest first."""
+        return self.list_page("-created_at", limit, offset)[0]
+
+
+class Organizations(PagedSource):
+    """Clerk's organizations."""
+
+    kind, noun, path = ORGANIZATION, "organizations", "/organizations"
 
     def find(self, ids: Sequence[str]) -> list[Any]:
         """Return the organizations with these ids."""
-        parameters = {"organization_id": list(ids), "limit": IDS}
-        return _get_page(self._api, ORGANIZATIONS, **parameters)[0]
+        return _parse_page(self._api.get(self.path, organization_id=list(ids), limit=IDS))[0]
 
     def is_gone(self, organization_id: str) -> bool:
         """Return whether a 404 in Clerk's words confirms that the organization does not exist."""
-        return self._api.is_gone(organization_id, ORGANIZATIONS)
+        return self._api.is_gone(organization_id, self.path)
 
 
-class Memberships:
+class Memberships(PagedSource):
     """Clerk's memberships. There are no lookups by id."""
 
-    kind, noun = MEMBERSHIP, "memberships"
-
-    def __init__(self, api: BackendApi) -> None:
-        self._api = api
-
-    def count(self) -> int:
-        """Return the number of memberships."""
-        return _get_page(self._api, MEMBERSHIPS, limit=1)[1]
-
-    def read_all(self, seen: IdSet) -> Iterator[list[Any]]:
-        """Yield pages of all memberships that exist now."""
-        return read_by_offset(_lister(self._api, MEMBERSHIPS), MEMBERSHIP, seen)
+    kind, noun, path = MEMBERSHIP, "memberships", "/organization_memberships"
 
     def find_of(self, organization_id: str, user_ids: Sequence[str]) -> list[Any]:
         """
@@ -101,7 +103,7 @@ class Memberships:
         Raises:
             Unconfirmed: the response does not prove that there are no others.
         """
-        path = f"{ORGANIZATIONS}/{organization_id}/memberships"
+        path = f"{Organizations.path}/{organization_id}/memberships"
         answer = self._api.find(path, user_id=list(user_ids), limit=PAGE)
         if answer is None:  # the organization does not exist
             return []
@@ -109,19 +111,6 @@ class Memberships:
         if total != len(listed) or None in map(MEMBERSHIP.find_id, listed):
             raise Unconfirmed("answer_unusable", "did not answer with all memberships")
         return listed
-
-
-def _lister(api: BackendApi, path: str) -> Callable[[str, int, int], list[Any]]:
-    """Return a function that gets a page of objects: ``(order_by, limit, offset)``."""
-
-    def get(order_by: str, limit: int, offset: int) -> list[Any]:
-        return _get_page(api, path, order_by=order_by, limit=limit, offset=offset)[0]
-
-    return get
-
-
-def _get_page(api: BackendApi, path: str, **parameters: Any) -> tuple[list[Any], int]:
-    return _parse_page(api.get(path, **parameters))
 
 
 def _parse_page(answer: Any) -> tuple[list[Any], int]:

@@ -215,6 +215,10 @@ class TableSync(ABC):
         With *apply*, update the other objects.
         """
 
+    @abstractmethod
+    def look_up(self, ids: Sequence[str]) -> Iterator[Callable[[], list[str]]]:
+        """Yield functions that send a request each, and return ids that do not exist at Clerk."""
+
     def _tombstone_limited(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone objects that are deleted at Clerk, unless there are too many of them."""
         if not (self.run.force or self.run.check):
