@@ -50,6 +50,8 @@ def make_organization_models(
     if table_of(organization).metadata is not users.metadata:
         raise ValueError("Organizations must be in the same database as users.")
     membership = _make_model(db, users, ClerkMembership, "organization_memberships")
+    for stored in (organization, membership):
+        _add_live_index(table_of(stored))
     mapper: Mapper[Any] = sa.inspect(organization)
     return OrganizationModels(organization, membership, declared_fields(mapper))
 
@@ -57,6 +59,13 @@ def make_organization_models(
 def table_of(model: type[Any]) -> sa.Table:
     """Return the model's table."""
     return cast("sa.Table", sa.inspect(model).local_table)
+
+
+def _add_live_index(table: sa.Table) -> None:
+    """Add an index for counts of live rows, which there may be few of among the tombstones."""
+    name, is_live = f"ix_{table.name}_live", sa.text("deleted_at IS NULL")
+    if name not in {index.name for index in table.indexes}:
+        sa.Index(name, table.c.deleted_at, postgresql_where=is_live, sqlite_where=is_live)
 
 
 def _make_model(db: SQLAlchemy, users: sa.Table, mixin: type[Any], name: str) -> type[Any]:

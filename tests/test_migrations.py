@@ -53,6 +53,8 @@ def test_name_every_constraint_and_index(service: Service) -> None:
         "ix_users_deleted",
         "ix_users_barred",
         "ix_organizations_created_at",
+        "ix_organizations_live",
+        "ix_organization_memberships_live",
         "ix_organization_memberships_organization_id",
         "ix_organization_memberships_user_id",
         "ix_webhook_messages_received_at",

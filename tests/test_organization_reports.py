@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.console import organizations as pages
+from clerkhooks.store.activity import count_memberships, count_organizations
+from clerkhooks.store.organization_queries import find_memberships
 from tests.conftest import MakeService
 from tests.support import Service, membership_event, organization_event, user_event
+from tests.syncing import store_of
 from tests.test_console import Console
 from tests.test_metrics import TOKEN, scrape
 from tests.test_users_commands import run
@@ -121,6 +126,45 @@ def test_prints_no_memberships_by_default(service: Service) -> None:
     """Without the tables, the output has no memberships."""
     shown = json.loads(run(service, "user", clerk_id("user"), "--json").stdout)
     assert set(shown) == {"user", "messages"}
+
+
+@pytest.mark.parametrize("table", ["organizations", "organization_memberships"])
+def test_counts_live_rows_with_an_index(shown: Service, table: str) -> None:
+    """A count does not read the tombstones, of which there may be millions."""
+    statements: list[tuple[str, Any]] = []
+    store = store_of(shown)
+
+    def listen(_connection: object, _cursor: object, text: str, values: Any, *_: object) -> None:
+        statements.append((text, values))
+
+    sa.event.listen(store.database.engine, "before_cursor_execute", listen)
+    count = count_organizations if table == "organizations" else count_memberships
+    assert count(store) == 0
+    sa.event.remove(store.database.engine, "before_cursor_execute", listen)
+    with store.database.connect() as connection:
+        explain = "EXPLAIN QUERY PLAN" if store.database.dialect_name == "sqlite" else "EXPLAIN"
+        if explain == "EXPLAIN":
+            connection.exec_driver_sql("SET enable_seqscan = off")
+        [(text, values)] = [each for each in statements if "count" in each[0]]
+        plan = connection.exec_driver_sql(f"{explain} {text}", values).all()
+        connection.invalidate()
+    assert f"ix_{table}_live" in str(plan)
+
+
+def test_looks_up_names_of_the_shown_members_only(shown: Service, ids: Ids) -> None:
+    """In a large organization, other members' users are not joined."""
+    statements: list[str] = []
+    engine = store_of(shown).database.engine
+
+    def listen(_connection: object, _cursor: object, text: str, *_: object) -> None:
+        statements.append(text)
+
+    sa.event.listen(engine, "before_cursor_execute", listen)
+    [found] = find_memberships(store_of(shown), 1, organization_id=ids[1])
+    sa.event.remove(engine, "before_cursor_execute", listen)
+    assert (found.id, found.organization_name) == (ids[0], "<b>Acme</b>")
+    [text] = [each for each in statements if "JOIN" in each]
+    assert text.rindex("LIMIT") < text.index("JOIN")
 
 
 def test_counts_organizations_and_memberships(

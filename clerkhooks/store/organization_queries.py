@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION
 from clerkhooks.store import Store
-from clerkhooks.store.queries import Cursor, Listing
+from clerkhooks.store.queries import MAX_EXAMINED, Cursor, Listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,22 @@ def find_memberships(
     """
     Return up to *limit* memberships of a user or an organization. Ended memberships come last.
 
-    The list is empty if the application does not store memberships.
+    If there are more than MAX_EXAMINED, any of them are returned. The list is empty if the
+    application does not store memberships.
     """
     if MEMBERSHIP not in store.by_kind:
         return []
-    own, users = store.by_kind[MEMBERSHIP].table, store.users
-    organizations = store.by_kind[ORGANIZATION].table
-    is_asked = own.c.user_id == user_id if user_id else own.c.organization_id == organization_id
+    table = store.by_kind[MEMBERSHIP].table
+    is_asked = table.c.user_id == user_id if user_id else table.c.organization_id == organization_id
+    examined = sa.select(table).where(is_asked).limit(MAX_EXAMINED).subquery()
+    order = (examined.c.deleted_at.is_not(None), examined.c.created_at, examined.c.id)
+    # The names are looked up after the limit, or for all members of a large organization.
+    shown = sa.select(examined).order_by(*order).limit(limit).subquery()
+    return _read_with_names(store, shown)
+
+
+def _read_with_names(store: Store, own: sa.Subquery) -> list[MembershipReport]:
+    organizations, users = store.by_kind[ORGANIZATION].table, store.users
     named = {"organization_name": organizations.c.name, "user_name": users.c.name}
     columns = (
         named[name].label(name) if name in named else own.c[name]
@@ -73,8 +82,6 @@ def find_memberships(
         .select_from(own)
         .outerjoin(organizations, organizations.c.id == own.c.organization_id)
         .outerjoin(users, users.c.id == own.c.user_id)
-        .where(is_asked)
         .order_by(own.c.deleted_at.is_not(None), own.c.created_at, own.c.id)
-        .limit(limit)
     )
     return [MembershipReport(**row._mapping) for row in store.database.execute(query)]

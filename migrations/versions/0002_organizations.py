@@ -49,6 +49,10 @@ def upgrade() -> None:
     for name in ("organization_id", "user_id"):
         index = f"ix_organization_memberships_{name}"
         op.create_index(index, "organization_memberships", [name])
+    live = sa.text("deleted_at IS NULL")
+    for table in ("organizations", "organization_memberships"):
+        name = f"ix_{table}_live"
+        op.create_index(name, table, ["deleted_at"], postgresql_where=live, sqlite_where=live)
 
 
 def common_columns() -> list[sa.Column[object]]:
