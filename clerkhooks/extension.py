@@ -237,7 +237,10 @@ class ClerkHooks(Generic[U]):
 
     def _get_organization_models(self) -> OrganizationModels:
         if self._organizations is None:
-            raise RuntimeError("Organizations are not stored. Set CLERK_TABLES=organizations.")
+            raise RuntimeError(
+                "There is no model of organizations yet. Set CLERK_TABLES=organizations, and use "
+                "the model after hooks.init_app(app). To use it earlier, pass organization_model."
+            )
         return self._organizations
 
     def _find_optional(self, settings: Settings) -> OrganizationTables | None:

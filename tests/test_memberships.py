@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flask import Blueprint, Flask, jsonify
+from flask.views import MethodView
 
 from clerkhooks import ClerkUser, current_user, require_auth
 from clerkhooks.clerk.fake import clerk_id, event_body
@@ -79,10 +80,19 @@ def test_lists_the_memberships(storing: Application) -> None:
 
 
 def test_has_no_memberships_by_default(application: Application) -> None:
-    """Without the tables, the attribute does not exist, and a model's own is not hidden."""
-    view = require_auth(lambda: jsonify(hasattr(current_user, "memberships")))
-    application.app.add_url_rule("/mine", "mine", view)
-    assert application.call(clerk_id("user"), path="/mine").get_json() is False
+    """Without the tables, the attribute does not exist. The error says what to do."""
+    errors: list[str] = []
+
+    def view() -> str:
+        assert not hasattr(current_user, "memberships")
+        with pytest.raises(AttributeError) as raised:
+            _ = current_user.memberships
+        errors.append(str(raised.value))
+        return ""
+
+    application.app.add_url_rule("/mine", "mine", require_auth(view))
+    assert application.call(clerk_id("user"), path="/mine").status_code == 200
+    assert errors == ["current_user.memberships needs CLERK_TABLES=organizations."]
 
 
 def test_does_not_hide_the_models_own_attribute(
@@ -322,6 +332,27 @@ def test_refuses_a_route_without_the_parameter(storing: Application) -> None:
     with pytest.raises(RuntimeError, match="has no parameter 'organization_id'"):
         refuse_unprotected(storing.app)
     assert storing.call(clerk_id("user"), path="/notes/1").status_code == 500
+
+
+@pytest.mark.parametrize("on_method", [True, False])
+def test_refuses_a_method_view_without_the_parameter(storing: Application, on_method: bool) -> None:
+    """It does not matter whether the class or one of its methods is protected."""
+    protect = require_auth(organization="organization_id")
+
+    class Notes(MethodView):
+        decorators: ClassVar[list[Any]] = [] if on_method else [protect]
+
+        def get(self, **_: str) -> str:
+            return ""
+
+        if on_method:
+            get = protect(get)
+
+    storing.app.add_url_rule(PATH, "good", Notes.as_view("good"))
+    refuse_unprotected(storing.app)
+    storing.app.add_url_rule("/notes", "bad", Notes.as_view("bad"))
+    with pytest.raises(RuntimeError, match="'/notes' has no parameter 'organization_id'"):
+        refuse_unprotected(storing.app)
 
 
 def test_refuses_an_application_without_the_tables(application: Application) -> None:

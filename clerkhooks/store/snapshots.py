@@ -39,6 +39,8 @@ class Snapshot:
         """Return a property, a method or a plain attribute of the model."""
         owners = (vars(each) for each in self._model.__mro__)
         found = next((owner[name] for owner in owners if name in owner), _MISSING)
+        if name == "memberships" and found is _MISSING:
+            raise AttributeError("current_user.memberships needs CLERK_TABLES=organizations.")
         if found is _MISSING or isinstance(found, QueryableAttribute) or name.startswith("__"):
             model = self._model.__name__
             raise AttributeError(

@@ -173,7 +173,9 @@ def require_auth(
     ``blueprint.before_request(require_auth())``.
 
     With ``CLERK_TABLES=organizations``, ``organization="organization_id"`` admits only members of
-    the organization whose id is in this path parameter. Then ``role`` is the role in it.
+    the organization whose id is in this path parameter. Then ``role`` is the role in it. Routes
+    without the parameter are found when the application starts, except in ``before_request``, where
+    their response is a 403.
 
     With ``optional=True``, anonymous callers and callers with an expired cookie are admitted. Other
     invalid tokens are still refused. In such a view, use ``hooks.optional_user`` and
@@ -207,7 +209,8 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
             organization that the route or the configuration lacks.
     """
     for endpoint, view in app.view_functions.items():
-        _check_organization(app, endpoint, getattr(view, "__dict__", {}).get(_ORGANIZATION))
+        for each in (view, *_find_methods(view)):
+            _check_organization(app, endpoint, getattr(each, "__dict__", {}).get(_ORGANIZATION))
         is_bare = getattr(view, "__dict__", {}).get(_IS_PROTECTED, False)
         if is_bare and not _is_guarded(app, endpoint):
             raise RuntimeError(
@@ -216,6 +219,13 @@ def refuse_unprotected(app: Flask, **_: object) -> None:
                 "If the route is meant to be public, give it a separate function."
             )
     request_started.disconnect(refuse_unprotected, app)
+
+
+def _find_methods(view: Any) -> list[Any]:
+    """Return the methods of a MethodView, which may be protected separately."""
+    view_class = getattr(view, "view_class", None)
+    names = getattr(view_class, "methods", None) or ()
+    return [getattr(view_class, name.lower(), None) for name in names]
 
 
 def _check_organization(app: Flask, endpoint: str, parameter: str | None) -> None:
