@@ -328,6 +328,7 @@ def test_prints_the_request_without_the_secret(server: Server) -> None:
         (["--to", "http://127.0.0.1:1/webhooks/clerk"], "does not respond (ConnectError)"),
         (["--to", "http://127.0.0.1:1"], "Start the server first: gunicorn wsgi:app"),
         (["--user", "ada"], "not a Clerk user id"),
+        (["--organization", "acme"], "not a Clerk organization id"),
         (["--set", "data"], "path=value"),
         (["--set", "data.id.x=1"], "'id' is not an object"),
         (["--file", "setup.cfg"], "is not a JSON object"),

@@ -99,6 +99,13 @@ def parse_user_id(text: str) -> str:
     return text
 
 
+def parse_organization_id(text: str) -> str:
+    """Validate the id of a Clerk organization, and return it."""
+    if not ORGANIZATION.is_id(text):
+        raise click.BadParameter(f"{text!r} is not a Clerk organization id, such as org_2abcDEF….")
+    return text
+
+
 def parse_object_id(text: str) -> str:
     """Validate the id of a user, an organization or a membership, and return it."""
     if not any(kind.is_id(text) for kind in (USER, ORGANIZATION, MEMBERSHIP)):

@@ -21,6 +21,7 @@ from clerkhooks.cli.options import (
     is_service,
     json_option,
     parse_age,
+    parse_organization_id,
     parse_user_id,
     printable,
 )
@@ -44,6 +45,7 @@ MAX_ANSWER = 1024 * 1024  # bytes
 @click.option(
     "--organization",
     "organization_id",
+    type=parse_organization_id,
     metavar="ID",
     help="The organization's id.  [default: a new id]",
 )

@@ -13,6 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from clerkhooks import ClerkHooks, Event, Versioned, current_user, payloads, require_auth, upsert
 
 PAID = ("active", "past_due")  # a payment may be late without an interruption
+PRO = "cplan_pro"  # from Clerk Dashboard → Billing. The free plan has active subscriptions too.
 
 
 class Base(DeclarativeBase):
@@ -50,15 +51,28 @@ def keep_subscription(event: Event[payloads.SubscriptionEventPayload]) -> None:
     """Create or update a subscription, unless the stored row is newer."""
     data = event.data
     payer, items = data["payer"], data["items"]
+    user_id = payer.get("user_id")
     upsert(
         Subscription,
         event,
         id=data["id"],
-        user_id=payer.get("user_id"),
+        user_id=None if is_deleted(user_id) else user_id,
         organization_id=payer.get("organization_id"),
         status=data["status"],
         plan_ids=[item["plan_id"] for item in items if item["status"] in PAID and item["plan_id"]],
     )
+
+
+def is_deleted(user_id: str | None) -> bool:
+    """
+    Return whether the user was deleted.
+
+    The events of subscriptions may arrive after the deletion. The lock makes a concurrent deletion
+    wait until this message is committed, so that it finds the subscription.
+    """
+    user = hooks.model
+    query = sa.select(user.deleted_at).where(user.id == user_id).with_for_update()
+    return db.session.scalar(query) is not None
 
 
 @hooks.on("user.deleted")
@@ -68,10 +82,11 @@ def erase_payer(event: Event[payloads.DeletedObject]) -> None:
     db.session.execute(sa.update(Subscription).where(is_theirs).values(user_id=None))
 
 
-def has_paid(user_id: str) -> bool:
-    """Return whether the user has a subscription that is paid."""
-    found = sa.exists().where(Subscription.user_id == user_id, Subscription.status.in_(PAID))
-    return bool(db.session.scalar(sa.select(found)))
+def has_plan(user_id: str, plan_id: str) -> bool:
+    """Return whether a paid subscription of the user contains the plan."""
+    is_paid = (Subscription.user_id == user_id, Subscription.status.in_(PAID))
+    found = db.session.scalars(sa.select(Subscription.plan_ids).where(*is_paid))
+    return any(plan_id in plan_ids for plan_ids in found)
 
 
 def create_app(config: Mapping[str, Any]) -> Flask:
@@ -86,7 +101,7 @@ def create_app(config: Mapping[str, Any]) -> Flask:
 
 @require_auth
 def show_report() -> tuple[dict[str, str], int]:
-    """Show a report to users who have paid."""
-    if not has_paid(current_user.id):
+    """Show a report to users who have paid for it."""
+    if not has_plan(current_user.id, PRO):
         return {"error": "Please subscribe."}, 402
     return {"report": "…"}, 200

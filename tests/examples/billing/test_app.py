@@ -14,7 +14,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
 from tests.conftest import KINDS, MakeDatabase
-from tests.examples.billing.app import Subscription, create_app, db
+from tests.examples.billing.app import PRO, Subscription, create_app, db
 from tests.racing import delivery, outcomes, run_contending
 from tests.support import Service, deletion
 
@@ -34,9 +34,9 @@ def clerkhooks_app(
     disconnect(app)
 
 
-def subscription(status: str, at: int, user_id: str = "user_1", verb: str = "updated") -> bytes:
+def subscription(status: str, at: int, user_id: str = "user_1", plan_id: str = PRO) -> bytes:
     """Return an event about a subscription with one item."""
-    item = {"id": "csub_item_1", "status": status, "plan_id": "cplan_pro"}
+    item = {"id": "csub_item_1", "status": status, "plan_id": plan_id}
     data = {
         "id": f"csub_{user_id}",
         "items": [item],
@@ -45,7 +45,7 @@ def subscription(status: str, at: int, user_id: str = "user_1", verb: str = "upd
         "status": status,
         "updated_at": AT + at,
     }
-    return event_body(f"subscription.{verb}", data, AT + at)
+    return event_body("subscription.updated", data, AT + at)
 
 
 def outcome(service: ClerkService, body: bytes, message_id: str | None = None) -> str:
@@ -59,6 +59,13 @@ def rows(app: Flask, *columns: Any) -> list[tuple[Any, ...]]:
     """Select *columns* and return the rows."""
     with app.app_context():
         return [tuple(row) for row in db.session.execute(sa.select(*columns))]
+
+
+def service_of(clerk_service: ClerkService) -> Service:
+    """Return the application as the helpers for races need it."""
+    app = clerk_service.app
+    url = app.config["SQLALCHEMY_DATABASE_URI"].replace("+psycopg", "")
+    return Service(app, clerk_service.clerk, url)
 
 
 def forget(app: Flask) -> None:
@@ -85,6 +92,8 @@ def test_admits_users_who_have_paid(clerk_service: ClerkService) -> None:
     user_id = clerk_service.sign_up()
     client = clerk_service.client(user_id)
     assert client.get("/report").status_code == 402
+    outcome(clerk_service, subscription("active", -1, user_id, "cplan_free"))
+    assert client.get("/report").status_code == 402
     for at, (status, answer) in enumerate((("active", 200), ("past_due", 200), ("ended", 402))):
         outcome(clerk_service, subscription(status, at, user_id))
         assert client.get("/report").status_code == answer
@@ -104,7 +113,26 @@ def test_forgets_a_deleted_payer(clerk_service: ClerkService) -> None:
     user_id = clerk_id("user")
     outcome(clerk_service, subscription("active", 1, user_id))
     outcome(clerk_service, deletion(user_id))
-    assert rows(clerk_service.app, Subscription.user_id, Subscription.status) == [(None, "active")]
+    stored = (Subscription.user_id, Subscription.status)
+    assert rows(clerk_service.app, *stored) == [(None, "active")]
+    outcome(clerk_service, subscription("ended", 2, user_id))
+    assert rows(clerk_service.app, *stored) == [(None, "ended")], "a late event names the user"
+
+
+@pytest.mark.parametrize("deletion_first", [True, False])
+def test_forgets_a_payer_who_is_deleted_meanwhile(
+    clerk_service: ClerkService, deletion_first: bool
+) -> None:
+    """Of two concurrent requests, the second waits, and the user is erased."""
+    service = service_of(clerk_service)
+    user_id = clerk_service.sign_up()
+    requests = [
+        delivery(service, deletion(user_id)),
+        delivery(service, subscription("active", 1, user_id)),
+    ]
+    first, second = requests if deletion_first else reversed(requests)
+    assert outcomes(run_contending(service, first, second)) == ["applied", "applied"]
+    assert rows(clerk_service.app, Subscription.user_id) == [(None,)]
 
 
 def test_processes_each_message_once(clerk_service: ClerkService) -> None:
@@ -135,12 +163,11 @@ def test_rolls_back_a_failed_message(clerk_service: ClerkService) -> None:
 @pytest.mark.parametrize("newer_first", [True, False], ids=["newer first", "older first"])
 def test_keeps_the_newer_of_two_in_a_race(clerk_service: ClerkService, newer_first: bool) -> None:
     """The second request waits for the first, and the newer status is stored."""
-    app, clerk = clerk_service.app, clerk_service.clerk
-    service = Service(app, clerk, app.config["SQLALCHEMY_DATABASE_URI"].replace("+psycopg", ""))
+    service = service_of(clerk_service)
     requests = [
         delivery(service, subscription("active", 1)),
         delivery(service, subscription("ended", 2)),
     ]
     first, second = reversed(requests) if newer_first else requests
     assert outcomes(run_contending(service, first, second)) == ["applied", "applied"]
-    assert rows(app, Subscription.status) == [("ended",)]
+    assert rows(clerk_service.app, Subscription.status) == [("ended",)]
