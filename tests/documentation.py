@@ -29,7 +29,7 @@ npx() { :; }
 START = """{command} &
 timeout 30 bash -c 'until : >/dev/tcp/127.0.0.1/{port}; do sleep 0.1; done' 2>/dev/null
 """
-SERVERS = ("flask run", "gunicorn wsgi:app")
+SERVERS = ("flask run", "gunicorn wsgi:app", "gunicorn app:app")
 REPLACED = {"clerkhooks dev\n": "clerkhooks dev --once --port 0\n"}
 
 

@@ -17,7 +17,7 @@ from clerkhooks.cli.main import main
 from clerkhooks.settings import PROJECT, VARIABLES, ServiceSettings
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
-from tests.documentation import Block, blocks, run_blocks
+from tests.documentation import Block, blocks, read_page, run_blocks
 from tests.server import environ, free_port
 
 README = (PROJECT / "README.md").read_text()
@@ -91,14 +91,43 @@ def load_module(code: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 def test_shows_commands_that_work(tmp_path: Path) -> None:
     """The commands create the tables, start the application and deliver an event."""
-    port, packages = str(free_port()), tmp_path / "packages"
-    packages.mkdir()  # without the service's wsgi.py, which Flask would prefer to app.py
-    (packages / "clerkhooks").symlink_to(PROJECT / "clerkhooks")
-    variables = {"PORT": port, "FLASK_RUN_PORT": port, "PYTHONPATH": str(packages)}
+    port, packages = str(free_port()), make_packages(tmp_path)
+    variables = {"PORT": port, "FLASK_RUN_PORT": port, "PYTHONPATH": packages}
     [code] = shown("Use the extension", "python")
     (tmp_path / "app.py").write_text(code.text)
     commands = shown("Use the extension", "sh")
-    assert '"outcome": "applied"' in run_blocks(commands, tmp_path, environ(**variables))
+    output = run_blocks(commands, tmp_path, environ(**variables))
+    assert '"outcome": "applied"' in output
+    assert "Ada Lovelace  ada@example.org" in output
+
+
+@pytest.mark.slow
+def test_can_be_deployed(clerk: FakeClerk, tmp_path: Path) -> None:
+    """The Procfile for applications migrates and serves the README's application."""
+    page = blocks(read_page("how-to/deploy-application"))
+    texts = {block.caption: block.text for block in page if block.caption}
+    processes = dict(line.split(": ", 1) for line in texts["Procfile"].splitlines())
+    [code] = shown("Use the extension", "python")
+    fixed = 'app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///app.db"\n'
+    assert fixed in code.text
+    (tmp_path / "app.py").write_text("import os\n" + code.text.replace(fixed, texts["app.py"]))
+    commands = (
+        "flask --app app db init\nflask --app app db migrate\n",
+        f"{processes['release']}\n{processes['web']}\n",
+        "flask --app app clerk send user.created\n",
+    )
+    port, packages = str(free_port()), make_packages(tmp_path)
+    variables = clerk.environ | {"PORT": port, "PYTHONPATH": packages}
+    script = [Block("sh", None, command) for command in commands]
+    assert '"outcome": "applied"' in run_blocks(script, tmp_path, environ(**variables))
+
+
+def make_packages(folder: Path) -> str:
+    """Return a folder with the package alone, without wsgi.py, which Flask prefers to app.py."""
+    packages = folder / "packages"
+    packages.mkdir()
+    (packages / "clerkhooks").symlink_to(PROJECT / "clerkhooks")
+    return str(packages)
 
 
 def test_has_a_small_picture() -> None:
