@@ -65,9 +65,7 @@ def test_lists_every_command() -> None:
 
 def test_names_the_commands_of_the_service() -> None:
     """The page names the commands that applications do not have."""
-    [names] = re.findall(
-        r"The commands (.+) exist only in the service", read_page("reference/commands")
-    )
+    [names] = re.findall(r"The commands (.+) concern the service", read_page("reference/commands"))
     own = main.commands.keys() - clerk.commands.keys()
     assert set(re.findall(r"`(\w+)`", names)) == own
 

@@ -91,6 +91,8 @@ def show_user(context: click.Context, user_id: str, as_json: bool) -> None:
     """
     Show a user's row with its source, version and account state, memberships and messages.
 
+    Your own columns are not shown. The latest messages come first.
+
     Exit status: 0 if the user has a row, 1 otherwise.
     """
     with database_failures():
