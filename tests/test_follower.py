@@ -72,7 +72,7 @@ RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 
 
 @sqlite
-@settings(max_examples=settings().max_examples // 4)
+@settings(max_examples=settings().max_examples // 2)
 @given(steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24))
 def test_ends_in_clerks_state(syncing: Service, backend: Backend, steps: list[Any]) -> None:
     """
@@ -146,6 +146,19 @@ def test_continues_an_interrupted_import(
     assert len(pages) <= 3
     assert syncing.rows("SELECT count(*) FROM users") == [(100,)]
     assert following.missed().recorded == 0
+
+
+def test_ignores_what_another_release_has_stored(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """During an upgrade or a rollback, processes of both releases run."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    state = following.progress().state
+    state |= {"later": 1, "deletions": {"user": {"count": 3, "later": 1}}}
+    following.lease.save(state)
+    following.run()
+    assert following.progress().deletions_of(USER).count == 3
 
 
 def test_begins_with_an_empty_instance(

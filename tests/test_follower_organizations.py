@@ -246,7 +246,7 @@ class FollowedWorld(World):
 
 
 @sqlite
-@settings(max_examples=settings().max_examples // 6)
+@settings(max_examples=settings().max_examples // 2)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from([*METHODS, "follow", "follow", "crash"]), st.integers(0, 20)),

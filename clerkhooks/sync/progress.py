@@ -58,10 +58,11 @@ class Progress:
     @classmethod
     def of(cls, held: Held) -> Self:
         """Return the stored progress. Ignore what another release has stored."""
-        names = {field.name for field in fields(cls)}
-        stored = {name: value for name, value in held.state.items() if name in names}
-        deletions = stored.get("deletions", {})
-        stored["deletions"] = {family: Deletions(**each) for family, each in deletions.items()}
+        stored = _known(cls, held.state)
+        deletions = stored.get("deletions", {}).items()
+        stored["deletions"] = {
+            family: Deletions(**_known(Deletions, each)) for family, each in deletions
+        }
         return cls(**stored)
 
     @property
@@ -82,6 +83,12 @@ class Progress:
     def with_deletions(self, kind: Kind, deletions: Deletions) -> Self:
         """Return the progress with other deletions of objects of *kind*."""
         return replace(self, deletions={**self.deletions, kind.family: deletions})
+
+
+def _known(cls: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of *state* that are fields of the dataclass *cls*."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in state.items() if name in names}
 
 
 def find_progress(store: Store) -> tuple[Held, Progress] | None:
