@@ -13,7 +13,7 @@ from clerkhooks.sync.leased import LeasedSync
 from clerkhooks.sync.progress import FOLLOWER, Progress, find_progress
 from clerkhooks.sync.rounds import Round
 from tests.backend import SECRET_KEY, Backend
-from tests.support import Service
+from tests.support import Service, rows
 from tests.syncing import PACE, make_old, store_of
 
 INTERVAL = 60.0  # seconds between two rounds; the tests do not wait
@@ -50,6 +50,12 @@ def complete_round(service: Service, *, completed: bool = True, **progress: Any)
     lease.acquire()
     lease.save(Progress(**progress).state, completed=completed)
     lease.release()
+
+
+def holder_of(url: str) -> int | None:
+    """Return the id of the process that holds the lease."""
+    found = rows(url, "SELECT holder FROM clerk_leases WHERE holder IS NOT NULL")
+    return int(found[0][0].split(":")[1]) if found else None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from clerkhooks.clerk.kinds import parse_profile
 from clerkhooks.settings import PROJECT
 from tests.backend import Backend
 from tests.conftest import MakeDatabase, migrate
+from tests.following import holder_of
 from tests.racing import eventually
 from tests.server import Server, environ, serving
 from tests.support import join, rows
@@ -50,12 +51,6 @@ def following(
     own = backend.environ | {"CLERK_FOLLOW": str(INTERVAL), "LOG_FORMAT": "json"} | variables
     with serving(url, clerk, log, **own) as server:
         yield server
-
-
-def holder_of(url: str) -> int | None:
-    """Return the id of the process that holds the lease."""
-    found = rows(url, "SELECT holder FROM clerk_leases WHERE holder IS NOT NULL")
-    return int(found[0][0].split(":")[1]) if found else None
 
 
 def wait_for_holder(url: str, previous: int | None = None) -> int:
