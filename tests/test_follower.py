@@ -19,7 +19,7 @@ from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
 from clerkhooks.sync.leased import WrongInstance
 from clerkhooks.sync.progress import FOLLOWER, Deletions
-from tests.backend import Backend, Query, answering_json
+from tests.backend import Backend, Query, answering, answering_json
 from tests.following import Crash, Following
 from tests.racing import registered_handler
 from tests.support import NOW_MS, TABLES, Service
@@ -231,6 +231,26 @@ def test_does_not_delete_a_user_whom_a_list_omits(
     following.run(2)
     assert syncing.rows("SELECT count(*) FROM users WHERE deleted_at IS NULL") == [(2,)]
     assert f"/v1/users/{user_id}" in [path for path, _ in backend.requests]
+
+
+def test_continues_if_clerk_does_not_confirm_a_deletion(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A 404 that is not Clerk's proves nothing. The user is kept, and others are deleted."""
+    first, second, _ = sorted(backend.sign_up(at=LONG_AGO + number) for number in range(3))
+    following.run()
+    make_old(syncing)
+    backend.delete(first)
+    backend.delete(second)
+
+    def answer(path: str, _query: Query) -> None:
+        if path == f"/v1/users/{first}":
+            backend.behaviours.append(answering(404))
+
+    backend.before = answer
+    following.run()
+    deleted = syncing.rows("SELECT id FROM users WHERE deleted_at IS NOT NULL")
+    assert deleted == [(second,)]
 
 
 @sqlite

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from threading import Thread
+from typing import Any
 
 import pytest
 
-from clerkhooks.sync.lease import Lease, LeaseLost
-from tests.support import Service, ThreadPool
+from clerkhooks.store.leases import Held
+from clerkhooks.sync.lease import Lease, LeasedLoop, LeaseLost
+from tests.racing import eventually
+from tests.support import Service, ThreadPool, join
 from tests.syncing import store_of
+
+NOTHING = Held(0, None, {})
 
 
 def test_has_one_holder(service: Service) -> None:
@@ -96,3 +102,40 @@ def test_is_independent_of_other_names(service: Service) -> None:
     held = second.acquire()
     assert held is not None
     assert held.state == {}
+
+
+class Numbers(LeasedLoop):
+    """A loop that stores how many rounds were done. The second one fails."""
+
+    def begin(self) -> None:
+        """Keep nothing in memory."""
+
+    def work(self, held: Held) -> None:
+        """Store the next number."""
+        number = held.state.get("number", 0) + 1
+        self.lease.save({"number": number}, completed=True)
+        if number == 2:
+            raise ValueError
+
+
+def test_carries_other_work_than_the_follower(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that fails is logged and followed by another one. Each round gets the progress."""
+    monkeypatch.setattr("clerkhooks.sync.lease.FIRST_PAUSE", 0.01)
+    store, events = store_of(service), list[tuple[str, Any]]()
+    loop = Numbers(Lease(store, "numbers"), 0.02, lambda *event: events.append(event))
+    thread = Thread(target=loop.run)
+    thread.start()
+    try:
+        eventually(lambda: (store.leases.find("numbers") or NOTHING).state.get("number", 0) > 3)
+    finally:
+        loop.stop()
+        join(thread)
+    taken, failed = events
+    assert (taken[0], taken[1]["lease"]) == ("lease_taken", "numbers")
+    assert (failed[0], failed[1]["error"], failed[1]["retry_in_s"]) == (
+        "round_failed",
+        "ValueError",
+        0.0,
+    )
