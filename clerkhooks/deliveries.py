@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from itertools import compress
@@ -20,7 +20,7 @@ from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
 from clerkhooks.store.columns import read_fields
-from clerkhooks.store.database import POOL_TIMEOUT, sqlite_transaction, transaction
+from clerkhooks.store.database import POOL_TIMEOUT, transaction
 from clerkhooks.store.messages import is_locked, is_unanswered, record_failure
 from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.pool import Overloaded, Slots
@@ -117,25 +117,30 @@ class Deliveries:
         """Begin a transaction if *events* need several statements."""
         if self._endings is not None and any(map(self._endings.concerns, events)):
             return transaction(connection)
-        return sqlite_transaction(connection)
+        return self._store.statements.transaction(connection)
 
     def write(
         self,
         connection: sa.Connection,
         events: Sequence[ReceivedEvent],
         lock_timeout: str = LOCK_TIMEOUT,
+        created: Collection[str] = (),
     ) -> list[Outcome]:
-        """Write objects of one kind and messages. Skip messages that were already processed."""
+        """
+        Write objects of one kind and messages. Skip messages that were already processed.
+
+        *created* are the ids of rows that this transaction has just created for these events.
+        """
         if self._endings is not None:
             self._endings.lock(connection, events, lock_timeout)
         statements, now = self._store.by_kind[events[0].kind or USER], datetime.now(UTC)
         rows = [self.make_row(event, now) for event in events]
-        parameters = {"rows": statements.encode(rows), "now": now}
-        if connection.dialect.name == "postgresql":
-            parameters["lock_timeout"] = lock_timeout
+        parameters = {"rows": statements.encode(rows), "now": now, "lock_timeout": lock_timeout}
+        if statements.is_atomic:
             done = connection.execute(statements.apply, parameters).all()
         else:
-            changed = set(connection.execute(statements.upsert, parameters).scalars())
+            written = statements.write(connection, statements.upsert, parameters, created)
+            changed = {object_id for object_id, *_ in written}
             for row in rows:
                 became = Outcome.APPLIED if row["id"] in changed else Outcome.STALE
                 row["outcome"] = row["outcome"] or became

@@ -75,6 +75,31 @@ class Forbidden(RequestError):
         self.reverification = reverification
 
 
+class ChangesPruned(RequestError):
+    """Changes after the reader's cursor were pruned. The response is 410."""
+
+    status = HTTPStatus.GONE
+
+    def __str__(self) -> str:
+        return (
+            "Changes after this cursor were pruned. Read the cursor 'end', copy the tables, and "
+            "continue after that cursor."
+        )
+
+
+class ChangesRestored(RequestError):
+    """The change feed or the cursor comes from another PostgreSQL cluster. The response is 503."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __str__(self) -> str:
+        return (
+            "The change feed or the cursor comes from another PostgreSQL cluster, as after the "
+            "restoration of a dump, so its order is lost. Run DELETE FROM user_changes, and let "
+            "each reader start again: read the cursor 'end', then copy the tables."
+        )
+
+
 class KeysUnavailable(RequestError):
     """No key is available to verify a session token. The response is 503."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import sqlalchemy as sa
-from flask import Blueprint, Flask, request_started
+from flask import Flask, request_started
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Mapper
 from werkzeug.exceptions import HTTPException
@@ -19,8 +19,10 @@ from clerkhooks.deliveries import Deliveries
 from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.organization_models import OrganizationModels, make_organization_models
+from clerkhooks.routes import DEFAULT_ROUTES, make_blueprint, parse_routes
 from clerkhooks.settings import Settings, merge_config
 from clerkhooks.store import OrganizationTables, Store, make_own_tables
+from clerkhooks.store.changes import make_changes_table
 from clerkhooks.store.database import Database
 from clerkhooks.store.models import (
     ClerkMembership,
@@ -30,7 +32,7 @@ from clerkhooks.store.models import (
     declared_fields,
 )
 from clerkhooks.users import Users
-from clerkhooks.web import auth, health, me, webhooks
+from clerkhooks.web import auth
 from clerkhooks.web.logs import init_request_log
 from clerkhooks.web.problems import from_http_exception, from_request_error
 from clerkhooks.web.state import EXTENSION, RequestLog, State
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 
 U = TypeVar("U", bound=ClerkUser)
 H = TypeVar("H", bound=Handler)
-ROUTES = ("webhooks", "me", "health", "metrics", "console")
-DEFAULT_ROUTES = ("webhooks", "me")
 
 
 class ClerkHooks(Generic[U]):
@@ -100,6 +100,7 @@ class ClerkHooks(Generic[U]):
         self._own = make_own_tables(self._users.metadata, self._users.schema)
         self._stores_organizations = organization_model is not None
         self._organizations: OrganizationModels | None = None
+        self._changes: sa.Table | None = None
         if organization_model is not None:
             self._organizations = make_organization_models(db, self._users, organization_model)
 
@@ -116,7 +117,8 @@ class ClerkHooks(Generic[U]):
         """
         Register routes, commands and error handling on *app*, after ``db.init_app(app)``.
 
-        *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics`` and ``console``.
+        *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics``, ``console`` and
+        ``changes``.
         *url_prefix* is added to all of them. With *problems*, every HTTP error of the application
         becomes ``application/problem+json``. *request_log* logs each request to stdout, as ``json``
         or as ``text``; ``auto`` means text on a terminal and JSON elsewhere. By default, only
@@ -130,7 +132,7 @@ class ClerkHooks(Generic[U]):
             ValueError: *routes* contains an unknown name, or the name of an optional table is in
                 use.
         """
-        wanted = _parse_routes(routes)
+        wanted = parse_routes(routes)
         self._check_app(app)
         values = merge_config(app.config, os.environ if environ is None else environ)
         settings = Settings.from_mapping(values)
@@ -140,7 +142,7 @@ class ClerkHooks(Generic[U]):
             app.register_error_handler(HTTPException, from_http_exception)
         if request_log is not None:
             init_request_log(app, request_log)
-        blueprint = _make_blueprint(app, state, wanted)
+        blueprint = make_blueprint(app, state, wanted)
         app.register_blueprint(blueprint, url_prefix=url_prefix)
         app.cli.add_command(clerk)
         auth.refuse_unprotected(app)
@@ -223,7 +225,8 @@ class ClerkHooks(Generic[U]):
         options = _engine_options(self.db, app, bind_key)
         database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
         optional = self._find_optional(settings)
-        store = Store(database, self._mapper, self._own, self._fields, optional)
+        own = self._own._replace(changes=self._find_changes(settings))
+        store = Store(database, self._mapper, own, self._fields, optional)
         return State(
             hooks=self,
             settings=settings,
@@ -251,6 +254,14 @@ class ClerkHooks(Generic[U]):
             self._organizations = make_organization_models(self.db, self._users, None)
         return self._organizations.tables
 
+    def _find_changes(self, settings: Settings) -> sa.Table | None:
+        """Return the table of the change feed if *settings* ask for it."""
+        if "changes" not in settings.tables:
+            return None
+        if self._changes is None:
+            self._changes = make_changes_table(self._users.metadata, self._users.schema)
+        return self._changes
+
 
 def _make_model(db: SQLAlchemy) -> type[Any]:
     if "users" in db.metadata.tables:
@@ -259,35 +270,6 @@ def _make_model(db: SQLAlchemy) -> type[Any]:
             "ClerkHooks(db, User)."
         )
     return type("PlainUser", (ClerkUser, db.Model), {})
-
-
-def _parse_routes(routes: Iterable[str]) -> frozenset[str]:
-    if isinstance(routes, str):
-        raise ValueError(f"routes must be a tuple of names, such as ({routes!r},).")
-    wanted = frozenset(routes)
-    if unknown := wanted.difference(ROUTES):
-        raise ValueError(f"Unknown routes: {', '.join(sorted(unknown))}. Use {', '.join(ROUTES)}.")
-    return wanted
-
-
-def _make_blueprint(app: Flask, state: State, wanted: frozenset[str]) -> Blueprint:
-    blueprint, settings = Blueprint(EXTENSION, __name__), state.settings
-    if "webhooks" in wanted:
-        webhooks.add_routes(blueprint)
-    if "me" in wanted:
-        me.add_routes(blueprint, app, settings.authorized_parties)
-    if "health" in wanted:
-        health.add_routes(blueprint)
-    if "metrics" in wanted and settings.metrics_token is not None:
-        from clerkhooks.web.metrics import init_metrics  # also imports prometheus-client
-
-        init_metrics(state)
-        health.add_metrics(blueprint)
-    if "console" in wanted and settings.console_password is not None:
-        from clerkhooks.console import make_console
-
-        blueprint.register_blueprint(make_console())
-    return blueprint
 
 
 def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:

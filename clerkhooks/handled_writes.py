@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session
@@ -22,7 +22,15 @@ from clerkhooks.store.account import holds_version, lock_account
 from clerkhooks.store.messages import end_processing, is_processed
 
 logger = logging.getLogger(__name__)
-Write = Callable[[sa.Connection, Sequence[ReceivedEvent]], list[Outcome]]
+
+
+class Write(Protocol):
+    """``Deliveries.write``."""
+
+    def __call__(
+        self, connection: sa.Connection, events: Sequence[ReceivedEvent], *, created: Sequence[str]
+    ) -> list[Outcome]:
+        """Write objects and messages in the transaction of *connection*."""
 
 
 class HandledWrites:
@@ -55,12 +63,13 @@ class HandledWrites:
 
         def write_and_find(connection: sa.Connection) -> Sequence[Call] | None:
             nonlocal outcome, change
-            was_barred = None
+            was_barred, created = None, list[str]()
             if event.id is not None and self._may_change(event):
                 if is_saved(connection.execute):  # do not wait for the row
                     return None
-                was_barred = lock_account(self._store, connection, event.id)
-            [outcome] = write(connection, [event])
+                was_barred, is_new = lock_account(self._store, connection, event.id)
+                created = [event.id] if is_new else []
+            [outcome] = write(connection, [event], created=created)
             if outcome is Outcome.DUPLICATE:
                 return None
             if outcome is Outcome.APPLIED:
@@ -97,9 +106,10 @@ class HandledWrites:
 
         def write(connection: sa.Connection) -> Sequence[Call] | None:
             nonlocal change, is_written
-            was_barred = lock_account(store, connection, user_id)
-            merged = connection.execute(store.statements.merge_snapshots, parameters)
-            is_written = bool(merged.all())
+            was_barred, is_new = lock_account(store, connection, user_id)
+            created, statements = [user_id] if is_new else [], store.statements
+            merge = statements.merge_snapshots
+            is_written = bool(statements.write(connection, merge, parameters, created))
             change = _find_change(was_barred, event.type == BARRED)
             return self._find_changed(event, change, after_commit=False) if is_written else None
 

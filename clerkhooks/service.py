@@ -27,7 +27,7 @@ from clerkhooks.settings import (
     read_environ,
 )
 
-ROUTES: Final = ("webhooks", "me", "health", "metrics", "console")
+ROUTES: Final = ("webhooks", "me", "health", "metrics", "console", "changes")
 
 
 class Base(DeclarativeBase):

@@ -39,7 +39,8 @@ VARIABLES = {
     "CLERK_AUDIENCE": "The aud claim of your tokens.",
     "METRICS_TOKEN": _GENERATE,
     "CONSOLE_PASSWORD": _GENERATE,
-    "CLERK_TABLES": "organizations, to keep tables of organizations and memberships.",
+    "CLERK_TABLES": "organizations or changes, or both: organizations,changes",
+    "CHANGES_TOKEN": _GENERATE,
     "DATABASE_POOL_SIZE": "The size of clerkhooks' connection pool per process, such as 5.",
     "DATABASE_POOLER": "session or transaction: the mode of a pooler such as PgBouncer.",
     "LOG_FORMAT": "json or text.",
@@ -76,7 +77,8 @@ _PARSERS: Parsers = {
     "audience": ("CLERK_AUDIENCE", parsing.split),
     "metrics_token": ("METRICS_TOKEN", parsing.parse_password),
     "console_password": ("CONSOLE_PASSWORD", parsing.parse_password),
-    "tables": ("CLERK_TABLES", parsing.list_of(parsing.one_of("organizations"))),
+    "tables": ("CLERK_TABLES", parsing.list_of(parsing.one_of("organizations", "changes"))),
+    "changes_token": ("CHANGES_TOKEN", parsing.parse_password),
     "pool_size": ("DATABASE_POOL_SIZE", parsing.number_up_to(100)),
     "pooler": ("DATABASE_POOLER", parsing.one_of("session", "transaction")),
 }
@@ -106,6 +108,7 @@ class Settings:
     metrics_token: str | None = field(repr=False, default=None)
     console_password: str | None = field(repr=False, default=None)
     tables: tuple[str, ...] = ()
+    changes_token: str | None = field(repr=False, default=None)
     pool_size: int = 5
     pooler: Literal["session", "transaction"] | None = None
 
@@ -130,6 +133,8 @@ class Settings:
         if not read.text(secret):
             read.add_fault(secret, "is not set.")
         found["webhook_secrets"] = read(secret, parsing.list_of(parsing.parse_webhook_secret))
+        if found["changes_token"] and "changes" not in (found["tables"] or ()):
+            read.add_fault("CLERK_TABLES", "does not contain changes, but CHANGES_TOKEN is set.")
         frontend_api = read("CLERK_PUBLISHABLE_KEY", parsing.parse_publishable_key)
         if frontend_api is not None:
             instance = f"https://{frontend_api}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from clerkhooks.clerk.kinds import NEW_USER
 from clerkhooks.errors import Unauthenticated
 from clerkhooks.store import Store
 from clerkhooks.store.batching import Batcher
@@ -46,8 +45,7 @@ class Users:
         try:
             user, created = self._read(user_id), None
             if user is None:
-                row = {"id": user_id, "name": NEW_USER, "now": now}
-                created = self._write_user(self._statements.create_first_seen, row)
+                created = self._create(user_id, now)
                 user = created or self._read(user_id)
             elif not impersonated and _is_seen_long_ago(user, now):
                 row = {"id": user_id, "now": now, "before": now - LAST_SEEN_INTERVAL}
@@ -77,11 +75,17 @@ class Users:
             raise Unauthenticated("user_deleted")
         return user
 
+    def _create(self, user_id: str, now: datetime) -> ClerkUser | None:
+        """Create the row of a user, and return it, or None if the row exists."""
+        with self._database.connect() as connection, self._statements.transaction(connection):
+            rows = self._statements.create(connection, user_id, now)
+        return self._store.make_snapshot(rows[0]) if rows else None
+
     def _write_user(self, statement: sa.Executable, row: dict[str, Any]) -> ClerkUser | None:
         """
         Execute *statement* and return the user, or None if no row was written.
 
-        If calls concurrently create a user or update ``last_seen``, only one writes the row.
+        If calls concurrently update ``last_seen``, only one writes the row.
         """
         rows = self._database.write(statement, row)
         return self._store.make_snapshot(rows[0]) if rows else None

@@ -55,6 +55,7 @@ TABLES = (
     "webhook_messages",
     "clerk_leases",
     "clerk_awaited_webhooks",
+    "user_changes",
 )
 TIMEOUT = 300  # seconds for a phase of a test, multiplied by four if the test is marked as slow
 EXIT_TIMEOUT = 60  # seconds that the process may take to exit after the last test

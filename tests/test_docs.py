@@ -28,6 +28,7 @@ from clerkhooks.errors import _BACKEND_API_REMEDIES, ClerkhooksError, SettingsEr
 from clerkhooks.events import CHANGES, Outcome
 from clerkhooks.settings import EPHEMERAL_PLATFORMS, PROJECT, VARIABLES, VERSION_TABLE
 from clerkhooks.store.activity import STORED
+from clerkhooks.store.changes import CHANNEL
 from clerkhooks.store.pool import Overloaded
 from clerkhooks.web.problems import _REASONS
 from tests.conftest import MakeService
@@ -38,7 +39,9 @@ from tests.support import user_event
 SOURCES = [*sorted((PROJECT / "clerkhooks").rglob("*.py")), PROJECT / "gunicorn.conf.py"]
 PAGES = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(DOCS)))
 STORED_KINDS = (USER, ORGANIZATION, MEMBERSHIP)
-TABLES = plain_store(make_url("sqlite:///no.db"), ("organizations",)).users.metadata.tables
+TABLES = plain_store(
+    make_url("sqlite:///no.db"), ("organizations", "changes")
+).users.metadata.tables
 EXTERNAL = ("https://", "http://", "mailto:")
 
 
@@ -75,7 +78,13 @@ def test_lists_every_column(table: str) -> None:
     """The section of a table lists its columns in their order."""
     _, _, rest = read_page("reference/tables").partition(f"\n## {table}\n")
     listed = re.findall(r"^\| `(\w+)` \| (\w+)", rest.partition("\n## ")[0], re.MULTILINE)
-    names = {"TEXT": "text", "BOOLEAN": "boolean", "BIGINT": "bigint", "INTEGER": "integer"}
+    names = {
+        "TEXT": "text",
+        "BOOLEAN": "boolean",
+        "BIGINT": "bigint",
+        "INTEGER": "integer",
+        "JSON": "json",
+    }
     columns = TABLES[table].columns
     assert listed == [(one.name, names.get(str(one.type), "time")) for one in columns]
 
@@ -163,7 +172,7 @@ def test_lists_every_member_of_the_state() -> None:
 def test_lists_every_metric(make_service: MakeService) -> None:
     """The table lists each exported metric with its type, and no others."""
     token = "a-token-of-sixteen-characters-or-more"
-    own = {"CLERK_TABLES": "organizations", "CLERK_SECRET_KEY": "sk_test_x"}
+    own = {"CLERK_TABLES": "organizations,changes", "CLERK_SECRET_KEY": "sk_test_x"}
     service = make_service(METRICS_TOKEN=token, **own)
     complete_round(service)
     service.outcome(user_event(clerk_id("user")))
@@ -228,8 +237,8 @@ def test_mentions_modules_and_files_that_exist(page: Path) -> None:
 
 @PAGES
 def test_mentions_metrics_that_exist(page: Path) -> None:
-    """Each name with the prefix of the metrics is a metric, a fixture or a table."""
-    known = {*names_in("reference/metrics", "metric"), *fixtures(), VERSION_TABLE}
+    """Each name with the prefix of the metrics is a metric, a fixture, a table or a channel."""
+    known = {*names_in("reference/metrics", "metric"), *fixtures(), VERSION_TABLE, CHANNEL}
     assert set(re.findall(r"\bclerkhooks_\w+", page.read_text())) <= known
 
 

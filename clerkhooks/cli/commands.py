@@ -8,6 +8,7 @@ import click
 from flask.cli import AppGroup, with_appcontext
 
 from clerkhooks.clerk.account import FOREVER
+from clerkhooks.cli.changes import changes
 from clerkhooks.cli.messages import log, prune
 from clerkhooks.cli.options import (
     as_object,
@@ -146,5 +147,5 @@ def _describe(user: queries.UserReport, state: str) -> str:
 clerk = AppGroup(
     "clerk",
     help="Users and webhooks from Clerk.",
-    commands=[sync, list_users, show_user, log, send, prune],
+    commands=[sync, list_users, show_user, log, changes, send, prune],
 )

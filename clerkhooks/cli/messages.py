@@ -24,6 +24,7 @@ from clerkhooks.cli.options import (
 )
 from clerkhooks.events import Outcome
 from clerkhooks.store import messages, queries
+from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.web.state import current_state
 
 Message = queries.MessageReport
@@ -127,23 +128,33 @@ def _print(found: list[Message], as_json: bool, *, with_names: bool) -> None:
     metavar="AGE",
     default="30d",
     show_default=True,
-    help="Delete messages older than this, such as 12h, 30d or 8w.",
+    help="Delete messages and changes older than this, such as 12h, 30d or 8w.",
 )
-@click.option("--force", is_flag=True, help="Also delete messages younger than 7 days.")
+@click.option("--force", is_flag=True, help="Also delete messages and changes younger than 7 days.")
 @json_option
 @with_appcontext
 def prune(older_than: timedelta, force: bool, as_json: bool) -> None:
     """
-    Delete old messages, in small batches that do not block deliveries.
+    Delete old messages and changes, in small batches that do not block deliveries.
 
     Svix retries a message for more than a day. If a message is redelivered after you have deleted
     it, users stay correct, because their rows are newer. However, an application's handlers run
     again. Messages younger than 7 days are therefore deleted only with --force.
+
+    A reader of the change feed whose cursor is older than the deleted changes gets an error.
     """
     if older_than < SAFE_AGE and not force:
         raise click.UsageError(
             "Svix may still redeliver messages younger than 7 days. To delete them anyway: --force"
         )
     with database_failures():
-        pruned = sum(messages.prune(current_state().store, datetime.now(UTC) - older_than))
-    click.echo(json.dumps({"pruned": pruned}) if as_json else f"{pruned} messages deleted.")
+        store, before = current_state().store, datetime.now(UTC) - older_than
+        counts = {"pruned": sum(messages.prune(store, before))}
+        if store.changes is not None:
+            counts["pruned_changes"] = sum(ChangeReader(store).prune(before))
+    if as_json:
+        click.echo(json.dumps(counts))
+    else:
+        names = ("messages", "changes")
+        for name, number in zip(names, counts.values(), strict=False):
+            click.echo(f"{number} {name} deleted.")

@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapper
 
+from clerkhooks.doctor.change_feed import judge_changes
 from clerkhooks.doctor.findings import (
     SERVICE,
     Case,
@@ -32,8 +33,9 @@ from clerkhooks.settings import (
     Settings,
 )
 from clerkhooks.store import OrganizationTables, Store, activity, make_own_tables
+from clerkhooks.store.changes import make_changes_table
 from clerkhooks.store.database import Database
-from clerkhooks.store.foreign import FoundTable, find_optional_table, find_table
+from clerkhooks.store.foreign import FoundTable, find_changes_table, find_optional_table, find_table
 from clerkhooks.store.models import (
     VERSION_COLUMNS,
     ClerkMembership,
@@ -46,6 +48,7 @@ from clerkhooks.web.health import find_fault
 DATABASE_TIMEOUT = 15.0  # seconds for all queries together; each query has a shorter timeout
 MAX_SILENCE = timedelta(days=7)
 MAX_UNFILLED = timedelta(hours=1)
+OWN_MARKS = (*VERSION_COLUMNS, "transaction_id")  # columns that no other program's table has
 
 
 def check_database_url(case: Case) -> Iterator[Finding]:
@@ -129,7 +132,9 @@ def plain_store(url: sa.URL, optional: Sequence[str] = ()) -> Store:
     tables = OrganizationTables(
         cast("sa.Table", Organization.__table__), cast("sa.Table", Membership.__table__), {}
     )
-    return Store(database, mapper, own, {}, tables if optional else None)
+    if "changes" in optional:
+        own = own._replace(changes=make_changes_table(users.metadata, None))
+    return Store(database, mapper, own, {}, tables if "organizations" in optional else None)
 
 
 def _is_sqlite(url: sa.URL) -> bool:
@@ -177,6 +182,7 @@ def judge_database(
             _judge_last_webhook(store, program),
             _judge_unfilled(store, program),
             *judge_following(store, settings, program),
+            *judge_changes(store),
         ]
     except SQLAlchemyError as error:
         return [_describe_unreachable(where, error, program)]
@@ -210,7 +216,7 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
         found = _find_foreign(store, connection) if program is SERVICE else None
         is_recorded = inspector.has_table(VERSION_TABLE)
     subject, remedy = "database", f"Migrate: {program.upgrade}"
-    if found and not (is_recorded and found.missing.isdisjoint(VERSION_COLUMNS)):
+    if found and not (is_recorded and found.missing.isdisjoint(OWN_MARKS)):
         what = f"{where} {found.describe()}"
         remedy = found.remedy(connection.engine.url)
         return Finding("database_of_others", Level.ERROR, subject, what, remedy)
@@ -222,8 +228,11 @@ def _judge_schema(store: Store, program: Program, where: str) -> Finding:
 def _find_foreign(store: Store, connection: sa.Connection) -> FoundTable | None:
     """Return a table whose name clerkhooks uses. Prefer a table that lacks columns."""
     found = find_table(connection)
-    optional = find_optional_table(connection) if store.endings is not None else None
-    return optional if optional is not None and optional.missing else found
+    optional = [
+        find_optional_table(connection) if store.endings is not None else None,
+        find_changes_table(connection) if store.changes is not None else None,
+    ]
+    return next((one for one in optional if one is not None and one.missing), found)
 
 
 def _judge_failures(store: Store, program: Program) -> Finding:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapper
 from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import MEMBERSHIP, ORGANIZATION, USER, Kind, stored_types
 from clerkhooks.store.awaited import AwaitedWebhooks, make_awaited_table
+from clerkhooks.store.changes import ChangeWriter
 from clerkhooks.store.database import Database
 from clerkhooks.store.endings import Endings
 from clerkhooks.store.leases import Leases, make_leases_table
@@ -27,6 +28,7 @@ class OwnTables(NamedTuple):
     messages: sa.Table
     leases: sa.Table
     awaited: sa.Table
+    changes: sa.Table | None = None
 
 
 def make_own_tables(metadata: sa.MetaData, schema: str | None) -> OwnTables:
@@ -64,12 +66,14 @@ class Store:
         optional: OrganizationTables | None = None,
     ) -> None:
         """Use the table of *mapper* for users. *fields* are the model's declared columns."""
-        self.database, self.messages = database, own.messages
+        self.database, self.messages, self.changes = database, own.messages, own.changes
+        dialect = database.dialect
+        self._writer = ChangeWriter(own.changes, dialect) if own.changes is not None else None
         self.users = cast("sa.Table", mapper.local_table)
         self.leases = Leases(database, own.leases)
         columns = read_columns(mapper)
         self.statements = UserStatements(
-            self.users, own.messages, fields, database.dialect, columns
+            self.users, own.messages, fields, dialect, columns, self._writer
         )
         self.by_kind: dict[Kind, Statements] = {USER: self.statements}
         """The statements of each stored kind."""
@@ -85,12 +89,11 @@ class Store:
 
     def _add_organizations(self, tables: OrganizationTables) -> None:
         organizations, memberships = tables.organizations, tables.memberships
+        shared = (self.database.dialect, self._writer)
         self.by_kind[ORGANIZATION] = Statements(
-            ORGANIZATION, organizations, self.messages, tables.fields, self.database.dialect
+            ORGANIZATION, organizations, self.messages, tables.fields, *shared
         )
-        self.by_kind[MEMBERSHIP] = Statements(
-            MEMBERSHIP, memberships, self.messages, {}, self.database.dialect
-        )
+        self.by_kind[MEMBERSHIP] = Statements(MEMBERSHIP, memberships, self.messages, {}, *shared)
         self.endings = Endings(self.by_kind[MEMBERSHIP], self.users, organizations)
         self.memberships = MembershipReader(self.database, memberships, organizations)
 
@@ -98,4 +101,5 @@ class Store:
     def tables(self) -> list[sa.Table]:
         """All tables."""
         kept = (statements.table for statements in self.by_kind.values())
-        return [*kept, self.messages, self.leases.table, self.awaited.table]
+        tables = [*kept, self.messages, self.leases.table, self.awaited.table]
+        return tables if self.changes is None else [*tables, self.changes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -14,21 +15,28 @@ from clerkhooks.store.models import VERSION_COLUMNS
 from clerkhooks.store.queries import is_barred, is_live
 
 
-def lock_account(store: Store, connection: sa.Connection, user_id: str) -> bool:
+class Account(NamedTuple):
+    """Whether a user is barred, and whether the row was missing."""
+
+    is_barred: bool
+    is_new: bool
+
+
+def lock_account(store: Store, connection: sa.Connection, user_id: str) -> Account:
     """
-    Lock the user's row until the transaction ends, and return whether the user is barred.
+    Lock the user's row until the transaction ends, and return the account.
 
     A missing row is created first, as by the user's first call. Otherwise, there would be nothing
     to lock, and two concurrent events could both find that the user was not barred before.
     """
     users = store.users
     query = sa.select(is_barred(users)).where(users.c.id == user_id).with_for_update()
-    found = connection.scalar(query)
+    found, is_new = connection.scalar(query), False
     if found is None:
         row = {"id": user_id, "name": NEW_USER, "now": datetime.now(UTC)}
-        connection.execute(store.statements.create_first_seen, row)
+        is_new = bool(connection.execute(store.statements.create_first_seen, row).all())
         found = connection.scalar(query)
-    return bool(found)
+    return Account(bool(found), is_new)
 
 
 def holds_version(

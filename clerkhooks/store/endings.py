@@ -191,10 +191,11 @@ class Endings:
     ) -> int:
         """End the memberships with these *ids*, and return how many were ended."""
         rows = {"rows": to_json([{"id": each} for each in ids]), "now": now}
+        write, memberships = self._memberships.write, self._memberships
         if found_at is None:
-            return len(connection.execute(self._memberships.end, rows).all())
+            return len(write(connection, memberships.end, rows))
         inferred = {"found_at": found_at, "created_before": now + timedelta(days=1)}
-        return len(connection.execute(self._memberships.tombstone, rows | inferred).all())
+        return len(write(connection, memberships.tombstone, rows | inferred))
 
     def _lock(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from clerkhooks.store.changes import CHANGES, make_changes_table
 from clerkhooks.store.models import (
     MEMBERSHIP_COLUMNS,
     MESSAGES,
@@ -68,6 +69,12 @@ def find_optional_table(connection: sa.Connection) -> FoundTable | None:
         "organization_memberships": MEMBERSHIP_COLUMNS,
     }
     return _find(connection, needed)
+
+
+def find_changes_table(connection: sa.Connection) -> FoundTable | None:
+    """Do the same for the table of changes."""
+    columns = make_changes_table(sa.MetaData(), None).columns.keys()
+    return _find(connection, {CHANGES: frozenset(columns)})
 
 
 def _find(connection: sa.Connection, needed: dict[str, frozenset[str]]) -> FoundTable | None:

@@ -16,8 +16,8 @@ ORDER BY id  -- one order in every transaction, so that two writers never deadlo
 ON CONFLICT (id) DO UPDATE SET
     {changes},
     updated_at = excluded.updated_at
-WHERE {may_change}
-RETURNING id
+WHERE {if_known}{may_change}{end_if}
+RETURNING {returned}
 """
 
 # A redelivered message neither waits for the object's row nor locks it. This condition uses
@@ -52,6 +52,23 @@ ON CONFLICT (message_id) DO UPDATE SET
 WHERE m.outcome = 'failed'
 RETURNING message_id, outcome
 """
+
+# With a change feed, the rows are locked and read before they are written.
+LOCK = """
+SELECT r.id AS sought, {state_of_t}
+FROM (SELECT id FROM ({id_rows}) AS r ORDER BY id {offset}) AS r
+    LEFT JOIN {locked_table_of_r} ON t.id = r.id
+"""
+
+LOCK_FOR_EVENTS = """
+WITH r AS ({message_rows})
+SELECT r.id AS sought, {state_of_t}
+FROM (SELECT id FROM r WHERE {is_new} ORDER BY id {offset}) AS r
+    LEFT JOIN {locked_table_of_r} ON t.id = r.id
+"""
+
+# A row that is inserted after the others were locked is left, because its old values are unknown.
+IS_KNOWN = "t.id IN (SELECT json_array_elements_text(CAST(:known AS json))) AND ("
 
 APPLY_ON_POSTGRESQL = """
 WITH r AS (
@@ -100,7 +117,7 @@ WHERE id IN (
     SELECT t.id FROM {table} AS t
     WHERE t.id IN (SELECT id FROM ({id_rows}) AS r) AND {condition}
     ORDER BY t.id {for_update})
-RETURNING id
+RETURNING {returned}
 """
 
 # The tombstone ranks above every update before the sync. A later event restores the row.

@@ -9,7 +9,8 @@ application's dialect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ import sqlalchemy as sa
 from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import MEMBERSHIP, USER, Kind
 from clerkhooks.store import sql
+from clerkhooks.store.changes import ChangeWriter
 from clerkhooks.store.columns import make_encoder, to_json
+from clerkhooks.store.database import sqlite_transaction, transaction
 from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
 
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
@@ -48,7 +51,7 @@ class Statements:
 
     *fields* are the declared columns. The parameter ``rows`` is a JSON array of objects. Their keys
     are column names. The array contains each object and each message at most once. Times must be
-    timezone-aware.
+    timezone-aware. With *changes*, ``write`` and ``transaction`` must be used.
     """
 
     own = OwnSql()
@@ -60,12 +63,13 @@ class Statements:
         messages: sa.Table,
         fields: Mapping[sa.Column[Any], Field],
         dialect: sa.Dialect,
+        changes: ChangeWriter | None = None,
     ) -> None:
         self.kind, self.table, self.fields, self.dialect = kind, table, fields, dialect
-        self.state = (
-            *("id", *kind.tombstone, *(column.name for column in fields)),
-            *("deleted_at", *VERSION_COLUMNS),
-        )
+        self.changes = changes
+        self.profile = (*kind.tombstone, *(column.name for column in fields))
+        """The columns whose changes the change feed records."""
+        self.state = ("id", *self.profile, "deleted_at", *VERSION_COLUMNS)
         self._types = {column.name: column.type for column in (*messages.c, *table.c)}
         encoders = {
             name: make_encoder(self._types[name], dialect) for name in (*self.state, *_MESSAGE)
@@ -79,12 +83,17 @@ class Statements:
         snapshot_wins = f"({sql.SNAPSHOT_WINS}) AND {self.own.may_merge}"
         merge = self._make_upsert("true", snapshot_wins, corrects=True)
         record = sql.RECORD_MESSAGES.format(**names, outcome=outcome)
+        record_alone = sql.RECORD_MESSAGES.format(**names, outcome="outcome")
 
         self.apply = self.text(sql.APPLY_ON_POSTGRESQL, upsert=upsert, record_messages=record)
         """Apply events and record messages, with a ``lock_timeout``. PostgreSQL only."""
         self.upsert = self.text("WITH r AS ({event_rows})" + upsert)
-        self.record_messages = self.text("WITH r AS ({event_rows})" + record)
-        """The same in two steps, for SQLite, which has no data-modifying CTEs."""
+        self.record_messages = self.text("WITH r AS ({event_rows})" + record_alone)
+        """
+        The same in two steps.
+
+        SQLite has no data-modifying CTEs, and a change feed needs the rows of the first step.
+        """
         self.merge_snapshots = self.text("WITH r AS ({snapshot_rows})" + merge)
         compared = (sa.column("sought", sa.Text), *(table.c[name] for name in self.state))
         self.compare = self.text(sql.COMPARE).columns(*compared)
@@ -99,6 +108,42 @@ class Statements:
         self.end = self.text(sql.TOMBSTONE, **sql.FINAL)
         """Write final tombstones, like those of deletion events."""
         self.record_failure = self.text(sql.RECORD_FAILURE)
+        is_new = sql.IS_NEW.format(**names)
+        self._lock = self.text(sql.LOCK)
+        self._lock_for_events = self.text(sql.LOCK_FOR_EVENTS, is_new=is_new)
+
+    @property
+    def is_atomic(self) -> bool:
+        """Whether PostgreSQL applies events in one statement, with ``apply``."""
+        return self._is_postgresql and self.changes is None
+
+    def transaction(self, connection: sa.Connection) -> AbstractContextManager[None]:
+        """Begin a transaction if a write needs several statements."""
+        return (sqlite_transaction if self.changes is None else transaction)(connection)
+
+    def write(
+        self,
+        connection: sa.Connection,
+        statement: sa.TextClause,
+        parameters: Mapping[str, Any],
+        created: Collection[str] = (),
+    ) -> Sequence[sa.Row[Any]]:
+        """
+        Execute *statement*, record its changes if there is a change feed, and return its rows.
+
+        The id is the first column. *created* are rows that this transaction inserted before.
+        """
+        if self.changes is None:
+            return connection.execute(statement, parameters).all()
+        return self.changes.write(self, connection, statement, parameters, created)
+
+    def lock_for(self, statement: sa.TextClause) -> sa.TextClause:
+        """Return the query that locks and returns the rows that *statement* may write."""
+        return self._lock_for_events if statement is self.upsert else self._lock
+
+    def inserts(self, statement: sa.TextClause) -> bool:
+        """Return whether *statement* inserts missing rows."""
+        return statement in (self.upsert, self.merge_snapshots)
 
     def encode(self, rows: Iterable[Mapping[str, Any]]) -> str:
         """Encode *rows*, which map column names to values, for the parameter ``rows``."""
@@ -115,7 +160,9 @@ class Statements:
         times = [name for name in _TIMES if name in text._bindparams]
         return text.bindparams(*(sa.bindparam(name, type_=UTCDateTime) for name in times))
 
-    def lookup(self, alias: str, table: sa.Table, key: str, column: str = "id") -> str:
+    def lookup(
+        self, alias: str, table: sa.Table, key: str, column: str = "id", end: str | None = None
+    ) -> str:
         """
         Return the table expression to join as *alias*, ``ON {alias}.{column} = {key}``.
 
@@ -126,7 +173,8 @@ class Statements:
         name = self.dialect.identifier_preparer.format_table(table)
         if not self._is_postgresql:
             return f"{name} AS {alias}"
-        rows = f"SELECT * FROM {name} AS {alias} WHERE {alias}.{column} = {key} OFFSET 0"
+        end = end or "OFFSET 0"
+        rows = f"SELECT * FROM {name} AS {alias} WHERE {alias}.{column} = {key} {end}"
         return f"LATERAL ({rows}) AS {alias}"
 
     def _make_names(self, messages: sa.Table) -> dict[str, str]:
@@ -159,7 +207,24 @@ class Statements:
             "snapshot_rows": self._rows(self.state),
             "id_rows": self._rows(("id",)),
             "for_update": "FOR UPDATE" if self._is_postgresql else "",
-            "updated": "t.id" if self._is_postgresql else "id",
+            **self._make_names_of_feed(),
+        }
+
+    def _make_names_of_feed(self) -> dict[str, str]:
+        """Return the placeholders that depend on whether there is a change feed."""
+        is_guarded = self._is_postgresql and self.changes is not None
+        returned = ("id",) if self.changes is None else self.state
+        quoted = [self._quote(name) for name in returned]
+        prefix = "t." if self._is_postgresql else ""
+        lock = "FOR NO KEY UPDATE" if self._is_postgresql else None
+        return {
+            "returned": ", ".join(quoted),
+            "updated": ", ".join(f"{prefix}{name}" for name in quoted),
+            "if_known": sql.IS_KNOWN if is_guarded else "",
+            "end_if": ")" if is_guarded else "",
+            "message_rows": self._limited(self._rows(("id", "message_id"))),
+            "locked_table_of_r": self.lookup("t", self.table, "r.id", end=lock),
+            "offset": "OFFSET 0" if self._is_postgresql else "",
         }
 
     def _make_upsert(self, is_new: str, wins: str, *, corrects: bool = False) -> str:
@@ -217,6 +282,11 @@ class Statements:
             each = (f"json_extract(value, '$.\"{name}\"') AS {self._quote(name)}" for name in names)
             return f"SELECT {', '.join(each)} FROM json_each(:rows)"
         return f"SELECT r.* FROM json_to_recordset(CAST(:rows AS json)) AS r ({self._typed(names)})"
+
+    def _limited(self, rows: str) -> str:
+        """Make the query *rows* set the lock timeout of its transaction, as ``apply`` does."""
+        limits = "(SELECT set_config('lock_timeout', :lock_timeout, true)) AS limits"
+        return rows.replace(" FROM ", f" FROM {limits}, ") if self._is_postgresql else rows
 
     def _typed(self, names: Iterable[str]) -> str:
         """Return the definitions of these columns."""

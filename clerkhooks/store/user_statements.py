@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from clerkhooks.clerk.fields import Field
-from clerkhooks.clerk.kinds import USER
+from clerkhooks.clerk.kinds import NEW_USER, USER
+from clerkhooks.store.changes import ChangeWriter
 from clerkhooks.store.statements import OwnSql, Statements
 
 # A change of which handlers must be told is stored only with :may_bar, which the caller sets.
@@ -64,8 +66,9 @@ class UserStatements(Statements):
         fields: Mapping[sa.Column[Any], Field],
         dialect: sa.Dialect,
         columns: Sequence[sa.Column[Any]],
+        changes: ChangeWriter | None = None,
     ) -> None:
-        super().__init__(USER, users, messages, fields, dialect)
+        super().__init__(USER, users, messages, fields, dialect, changes)
         names = [self._quote(column.name) for column in columns]
         every = ", ".join(names)
         skip_locked = "FOR UPDATE SKIP LOCKED" if self._is_postgresql else ""
@@ -77,3 +80,14 @@ class UserStatements(Statements):
             _MOVE_LAST_SEEN, every_column=every, skip_locked=skip_locked
         ).columns(*columns)
         self.set_presence = self.text(_SET_PRESENCE, every_column=every).columns(*columns)
+
+    def create(
+        self, connection: sa.Connection, user_id: str, now: datetime
+    ) -> Sequence[sa.Row[Any]]:
+        """Create the row of a user whose call came before any event. Return it if it is new."""
+        row = {"id": user_id, "name": NEW_USER, "now": now}
+        created = connection.execute(self.create_first_seen, row).all()
+        if self.changes is not None and created:
+            after = dict.fromkeys(self.state) | {"id": user_id, "name": NEW_USER}
+            self.changes.record(self, connection, [(None, after)])
+        return created

@@ -18,7 +18,7 @@ from clerkhooks.clerk.kinds import MEMBERSHIP
 from clerkhooks.errors import EventError, Unconfirmed
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.columns import read_fields
-from clerkhooks.store.database import sqlite_transaction, transaction
+from clerkhooks.store.database import transaction
 from clerkhooks.store.queries import is_live
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.connections import check_lock, retry
@@ -150,7 +150,7 @@ class TableSync(ABC):
 
         Also return the users of whose changes handlers must be told. Their rows are not written.
         """
-        with sqlite_transaction(self.run.connection):
+        with self.statements.transaction(self.run.connection):
             return self._merge(snapshots)
 
     def _merge(self, snapshots: Mapping[str, Snapshot]) -> tuple[Counter[Result], list[Comparison]]:
@@ -194,7 +194,8 @@ class TableSync(ABC):
             "may_bar": not self._follows,
             "read_at": min(each.snapshot.read_at for each in comparisons),
         }
-        return set(self.run.connection.execute(statement, parameters).scalars().all())
+        written = self.statements.write(self.run.connection, statement, parameters)
+        return {object_id for object_id, *_ in written}
 
     def tell_unconfirmed(self, object_id: str, error: Unconfirmed) -> None:
         """Report a row that stays because Clerk's response proves nothing about its object."""
@@ -259,13 +260,15 @@ class TableSync(ABC):
             "created_before": now - MIN_AGE,
         }
         connection, endings = self.run.connection, self.run.store.endings
+        tombstone = self.statements.tombstone
         check_lock(connection)
         if endings is None or self.source.kind is MEMBERSHIP:
-            with sqlite_transaction(connection):
-                return len(connection.execute(self.statements.tombstone, parameters).all())
+            with self.statements.transaction(connection):
+                return len(self.statements.write(connection, tombstone, parameters))
         with transaction(connection):
             endings.lock_deleted(connection, ids)
-            done = connection.scalars(self.statements.tombstone, parameters).all()
+            written = self.statements.write(connection, tombstone, parameters)
+            done = [object_id for object_id, *_ in written]
             endings.end_members(connection, self.source.kind, done, now, found_at)
         return len(done)
 

@@ -40,6 +40,13 @@ def add_metrics(blueprint: Blueprint) -> None:
     blueprint.record(add)
 
 
+def has_token(token: str) -> bool:
+    """Return whether the request has the bearer *token*, comparing in constant time."""
+    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+    is_right = hmac.compare_digest(sent.encode("utf-8", "replace"), token.encode())
+    return is_right and scheme.lower() == "bearer"
+
+
 def healthz() -> Response:
     """
     Report that the process is serving.
@@ -114,10 +121,7 @@ def metrics() -> Response:
     """Return the metrics if the request has the correct token, otherwise a 404."""
     state = current_state()
     token = state.settings.metrics_token
-    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    expected = (token or "").encode()
-    is_right = hmac.compare_digest(sent.encode("utf-8", "replace"), expected)
-    if token is None or state.metrics is None or scheme.lower() != "bearer" or not is_right:
+    if not has_token(token or "") or token is None or state.metrics is None:
         abort(404)
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store, activity
+from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.sync.progress import FOLLOWER
 from clerkhooks.web.state import State
 
@@ -167,6 +168,7 @@ def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
         barred = {state: activity.count_barred(store, state) for state in BARRING}
         counts = activity.count_organizations(store), activity.count_memberships(store)
         following = list(_from_follower(store)) if follows else []
+        delay = ChangeReader(store).find_delay() if store.changes is not None else None
     except SQLAlchemyError:
         yield _gauge("database_up", up, 0)
         return
@@ -182,6 +184,9 @@ def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
             limit = activity.MAX_COUNT
             yield _gauge(name, f"The {name} that have not ended, at most {limit + 1}.", count)
     yield from following
+    if delay is not None:
+        about = "Age of the oldest change that readers of the change feed cannot see yet."
+        yield _gauge("changes_delay_seconds", about, delay)
     if last is not None:
         yield _gauge(
             "last_webhook_age_seconds",

@@ -1,0 +1,186 @@
+"""
+The change feed: one row for each change of a user, an organization or a membership.
+
+A change and its row are in one transaction. Before a statement writes, its rows are locked and
+read, so the old values are those that it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import sqlalchemy as sa
+
+from clerkhooks.clerk.account import is_barred
+from clerkhooks.store.columns import to_json
+from clerkhooks.store.models import UTCDateTime
+
+if TYPE_CHECKING:
+    from clerkhooks.store.statements import Statements
+
+CHANGES = "user_changes"
+CHANNEL = "clerkhooks_changes"
+"""The name for PostgreSQL's LISTEN."""
+ChangeKind = Literal["created", "filled", "updated", "deleted", "barred", "restored", "revived"]
+PRUNED = "pruned"
+"""The kind of the row that replaces all pruned rows. It is the last of them."""
+Values = Mapping[str, Any]
+MAX_TRIES = 3
+
+# A transaction may have a smaller id than one that changed the same object before it. Its rows then
+# take the other's id, so that the changes of an object stay in order. OFFSET prevents a scan of the
+# other index, which would read the whole table.
+_TRANSACTION_ID = """greatest(
+        CAST(CAST(pg_current_xact_id() AS TEXT) AS BIGINT),
+        (SELECT max(id) FROM (
+            SELECT c.transaction_id AS id FROM {changes} AS c
+            WHERE c.object_id = r.object_id OFFSET 0) AS earlier))"""
+_INSERT = """
+INSERT INTO {changes}
+    (transaction_id, object_type, object_id, kind, fields, version, changed_at)
+SELECT {transaction_id}, :object_type, r.object_id, r.kind, r.fields, r.version, :now
+FROM ({rows}) AS r
+ORDER BY r.object_id
+"""
+_ROWS = """SELECT json_extract(value, '$.object_id') AS object_id,
+    json_extract(value, '$.kind') AS kind, json_extract(value, '$.fields') AS fields,
+    json_extract(value, '$.version') AS version
+    FROM json_each(:rows)"""
+_ROWS_ON_POSTGRESQL = """SELECT * FROM json_to_recordset(CAST(:rows AS json))
+    AS r (object_id text, kind text, fields json, version bigint)"""
+# All rows that a transaction announces are one notification.
+_INSERT_AND_NOTIFY = "WITH added AS ({insert}) SELECT pg_notify('{channel}', '')"
+
+
+class Difference(NamedTuple):
+    """What a write changed in a row: the kind of the change, and the names of the columns."""
+
+    kind: ChangeKind
+    fields: list[str]
+
+
+def make_changes_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
+    """
+    Return the table of the change feed. It contains names of columns, but no values.
+
+    Raises:
+        ValueError: *metadata* already has a table with that name.
+    """
+    key = CHANGES if schema is None else f"{schema}.{CHANGES}"
+    if key in metadata.tables:
+        raise ValueError(f"A table {key!r} already exists. Give the other table another name.")
+    sequence = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    return sa.Table(
+        CHANGES,
+        metadata,
+        sa.Column("sequence", sequence, sa.Identity(), primary_key=True),
+        sa.Column("transaction_id", sa.BigInteger, nullable=False),
+        sa.Column("object_type", sa.Text, nullable=False),
+        sa.Column("object_id", sa.Text, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("fields", sa.JSON, nullable=False),
+        sa.Column("version", sa.BigInteger),
+        sa.Column("changed_at", UTCDateTime, nullable=False),
+        sa.Index(f"ix_{CHANGES}_transaction_id_sequence", "transaction_id", "sequence"),
+        sa.Index(f"ix_{CHANGES}_object_id", "object_id"),
+        schema=schema,
+        sqlite_autoincrement=True,  # otherwise SQLite might reuse the last row's number
+    )
+
+
+class ChangeWriter:
+    """Records changes in the table *changes*, in the transaction that makes them."""
+
+    def __init__(self, changes: sa.Table, dialect: sa.Dialect) -> None:
+        self.table = changes
+        name, is_postgresql = (
+            dialect.identifier_preparer.format_table(changes),
+            dialect.name == "postgresql",
+        )
+        insert = _INSERT.format(
+            changes=name,
+            transaction_id=_TRANSACTION_ID.format(changes=name) if is_postgresql else "0",
+            rows=_ROWS_ON_POSTGRESQL if is_postgresql else _ROWS,
+        )
+        if is_postgresql:
+            insert = _INSERT_AND_NOTIFY.format(insert=insert, channel=CHANNEL)
+        self._insert = sa.text(insert).bindparams(sa.bindparam("now", type_=UTCDateTime))
+
+    def write(
+        self,
+        statements: Statements,
+        connection: sa.Connection,
+        statement: sa.TextClause,
+        parameters: Values,
+        created: Collection[str] = (),
+    ) -> list[sa.Row[Any]]:
+        """
+        Execute *statement*, record its changes, and return its rows.
+
+        Another transaction may insert a missing row after the others were locked. *statement* then
+        leaves that row, and is executed again. Rows in *created* were inserted by this transaction
+        before.
+        """
+        written: list[sa.Row[Any]] = []
+        for _ in range(MAX_TRIES):
+            found = connection.execute(statements.lock_for(statement), parameters).all()
+            known = [row.id for row in found if row.id is not None]
+            rows = connection.execute(statement, {**parameters, "known": to_json(known)}).all()
+            before = {row.id: row._asdict() for row in found if row.id not in created}
+            changes = ((before.get(row.id), row._asdict()) for row in rows)
+            self.record(statements, connection, changes)
+            written += rows
+            missing = {row.sought for row in found}.difference(known, (row.id for row in rows))
+            if not (missing and statements.inserts(statement)):
+                break
+        return written
+
+    def record(
+        self,
+        statements: Statements,
+        connection: sa.Connection,
+        changes: Iterable[tuple[Values | None, Values]],
+    ) -> None:
+        """Record *changes*, which are the old values of rows, or None, and the new values."""
+        rows = [
+            {
+                "object_id": after["id"],
+                "kind": difference.kind,
+                "fields": difference.fields,
+                "version": after["version_updated_at"],
+            }
+            for before, after in changes
+            if (difference := find_difference(statements.profile, before, after)) is not None
+        ]
+        if rows:
+            given = {"rows": to_json(rows), "now": datetime.now(UTC)}
+            connection.execute(self._insert, {**given, "object_type": statements.kind.family})
+
+
+def find_difference(
+    names: Sequence[str], before: Values | None, after: Values
+) -> Difference | None:
+    """Return what differs between two states of a row, or None. *names* are the columns."""
+    fields = [name for name in names if (before and before[name]) != after[name]]
+    kind = _find_kind(before, after)
+    if kind is None and not fields:
+        return None
+    return Difference(kind or "updated", fields)
+
+
+def _find_kind(before: Values | None, after: Values) -> ChangeKind | None:
+    was_deleted = before is not None and before["deleted_at"] is not None
+    is_deleted = after["deleted_at"] is not None
+    if is_deleted:
+        return None if was_deleted else "deleted"
+    if before is None:
+        return "created"
+    if was_deleted:
+        return "revived"
+    if before["version_updated_at"] is None and after["version_updated_at"] is not None:
+        return "filled"
+    if is_barred(before) == is_barred(after):
+        return None
+    return "barred" if is_barred(after) else "restored"

@@ -1,0 +1,190 @@
+"""The change feed records each change once, in the transaction that makes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from clerkhooks.clerk.fake import clerk_id
+from tests.backend import Backend
+from tests.conftest import MakeService
+from tests.racing import (
+    FailingHandler,
+    blocked,
+    delivery,
+    following,
+    registered_handler,
+    uncommitted_first_call,
+)
+from tests.support import (
+    NOW_MS,
+    Service,
+    deletion,
+    membership_event,
+    organization_event,
+    user_event,
+)
+from tests.syncing import make_old, sync
+
+Changes = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def feed(make_service: MakeService) -> Service:
+    """Create the service with all optional tables."""
+    return make_service(CLERK_TABLES="organizations,changes")
+
+
+def changes(service: Service, object_id: str | None = None) -> Changes:
+    """Return the kinds and the changed fields of an object's changes, or of all objects."""
+    where = f"WHERE object_id = '{object_id}'" if object_id else ""
+    query = f"SELECT kind, fields FROM user_changes {where} ORDER BY sequence"
+    return [(kind, _parsed(fields)) for kind, fields in service.rows(query)]
+
+
+def _parsed(fields: Any) -> list[str]:
+    return sorted(json.loads(fields) if isinstance(fields, str) else fields)
+
+
+def update(user_id: str, at: int, **data: Any) -> bytes:
+    return user_event(user_id, at=NOW_MS + at, **data)
+
+
+def test_records_each_kind_of_change(feed: Service) -> None:
+    """A change names the columns that changed, and contains no values."""
+    user_id = clerk_id("user")
+    bodies = (
+        update(user_id, 1),
+        update(user_id, 2, first_name="Augusta"),
+        update(user_id, 3, first_name="Augusta", banned=True),
+        update(user_id, 4, first_name="Augusta"),
+        deletion(user_id, NOW_MS + 5),
+    )
+    for body in bodies:
+        assert feed.outcome(body) == "applied"
+    assert changes(feed, user_id) == [
+        ("created", ["email", "image_url", "name"]),
+        ("updated", ["name"]),
+        ("barred", ["banned_at"]),
+        ("restored", ["banned_at"]),
+        ("deleted", ["email", "image_url", "name"]),
+    ]
+    [(object_type, version)] = feed.rows(
+        "SELECT object_type, version FROM user_changes WHERE kind = 'restored'"
+    )
+    assert (object_type, version) == ("user", NOW_MS + 4)
+
+
+def test_records_a_deletion_that_comes_first(feed: Service) -> None:
+    user_id = clerk_id("user")
+    feed.deliver(deletion(user_id))
+    assert changes(feed, user_id) == [("deleted", ["name"])]
+
+
+def test_records_the_row_of_a_first_call_and_its_profile(feed: Service) -> None:
+    user_id = clerk_id("user")
+    feed.call(user_id)
+    feed.call(user_id)
+    feed.deliver(update(user_id, 1))
+    assert changes(feed, user_id) == [
+        ("created", ["name"]),
+        ("filled", ["email", "image_url", "name"]),
+    ]
+
+
+def test_records_nothing_if_no_value_changes(feed: Service) -> None:
+    """Duplicates, stale events and newer events with the same values are no changes."""
+    user_id = clerk_id("user")
+    feed.deliver(update(user_id, 5), "msg_1")
+    before = changes(feed)
+    outcomes = [
+        feed.outcome(update(user_id, 5), "msg_1"),
+        feed.outcome(update(user_id, 4, first_name="Old")),
+        feed.outcome(update(user_id, 6)),
+    ]
+    assert outcomes == ["duplicate", "stale", "applied"]
+    assert changes(feed) == before
+
+
+def test_records_nothing_unless_it_is_on(service: Service) -> None:
+    service.deliver(update(clerk_id("user"), 1))
+    assert changes(service) == []
+
+
+def test_records_nothing_of_a_failed_message(feed: Service) -> None:
+    user_id = clerk_id("user")
+    with registered_handler(feed.app, FailingHandler(always=True)):
+        assert feed.deliver(update(user_id, 1)).status_code == 500
+    assert changes(feed) == []
+    with registered_handler(feed.app, print):
+        feed.deliver(update(user_id, 1))
+    assert [kind for kind, _ in changes(feed)] == ["created"]
+
+
+def test_records_one_change_of_a_new_user_with_handlers_of_the_account_state(
+    feed: Service,
+) -> None:
+    """Such a row is inserted before the event is applied, to lock it."""
+    user_id = clerk_id("user")
+    with following(feed):
+        feed.deliver(update(user_id, 1, banned=True))
+    assert [kind for kind, _ in changes(feed)] == ["created"]
+
+
+def test_records_the_old_values_of_a_row_that_is_inserted_concurrently(feed: Service) -> None:
+    """The event waits for the first call, and then fills its row."""
+    user_id = clerk_id("user")
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has one writer at a time")
+    with (
+        uncommitted_first_call(feed, user_id) as commit,
+        blocked(feed, delivery(feed, update(user_id, 1))) as answer,
+    ):
+        commit()
+        assert answer.result(20).get_json()["outcome"] == "applied"
+    assert [kind for kind, _ in changes(feed)] == ["filled"]
+
+
+def test_records_the_end_of_memberships(feed: Service) -> None:
+    """The memberships of a deleted organization end, also those that arrive later."""
+    user_id, organization_id = clerk_id("user"), clerk_id("org")
+    first, late = ((clerk_id("orgmem"), organization_id, user_id) for _ in range(2))
+    for body in (
+        update(user_id, 1),
+        organization_event(organization_id),
+        membership_event(first),
+        organization_event(organization_id, "deleted"),
+        membership_event(late),
+    ):
+        feed.deliver(body)
+    found = feed.rows("SELECT object_type, kind FROM user_changes ORDER BY sequence")
+    assert found == [
+        ("user", "created"),
+        ("organization", "created"),
+        ("organizationMembership", "created"),
+        ("organization", "deleted"),
+        ("organizationMembership", "deleted"),
+        ("organizationMembership", "created"),
+        ("organizationMembership", "deleted"),
+    ]
+
+
+def test_records_the_changes_of_a_sync(make_service: MakeService, backend: Backend) -> None:
+    """A second sync finds nothing to change."""
+    service = make_service(CLERK_TABLES="changes", **backend.environ)
+    created, updated, deleted = (clerk_id("user") for _ in range(3))
+    service.deliver(user_event(updated, at=NOW_MS - 9000, first_name="Old"))
+    service.deliver(user_event(deleted, at=NOW_MS - 9000))
+    make_old(service)
+    for user_id in (created, updated):
+        backend.sign_up(user_id)
+    service.rows("DELETE FROM user_changes")
+    for _ in range(2):
+        sync(service, backend)
+    kinds = {
+        object_id: changes(service, object_id)[0][0] for object_id in (created, updated, deleted)
+    }
+    assert kinds == {created: "created", updated: "updated", deleted: "deleted"}
+    assert len(changes(service)) == 3

@@ -1,0 +1,118 @@
+"""The ``changes`` command, and ``prune`` with a change feed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from click.testing import Result
+
+from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.settings import PROJECT
+from clerkhooks.store.change_reader import ChangeReader
+from tests.conftest import MakeService
+from tests.server import environ
+from tests.support import Service, user_event
+from tests.syncing import store_of
+
+
+@pytest.fixture
+def feed(make_service: MakeService) -> Service:
+    """Create the service with the change feed."""
+    return make_service(CLERK_TABLES="changes")
+
+
+def run(service: Service, *arguments: str) -> Result:
+    """Run a command as ``flask clerk`` does."""
+    return service.app.test_cli_runner().invoke(args=["clerk", *arguments])
+
+
+def sign_up(service: Service) -> str:
+    """Deliver an event for a new user; return the id."""
+    user_id = clerk_id("user")
+    service.outcome(user_event(user_id))
+    return user_id
+
+
+@contextmanager
+def following(service: Service, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run ``changes --follow`` as an operator does; end it with Ctrl-C, which must succeed."""
+    variables = service.clerk.environ | {
+        "DATABASE_URL": service.database_url,
+        "CLERK_TABLES": "changes",
+    }
+    command = [sys.executable, "-u", "-m", "clerkhooks", "changes", "--follow", *arguments]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=environ(**variables), stdout=subprocess.PIPE, text=True
+    )
+    timer = threading.Timer(20, process.kill)
+    timer.start()
+    try:
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_lists_changes_as_a_table_and_as_json(feed: Service) -> None:
+    assert run(feed, "changes").output == "No changes found.\n"
+    assert run(feed, "changes", "--json").output == ""
+    user_ids = [sign_up(feed), sign_up(feed)]
+    heading, *lines = run(feed, "changes").output.splitlines()
+    assert heading.split()[:3] == ["changed_at", "kind", "object_type"]
+    assert [line.split()[4] for line in lines] == user_ids
+    first, _ = map(json.loads, run(feed, "changes", "--json").output.splitlines())
+    [second] = map(
+        json.loads, run(feed, "changes", "--json", "--after", first["cursor"]).output.splitlines()
+    )
+    assert (first["object_id"], second["object_id"]) == tuple(user_ids)
+    assert run(feed, "changes", "--json", "--after", "end").output == ""
+
+
+def test_refuses_to_list_changes_without_the_feed(service: Service) -> None:
+    result = run(service, "changes")
+    assert (result.exit_code, "Set CLERK_TABLES=changes." in result.output) == (2, True)
+
+
+def test_refuses_a_malformed_cursor(feed: Service) -> None:
+    result = run(feed, "changes", "--after", "17")
+    assert (result.exit_code, "malformed" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_follows_the_feed(feed: Service, arguments: tuple[str, ...]) -> None:
+    """Each line appears while the command is running."""
+    first = sign_up(feed)
+    with following(feed, *arguments) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        if not arguments:
+            next(lines)  # the heading
+        assert first in next(lines)
+        for _ in range(2):
+            user_id = sign_up(feed)
+            assert user_id in next(lines)
+
+
+def test_prunes_old_changes_with_old_messages(feed: Service) -> None:
+    sign_up(feed)
+    cursor = json.loads(run(feed, "changes", "--json").output)["cursor"]
+    sign_up(feed)
+    month_ago = datetime.now(UTC) - timedelta(days=31)
+    feed.rows(f"UPDATE user_changes SET changed_at = '{month_ago:%Y-%m-%d %H:%M:%S}'")
+    result = run(feed, "prune", "--json")
+    assert json.loads(result.output) == {"pruned": 0, "pruned_changes": 2}
+    assert run(feed, "prune").output == "0 messages deleted.\n0 changes deleted.\n"
+    assert ChangeReader(store_of(feed)).read(None) == []
+    result = run(feed, "changes", "--after", cursor)
+    assert (result.exit_code, "were pruned" in result.output) == (2, True)
