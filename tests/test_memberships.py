@@ -313,6 +313,31 @@ def test_refuses_a_permission_of_a_removed_member(storing: Application) -> None:
     assert answer(storing, ids[2], "/notes", o=organization, fea="o:notes") == "forbidden"
 
 
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ({"feature": "notes"}, "forbidden"),
+        ({"feature": "org:notes"}, "forbidden"),
+        ({"plan": "pro"}, "forbidden"),
+        ({"plan": "user:pro"}, 200),
+        ({"plan": "user:pro", "feature": "org:notes"}, "forbidden"),
+    ],
+)
+def test_refuses_features_and_plans_to_a_removed_member(
+    storing: Application, condition: Any, expected: Any
+) -> None:
+    """Those of the organization end with the membership. The user's own do not."""
+    view = require_auth(**condition)(lambda: jsonify(ok=True))
+    storing.app.add_url_rule("/notes", "notes", view)
+    ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
+    claims = token_for(ids[1]) | {"fea": "o:notes", "pla": "ou:pro"}
+    assert answer(storing, ids[2], "/notes", **claims) == 200
+    storing.outcome(membership_event(ids, at=MINUTES_AGO))
+    assert answer(storing, ids[2], "/notes", **claims) == 200
+    storing.outcome(membership_event(ids, "deleted"))
+    assert answer(storing, ids[2], "/notes", **claims) == expected
+
+
 def test_protects_a_blueprint(storing: Application) -> None:
     """A route without the parameter is refused."""
     blueprint = Blueprint("notes", __name__)

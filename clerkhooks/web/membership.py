@@ -42,7 +42,7 @@ def check_membership(session: Session, conditions: Conditions, parameter: str | 
         raise Forbidden("forbidden")
     active = session.organization
     if active is None or active.id != organization_id:
-        if any(_needs_organization(rest.get(name)) for name in _SCOPED):
+        if _need_organization(rest):
             raise Forbidden("organization_required")
     elif "permission" in rest and not _is_same(role, active.role):
         raise Forbidden("forbidden")  # the token has the permissions of another role
@@ -58,7 +58,8 @@ def _find_organization(
     A malformed id is never asked about, because a database may refuse its characters.
     """
     if parameter is None:
-        active, is_needed = session.organization, {"role", "permission"} & conditions.keys()
+        active = session.organization
+        is_needed = "role" in conditions or _need_organization(conditions)
         return active.id if active and is_needed and ORGANIZATION.is_id(active.id) else None
     organization_id = (request.view_args or {}).get(parameter)
     if organization_id is None:
@@ -91,6 +92,7 @@ def _is_same(one: str | None, other: str | None) -> bool:
     return one == other or (one is not None and other is not None and is_same_role(one, other))
 
 
-def _needs_organization(value: object) -> bool:
+def _need_organization(conditions: Conditions) -> bool:
     """Return whether a permission, feature or plan may come from the active organization."""
-    return isinstance(value, str) and not value.startswith(("user:", "u:"))
+    wanted = (conditions.get(name) for name in _SCOPED)
+    return any(isinstance(each, str) and not each.startswith(("user:", "u:")) for each in wanted)
