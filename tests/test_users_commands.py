@@ -276,7 +276,7 @@ def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> 
     shown = flask_clerk("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
     commands = re.findall(r"^  ([a-z]+)  ", shown.stdout, re.MULTILINE)
-    assert commands == ["log", "prune", "send", "sync", "user", "users"]
+    assert commands == ["changes", "log", "prune", "send", "sync", "user", "users"]
 
 
 @pytest.mark.parametrize("command", ["users", "send"])
