@@ -69,7 +69,7 @@ class Instance:
 
     def __init__(self, backend: Backend, url: str, seed: int) -> None:
         self.backend, self.url, self.rng = backend, url, random.Random(seed)
-        self.pending: dict[str, list[tuple[str | None, float]]] = defaultdict(list)
+        self.pending: dict[str, list[tuple[str, float]]] = defaultdict(list)
         self.report = Report()
         self._number = 0
         day_ago = int(time.time() * 1000) - 86_400_000
@@ -90,7 +90,7 @@ class Instance:
         """Find out which changes have been stored."""
         for object_id, changes in list(self.pending.items()):
             values = [value for value, _ in changes]
-            stored = self._find(object_id)
+            stored = self.find(object_id)
             if stored in values:
                 done = values.index(stored) + 1
                 now, prefix = time.monotonic(), object_id.partition("_")[0]
@@ -99,13 +99,18 @@ class Instance:
             if not changes:
                 del self.pending[object_id]
 
-    def _find(self, object_id: str) -> str | None:
+    def is_settled(self) -> bool:
+        """Return whether all changes have been stored."""
+        self.check()
+        return not self.pending
+
+    def find(self, object_id: str) -> str:
+        """Return what is stored: a name, a role, or DELETED."""
         query = QUERIES[object_id.partition("_")[0]]
         found = rows(self.url, f"{query} WHERE id = '{object_id}'")
-        if not found:
-            return None
-        [(value, deleted_at)] = found
-        return value if deleted_at is None else DELETED
+        if not found or found[0][1] is not None:  # it may have been deleted before it was read
+            return DELETED
+        return str(found[0][0])
 
     def _update(self) -> None:
         user_id = self._pick("user")
@@ -215,12 +220,11 @@ def _run(instance: Instance, seconds: float, kills: tuple[float, float] | None) 
             instance.report.kills += _kill(instance.url)
             next_kill = time.monotonic() + instance.rng.uniform(*kills)
         time.sleep(PAUSE)
-    _wait(lambda: _is_settled(instance))
-
-
-def _is_settled(instance: Instance) -> bool:
-    instance.check()
-    return not instance.pending
+    try:
+        _wait(instance.is_settled)
+    except TimeoutError as error:
+        found = {each: (wanted, instance.find(each)) for each, wanted in instance.pending.items()}
+        raise AssertionError(f"not stored: {found}") from error
 
 
 def _kill(url: str) -> bool:
@@ -236,7 +240,8 @@ def _kill(url: str) -> bool:
 def _wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SETTLE_TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, "the follower has not stored every change"
+        if time.monotonic() > deadline:
+            raise TimeoutError
         time.sleep(PAUSE)
 
 
