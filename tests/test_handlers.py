@@ -103,8 +103,8 @@ def test_records_when_the_last_handler_returned(application: Application) -> Non
     assert application.outcome(organization(), "msg_1") == "applied"
     store = application.state.store
     query = sa.select(store.messages.c.received_at, store.messages.c.processed_at)
-    [(received_at, processed_at)] = store.database.execute(query)
-    assert processed_at - received_at >= timedelta(seconds=0.2)
+    [times] = store.database.execute(query)
+    assert times.processed_at - times.received_at >= timedelta(seconds=0.2)
 
 
 @whens
