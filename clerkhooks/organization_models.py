@@ -64,8 +64,7 @@ def table_of(model: type[Any]) -> sa.Table:
 def _add_live_index(table: sa.Table) -> None:
     """Add an index for counts of live rows, which there may be few of among the tombstones."""
     name, is_live = f"ix_{table.name}_live", sa.text("deleted_at IS NULL")
-    if name not in {index.name for index in table.indexes}:
-        sa.Index(name, table.c.deleted_at, postgresql_where=is_live, sqlite_where=is_live)
+    sa.Index(name, table.c.deleted_at, postgresql_where=is_live, sqlite_where=is_live)
 
 
 def _make_model(db: SQLAlchemy, users: sa.Table, mixin: type[Any], name: str) -> type[Any]:

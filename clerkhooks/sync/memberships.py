@@ -68,8 +68,7 @@ class MembershipSync(TableSync):
         while sought and (page := next(pages, None)):
             found = {MEMBERSHIP.find_id(data): data for data in page}.items()
             own = {object_id: data for object_id, data in found if object_id in sought}
-            if own:
-                self.apply(own.values(), read_at)
+            self.apply(own.values(), read_at)
             sought -= own.keys()
             advance(len(own))
             read_at = now_ms()
