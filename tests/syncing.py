@@ -12,6 +12,7 @@ from tests.backend import SECRET_KEY, Backend
 from tests.support import Service
 
 PACE = 0.001  # factor by which pauses are multiplied
+PATIENCE = 20_000  # with PACE, a call ends within 20 s, so that a busy machine does not end it
 
 
 def store_of(service: Service) -> Store:
@@ -39,7 +40,7 @@ def sync(
     with (
         service.app.app_context(),
         connections.sole_writer(store) as connection,
-        BackendApi(backend.api_url, SECRET_KEY, pace=PACE) as api,
+        BackendApi(backend.api_url, SECRET_KEY, pace=PACE, patience=PATIENCE) as api,
     ):
         reconciliation = reconcile.Reconciliation(
             api,
