@@ -50,6 +50,11 @@ class Report:
     requests: int = 0
     missed: int = 0
 
+    def add(self, object_id: str, value: str, delay: float) -> None:
+        """Add the *delay* of a change to *value*, which is DELETED for a deletion."""
+        prefix = object_id.partition("_")[0]
+        self.delays[f"{prefix} {DELETED}" if value == DELETED else prefix].append(delay)
+
     @property
     def longest(self) -> float:
         """The longest delay."""
@@ -93,8 +98,8 @@ class Instance:
             stored = self.find(object_id)
             if stored in values:
                 done = values.index(stored) + 1
-                now, prefix = time.monotonic(), object_id.partition("_")[0]
-                self.report.delays[prefix] += [now - at for _, at in changes[:done]]
+                for value, at in changes[:done]:
+                    self.report.add(object_id, value, time.monotonic() - at)
                 del changes[:done]
             if not changes:
                 del self.pending[object_id]

@@ -16,4 +16,4 @@ def test_stores_every_change(kind: str) -> None:
     report = run(kind, seconds=20, seed=1, kills=(4, 8), interval=1)
     assert report.longest < 20
     assert report.kills >= 2
-    assert {*report.delays} == {"user", "org", "orgmem"}
+    assert {*report.delays} >= {"user", "org", "orgmem"}
