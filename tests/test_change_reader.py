@@ -12,8 +12,13 @@ import psycopg
 import pytest
 from werkzeug.test import TestResponse
 
-from clerkhooks.clerk.fake import clerk_id
+from clerkhooks import SettingsError, create_app
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.doctor import Level, change_feed
+from clerkhooks.doctor.change_feed import judge_changes
+from clerkhooks.doctor.database import judge_database
 from clerkhooks.errors import ChangesPruned, ChangesRestored
+from clerkhooks.settings import Settings
 from clerkhooks.store.change_reader import START, ChangeReader, Cursor
 from clerkhooks.web import changes as route
 from tests.conftest import MakeService
@@ -22,6 +27,7 @@ from tests.support import NOW_MS, Service, ThreadPool, user_event
 from tests.syncing import store_of
 
 TOKEN = "a-token-for-the-feed"
+SETTINGS = Settings(webhook_secrets=())
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -232,3 +238,41 @@ def test_limits_the_number_of_waiting_requests(
     monkeypatch.setattr(route, "sleep", lambda _: pytest.fail("it waited"))
     feed = make_service(CLERK_TABLES="changes", CHANGES_TOKEN=TOKEN)
     assert get(feed, wait=20).get_json()["changes"] == []
+
+
+# Operators
+
+
+def test_reports_whether_readers_see_all_changes(
+    feed: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor warns if another transaction holds the feed up."""
+    store = store_of(feed)
+    assert [finding.code for finding in judge_changes(store)] == ["changes_readable"]
+    with other_transaction(feed):
+        sign_up(feed)
+        monkeypatch.setattr(change_feed, "MAX_DELAY", 0.0)
+        [finding] = judge_changes(store)
+        assert (finding.code, finding.level) == ("changes_delayed", Level.WARNING)
+        assert "pg_stat_activity" in (finding.remedy or "")
+
+
+def test_reports_rows_of_another_cluster(feed: Service) -> None:
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no transaction ids")
+    sign_up(feed)
+    feed.rows("UPDATE user_changes SET transaction_id = 1099511627776")
+    findings = {finding.code: finding for finding in judge_database(store_of(feed), SETTINGS)}
+    assert findings["changes_restored"].level is Level.ERROR
+    assert "DELETE FROM user_changes" in (findings["changes_restored"].remedy or "")
+
+
+def test_refuses_a_store_without_the_feed(service: Service) -> None:
+    with pytest.raises(RuntimeError, match="CLERK_TABLES=changes"):
+        ChangeReader(store_of(service))
+    assert list(judge_changes(store_of(service))) == []
+
+
+def test_needs_the_table_for_the_token(clerk: FakeClerk) -> None:
+    with pytest.raises(SettingsError, match="CLERK_TABLES does not contain changes"):
+        create_app({**clerk.environ, "CHANGES_TOKEN": TOKEN})

@@ -6,8 +6,14 @@ import json
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase
 
+from clerkhooks import ClerkHooks, from_clerk
 from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.settings import Settings
+from tests.application import MakeApplication
 from tests.backend import Backend
 from tests.conftest import MakeService
 from tests.racing import (
@@ -28,6 +34,7 @@ from tests.support import (
 )
 from tests.syncing import make_old, sync
 
+pytest_plugins = ["tests.application"]
 Changes = list[tuple[Any, ...]]
 
 
@@ -147,6 +154,22 @@ def test_records_the_old_values_of_a_row_that_is_inserted_concurrently(feed: Ser
     assert [kind for kind, _ in changes(feed)] == ["filled"]
 
 
+def test_fails_if_a_missing_row_cannot_be_inserted(feed: Service) -> None:
+    """For example, because of another program's trigger. Svix retries the message."""
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("a trigger of SQLite cannot suppress a row")
+    feed.rows(
+        "CREATE FUNCTION suppress() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+    )
+    feed.rows(
+        "CREATE TRIGGER suppress BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION suppress()"
+    )
+    try:
+        assert feed.deliver(update(clerk_id("user"), 1)).status_code == 500
+    finally:
+        feed.rows("DROP FUNCTION suppress CASCADE")
+
+
 def test_records_the_end_of_memberships(feed: Service) -> None:
     """The memberships of a deleted organization end, also those that arrive later."""
     user_id, organization_id = clerk_id("user"), clerk_id("org")
@@ -188,3 +211,40 @@ def test_records_the_changes_of_a_sync(make_service: MakeService, backend: Backe
     }
     assert kinds == {created: "created", updated: "updated", deleted: "deleted"}
     assert len(changes(service)) == 3
+    backend.sign_up(deleted)
+    sync(service, backend)
+    assert [kind for kind, _ in changes(service, deleted)] == ["deleted", "revived"]
+
+
+def test_records_declared_columns_of_an_application(
+    make_application: MakeApplication, empty_database: str
+) -> None:
+    """The application's metadata contains the table. JSON is compared without regard to order."""
+    columns = {
+        "username": from_clerk("username", sa.Text),
+        "metadata_": from_clerk("public_metadata", sa.JSON),
+    }
+    application = make_application(empty_database, columns, CLERK_TABLES="changes")
+    user_id = clerk_id("user")
+    for at, username, metadata in (
+        (1, "ada", {"plan": "free", "seats": 1}),
+        (2, "ada", {"seats": 1, "plan": "free"}),
+        (3, "augusta", {"plan": "pro", "seats": 1}),
+    ):
+        body = update(user_id, at, username=username, public_metadata=metadata)
+        assert application.outcome(body) == "applied"
+    found = application.rows("SELECT fields FROM user_changes ORDER BY sequence")
+    assert [_parsed(fields) for (fields,) in found] == [
+        ["email", "image_url", "metadata_", "name", "username"],
+        ["metadata_", "username"],
+    ]
+
+
+def test_refuses_a_name_that_is_in_use() -> None:
+    class Base(DeclarativeBase):
+        """The declarative base."""
+
+    db = SQLAlchemy(model_class=Base)
+    db.Table("user_changes", sa.Column("id", sa.Integer))
+    with pytest.raises(ValueError, match="'user_changes' already exists"):
+        ClerkHooks(db)._find_changes(Settings(webhook_secrets=(), tables=("changes",)))

@@ -103,12 +103,9 @@ def _waiting(store: Store) -> Iterator[Callable[[], object]]:
     A pooler in transaction mode loses notifications. Changes are also visible later than their
     notification if another transaction is still running.
     """
-    if store.database.dialect_name != "postgresql" or current_state().settings.pooler:
-        yield lambda: time.sleep(POLL)
-        return
     with store.database.connect() as connection:
         driver = connection.connection.driver_connection
-        if not isinstance(driver, TimeoutConnection):
+        if current_state().settings.pooler or not isinstance(driver, TimeoutConnection):
             yield lambda: time.sleep(POLL)
             return
         connection.detach()

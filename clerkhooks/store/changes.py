@@ -122,6 +122,9 @@ class ChangeWriter:
         Another transaction may insert a missing row after the others were locked. *statement* then
         leaves that row, and is executed again. Rows in *created* were inserted by this transaction
         before.
+
+        Raises:
+            RuntimeError: a row was inserted and removed again each time.
         """
         written: list[sa.Row[Any]] = []
         for _ in range(MAX_TRIES):
@@ -134,8 +137,8 @@ class ChangeWriter:
             written += rows
             missing = {row.sought for row in found}.difference(known, (row.id for row in rows))
             if not (missing and statements.inserts(statement)):
-                break
-        return written
+                return written
+        raise RuntimeError("A row was missing, and could not be inserted either.")
 
     def record(
         self,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, time
 from decimal import ROUND_HALF_UP, Context, Decimal
+from functools import partial
 from typing import Any, TypeGuard
 from uuid import UUID
 
@@ -190,7 +191,8 @@ def make_encoder(
     """Return a function that encodes values of *type_* for JSON, or None if none is needed."""
     kind = _implementation(type_)
     if isinstance(kind, sa.JSON):
-        return to_json if dialect.name == "sqlite" else None
+        # With sorted keys, equal objects are equal texts for the change feed.
+        return partial(to_json, sort_keys=True) if dialect.name == "sqlite" else None
     process = type_.dialect_impl(dialect).bind_processor(dialect)
     if process is None and isinstance(kind, sa.String | sa.Boolean | sa.Integer | sa.Float):
         return None
@@ -235,10 +237,10 @@ def _is_storable_json(value: Any, depth: int = 0) -> bool:
     return value is None or isinstance(value, int) or _is_clean(value)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, *, sort_keys: bool = False) -> str:
     """
     Encode *value* as JSON, without escapes for non-ASCII characters.
 
     PostgreSQL may reject such escapes if the database's encoding is not UTF-8.
     """
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, sort_keys=sort_keys)
