@@ -76,6 +76,26 @@ NOT_PLAIN = "A handler must be a plain function: nothing would await its result.
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\.\*)?")
 
 
+@dataclass(frozen=True)
+class DurableHandler:
+    """
+    A handler whose position in the change feed is stored under *name*.
+
+    With *from_start*, a new handler begins with the oldest change that is kept.
+    """
+
+    name: str
+    handler: Handler
+    patterns: tuple[str, ...]
+    from_start: bool = False
+
+    def matches(self, event_type: str) -> bool:
+        """Return whether the handler is called for changes of *event_type*."""
+        return event_type in self.patterns or any(
+            _matches(pattern, event_type) for pattern in self.patterns if event_type not in CHANGES
+        )
+
+
 class Handlers:
     """
     The handlers of one ``ClerkHooks``, in the order of their registration.
@@ -86,6 +106,8 @@ class Handlers:
 
     def __init__(self) -> None:
         self._registered: list[tuple[str, bool, Handler]] = []
+        self.durable: dict[str, DurableHandler] = {}
+        """The durable handlers by name."""
 
     def add(self, pattern: str, handler: Handler, *, after_commit: bool) -> None:
         """
@@ -95,18 +117,31 @@ class Handlers:
             ValueError: *pattern* is not an event type, a family or ``*``.
             TypeError: *handler* is not callable, is asynchronous, or is a generator function.
         """
-        if not _PATTERN.fullmatch(pattern):
-            raise ValueError(
-                f"{pattern!r} is not an event type. Use a type such as 'user.created', "
-                "a family such as 'organization.*', or '*'."
-            )
-        if not callable(handler):
-            raise TypeError(f"A handler must be callable; {handler!r} is not.")
-        if _is_deferred(handler) or _is_deferred(type(handler).__call__):
-            raise TypeError(NOT_PLAIN)
+        _check(pattern, handler)
         entry = (pattern, after_commit, handler)
         if entry not in self._registered:
             self._registered.append(entry)
+
+    def add_durable(
+        self, pattern: str, handler: Handler, name: str | None, *, from_start: bool
+    ) -> None:
+        """
+        Register a durable *handler*. If it is registered for several patterns, they are one.
+
+        Raises:
+            ValueError: *pattern* is not an event type, a family or ``*``, or another handler has
+                the same name.
+            TypeError: *handler* is not callable, is asynchronous, or is a generator function.
+        """
+        _check(pattern, handler)
+        if name is None:
+            where = handler if hasattr(handler, "__qualname__") else type(handler)
+            name = f"{where.__module__}.{where.__qualname__}"
+        before = self.durable.get(name)
+        if before is not None and before.handler != handler:
+            raise ValueError(f"Another durable handler has the name {name!r}. Pass name=… to one.")
+        patterns = before.patterns if before is not None else ()
+        self.durable[name] = DurableHandler(name, handler, (*patterns, pattern), from_start)
 
     def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
         """Return the handlers for messages of *event_type*, without duplicates."""
@@ -129,6 +164,19 @@ class Handlers:
     def follows_changes(self) -> bool:
         """Whether any handler is registered for changes of the account state."""
         return any(pattern in CHANGES for pattern, _, _ in self._registered)
+
+
+def _check(pattern: str, handler: object) -> None:
+    """Raise ValueError or TypeError unless *pattern* and *handler* can be registered."""
+    if not _PATTERN.fullmatch(pattern):
+        raise ValueError(
+            f"{pattern!r} is not an event type. Use a type such as 'user.created', "
+            "a family such as 'organization.*', or '*'."
+        )
+    if not callable(handler):
+        raise TypeError(f"A handler must be callable; {handler!r} is not.")
+    if _is_deferred(handler) or _is_deferred(type(handler).__call__):
+        raise TypeError(NOT_PLAIN)
 
 
 def _is_deferred(function: object) -> bool:

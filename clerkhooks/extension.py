@@ -16,14 +16,14 @@ from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
 from clerkhooks.deliveries import Deliveries
-from clerkhooks.errors import RequestError
+from clerkhooks.errors import Fault, RequestError, SettingsError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.organization_models import OrganizationModels, make_organization_models
 from clerkhooks.routes import DEFAULT_ROUTES, make_blueprint, parse_routes
-from clerkhooks.settings import Settings, merge_config
+from clerkhooks.settings import VARIABLES, Settings, merge_config
 from clerkhooks.store import OrganizationTables, Store, make_own_tables
 from clerkhooks.store.changes import make_changes_table
-from clerkhooks.store.database import Database
+from clerkhooks.store.database import Database, merge_engine_options
 from clerkhooks.store.models import (
     ClerkMembership,
     ClerkOrganization,
@@ -161,15 +161,35 @@ class ClerkHooks(Generic[U]):
         *after_commit*, the handler runs after the commit, at most once, and its errors are only
         logged.
 
+        With *durable*, the handler is called for changes of users, organizations and memberships,
+        whatever made them, at least once and in order, outside of any transaction. Its position in
+        the change feed is stored under *name*, by default the name of the function. A new handler
+        begins with changes from now on or, with *from_start*, with the oldest change that is kept.
+
         Raises:
-            ValueError: *pattern* is malformed.
+            ValueError: *pattern* is malformed, the options contradict each other, or another
+                durable handler has the same name.
             TypeError: the handler is not a plain function.
         """
         return self._on
 
-    def _on(self, pattern: str, *, after_commit: bool = False) -> Callable[[H], H]:
+    def _on(
+        self,
+        pattern: str,
+        *,
+        after_commit: bool = False,
+        durable: bool = False,
+        name: str | None = None,
+        from_start: bool = False,
+    ) -> Callable[[H], H]:
+        if (durable and after_commit) or ((name or from_start) and not durable):
+            raise ValueError("Use durable=True without after_commit, and name only with durable.")
+
         def register(handler: H) -> H:
-            self._handlers.add(pattern, handler, after_commit=after_commit)
+            if durable:
+                self._handlers.add_durable(pattern, handler, name, from_start=from_start)
+            else:
+                self._handlers.add(pattern, handler, after_commit=after_commit)
             return handler
 
         return register
@@ -222,21 +242,30 @@ class ClerkHooks(Generic[U]):
         bind_key = self._users.metadata.info.get("bind_key")
         with app.app_context():
             engine = self.db.engines[bind_key]
-        options = _engine_options(self.db, app, bind_key)
+        options = merge_engine_options(self.db, app.config, bind_key)
         database = Database(engine, options, pool_size=settings.pool_size, pooler=settings.pooler)
         optional = self._find_optional(settings)
         own = self._own._replace(changes=self._find_changes(settings))
+        if own.changes is None:
+            self._refuse_durable()
         store = Store(database, self._mapper, own, self._fields, optional)
         return State(
             hooks=self,
             settings=settings,
             values=values,
             store=store,
+            handlers=self._handlers,
             users=Users(store),
             deliveries=Deliveries(store, self._handlers, cast("Any", self.db.session)),
             authenticator=auth.make_authenticator(settings),
             secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
         )
+
+    def _refuse_durable(self) -> None:
+        """Raise SettingsError if there are durable handlers."""
+        if self._handlers.durable:
+            problem = "does not contain changes, which handlers with durable=True need."
+            raise SettingsError([Fault("CLERK_TABLES", problem, VARIABLES["CLERK_TABLES"])])
 
     def _get_organization_models(self) -> OrganizationModels:
         if self._organizations is None:
@@ -270,14 +299,3 @@ def _make_model(db: SQLAlchemy) -> type[Any]:
             "ClerkHooks(db, User)."
         )
     return type("PlainUser", (ClerkUser, db.Model), {})
-
-
-def _engine_options(db: SQLAlchemy, app: Flask, bind_key: str | None) -> dict[str, Any]:
-    """Return the application's engine options, merged as Flask-SQLAlchemy merges them."""
-    options = dict(getattr(db, "_engine_options", None) or {})  # from SQLAlchemy(engine_options=…)
-    bind = (app.config.get("SQLALCHEMY_BINDS") or {}).get(bind_key)
-    if isinstance(bind, dict):
-        options |= bind
-    if bind_key is None:
-        options |= app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
-    return options

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 
 @final
+class Change(TypedDict):
+    """What a handler with ``durable=True`` is told of a changed row: its id, and no values."""
+
+    id: str
+    kind: Literal["created", "filled", "updated", "deleted", "barred", "restored", "revived"]
+    fields: list[str]
+
+
+@final
 class EmailEventPayload(TypedDict):
     """The data of ``email.created``."""
 
@@ -974,6 +983,7 @@ if TYPE_CHECKING:
     D = TypeVar("D", bound=Mapping[str, object])
     H = TypeVar("H", bound=Handler)
     Takes: TypeAlias = Callable[[Event[D]], object]
+    ChangeHandler = TypeVar("ChangeHandler", bound=Takes[Change])
     EmailCreated = TypeVar(
         "EmailCreated",
         bound=Takes[EmailEventPayload],
@@ -1289,6 +1299,15 @@ if TYPE_CHECKING:
             *,
             after_commit: bool = False,
         ) -> Callable[[UserAny], UserAny]: ...
+        @overload
+        def __call__(
+            self,
+            pattern: str,
+            *,
+            durable: Literal[True],
+            name: str | None = None,
+            from_start: bool = False,
+        ) -> Callable[[ChangeHandler], ChangeHandler]: ...
         @overload
         def __call__(
             self,

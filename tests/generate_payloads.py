@@ -48,6 +48,15 @@ if TYPE_CHECKING:
     from typing import Protocol, TypeAlias, TypeVar, overload
 
     from clerkhooks.events import Event, Handler
+
+
+@final
+class Change(TypedDict):
+    """What a handler with ``durable=True`` is told of a changed row: its id, and no values."""
+
+    id: str
+    kind: Literal["created", "filled", "updated", "deleted", "barred", "restored", "revived"]
+    fields: list[str]
 '''
 REGISTRATION = '''
 
@@ -55,11 +64,21 @@ if TYPE_CHECKING:
     D = TypeVar("D", bound=Mapping[str, object])
     H = TypeVar("H", bound=Handler)
     Takes: TypeAlias = Callable[[Event[D]], object]
+    ChangeHandler = TypeVar("ChangeHandler", bound=Takes[Change])
 {variables}
     class On(Protocol):
         """The type of ``ClerkHooks.on``, with an overload for each type of ``data``."""
 
 {overloads}        @overload
+        def __call__(
+            self,
+            pattern: str,
+            *,
+            durable: Literal[True],
+            name: str | None = None,
+            from_start: bool = False,
+        ) -> Callable[[ChangeHandler], ChangeHandler]: ...
+        @overload
         def __call__(
             self,
             pattern: str,

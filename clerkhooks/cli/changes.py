@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import select
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import click
 import sqlalchemy as sa
+from flask import Flask, current_app
 from flask.cli import with_appcontext
 
+from clerkhooks.cli.follow import print_event, print_event_json
 from clerkhooks.cli.options import (
     CannotDo,
     as_object,
@@ -26,31 +30,41 @@ from clerkhooks.store import Store
 from clerkhooks.store.change_reader import MAX_LIMIT, Change, ChangeReader, Cursor
 from clerkhooks.store.changes import CHANNEL
 from clerkhooks.store.postgresql import TimeoutConnection
+from clerkhooks.web.background import make_handler_loops, run_loop
 from clerkhooks.web.state import current_state
 
 COLUMNS = ("changed_at", "kind", "object_type", "object_id", "fields", "cursor")
 POLL = 1.0  # seconds
+STOP_TIMEOUT = 10.0  # seconds for a handler that is running
 
 
 @click.command()
 @click.option("--after", metavar="CURSOR", help="Only changes after this cursor. 'end': new ones.")
 @limit_option
 @click.option("--follow", is_flag=True, help="Keep printing new changes until Ctrl-C.")
+@click.option("--run-handlers", is_flag=True, help="Call durable handlers until Ctrl-C.")
 @json_lines_option
 @with_appcontext
-def changes(after: str | None, limit: int, follow: bool, as_json: bool) -> None:
+def changes(after: str | None, limit: int, follow: bool, run_handlers: bool, as_json: bool) -> None:
     """
     List the changes of users, organizations and memberships, oldest first.
 
     Needs CLERK_TABLES=changes. A change names the columns that changed, and contains no values. To
     continue later, pass the cursor of the last change that you have processed to --after. With
-    --follow, --limit is the size of a page.
+    --follow, --limit is the size of the first page.
+
+    With --run-handlers, the command calls the handlers that the application registered with
+    durable=True, and prints failures. The workers of the service do this without the command. If
+    several processes do it, one of them calls each handler.
 
     Exit status: 0, or 2 if changes after the cursor were pruned.
     """
     store = current_state().store
     if store.changes is None:
         raise CannotDo("The change feed is off. Set CLERK_TABLES=changes.")
+    if run_handlers:
+        _run_handlers(as_json)
+        return
     reader = ChangeReader(store)
     with database_failures(), suppress(KeyboardInterrupt), _feed_failures():
         cursor = _find_cursor(reader, after)
@@ -62,6 +76,27 @@ def changes(after: str | None, limit: int, follow: bool, as_json: bool) -> None:
             cursor = Cursor.parse(found[-1].cursor) if found else cursor
             for page in _follow(store, reader, cursor):
                 _print(page, as_json, with_names=False)
+
+
+def _run_handlers(as_json: bool) -> None:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    loops = make_handler_loops(app, print_event_json if as_json else print_event)
+    if not loops:
+        raise CannotDo("No handler is registered with durable=True.")
+    threads = [threading.Thread(target=run_loop, args=(app, loop), daemon=True) for loop in loops]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for thread in threads:
+        thread.start()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for loop in loops:
+            loop.stop()
+        signal.signal(signal.SIGTERM, previous)
+    for thread in threads:
+        thread.join(STOP_TIMEOUT)
 
 
 def _find_cursor(reader: ChangeReader, after: str | None) -> Cursor | None:

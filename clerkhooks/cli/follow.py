@@ -16,7 +16,7 @@ from clerkhooks.web.state import current_state
 
 def follow(as_json: bool) -> None:
     """Follow Clerk until this process is interrupted or terminated. Print each event."""
-    follower = make_follower(current_state(), _print_json if as_json else _print)
+    follower = make_follower(current_state(), print_event_json if as_json else print_event)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         follower.run()
@@ -27,11 +27,13 @@ def follow(as_json: bool) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _print(event: str, fields: Mapping[str, object]) -> None:
+def print_event(event: str, fields: Mapping[str, object]) -> None:
+    """Print an event of background work as text."""
     text = "  ".join(f"{name}={printable(value)}" for name, value in fields.items())
     click.echo(f"{printable(datetime.now(UTC))}  {event}  {text}".rstrip())
 
 
-def _print_json(event: str, fields: Mapping[str, object]) -> None:
+def print_event_json(event: str, fields: Mapping[str, object]) -> None:
+    """Print an event of background work as JSON."""
     moment = datetime.now(UTC).isoformat(timespec="milliseconds")
     click.echo(json.dumps({"time": moment, "event": event, **fields}))

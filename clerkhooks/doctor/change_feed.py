@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clerkhooks.doctor.findings import Finding, Level
+from clerkhooks.doctor.findings import Finding, Level, count
 from clerkhooks.errors import ChangesRestored
 from clerkhooks.store import Store
 from clerkhooks.store.change_reader import ChangeReader
+from clerkhooks.sync.change_handlers import PREFIX, find_handlers
 
 MAX_DELAY = 60.0  # seconds
 
@@ -23,6 +24,7 @@ def judge_changes(store: Store) -> Iterator[Finding]:
         what, _, remedy = str(error).partition(". ")
         yield Finding(error.reason, Level.ERROR, subject, f"{what}.", remedy)
         return
+    yield from _judge_handlers(store)
     delay = reader.find_delay()
     if delay < MAX_DELAY:
         yield Finding("changes_readable", Level.OK, subject, "Readers see all changes.")
@@ -32,3 +34,17 @@ def judge_changes(store: Store) -> Iterator[Finding]:
         "Find it: SELECT * FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start"
     )
     yield Finding("changes_delayed", Level.WARNING, subject, what, remedy)
+
+
+def _judge_handlers(store: Store) -> Iterator[Finding]:
+    """Report durable handlers that fail."""
+    for handler in find_handlers(store):
+        position = handler.position
+        if position.failures:
+            attempts = count(position.failures, "time")
+            what = f"The handler {handler.name} failed {attempts} ({position.error})."
+            remedy = (
+                "The log event round_failed has the stack frames. If the handler was removed from "
+                f"the application, delete the row {PREFIX}{handler.name} of clerk_leases."
+            )
+            yield Finding("change_handler_failing", Level.ERROR, "change feed", what, remedy)

@@ -103,6 +103,19 @@ class Database:
             return connection.execute(statement, parameters).all()
 
 
+def merge_engine_options(
+    db: object, config: Mapping[str, Any], bind_key: str | None
+) -> dict[str, Any]:
+    """Return the application's engine options, merged as Flask-SQLAlchemy merges them."""
+    options = dict(getattr(db, "_engine_options", None) or {})  # from SQLAlchemy(engine_options=…)
+    bind = (config.get("SQLALCHEMY_BINDS") or {}).get(bind_key)
+    if isinstance(bind, dict):
+        options |= bind
+    if bind_key is None:
+        options |= config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+    return options
+
+
 def sqlite_transaction(connection: sa.Connection) -> AbstractContextManager[None]:
     """
     Run the block's statements in one transaction on SQLite.

@@ -26,6 +26,7 @@ from clerkhooks.clerk.signing_keys import FetchedKeys
 from clerkhooks.events import Outcome
 from clerkhooks.store import Store, activity
 from clerkhooks.store.change_reader import ChangeReader
+from clerkhooks.sync.change_handlers import find_handlers
 from clerkhooks.sync.progress import FOLLOWER
 from clerkhooks.web.state import State
 
@@ -168,6 +169,7 @@ def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
         barred = {state: activity.count_barred(store, state) for state in BARRING}
         counts = activity.count_organizations(store), activity.count_memberships(store)
         following = list(_from_follower(store)) if follows else []
+        failures = list(_from_handlers(store)) if store.changes is not None else []
         delay = ChangeReader(store).find_delay() if store.changes is not None else None
     except SQLAlchemyError:
         yield _gauge("database_up", up, 0)
@@ -184,6 +186,7 @@ def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
             limit = activity.MAX_COUNT
             yield _gauge(name, f"The {name} that have not ended, at most {limit + 1}.", count)
     yield from following
+    yield from failures
     if delay is not None:
         about = "Age of the oldest change that readers of the change feed cannot see yet."
         yield _gauge("changes_delay_seconds", about, delay)
@@ -193,6 +196,14 @@ def _from_database(store: Store, *, follows: bool) -> Iterator[Metric]:
             "Time since the last verified delivery of a new message.",
             (datetime.now(UTC) - last).total_seconds(),
         )
+
+
+def _from_handlers(store: Store) -> Iterator[GaugeMetricFamily]:
+    about = "Failed attempts of durable handlers at their next change."
+    family = GaugeMetricFamily(f"{NAMESPACE}_change_handler_failures", about, labels=["handler"])
+    for handler in find_handlers(store):
+        family.add_metric([handler.name], handler.position.failures)
+    yield family
 
 
 def _from_follower(store: Store) -> Iterator[Metric]:

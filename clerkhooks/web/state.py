@@ -15,6 +15,7 @@ from flask import Flask, current_app, request
 from clerkhooks.clerk.session_tokens import Session, SessionVerifier
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.deliveries import Deliveries
+from clerkhooks.events import Handlers
 from clerkhooks.settings import Settings
 from clerkhooks.store import Store
 from clerkhooks.store.models import ClerkUser
@@ -47,6 +48,7 @@ class State:
     values: Mapping[str, Any] = field(repr=False)
     """The variables from which *settings* were read, for the ``doctor`` command."""
     store: Store
+    handlers: Handlers
     users: Users
     deliveries: Deliveries
     authenticator: Authenticator

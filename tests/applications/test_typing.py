@@ -43,6 +43,7 @@ WRONG = {
     "hooks.on('user.*')(for_user)": "type-var",
     "hooks.on('user.barred')(for_role)": "type-var",
     "hooks.on('organization.created', after_commit=True)(for_user)": "type-var",
+    "hooks.on('user.created', durable=True)(for_user)": "type-var",
     "hooks.on('user.created', after=True)": "call-overload",
     "member.data['public_user_date']": "typeddict-item",
     "member.data['organization']['id'].nickname": "attr-defined",
