@@ -125,6 +125,19 @@ def test_survives_failures_of_clerk(
 
 
 @sqlite
+def test_starts_without_certificates(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the certificate authorities cannot be loaded, the worker serves requests nevertheless."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent.pem")
+    service = make_service(CLERK_SECRET_KEY="sk_live_" + 40 * "a")
+    start_background(service.app)
+    stop_background(service.app)
+    with running(service) as run:
+        eventually(lambda: run.errors() == ["FileNotFoundError"])
+
+
+@sqlite
 def test_waits_as_long_as_clerk_asks(quick: Service, backend: Backend) -> None:
     """After a 429, no request is sent before Retry-After has passed."""
     backend.behaviours.append(limiting(1))

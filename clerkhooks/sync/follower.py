@@ -29,13 +29,14 @@ class Follower(LeasedLoop):
         interval = settings.follow or DEFAULT_INTERVAL
         lifetime = min(LIFETIME, max(MIN_LIFETIME, 2 * interval))
         super().__init__(Lease(store, FOLLOWER, lifetime), interval, tell)
-        url, key = settings.api_url, settings.secret_key or ""
-        self._api = BackendApi(url, key, patience=0, share=SHARE, timeout=TIMEOUT)
-        self._leased = LeasedSync(self._api, store, self.lease, handled, self.tell)
+        self._store, self._settings, self._handled = store, settings, handled
 
     def begin(self) -> None:
-        """Check the instance again in the first round."""
-        self._round = Round(self._leased, self.interval)
+        """Load the certificates, and check the instance again in the first round."""
+        url, key = self._settings.api_url, self._settings.secret_key or ""
+        self._api = BackendApi(url, key, patience=0, share=SHARE, timeout=TIMEOUT)
+        leased = LeasedSync(self._api, self._store, self.lease, self._handled, self.tell)
+        self._round = Round(leased, self.interval)
 
     def work(self, held: Held) -> None:
         """Do a round."""
