@@ -28,22 +28,19 @@ RETURNING object_id
 
 # A message about the user, from the time of the change or later, shows that deliveries arrive. It
 # may have failed here, or may have come too late to change the row.
-_DELETE = """
-DELETE FROM {awaited} AS a
-WHERE a.due_at <= :now - {day} OR EXISTS (
+_HAS_ARRIVED = """
+EXISTS (
     SELECT 1 FROM {messages} AS m
     WHERE m.clerk_user_id = a.object_id AND (
         m.event_type = 'user.deleted'
         OR (m.event_type LIKE 'user.%' AND NOT a.is_deletion
             AND {occurred_at} >= a.changed_at - {tolerance})))
-RETURNING object_id
 """
 
 # The log has no index for organizations and memberships, but the row has the id of the message that
 # wrote it. A final tombstone has no version. A failed message counts as arrived.
-_DELETE_BY_ROW = """
-DELETE FROM {awaited} AS a
-WHERE substr(a.object_id, 1, length(:prefix)) = :prefix AND (
+_HAS_ARRIVED_BY_ROW = """
+(a.object_id LIKE '{prefix}!_%' ESCAPE '!' AND (
     EXISTS (
         SELECT 1 FROM {table} AS t
         WHERE t.id = a.object_id AND (
@@ -52,8 +49,11 @@ WHERE substr(a.object_id, 1, length(:prefix)) = :prefix AND (
             OR (t.deleted_at IS NOT NULL AND t.version_updated_at IS NULL)))
     OR EXISTS (
         SELECT 1 FROM {messages} AS m
-        WHERE m.outcome = 'failed' AND m.clerk_object_id = a.object_id))
-RETURNING object_id
+        WHERE m.outcome = 'failed' AND m.clerk_object_id = a.object_id)))
+"""
+
+_DELETE = """
+DELETE FROM {awaited} AS a WHERE a.due_at <= :now - {day} OR {has_arrived} RETURNING object_id
 """
 
 # After an outage, Svix's next attempt may be a long time away: each pause of its schedule is up to
@@ -65,10 +65,12 @@ WHERE due_at > :since
 RETURNING object_id
 """
 
+# A webhook may have arrived since the last round, which forgets it.
 _COUNT = """
 SELECT count(*), count(missed_at), min(missed_at), max(missed_at) FROM (
-    SELECT CASE WHEN due_at > :now - {day} AND due_at <= :now THEN changed_at END AS missed_at
-    FROM {awaited}) AS a
+    SELECT CASE WHEN due_at > :now - {day} AND due_at <= :now THEN
+        CASE WHEN {has_arrived} THEN NULL ELSE changed_at END END AS missed_at
+    FROM {awaited} AS a) AS counted
 """
 
 _POSTGRESQL = {
@@ -129,7 +131,7 @@ class AwaitedWebhooks:
         others: Mapping[Kind, sa.Table],
     ) -> None:
         """Use the log of *messages*. *others* are the tables of kinds other than users."""
-        self._database, self.table, self._others = database, table, others
+        self._database, self.table = database, table
         format_table = database.dialect.identifier_preparer.format_table
         self._names = {
             **(_SQLITE if database.dialect_name == "sqlite" else _POSTGRESQL),
@@ -139,6 +141,13 @@ class AwaitedWebhooks:
             "day": str(DAY),
             "tolerance": str(CLOCK_TOLERANCE),
         }
+        arrived = [_HAS_ARRIVED.format(**self._names)] + [
+            _HAS_ARRIVED_BY_ROW.format(
+                **self._names, table=format_table(other), prefix=kind.id_prefix
+            )
+            for kind, other in others.items()
+        ]
+        self._names["has_arrived"] = f"({' OR '.join(arrived)})"
 
     def add(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Record *changes*, which have the columns of the table as keys."""
@@ -147,10 +156,6 @@ class AwaitedWebhooks:
     def delete_arrived(self) -> None:
         """Forget the changes that messages have announced, and those from over a day ago."""
         self._write(_DELETE, {"now": now_ms()})
-        format_table = self._database.dialect.identifier_preparer.format_table
-        for kind, table in self._others.items():
-            prefix = {"prefix": f"{kind.id_prefix}_"}
-            self._write(_DELETE_BY_ROW, prefix, table=format_table(table))
 
     def postpone(self, grace: int, since: int) -> None:
         """Give more time to webhooks that were due at *since* or later."""
@@ -162,11 +167,11 @@ class AwaitedWebhooks:
         recorded, missed, since, last = cast("tuple[int, int, int | None, int | None]", rows[0])
         return Missed(recorded, missed, _moment(since), _moment(last))
 
-    def _write(self, template: str, parameters: Mapping[str, Any], **names: str) -> None:
-        self._database.write(self._text(template, **names), parameters)
+    def _write(self, template: str, parameters: Mapping[str, Any]) -> None:
+        self._database.write(self._text(template), parameters)
 
-    def _text(self, template: str, **names: str) -> sa.TextClause:
-        return sa.text(template.format(**self._names, **names))
+    def _text(self, template: str) -> sa.TextClause:
+        return sa.text(template.format(**self._names))
 
 
 def now_ms() -> int:
