@@ -282,6 +282,41 @@ def test_stops_before_it_deletes_too_many(
     assert syncing.rows(count) == [(deleted + 1,)]
 
 
+@sqlite
+def test_withholds_nothing_that_is_not_deleted(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """After deletions, the limit may decrease below their number, because there are fewer users."""
+    hidden, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    following.change_state(deletions={"user": Deletions(since=int(time.time() * 1000), count=25)})
+
+    def forget(_path: str, query: Query) -> None:
+        if "user_id" in query:
+            backend.behaviours.append(answering_json(200, [backend.users[other]]))
+
+    backend.before = forget
+    following.run(2)
+    assert f"/v1/users/{hidden}" in [path for path, _ in backend.requests]
+    assert following.progress().fault is None
+
+
+@sqlite
+def test_counts_deletions_anew_after_the_clock_was_set_back(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Otherwise, deletions would be withheld until the clock shows the later time again."""
+    user_id, _ = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    next_year = int(time.time() * 1000) + 365 * 86_400_000
+    following.change_state(deletions={"user": Deletions(since=next_year, count=20)})
+    backend.delete(user_id)
+    following.run(2)
+    assert syncing.user(user_id, ("name",)) == ("Deleted User",)
+
+
 def test_revives_a_user_whom_an_outage_hid(
     following: Following, syncing: Service, backend: Backend
 ) -> None:

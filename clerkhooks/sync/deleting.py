@@ -35,9 +35,10 @@ class Deleter:
             WrongInstance: the secret key is probably wrong.
         """
         deletions = progress.deletions_of(self._kind)
-        if now_ms() - deletions.since > DAY:
+        if not 0 <= now_ms() - deletions.since <= DAY:  # negative if the clock was set back
             deletions = replace(deletions, since=now_ms(), count=0)
-        most = max(MAX_DELETED, total // MAX_DELETED_SHARE) - deletions.count
+        # The total may have decreased since the last deletion.
+        most = max(0, max(MAX_DELETED, total // MAX_DELETED_SHARE) - deletions.count)
         gone = self._confirm(lookups, most)
         if gone:
             self._leased.check_instance()
