@@ -161,6 +161,23 @@ def test_ignores_what_another_release_has_stored(
     assert following.progress().deletions_of(USER).count == 3
 
 
+@sqlite
+def test_follows_changes_made_while_an_import_was_interrupted(
+    following: Following, backend: Backend, syncing: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user who was imported before the interruption changes before the import continues."""
+    monkeypatch.setattr("clerkhooks.clerk.backend_api.PAGE", 20)
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(100)]
+    with suppress(Crash):
+        following.run(steps=12)
+    assert syncing.user(users[0])
+    for number, user_id in enumerate(users[:60], 1):
+        backend.update(user_id, first_name="Grace", updated_at=LONG_AGO + 60_000 * number)
+    Following(syncing, backend).run()
+    names = syncing.rows("SELECT count(*) FROM users WHERE name = 'Grace Lovelace'")
+    assert names == [(60,)]
+
+
 def test_begins_with_an_empty_instance(
     following: Following, syncing: Service, backend: Backend
 ) -> None:

@@ -40,7 +40,8 @@ class Progress:
     What has been read from Clerk. Times are in milliseconds.
 
     All users whose ``updated_at`` is at most *position* are stored. Before the first position is
-    known, the import has reached the user with the id *imported_to*. The sweep has reached the id
+    known, the import has reached the user with the id *imported_to*, and *imported_at* is the
+    position at which it began. The sweep has reached the id
     *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
     read once, and *deletions* the deletions by family. Webhooks were delayed until *troubled_at*.
     *error* is the reason why the last round is incomplete.
@@ -48,6 +49,7 @@ class Progress:
 
     position: int | None = None
     imported_to: str | None = None
+    imported_at: int | None = None
     swept_to: str | None = None
     users: int = 0
     passed: Sequence[str] = ()

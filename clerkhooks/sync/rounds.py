@@ -90,14 +90,22 @@ class Round:
                 self.progress = replace(self.progress, troubled_at=troubled_at)
 
     def _import(self) -> None:
-        """Write all users who exist now. An interrupted import continues with the next page."""
-        api = self._leased.api
-        position = find_latest(self._leased.ask(lambda: api.list_updated(1, 0)), UPDATED_AT)
+        """
+        Write all users who exist now. An interrupted import continues with the next page.
+
+        Then users are followed from the time at which it began, because the users on earlier pages
+        may have changed meanwhile.
+        """
+        api, position = self._leased.api, self.progress.imported_at
+        if position is None:
+            position = find_latest(self._leased.ask(lambda: api.list_updated(1, 0)), UPDATED_AT)
+            self._store(replace(self.progress, imported_at=position))
         pages = read_all(api, IdSet(), self.progress.imported_to)
         while page := self._leased.ask(lambda: next(pages, None)):
             self._leased.apply(USER, page, is_import=True)
             self._store(replace(self.progress, imported_to=USER.find_id(page[-1])))
-        self._store(replace(self.progress, position=position, imported_to=None))
+        ended = replace(self.progress, position=position, imported_to=None, imported_at=None)
+        self._store(ended)
 
     def _follow(self) -> BackendApiError | None:
         """
