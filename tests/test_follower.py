@@ -448,6 +448,58 @@ def test_tells_handlers_of_changes_of_the_account_state(
     assert syncing.rows("SELECT count(*) FROM users WHERE banned_at IS NOT NULL") == [(1,)]
 
 
+def test_repeats_what_a_handler_has_refused(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A ban is written as soon as the handler works, even if many others changed later."""
+    now = int(time.time() * 1000)
+    user_id = backend.sign_up(at=LONG_AGO)
+    following.run()
+    backend.update(user_id, banned=True, updated_at=now - 500_000)
+    fails = True
+
+    def handle(_event: Event) -> None:
+        if fails:
+            raise ValueError
+
+    with registered_handler(syncing.app, handle, "user.barred", after_commit=False):
+        following.run()
+        for number in range(20):
+            backend.sign_up(at=now - 20_000 * number)
+        following.run()
+        assert following.progress().failed == [user_id]
+        fails = False
+        following.run()
+    assert syncing.rows("SELECT id FROM users WHERE banned_at IS NOT NULL") == [(user_id,)]
+    assert following.progress().failed == []
+
+
+def test_continues_if_the_database_refuses_a_user(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A constraint of the application does not hold up other users. It is tried again."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    syncing.rows("CREATE UNIQUE INDEX only_one ON users (email)")
+    users = [backend.sign_up(email="ada@example.org") for _ in range(2)]
+    others = [backend.sign_up() for _ in range(30)]
+    try:
+        following.run()
+    finally:
+        syncing.rows("DROP INDEX only_one")
+    assert all(syncing.user(user_id) for user_id in others)
+    [refused] = [user_id for user_id in users if syncing.user(user_id) is None]
+    assert following.progress().failed == [refused]
+    reasons = [
+        fields["reason"] for name, fields in following.events if name == "object_not_followed"
+    ]
+    assert all("IntegrityError" in reason for reason in reasons)
+    following.run()
+    assert syncing.user(refused, ("email",)) == ("ada@example.org",)
+    following.run()
+    assert following.progress().failed == []
+
+
 def test_reports_a_malformed_user(following: Following, syncing: Service, backend: Backend) -> None:
     """Other users are written."""
     backend.users["odd"] = {"id": clerk_id("user"), "updated_at": "x"}

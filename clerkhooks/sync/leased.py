@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from sqlalchemy.exc import DataError, IntegrityError
+
 from clerkhooks.clerk.backend_api import BackendApi
-from clerkhooks.clerk.kinds import Kind
-from clerkhooks.errors import ClerkhooksError
+from clerkhooks.clerk.kinds import USER, Kind
+from clerkhooks.errors import ClerkhooksError, describe
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.awaited import now_ms
@@ -32,7 +34,8 @@ class LeasedSync:
     Reads objects from Clerk and writes them, in small steps, as long as *lease* is held.
 
     *tell* receives the name and the fields of each event to log. *counts* has the objects by table
-    and result, and *written* has those whose changes a webhook must have announced.
+    and result, and *written* has those whose changes a webhook must have announced. *failed* has
+    the ids of users that a handler or a constraint of the application has refused.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class LeasedSync:
         self._read_at = 0
         self.counts: Counter[tuple[str, Result]] = Counter()
         self.written: list[Comparison] = []
+        self.failed: set[str] = set()
 
     def ask(self, request: Callable[[], T]) -> T:
         """
@@ -61,15 +65,33 @@ class LeasedSync:
         Write the objects that the last request returned, unless the rows are newer.
 
         In an import, no webhooks are expected, because the objects existed before the installation.
+        If the database refuses an object, the others are written nevertheless.
         """
         before = len(self.written)
         for start in range(0, len(objects), CHUNK):
-            self.lease.check()
-            with self.open_run() as run:
-                run.table_of(kind).apply(objects[start : start + CHUNK], self._read_at)
+            some = objects[start : start + CHUNK]
+            try:
+                self._apply(kind, some)
+            except (IntegrityError, DataError):
+                for data in some:
+                    self._apply_or_tell(kind, data)
             time.sleep(PAUSE)
         if is_import:
             del self.written[before:]
+
+    def _apply(self, kind: Kind, objects: Sequence[Any]) -> None:
+        self.lease.check()
+        with self.open_run() as run:
+            run.table_of(kind).apply(objects, self._read_at)
+
+    def _apply_or_tell(self, kind: Kind, data: Any) -> None:
+        try:
+            self._apply(kind, [data])
+        except (IntegrityError, DataError) as error:
+            object_id = kind.find_id(data)
+            if kind is USER and object_id is not None:
+                self.failed.add(object_id)
+            self._tell_failure(Finding("failed", object_id, describe(error)))
 
     def look_up(self, kind: Kind, ids: Sequence[str]) -> list[Callable[[], list[str]]]:
         """Return functions that send a request each, and return ids that do not exist at Clerk."""
@@ -113,4 +135,6 @@ class LeasedSync:
         self.written += (each for each in run.written or () if each.expects_webhook)
 
     def _tell_failure(self, finding: Finding) -> None:
+        if finding.kind == "handler_failed" and finding.id is not None:
+            self.failed.add(finding.id)
         self.tell("object_not_followed", {"id": finding.id, "reason": finding.reason})

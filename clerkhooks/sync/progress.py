@@ -43,8 +43,9 @@ class Progress:
     known, the import has reached the user with the id *imported_to*, and *imported_at* is the
     position at which it began. The sweep has reached the id
     *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
-    read once, and *deletions* the deletions by family. Webhooks were delayed until *troubled_at*.
-    *error* is the reason why the last round is incomplete.
+    read once, and *deletions* the deletions by family. The users *failed* could not be written, so
+    each round reads them again. Webhooks were delayed until *troubled_at*. *error* is the reason
+    why the last round is incomplete.
     """
 
     position: int | None = None
@@ -53,6 +54,7 @@ class Progress:
     swept_to: str | None = None
     users: int = 0
     passed: Sequence[str] = ()
+    failed: Sequence[str] = ()
     deletions: Mapping[str, Deletions] = field(default_factory=dict)
     troubled_at: int = 0
     error: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store.awaited import now_ms
@@ -60,6 +61,7 @@ class Round:
         try:
             if self.progress.position is None:
                 self._import()
+            self._retry_failed()
             unusable = self._follow()
             for _ in range(self._sweep.count_steps(self.progress)):
                 self._store(self._sweep.run(self.progress))
@@ -79,6 +81,7 @@ class Round:
         """Check that it is the right instance, and that no outage has delayed webhooks."""
         self._leased.counts.clear()
         self._leased.written.clear()
+        self._leased.failed.clear()
         self.progress = Progress.of(held)
         if not self._is_trusted:
             self._leased.check_instance()
@@ -106,6 +109,13 @@ class Round:
             self._store(replace(self.progress, imported_to=USER.find_id(page[-1])))
         ended = replace(self.progress, position=position, imported_to=None, imported_at=None)
         self._store(ended)
+
+    def _retry_failed(self) -> None:
+        """Write the users that a handler or the database has refused, if it accepts them now."""
+        if failed := self.progress.failed:
+            found = self._leased.ask(lambda: self._leased.api.find_users(failed))
+            self._leased.apply(USER, found)
+            self._store(replace(self.progress, failed=()))
 
     def _follow(self) -> BackendApiError | None:
         """
@@ -143,6 +153,9 @@ class Round:
 
     def _store(self, progress: Progress, *, completed: bool = False) -> None:
         self._expect_webhooks()
+        if self._leased.failed:
+            failed = sorted(self._leased.failed.union(progress.failed))
+            progress = replace(progress, failed=failed[:IDS])
         self._leased.lease.save(progress.state, completed=completed)
         self.progress = progress
 
