@@ -11,7 +11,9 @@ from threading import enumerate as enumerate_threads
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from clerkhooks import Event
 from clerkhooks.sync import follower as follower_module
 from clerkhooks.sync.follower import Follower
 from clerkhooks.sync.progress import find_progress
@@ -32,7 +34,7 @@ from tests.backend import (
     stalling,
 )
 from tests.conftest import MakeService
-from tests.racing import eventually
+from tests.racing import eventually, registered_handler
 from tests.support import Service, join
 from tests.syncing import store_of
 
@@ -55,11 +57,7 @@ def running(service: Service) -> Iterator[Running]:
     state, events = service.app.extensions["clerkhooks"], list[tuple[str, Mapping[str, Any]]]()
     follower = make_follower(state, lambda name, fields: events.append((name, dict(fields))))
 
-    def run() -> None:
-        with service.app.app_context():
-            follower.run()
-
-    thread = Thread(target=run)
+    thread = Thread(target=follower.run, args=(service.app.app_context,))
     thread.start()
     try:
         yield Running(follower, events)
@@ -161,6 +159,23 @@ def test_uses_a_tenth_of_the_rate_limit(
         backend.wait_for(15)
     seconds = backend.arrivals[14] - backend.arrivals[0]
     assert 14 / seconds <= 1.05 * 1000 / WINDOW / 10
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_ends_the_transactions_of_handlers(quick: Service, backend: Backend) -> None:
+    """A handler that only reads leaves a transaction open, which the end of the round closes."""
+    session, told = quick.app.extensions["clerkhooks"].deliveries.handled._session, list[int]()
+
+    def handle(_event: Event) -> None:
+        told.append(session.scalar(sa.text("SELECT 1")))
+
+    with registered_handler(quick.app, handle, "user.barred", after_commit=True), running(quick):
+        user_id = backend.sign_up()
+        eventually(lambda: quick.user(user_id) is not None)
+        backend.update(user_id, banned=True)
+        eventually(lambda: told)
+        is_open = "state LIKE 'idle in%' AND datname = current_database()"
+        eventually(lambda: not quick.rows(f"SELECT 1 FROM pg_stat_activity WHERE {is_open}"))
 
 
 def test_survives_an_outage_of_the_database(quick: Service, backend: Backend) -> None:

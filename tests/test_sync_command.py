@@ -183,7 +183,7 @@ def test_asks_for_the_key(service: Service, arguments: list[str]) -> None:
 def test_prints_what_the_follower_does(syncing: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each event is a line with the time and the fields. ``stop`` is called after Ctrl-C."""
 
-    def follow(follower: Follower) -> None:
+    def follow(follower: Follower, _context: object) -> None:
         follower.tell("lease_taken", {"lease": "follower", "holder": "host:1"})
         raise KeyboardInterrupt
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import click
+from flask import current_app
 
 from clerkhooks.cli.options import printable
 from clerkhooks.web.background import make_follower
@@ -19,7 +20,7 @@ def follow(as_json: bool) -> None:
     follower = make_follower(current_state(), print_event_json if as_json else print_event)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        follower.run()
+        follower.run(current_app.app_context)
     except KeyboardInterrupt:
         pass
     finally:

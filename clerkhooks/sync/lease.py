@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,6 +20,7 @@ from clerkhooks.store import Store
 from clerkhooks.store.leases import Held
 
 logger = logging.getLogger(__name__)
+Context = Callable[[], AbstractContextManager[object]]
 Tell = Callable[[str, Mapping[str, object]], object]
 LIFETIME = 15.0  # seconds without a renewal after which another process takes over
 RENEWALS = 3  # per lifetime
@@ -98,6 +99,7 @@ class LeasedLoop(ABC):
         self._next_at = 0.0
         self._failures = 0
         self._stopping = threading.Event()
+        self._context: Context = nullcontext
 
     @abstractmethod
     def begin(self) -> None:
@@ -117,8 +119,13 @@ class LeasedLoop(ABC):
         del error
         return None
 
-    def run(self) -> None:
-        """Repeat rounds until ``stop`` is called. No error ends this function."""
+    def run(self, context: Context = nullcontext) -> None:
+        """
+        Repeat rounds until ``stop`` is called, each in its own *context*.
+
+        No error ends this function.
+        """
+        self._context = context
         while not self._stopping.is_set():
             self._turn()
             pause = self._next_at - time.monotonic()
@@ -156,7 +163,8 @@ class LeasedLoop(ABC):
             self.tell("lease_taken", {"lease": self.lease.name, "holder": self.lease.holder})
         began_at = time.monotonic()
         if began_at >= self._next_at:
-            self.work(held)
+            with self._context():
+                self.work(held)
             self._failures, self._next_at = 0, began_at + self.interval
 
     def _fail(self, error: Exception) -> None:

@@ -65,5 +65,4 @@ def _make_loops(app: Flask) -> list[LeasedLoop]:
 def run_loop(app: Flask, loop: LeasedLoop) -> None:
     """Run *loop* in the context of *app* until it is stopped."""
     time.sleep(START_DELAY)
-    with app.app_context():
-        loop.run()
+    loop.run(app.app_context)  # what handlers leave open is closed after each round
