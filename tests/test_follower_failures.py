@@ -161,6 +161,21 @@ def test_uses_a_tenth_of_the_rate_limit(
     assert 14 / seconds <= 1.05 * 1000 / WINDOW / 10
 
 
+@sqlite
+def test_does_not_log_each_attempt_to_renew_the_lease(quick: Service) -> None:
+    """In an outage of the database, messages become as rare as rounds."""
+    with running(quick) as run:
+        eventually(lambda: has_completed(quick))
+        run.follower.interval = 60.0
+        quick.rows("ALTER TABLE clerk_leases RENAME TO elsewhere")
+        try:
+            eventually(lambda: len(run.errors()) == 1)
+            time.sleep(3)  # the lease would have been renewed 15 times
+            assert len(run.errors()) <= 2
+        finally:
+            quick.rows("ALTER TABLE elsewhere RENAME TO clerk_leases")
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_ends_the_transactions_of_handlers(quick: Service, backend: Backend) -> None:
     """A handler that only reads leaves a transaction open, which the end of the round closes."""

@@ -154,7 +154,8 @@ class LeasedLoop(ABC):
         """Wait until the lease may be free."""
         if self._is_leading and not self._stopping.is_set():
             self.tell("lease_lost", {"lease": self.lease.name})
-        self._is_leading, self._next_at = False, time.monotonic() + self.lease.interval
+        self._is_leading, self._failures = False, 0
+        self._next_at = time.monotonic() + self.lease.interval
 
     def _lead(self, held: Held) -> None:
         if not self._is_leading:
@@ -168,7 +169,9 @@ class LeasedLoop(ABC):
             self._failures, self._next_at = 0, began_at + self.interval
 
     def _fail(self, error: Exception) -> None:
-        """Log *error*, and try again later."""
+        """Log *error*, and try again later. Do not log failed renewals of the lease meanwhile."""
+        if self._failures and time.monotonic() < self._next_at:
+            return
         pause = min(self.interval, FIRST_PAUSE * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         with suppress(SQLAlchemyError, LeaseLost):
