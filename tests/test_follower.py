@@ -19,7 +19,7 @@ from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
 from clerkhooks.sync.leased import WrongInstance
 from clerkhooks.sync.progress import FOLLOWER, Deletions
-from tests.backend import Backend, Query, answering, answering_json
+from tests.backend import Backend, Query, answering, answering_json, limiting
 from tests.following import Crash, Following
 from tests.racing import registered_handler
 from tests.support import NOW_MS, TABLES, Service
@@ -146,6 +146,29 @@ def test_continues_an_interrupted_import(
     assert len(pages) <= 3
     assert syncing.rows("SELECT count(*) FROM users") == [(100,)]
     assert following.missed().recorded == 0
+
+
+@sqlite
+def test_reads_all_users_if_very_many_have_changed(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """If the list of changes is so long that reading it fails each time, progress is made."""
+    backend.sign_up(at=LONG_AGO - 1_000_000)
+    following.run()
+    for number in range(2500):
+        backend.sign_up(at=LONG_AGO + 1000 * number)
+
+    def limit(_path: str, query: Query) -> None:
+        if int(query.get("offset", ["0"])[0]) > 2300:
+            backend.behaviours.append(limiting(1))
+
+    backend.before = limit
+    with pytest.raises(BackendApiError):
+        following.run()
+    assert syncing.rows("SELECT count(*) FROM users")[0][0] < 2501
+    Following(syncing, backend).run()
+    assert syncing.rows("SELECT count(*) FROM users") == [(2501,)]
+    assert following.missed().recorded == 2500, "webhooks must have announced them"
 
 
 def test_ignores_what_another_release_has_stored(

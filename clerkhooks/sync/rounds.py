@@ -21,6 +21,9 @@ from clerkhooks.sync.sweep import Sweep
 from clerkhooks.sync.watch import Watch
 
 MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an outage
+# If reading the latest changes fails after this many pages, read all users instead, which can be
+# interrupted. If there are many users, this is worthwhile only after more pages.
+MANY_PAGES, USERS_PER_PAGE = 20, 5000
 HEALED = (Result.CREATED, Result.UPDATED, Result.TOMBSTONED)
 UPDATED_AT = "updated_at"
 
@@ -44,6 +47,7 @@ class Round:
             if source.kind in leased.store.by_kind
         ]
         self._is_trusted = False
+        self._is_first = False
         self._missed = 0
         self.progress = Progress()
         """The progress of the current round, or of the last one."""
@@ -82,7 +86,7 @@ class Round:
         self._leased.counts.clear()
         self._leased.written.clear()
         self._leased.failed.clear()
-        self.progress = Progress.of(held)
+        self.progress, self._is_first = Progress.of(held), held.completed_at is None
         if not self._is_trusted:
             self._leased.check_instance()
             self._is_trusted = True
@@ -105,7 +109,7 @@ class Round:
             self._store(replace(self.progress, imported_at=position))
         pages = read_all(api, IdSet(), self.progress.imported_to)
         while page := self._leased.ask(lambda: next(pages, None)):
-            self._leased.apply(USER, page, is_import=True)
+            self._leased.apply(USER, page, is_import=self._is_first)
             self._store(replace(self.progress, imported_to=USER.find_id(page[-1])))
         ended = replace(self.progress, position=position, imported_to=None, imported_at=None)
         self._store(ended)
@@ -124,16 +128,19 @@ class Round:
         Return the error if Clerk does not list users by their latest change. Then the sweep still
         compares every user.
         """
-        leased, position = self._leased, self.progress.position or 0
+        leased, position, number = self._leased, self.progress.position or 0, 0
         pages = read_newest(leased.api.list_updated, USER, UPDATED_AT, position - OVERLAP)
         try:
             while page := leased.ask(lambda: next(pages, None)):
                 position = max(position, find_latest(page, UPDATED_AT))
                 leased.apply(USER, page)
                 self._expect_webhooks()
+                number += 1
         except BackendApiError as error:
             if error.reason == "answer_unusable":
                 return error
+            if number > max(MANY_PAGES, self.progress.users // USERS_PER_PAGE):
+                self._store(replace(self.progress, position=None, imported_at=position))
             raise
         self._store(replace(self.progress, position=position))
         return None
