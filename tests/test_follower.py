@@ -18,6 +18,7 @@ from clerkhooks.errors import BackendApiError
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
 from clerkhooks.sync.leased import WrongInstance
+from clerkhooks.sync.newest import OVERLAP
 from clerkhooks.sync.progress import FOLLOWER, Deletions
 from tests.backend import Backend, Query, answering, answering_json, limiting
 from tests.following import Crash, Following
@@ -239,6 +240,26 @@ def test_waits_for_changes_that_become_visible_late(
     late = backend.sign_up(at=int(time.time() * 1000) - 60_000)
     following.run()
     assert syncing.user(late, ("name",)) == ("Ada Lovelace",)
+
+
+@sqlite
+def test_does_not_read_many_changes_again_and_again(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """If nothing changes after many users have changed at once, each round is short again."""
+    for number in range(300):
+        backend.sign_up(at=LONG_AGO + number)
+    following.run(2)
+    following.change_state(moved_at=following.progress().moved_at - OVERLAP - 1)
+    following.run()
+    backend.requests.clear()
+    following.run()
+    lists = [query for _, query in backend.requests if "order_by" in query]
+    assert [query["limit"] for query in lists] == [["10"]]
+    late = backend.sign_up(at=LONG_AGO + 1000)
+    following.run()
+    assert syncing.user(late)
+    assert not following.progress().is_settled
 
 
 def test_finds_deletions_in_turn(following: Following, syncing: Service, backend: Backend) -> None:

@@ -41,7 +41,8 @@ class Progress:
 
     All users whose ``updated_at`` is at most *position* are stored. Before the first position is
     known, the import has reached the user with the id *imported_to*, and *imported_at* is the
-    position at which it began. The sweep has reached the id
+    position at which it began. The position was found at the time *moved_at*, and if it
+    *is_settled*, the changes before it have been read again since. The sweep has reached the id
     *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
     read once, and *deletions* the deletions by family. The users *failed* could not be written, so
     each round reads them again. Webhooks were delayed until *troubled_at*. *error* is the reason
@@ -49,6 +50,8 @@ class Progress:
     """
 
     position: int | None = None
+    moved_at: int = 0
+    is_settled: bool = False
     imported_to: str | None = None
     imported_at: int | None = None
     swept_to: str | None = None

@@ -47,7 +47,7 @@ class Round:
             if source.kind in leased.store.by_kind
         ]
         self._is_trusted = False
-        self._is_first = False
+        self._is_first, self._now = False, 0
         self._missed = 0
         self.progress = Progress()
         """The progress of the current round, or of the last one."""
@@ -87,6 +87,7 @@ class Round:
         self._leased.written.clear()
         self._leased.failed.clear()
         self.progress, self._is_first = Progress.of(held), held.completed_at is None
+        self._now = held.now
         if not self._is_trusted:
             self._leased.check_instance()
             self._is_trusted = True
@@ -129,7 +130,8 @@ class Round:
         compares every user.
         """
         leased, position, number = self._leased, self.progress.position or 0, 0
-        pages = read_newest(leased.api.list_updated, USER, UPDATED_AT, position - OVERLAP)
+        until = position - (0 if self.progress.is_settled else OVERLAP)
+        pages = read_newest(leased.api.list_updated, USER, UPDATED_AT, until)
         try:
             while page := leased.ask(lambda: next(pages, None)):
                 position = max(position, find_latest(page, UPDATED_AT))
@@ -142,8 +144,17 @@ class Round:
             if number > max(MANY_PAGES, self.progress.users // USERS_PER_PAGE):
                 self._store(replace(self.progress, position=None, imported_at=position))
             raise
-        self._store(replace(self.progress, position=position))
+        self._move_to(position)
         return None
+
+    def _move_to(self, position: int) -> None:
+        """Store that the changes until *position* have been read."""
+        progress = replace(self.progress, position=position)
+        if position != self.progress.position:
+            progress = replace(progress, moved_at=self._now, is_settled=False)
+        elif self._now - progress.moved_at > OVERLAP:  # no late change can appear before it
+            progress = replace(progress, is_settled=True)
+        self._store(progress)
 
     def _end(self) -> None:
         """Store that the round is complete."""
