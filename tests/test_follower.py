@@ -434,6 +434,23 @@ def test_stops_at_another_instance(
     assert other.progress().fault is None
 
 
+@sqlite
+def test_follows_although_the_newest_users_were_deleted(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """If a hundred bots have signed up and were deleted, older users prove the instance."""
+    user_id = backend.sign_up(at=LONG_AGO)
+    following.run()
+    make_old(syncing)
+    bots = [backend.sign_up(at=LONG_AGO + number) for number in range(100)]
+    following.run()
+    for bot in bots:
+        backend.delete(bot)
+    backend.update(user_id, first_name="Grace")
+    Following(syncing, backend).run()
+    assert syncing.user(user_id, ("name",)) == ("Grace Lovelace",)
+
+
 def test_stops_if_the_instance_vanishes_meanwhile(
     following: Following, syncing: Service, backend: Backend
 ) -> None:

@@ -20,7 +20,8 @@ _ENDPOINT = (
 )
 _FAULTS = {
     "wrong_instance": (
-        "Clerk knows none of the newest users in the table, so the follower does nothing.",
+        "Clerk knows none of the newest and oldest users in the table, so the follower does "
+        "nothing.",
         "CLERK_SECRET_KEY probably belongs to another instance: Clerk Dashboard → API keys. If all "
         "of these users were deleted, run: {command} sync --force",
     ),

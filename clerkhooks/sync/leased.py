@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import sqlalchemy as sa
 from sqlalchemy.exc import DataError, IntegrityError
 
 from clerkhooks.clerk.backend_api import BackendApi
@@ -18,7 +19,7 @@ from clerkhooks.store import Store
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.sync.comparison import Comparison, Finding, Result
 from clerkhooks.sync.lease import Lease, Tell
-from clerkhooks.sync.reconcile import Reconciliation, newest_ids
+from clerkhooks.sync.reconcile import Reconciliation, newest_ids, oldest_ids
 
 T = TypeVar("T")
 CHUNK = 20  # objects to write at a time; meanwhile, other requests of this process wait
@@ -26,7 +27,7 @@ PAUSE = 1e-5  # seconds; enough for gevent to serve every request that has arriv
 
 
 class WrongInstance(ClerkhooksError):
-    """Clerk knows none of the newest users in the table."""
+    """Clerk knows none of the newest and oldest users in the table."""
 
 
 class LeasedSync:
@@ -107,14 +108,18 @@ class LeasedSync:
 
     def check_instance(self) -> None:
         """
-        Check that Clerk knows any of the newest users in the table, if there are any.
+        Check that Clerk knows any of the newest or oldest users in the table, if there are any.
 
         Raises:
             WrongInstance: it knows none, so the secret key is probably wrong.
         """
-        newest = [user_id for (user_id,) in self.store.database.execute(newest_ids(self.store))]
-        if newest and not self.ask(lambda: self.api.find_users(newest)):
+        if not (self._knows_any(newest_ids) or self._knows_any(oldest_ids)):
             raise WrongInstance("wrong_instance")
+
+    def _knows_any(self, select: Callable[[Store], sa.Select[Any]]) -> bool:
+        """Return whether Clerk knows any of the selected users, or none is selected."""
+        ids = [user_id for (user_id,) in self.store.database.execute(select(self.store))]
+        return not ids or bool(self.ask(lambda: self.api.find_users(ids)))
 
     @contextmanager
     def open_run(self) -> Iterator[Reconciliation]:

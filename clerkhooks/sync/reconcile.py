@@ -107,6 +107,13 @@ class Reconciliation(Run):
 
 def newest_ids(store: Store) -> sa.Select[Any]:
     """Return the query for the newest stored users that have a profile, at most 100."""
-    users = store.users
-    filled = sa.select(users.c.id).where(is_live(users), ~is_unfilled(users))
-    return filled.order_by(users.c.created_at.desc()).limit(IDS)
+    return _select_filled(store).order_by(store.users.c.created_at.desc()).limit(IDS)
+
+
+def oldest_ids(store: Store) -> sa.Select[Any]:
+    """Return the query for the oldest stored users that have a profile, at most 100."""
+    return _select_filled(store).order_by(store.users.c.created_at).limit(IDS)
+
+
+def _select_filled(store: Store) -> sa.Select[Any]:
+    return sa.select(store.users.c.id).where(is_live(store.users), ~is_unfilled(store.users))
