@@ -128,6 +128,29 @@ def test_reads_long_lists_in_many_rounds(
     assert organizations(storing)[ids[40]] == ("Deleted Organization", True)
 
 
+@sqlite
+def test_continues_a_pass_of_another_process(
+    following: Following, storing: Service, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if no process runs as long as a pass takes, the last page is read."""
+    monkeypatch.setattr(passes, "PAGE", 20)
+    monkeypatch.setattr(passes, "SHARED", 2)
+    for number in range(60):
+        backend.found(at=OLD + number)
+    ended = list(backend.organizations)[10]
+    following.run()
+    make_all_old(storing)
+    del backend.organizations[ended]
+    for _ in range(8):
+        Following(storing, backend).run()
+    found = organizations(storing)
+    assert len(found) == 60
+    assert storing.rows("SELECT * FROM clerk_awaited_webhooks") == []
+    assert not found[ended][1]
+    Following(storing, backend).run(16)
+    assert organizations(storing)[ended][1], "a whole pass finds deletions"
+
+
 def test_reads_very_long_lists_faster(following: Following, backend: Backend) -> None:
     """A pass takes about an hour. In the tests, an hour is shorter."""
     for number in range(60):

@@ -30,8 +30,8 @@ class Passes:
 
     Clerk does not list these objects by their latest change. A list of up to 500 objects is read in
     each round. Of a longer list, each round reads some pages, and the objects that were created
-    since the pass began. After each pass, rows that were not listed are looked up. A pass is kept
-    in memory, so another process begins a new one.
+    since the pass began. After each pass, rows that were not listed are looked up. Which objects
+    were listed is kept in memory, so after a pass that another process began, none is looked up.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Passes:
         self._leased, self._deleter, self._source = leased, deleter, source
         self._interval, self._kind = interval, source.kind
         self._begin()
+        self._is_resumed: bool | None = None
 
     def _begin(self) -> None:
         self._offset, self._total, self._seen = 0, 0, IdSet()
@@ -48,7 +49,12 @@ class Passes:
 
     def run(self, progress: Progress) -> Progress:
         """Read the next pages, and return the new progress."""
-        is_import = self._kind.family not in progress.passed
+        family = self._kind.family
+        is_import = family not in progress.passed
+        if self._is_resumed is None:
+            # Step back, because deletions may have moved the rest of the list meanwhile.
+            self._offset = max(0, progress.offsets.get(family, 0) - PAGE // 2)
+            self._is_resumed = self._offset > 0
         if self._offset:
             self._read_created(is_import=is_import)
         else:
@@ -56,8 +62,9 @@ class Passes:
         steps = 1 + int(self._total / PAGE * self._interval / HOUR)
         for _ in range(steps):
             if self._read_page(is_import=is_import):
-                return self._end(progress)
-        return progress
+                progress = self._end(progress)
+                break
+        return replace(progress, offsets={**progress.offsets, family: self._offset})
 
     def _read_created(self, *, is_import: bool) -> None:
         """Write the objects that were created since the last round."""
@@ -81,14 +88,18 @@ class Passes:
 
     def _end(self, progress: Progress) -> Progress:
         """Look up the rows that were not listed. The next call begins a new pass."""
+        was_resumed, self._offset, self._is_resumed = self._is_resumed, 0, False
+        if not was_resumed:
+            if unseen := self._find_unseen():
+                lookups = self._leased.look_up(self._kind, unseen)
+                progress = self._deleter.delete(lookups, self._total, progress)
+            progress = self._deleter.end_pass(progress)
+        return replace(progress, passed=sorted({*progress.passed, self._kind.family}))
+
+    def _find_unseen(self) -> list[str]:
+        """Return live rows from before the pass that were not listed."""
         with self._leased.open_run() as run:
             table = run.table_of(self._kind)
             is_old = table.table.c.created_at < self._began_at - MIN_AGE
             ids = table.read_ids(table.table.c.id, is_live(table.table), is_old)
-            unseen = list(islice((each for each in ids if each not in self._seen), MAX_LOOKUPS))
-        self._offset = 0
-        if unseen:
-            lookups = self._leased.look_up(self._kind, unseen)
-            progress = self._deleter.delete(lookups, self._total, progress)
-        progress = self._deleter.end_pass(progress)
-        return replace(progress, passed=sorted({*progress.passed, self._kind.family}))
+            return list(islice((each for each in ids if each not in self._seen), MAX_LOOKUPS))

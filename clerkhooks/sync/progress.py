@@ -44,9 +44,9 @@ class Progress:
     position at which it began. The position was found at the time *moved_at*, and if it
     *is_settled*, the changes before it have been read again since. The sweep has reached the id
     *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
-    read once, and *deletions* the deletions by family. The users *failed* could not be written, so
-    each round reads them again. Webhooks were delayed until *troubled_at*. *error* is the reason
-    why the last round is incomplete.
+    read once, *offsets* the positions in their lists, and *deletions* the deletions by family. The
+    users *failed* could not be written, so each round reads them again. Webhooks were delayed until
+    *troubled_at*. *error* is the reason why the last round is incomplete.
     """
 
     position: int | None = None
@@ -57,6 +57,7 @@ class Progress:
     swept_to: str | None = None
     users: int = 0
     passed: Sequence[str] = ()
+    offsets: Mapping[str, int] = field(default_factory=dict)
     failed: Sequence[str] = ()
     deletions: Mapping[str, Deletions] = field(default_factory=dict)
     troubled_at: int = 0
