@@ -17,7 +17,7 @@ from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
-from clerkhooks.sync.leased import WrongInstance
+from clerkhooks.sync.leased import TooManyRefused, WrongInstance
 from clerkhooks.sync.newest import OVERLAP
 from clerkhooks.sync.progress import FOLLOWER, Deletions
 from tests.backend import Backend, Query, answering, answering_json, limiting
@@ -558,6 +558,25 @@ def test_continues_if_the_database_refuses_a_user(
     following.run()
     assert syncing.user(refused, ("email",)) == ("ada@example.org",)
     following.run()
+    assert following.progress().failed == []
+
+
+@sqlite
+def test_stops_if_the_database_refuses_all_users(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """Otherwise, it would forget some of them. It continues when they are accepted."""
+    backend.sign_up(at=LONG_AGO)
+    following.run()
+    syncing.rows("CREATE UNIQUE INDEX only_one ON users (name)")
+    for number in range(250):
+        backend.sign_up(at=LONG_AGO + 10_000 * number)
+    for _ in range(2):
+        with pytest.raises(TooManyRefused):
+            following.run()
+    syncing.rows("DROP INDEX only_one")
+    following.run()
+    assert syncing.rows("SELECT count(*) FROM users") == [(251,)]
     assert following.progress().failed == []
 
 

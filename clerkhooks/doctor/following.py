@@ -25,6 +25,11 @@ _FAULTS = {
         "CLERK_SECRET_KEY probably belongs to another instance: Clerk Dashboard → API keys. If all "
         "of these users were deleted, run: {command} sync --force",
     ),
+    "users_refused": (
+        "A handler or a constraint of the application refuses more than 100 users, so the follower "
+        "does not continue.",
+        "See object_not_followed in the log.",
+    ),
     "deletions_withheld": (
         "The follower found more deletions than it may write within a day: more than 20 and more "
         "than a tenth of all users, organizations or memberships.",

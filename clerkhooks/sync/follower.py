@@ -9,7 +9,7 @@ from clerkhooks.settings import Settings
 from clerkhooks.store import Store
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import LIFETIME, Lease, LeasedLoop, Tell
-from clerkhooks.sync.leased import LeasedSync, WrongInstance
+from clerkhooks.sync.leased import LeasedSync, TooManyRefused, WrongInstance
 from clerkhooks.sync.progress import FOLLOWER
 from clerkhooks.sync.rounds import Round
 
@@ -47,7 +47,7 @@ class Follower(LeasedLoop):
 
     def find_pause(self, error: Exception) -> float | None:
         """Store why the round is incomplete, and return the time that Clerk asks for."""
-        if isinstance(error, BackendApiError | WrongInstance):
+        if isinstance(error, BackendApiError | WrongInstance | TooManyRefused):
             self._round.fail(error.reason)
         retry_after = getattr(error, "retry_after", None)
         return min(MAX_PAUSE, retry_after) if retry_after else None

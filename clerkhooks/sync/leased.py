@@ -23,11 +23,16 @@ from clerkhooks.sync.reconcile import Reconciliation, newest_ids, oldest_ids
 
 T = TypeVar("T")
 CHUNK = 20  # objects to write at a time; meanwhile, other requests of this process wait
+MAX_FAILED = 100  # users; more are not a matter of single users, so the round fails
 PAUSE = 1e-5  # seconds; enough for gevent to serve every request that has arrived
 
 
 class WrongInstance(ClerkhooksError):
     """Clerk knows none of the newest and oldest users in the table."""
+
+
+class TooManyRefused(ClerkhooksError):
+    """The application's handlers or constraints refuse too many users to remember them."""
 
 
 class LeasedSync:
@@ -67,6 +72,10 @@ class LeasedSync:
 
         In an import, no webhooks are expected, because the objects existed before the installation.
         If the database refuses an object, the others are written nevertheless.
+
+        Raises:
+            LeaseLost: another process has taken over.
+            TooManyRefused: more than a hundred users could not be written.
         """
         before = len(self.written)
         for start in range(0, len(objects), CHUNK):
@@ -76,6 +85,8 @@ class LeasedSync:
             except (IntegrityError, DataError):
                 for data in some:
                     self._apply_or_tell(kind, data)
+            if len(self.failed) > MAX_FAILED:
+                raise TooManyRefused("users_refused")
             time.sleep(PAUSE)
         if is_import:
             del self.written[before:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from clerkhooks.clerk.backend_api import IDS
 from clerkhooks.clerk.kinds import USER
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.comparison import Result
 from clerkhooks.sync.deleting import Deleter
-from clerkhooks.sync.leased import LeasedSync
+from clerkhooks.sync.leased import MAX_FAILED, LeasedSync
 from clerkhooks.sync.listing import IdSet, read_all
 from clerkhooks.sync.newest import OVERLAP, find_latest, read_newest
 from clerkhooks.sync.passes import Passes
@@ -85,8 +84,8 @@ class Round:
         """Check that it is the right instance, and that no outage has delayed webhooks."""
         self._leased.counts.clear()
         self._leased.written.clear()
-        self._leased.failed.clear()
         self.progress, self._is_first = Progress.of(held), held.completed_at is None
+        self._leased.failed = set(self.progress.failed)
         self._now = held.now
         if not self._is_trusted:
             self._leased.check_instance()
@@ -119,8 +118,9 @@ class Round:
         """Write the users that a handler or the database has refused, if it accepts them now."""
         if failed := self.progress.failed:
             found = self._leased.ask(lambda: self._leased.api.find_users(failed))
+            self._leased.failed.clear()
             self._leased.apply(USER, found)
-            self._store(replace(self.progress, failed=()))
+            self._store(self.progress)
 
     def _follow(self) -> BackendApiError | None:
         """
@@ -171,9 +171,7 @@ class Round:
 
     def _store(self, progress: Progress, *, completed: bool = False) -> None:
         self._expect_webhooks()
-        if self._leased.failed:
-            failed = sorted(self._leased.failed.union(progress.failed))
-            progress = replace(progress, failed=failed[:IDS])
+        progress = replace(progress, failed=sorted(self._leased.failed)[:MAX_FAILED])
         self._leased.lease.save(progress.state, completed=completed)
         self.progress = progress
 
