@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from tests.syncing import make_old, store_of, sync
 from tests.test_reconcile import METHODS, World
 
 LONG_AGO = NOW_MS - 3_600_000
+postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
@@ -559,6 +561,26 @@ def test_continues_if_the_database_refuses_a_user(
     assert syncing.user(refused, ("email",)) == ("ada@example.org",)
     following.run()
     assert following.progress().failed == []
+
+
+@postgresql
+@pytest.mark.slow
+def test_continues_while_a_row_is_locked(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A long transaction of the application does not hold up other users."""
+    users = [backend.sign_up(at=LONG_AGO) for _ in range(5)]
+    following.run()
+    for user_id in users[:4]:
+        backend.update(user_id, first_name="Grace")
+    others = [backend.sign_up() for _ in range(30)]
+    with psycopg.connect(syncing.database_url) as connection:
+        connection.execute("SELECT FROM users WHERE id = %s FOR UPDATE", (users[0],))
+        following.run()
+        assert all(syncing.user(user_id) for user_id in others)
+        assert following.progress().failed == [users[0]]
+    following.run()
+    assert syncing.user(users[0], ("name",)) == ("Grace Lovelace",)
 
 
 @sqlite

@@ -61,9 +61,16 @@ def _is_busy(error: Exception) -> bool:
     return isinstance(error, OperationalError) and describe(error).endswith(_BUSY)
 
 
+def is_locked(error: Exception) -> bool:
+    """Return whether *error* is a lock timeout of PostgreSQL, such as for a row in use."""
+    return isinstance(error, OperationalError) and describe(error).endswith("55P03")
+
+
 # stamina logs errors before it retries. The logged messages contain no row data.
 retry = stamina.RetryingCaller(attempts=6, wait_initial=0.05, wait_max=2.0).on(_is_busy)
 """Run a whole transaction, and repeat it after lock timeouts and deadlocks."""
+retry_briefly = stamina.RetryingCaller(attempts=2, wait_initial=0.05, wait_max=0.1).on(_is_busy)
+"""The same for a holder of a lease, which must renew it within seconds."""
 
 
 @contextmanager

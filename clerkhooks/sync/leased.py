@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError, SQLAlchemyError
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.clerk.kinds import USER, Kind
@@ -18,12 +18,14 @@ from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.sync.comparison import Comparison, Finding, Result
+from clerkhooks.sync.connections import is_locked, retry_briefly
 from clerkhooks.sync.lease import Lease, Tell
 from clerkhooks.sync.reconcile import Reconciliation, newest_ids, oldest_ids
 
 T = TypeVar("T")
 CHUNK = 20  # objects to write at a time; meanwhile, other requests of this process wait
 MAX_FAILED = 100  # users; more are not a matter of single users, so the round fails
+MAX_LOCKED = 3  # rows in a round; more are not a matter of single rows
 PAUSE = 1e-5  # seconds; enough for gevent to serve every request that has arrived
 
 
@@ -41,7 +43,8 @@ class LeasedSync:
 
     *tell* receives the name and the fields of each event to log. *counts* has the objects by table
     and result, and *written* has those whose changes a webhook must have announced. *failed* has
-    the ids of users that a handler or a constraint of the application has refused.
+    the ids of users that a handler or a constraint of the application has refused, or whose rows
+    were locked. *locked* is the number of locked rows in this round.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class LeasedSync:
         self.counts: Counter[tuple[str, Result]] = Counter()
         self.written: list[Comparison] = []
         self.failed: set[str] = set()
+        self.locked = 0
 
     def ask(self, request: Callable[[], T]) -> T:
         """
@@ -71,7 +75,7 @@ class LeasedSync:
         Write the objects that the last request returned, unless the rows are newer.
 
         In an import, no webhooks are expected, because the objects existed before the installation.
-        If the database refuses an object, the others are written nevertheless.
+        If an object is refused or its row is locked, the others are written nevertheless.
 
         Raises:
             LeaseLost: another process has taken over.
@@ -82,7 +86,8 @@ class LeasedSync:
             some = objects[start : start + CHUNK]
             try:
                 self._apply(kind, some)
-            except (IntegrityError, DataError):
+            except (IntegrityError, DataError, OperationalError) as error:
+                self._check_refusal(error)
                 for data in some:
                     self._apply_or_tell(kind, data)
             if len(self.failed) > MAX_FAILED:
@@ -99,11 +104,20 @@ class LeasedSync:
     def _apply_or_tell(self, kind: Kind, data: Any) -> None:
         try:
             self._apply(kind, [data])
-        except (IntegrityError, DataError) as error:
+        except (IntegrityError, DataError, OperationalError) as error:
+            self._check_refusal(error)
+            self.locked += is_locked(error)
             object_id = kind.find_id(data)
             if kind is USER and object_id is not None:
                 self.failed.add(object_id)
             self._tell_failure(Finding("failed", object_id, describe(error)))
+
+    def _check_refusal(self, error: SQLAlchemyError) -> None:
+        """Raise *error* again if it is not a matter of single rows."""
+        if isinstance(error, OperationalError) and (
+            not is_locked(error) or self.locked >= MAX_LOCKED
+        ):
+            raise error
 
     def look_up(self, kind: Kind, ids: Sequence[str]) -> list[Callable[[], list[str]]]:
         """Return functions that send a request each, and return ids that do not exist at Clerk."""
@@ -144,6 +158,7 @@ class LeasedSync:
                 self._tell_failure,
                 handled=self._handled,
                 written=[],
+                retry=retry_briefly,
             )
             yield run
         for table in run.tables:

@@ -85,7 +85,7 @@ class Round:
         self._leased.counts.clear()
         self._leased.written.clear()
         self.progress, self._is_first = Progress.of(held), held.completed_at is None
-        self._leased.failed = set(self.progress.failed)
+        self._leased.failed, self._leased.locked = set(self.progress.failed), 0
         self._now = held.now
         if not self._is_trusted:
             self._leased.check_instance()

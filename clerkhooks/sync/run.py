@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+import stamina
 
 from clerkhooks.clerk.backend_api import BackendApi
 from clerkhooks.handled_writes import HandledWrites
 from clerkhooks.store import Store
 from clerkhooks.sync.comparison import Comparison, Finding
+from clerkhooks.sync.connections import retry
 
 Advance = Callable[[int], object]
 
@@ -28,3 +30,4 @@ class Run:
     force: bool = False
     handled: HandledWrites | None = None
     written: list[Comparison] | None = None
+    retry: stamina.BoundRetryingCaller = retry

@@ -21,7 +21,7 @@ from clerkhooks.store.columns import read_fields
 from clerkhooks.store.database import transaction
 from clerkhooks.store.queries import is_live
 from clerkhooks.sync.comparison import Comparison, Finding, Result
-from clerkhooks.sync.connections import check_lock, retry
+from clerkhooks.sync.connections import check_lock
 from clerkhooks.sync.handlers import write_told
 from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.run import Advance, Run
@@ -96,7 +96,7 @@ class TableSync(ABC):
             for comparison in self._compare(snapshots):
                 self._tell_drift(comparison)
         elif snapshots:
-            counts, told = retry(self._write, snapshots)
+            counts, told = self.run.retry(self._write, snapshots)
             self.counts.update(counts)
             if self.run.handled is not None and told:
                 results = write_told(self.run.handled, self.run.connection, told, self.run.tell)
@@ -248,7 +248,7 @@ class TableSync(ABC):
             for object_id in live:
                 self._tell("gone_at_clerk", object_id)
         elif live:
-            self.counts[Result.TOMBSTONED] += retry(self._write_tombstones, live)
+            self.counts[Result.TOMBSTONED] += self.run.retry(self._write_tombstones, live)
 
     def _write_tombstones(self, ids: Sequence[str]) -> int:
         now = datetime.now(UTC)
