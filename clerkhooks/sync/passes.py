@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -10,7 +12,7 @@ from clerkhooks.clerk.backend_api import PAGE
 from clerkhooks.store.awaited import now_ms
 from clerkhooks.store.queries import is_live
 from clerkhooks.sync.deleting import Deleter
-from clerkhooks.sync.leased import LeasedSync
+from clerkhooks.sync.leased import PAUSE, LeasedSync
 from clerkhooks.sync.listing import IdSet
 from clerkhooks.sync.newest import OVERLAP, find_latest, read_newest
 from clerkhooks.sync.progress import Progress
@@ -20,6 +22,7 @@ from clerkhooks.sync.tables import MIN_AGE
 HOUR = 3600.0  # seconds; a pass over a long list takes about an hour
 SHARED = 10  # objects on two pages, because a deletion moves the rest of the list
 MAX_LOOKUPS = 1000  # objects that are looked up after each pass
+ROWS = 1000  # ids that are compared at a time; meanwhile, other requests of this process wait
 MAX_SKEW = 600_000  # milliseconds by which the clocks may differ
 CREATED_AT = "created_at"
 
@@ -102,4 +105,13 @@ class Passes:
             table = run.table_of(self._kind)
             is_old = table.table.c.created_at < self._began_at - MIN_AGE
             ids = table.read_ids(table.table.c.id, is_live(table.table), is_old)
-            return list(islice((each for each in ids if each not in self._seen), MAX_LOOKUPS))
+            unseen = (each for each in _yielding(ids) if each not in self._seen)
+            return list(islice(unseen, MAX_LOOKUPS))
+
+
+def _yielding(ids: Iterable[str]) -> Iterator[str]:
+    """Let other requests of this process run meanwhile. SQLite never waits for a network."""
+    for number, each in enumerate(ids):
+        if number % ROWS == 0:
+            time.sleep(PAUSE)
+        yield each
