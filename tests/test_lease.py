@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -139,3 +140,22 @@ def test_carries_other_work_than_the_follower(
         "ValueError",
         0.0,
     )
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_ends_even_if_the_interrupt_is_ignored(service: Service) -> None:
+    """Python ignores KeyboardInterrupt in a destructor, such as that of a connection."""
+
+    class Loop(LeasedLoop):
+        def begin(self) -> None:
+            """Do nothing."""
+
+        def work(self, _held: Held) -> None:
+            with suppress(KeyboardInterrupt):
+                self.interrupt()
+            self.lease.check()
+
+    loop = Loop(Lease(store_of(service), "work"), 60.0)
+    loop.run()
+    loop.stop()
+    assert service.rows("SELECT holder FROM clerk_leases") == [(None,)]

@@ -18,14 +18,16 @@ from clerkhooks.web.state import current_state
 def follow(as_json: bool) -> None:
     """Follow Clerk until this process is interrupted or terminated. Print each event."""
     follower = make_follower(current_state(), print_event_json if as_json else print_event)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(each, follower.interrupt) for each in signals]
     try:
         follower.run(current_app.app_context)
     except KeyboardInterrupt:
         pass
     finally:
         follower.stop()
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in zip(signals, previous, strict=True):
+            signal.signal(each, handler)
 
 
 def print_event(event: str, fields: Mapping[str, object]) -> None:

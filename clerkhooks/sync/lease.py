@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, Never
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -80,9 +80,13 @@ class Lease:
         if not self._leases.save(self.name, self.holder, state, completed=completed):
             raise LeaseLost("lease_lost")
 
+    def abandon(self) -> None:
+        """Neither take nor renew the lease any more."""
+        self._is_released = True
+
     def release(self) -> None:
         """End the lease for good, so that another process can take over at once."""
-        self._is_released = True
+        self.abandon()
         self._leases.release(self.name, self.holder)
 
 
@@ -99,6 +103,7 @@ class LeasedLoop(ABC):
         self._next_at = 0.0
         self._failures = 0
         self._stopping = threading.Event()
+        self._is_interrupted = False
         self._context: Context = nullcontext
 
     @abstractmethod
@@ -126,10 +131,22 @@ class LeasedLoop(ABC):
         No error ends this function.
         """
         self._context = context
-        while not self._stopping.is_set():
+        while not (self._stopping.is_set() or self._is_interrupted):
             self._turn()
             pause = self._next_at - time.monotonic()
             self._stopping.wait(max(0.0, min(pause, self.lease.interval)))
+
+    def interrupt(self, *_: object) -> Never:
+        """
+        End ``run``. This is a signal handler.
+
+        Raises:
+            KeyboardInterrupt: always. Python ignores it in destructors and callbacks of weak
+                references; then ``run`` ends a few seconds later.
+        """
+        self._is_interrupted = True
+        self.lease.abandon()
+        raise KeyboardInterrupt
 
     def stop(self) -> None:
         """End ``run``, and release the lease if this process holds it."""
