@@ -19,8 +19,8 @@ from clerkhooks.errors import BackendApiError
 from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeaseLost
 from clerkhooks.sync.leased import TooManyRefused, WrongInstance
-from clerkhooks.sync.newest import OVERLAP
 from clerkhooks.sync.progress import FOLLOWER, Deletions
+from clerkhooks.sync.rounds import SETTLED_AFTER
 from tests.backend import Backend, Query, answering, answering_json, limiting
 from tests.following import Crash, Following
 from tests.racing import registered_handler
@@ -252,7 +252,7 @@ def test_does_not_read_many_changes_again_and_again(
     for number in range(300):
         backend.sign_up(at=LONG_AGO + number)
     following.run(2)
-    following.change_state(moved_at=following.progress().moved_at - OVERLAP - 1)
+    following.change_state(moved_at=following.progress().moved_at - SETTLED_AFTER - 1)
     following.run()
     backend.requests.clear()
     following.run()

@@ -24,6 +24,7 @@ MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an out
 # interrupted. If there are many users, this is worthwhile only after more pages.
 MANY_PAGES, USERS_PER_PAGE = 20, 5000
 HEALED = (Result.CREATED, Result.UPDATED, Result.TOMBSTONED)
+SETTLED_AFTER = 5 * OVERLAP  # no change before the position can become visible later
 UPDATED_AT = "updated_at"
 
 
@@ -152,7 +153,7 @@ class Round:
         progress = replace(self.progress, position=position)
         if position != self.progress.position:
             progress = replace(progress, moved_at=self._now, is_settled=False)
-        elif self._now - progress.moved_at > OVERLAP:  # no late change can appear before it
+        elif self._now - progress.moved_at > SETTLED_AFTER:
             progress = replace(progress, is_settled=True)
         self._store(progress)
 
