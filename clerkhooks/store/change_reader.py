@@ -105,12 +105,17 @@ class ChangeReader:
         return [_make_change(row) for row in rows]
 
     def find_end(self) -> Cursor:
-        """Return the cursor after which all changes come that cannot be read yet."""
+        """
+        Return the cursor after which all changes come that cannot be read yet.
+
+        It is that of a committed row. After a crash, PostgreSQL may reuse the ids of transactions
+        that were never written to disk, so a bare id might be ahead of later changes.
+        """
+        query = sa.select(*self._order).order_by(*(column.desc() for column in self._order))
         if self._is_postgresql:
-            [(xmin,)] = self._database.execute(sa.select(_snapshot("xmin")))
-            return Cursor(xmin, 0)
-        [(last,)] = self._database.execute(sa.select(sa.func.max(self.table.c.sequence)))
-        return Cursor(0, last or 0)
+            query = query.where(self.table.c.transaction_id < _snapshot("xmin"))
+        rows = self._database.execute(query.limit(1))
+        return Cursor(*rows[0]) if rows else START
 
     def find_delay(self) -> float:
         """Return the age in seconds of the oldest change that readers cannot see yet, or 0."""
