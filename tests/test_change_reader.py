@@ -169,6 +169,25 @@ def test_prunes_only_old_changes(feed: Service, reader: ChangeReader) -> None:
     assert [change.object_id for change in reader.read(None)] == user_ids[2:]
 
 
+def test_prunes_only_the_beginning_of_the_feed(feed: Service, reader: ChangeReader) -> None:
+    """
+    A transaction that began first may write last, so an old change may come after a newer one.
+
+    Without it, readers that start with the oldest change would find the marker again and again.
+    """
+    user_ids = sign_up(feed, 3)
+    feed.rows(
+        f"UPDATE user_changes SET changed_at = '2020-01-01' WHERE object_id <> '{user_ids[1]}'"
+    )
+    assert list(reader.prune(datetime.now(UTC) - timedelta(days=1))) == [1]
+    assert list(reader.prune(datetime.now(UTC) - timedelta(days=1))) == []
+    cursor, found = None, list[str]()
+    while page := reader.read(cursor, 1):
+        found += [change.object_id for change in page]
+        cursor = Cursor.parse(page[-1].cursor)
+    assert found == user_ids[1:]
+
+
 # HTTP
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -132,14 +133,19 @@ class ChangeReader:
         Delete changes from before a time. Yield the size of each batch.
 
         The last deleted row becomes a row of the kind ``pruned``, so that a reader with an older
-        cursor finds it.
+        cursor finds it. Every earlier row is deleted, so no other reader does. An old change after
+        a newer one, whose transaction began first, is kept.
         """
         columns, after = self.table.c, START
-        old = sa.select(*self._order, columns.kind).where(columns.changed_at < before)
-        query = old.where(self._position > _bound()).order_by(*self._order).limit(batch)
+        query = sa.select(*self._order, columns.kind, columns.changed_at)
+        query = query.where(self._position > _bound()).order_by(*self._order).limit(batch)
         marker: int | None = None
+
+        def is_old(row: sa.Row[Any]) -> bool:
+            return bool(row.changed_at < before)
+
         with self._database.connect() as connection:
-            while rows := connection.execute(query, after._asdict()).all():
+            while rows := list(takewhile(is_old, connection.execute(query, after._asdict()).all())):
                 after = Cursor(rows[-1].transaction_id, rows[-1].sequence)
                 gone = [row.sequence for row in rows[:-1]]
                 with transaction(connection):
