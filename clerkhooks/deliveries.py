@@ -151,6 +151,8 @@ class Deliveries:
         if self._endings is not None:
             applied = (outcome is Outcome.APPLIED for outcome in found)
             self._endings.end_after(connection, compress(events, applied), now)
+        if statements.changes is not None and Outcome.APPLIED in found:
+            statements.changes.prepare_commit(connection)
         return found
 
     def make_row(self, event: ReceivedEvent, now: datetime) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tests.support import (
     organization_event,
     user_event,
 )
-from tests.syncing import make_old, sync
+from tests.syncing import make_old, store_of, sync
 
 pytest_plugins = ["tests.application"]
 Changes = list[tuple[Any, ...]]
@@ -248,3 +248,18 @@ def test_refuses_a_name_that_is_in_use() -> None:
     db.Table("user_changes", sa.Column("id", sa.Integer))
     with pytest.raises(ValueError, match="'user_changes' already exists"):
         ClerkHooks(db)._find_changes(Settings(webhook_secrets=(), tables=("changes",)))
+
+
+def test_commits_with_the_usual_lock_timeout(feed: Service) -> None:
+    """Commits with notifications wait for each other, perhaps for longer than for a row's lock."""
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no notifications")
+    engine, timeouts = store_of(feed).database.engine, list[Any]()
+
+    def note(_: Any, cursor: Any, statement: str, *__: Any) -> None:
+        if statement == "COMMIT":
+            timeouts.append(cursor.connection.execute("SHOW lock_timeout").fetchone())
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    feed.deliver(update(clerk_id("user"), 1))
+    assert timeouts == [("2s",)]

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from clerkhooks.clerk.account import is_barred
 from clerkhooks.store.columns import to_json
 from clerkhooks.store.models import UTCDateTime
+from clerkhooks.store.postgresql import LOCK_TIMEOUT
 
 if TYPE_CHECKING:
     from clerkhooks.store.statements import Statements
@@ -52,6 +53,7 @@ _ROWS_ON_POSTGRESQL = """SELECT * FROM json_to_recordset(CAST(:rows AS json))
     AS r (object_id text, kind text, fields json, version bigint)"""
 # All rows that a transaction announces are one notification.
 _INSERT_AND_NOTIFY = "WITH added AS ({insert}) SELECT pg_notify('{channel}', '')"
+_SET_LOCK_TIMEOUT = sa.text("SELECT set_config('lock_timeout', :lock_timeout, true)")
 
 
 class Difference(NamedTuple):
@@ -99,6 +101,7 @@ class ChangeWriter:
             dialect.identifier_preparer.format_table(changes),
             dialect.name == "postgresql",
         )
+        self._is_postgresql = is_postgresql
         insert = _INSERT.format(
             changes=name,
             transaction_id=_TRANSACTION_ID.format(changes=name) if is_postgresql else "0",
@@ -160,6 +163,16 @@ class ChangeWriter:
         if rows:
             given = {"rows": to_json(rows), "now": datetime.now(UTC)}
             connection.execute(self._insert, {**given, "object_type": statements.kind.family})
+
+    def prepare_commit(self, connection: sa.Connection) -> None:
+        """
+        Set the usual lock timeout for the commit of the transaction.
+
+        On PostgreSQL, transactions with notifications commit one after another, in all databases of
+        the cluster. A commit would fail if it waited for longer than a timeout for a row's lock.
+        """
+        if self._is_postgresql:
+            connection.execute(_SET_LOCK_TIMEOUT, {"lock_timeout": LOCK_TIMEOUT})
 
 
 def find_difference(
