@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,7 +20,7 @@ from clerkhooks.doctor import Level, change_feed
 from clerkhooks.doctor.change_feed import judge_changes
 from clerkhooks.doctor.database import judge_database
 from clerkhooks.errors import ChangesPruned, ChangesRestored
-from clerkhooks.settings import Settings
+from clerkhooks.settings import PROJECT, Settings
 from clerkhooks.store.change_reader import START, ChangeReader, Cursor
 from clerkhooks.web import changes as route
 from tests.conftest import MakeService
@@ -264,7 +266,7 @@ def test_limits_the_number_of_waiting_requests(
 ) -> None:
     """Other requests are answered at once."""
     monkeypatch.setattr(route, "MAX_WAITING", 0)
-    monkeypatch.setattr(route, "sleep", lambda _: pytest.fail("it waited"))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
     feed = make_service(CLERK_TABLES="changes", CHANGES_TOKEN=TOKEN)
     assert get(feed, wait=20).get_json()["changes"] == []
 
@@ -305,3 +307,23 @@ def test_refuses_a_store_without_the_feed(service: Service) -> None:
 def test_needs_the_table_for_the_token(clerk: FakeClerk) -> None:
     with pytest.raises(SettingsError, match="CLERK_TABLES does not contain changes"):
         create_app({**clerk.environ, "CHANGES_TOKEN": TOKEN})
+
+
+PATCHED_LATE = """
+from clerkhooks.web import changes
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent
+
+order = []
+waiting = gevent.spawn(lambda: changes._wait(lambda: order.append("read"), 0.5))
+other = gevent.spawn(lambda: (gevent.sleep(0.01), order.append("other")))
+gevent.joinall([waiting, other])
+print(order)
+"""
+
+
+def test_lets_others_run_if_gevent_patches_late() -> None:
+    """With preload_app and gunicorn's own gevent worker, modules are imported before patching."""
+    command = [sys.executable, "-W", "ignore", "-c", PATCHED_LATE]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['other', 'read']\n", done.stderr

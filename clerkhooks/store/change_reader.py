@@ -116,7 +116,7 @@ class ChangeReader:
         if self._is_postgresql:
             query = query.where(self.table.c.transaction_id < _snapshot("xmin"))
         rows = self._database.execute(query.limit(1))
-        return Cursor(*rows[0]) if rows else START
+        return Cursor(rows[0].transaction_id, rows[0].sequence) if rows else START
 
     def find_delay(self) -> float:
         """Return the age in seconds of the oldest change that readers cannot see yet, or 0."""
@@ -141,7 +141,7 @@ class ChangeReader:
         query = query.where(self._position > _bound()).order_by(*self._order).limit(batch)
         marker: int | None = None
 
-        def is_old(row: sa.Row[Any]) -> bool:
+        def is_old(row: Any) -> bool:
             return bool(row.changed_at < before)
 
         with self._database.connect() as connection:

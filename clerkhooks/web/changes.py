@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import datetime
 from threading import BoundedSemaphore
-from time import monotonic, sleep
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -57,9 +57,11 @@ def add_route(blueprint: Blueprint) -> None:
 
 def _wait(read: Callable[[], list[Change]], seconds: float) -> list[Change]:
     """Return the first changes. Between two reads, no database connection is held."""
-    deadline = monotonic() + seconds
-    while (rest := deadline - monotonic()) > 0:
-        sleep(min(POLL, rest))
+    deadline = time.monotonic() + seconds
+    while (rest := deadline - time.monotonic()) > 0:
+        # Not imported by name: gevent may replace it later, as with preload_app and gunicorn's own
+        # gevent worker. The original would block the whole process.
+        time.sleep(min(POLL, rest))
         if found := read():
             return found
     return []
