@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase
 from clerkhooks import ClerkHooks, from_clerk
 from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.settings import Settings
+from clerkhooks.store.changes import find_difference
 from tests.application import MakeApplication
 from tests.backend import Backend
 from tests.conftest import MakeService
@@ -263,3 +265,20 @@ def test_commits_with_the_usual_lock_timeout(feed: Service) -> None:
     sa.event.listen(engine, "before_cursor_execute", note)
     feed.deliver(update(clerk_id("user"), 1))
     assert timeouts == [("2s",)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        (True, 1, True),
+        ({"beta": [True]}, {"beta": [1]}, True),
+        ({"beta": 0, "plan": "pro"}, {"plan": "pro", "beta": 0}, False),
+        ([Decimal("0.1")], [Decimal("0.1")], False),
+        (None, False, True),
+    ],
+)
+def test_compares_json_values(before: Any, after: Any, differs: bool) -> None:
+    """In Python, true equals 1, and a driver may decode numbers as Decimal."""
+    row = {"id": "user_1", "deleted_at": None, "version_updated_at": 1}
+    found = find_difference(["data"], row | {"data": before}, row | {"data": after})
+    assert (found == ("updated", ["data"])) == differs

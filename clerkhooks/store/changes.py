@@ -7,6 +7,7 @@ read, so the old values are those that it replaces.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -179,11 +180,24 @@ def find_difference(
     names: Sequence[str], before: Values | None, after: Values
 ) -> Difference | None:
     """Return what differs between two states of a row, or None. *names* are the columns."""
-    fields = [name for name in names if (before and before[name]) != after[name]]
+    fields = [name for name in names if _differ(before and before[name], after[name])]
     kind = _find_kind(before, after)
     if kind is None and not fields:
         return None
     return Difference(kind or "updated", fields)
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Return whether two values of a column differ."""
+    if old != new:
+        return True
+    # In Python, 1 equals True, but not in JSON.
+    return isinstance(new, bool | int | dict | list) and _to_text(old) != _to_text(new)
+
+
+def _to_text(value: Any) -> str:
+    # The application may have told its driver to decode numbers as Decimal.
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _find_kind(before: Values | None, after: Values) -> ChangeKind | None:
