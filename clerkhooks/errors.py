@@ -88,14 +88,14 @@ class ChangesPruned(RequestError):
 
 
 class ChangesRestored(RequestError):
-    """The change feed or the cursor comes from another PostgreSQL cluster. The response is 503."""
+    """The change feed or the cursor comes from another database. The response is 503."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
     def __str__(self) -> str:
         return (
-            "The change feed or the cursor comes from another PostgreSQL cluster, as after the "
-            "restoration of a dump, so its order is lost. Run DELETE FROM user_changes, and let "
+            "The change feed or the cursor comes from another database, as after the restoration "
+            "of a backup, so its order is lost. Run DELETE FROM user_changes, and let "
             "each reader start again: read the cursor 'end', then copy the tables."
         )
 

@@ -127,6 +127,19 @@ def test_refuses_rows_of_another_cluster(feed: Service, reader: ChangeReader) ->
     assert reader.read(None) == []
 
 
+def test_refuses_cursors_of_another_sqlite_file(feed: Service, reader: ChangeReader) -> None:
+    """After the restoration of a backup, new rows have numbers that readers already know."""
+    if not feed.database_url.startswith("sqlite"):
+        pytest.skip("On PostgreSQL, transaction ids are compared")
+    sign_up(feed, 2)
+    [_, last] = reader.read(None)
+    feed.rows("DELETE FROM user_changes WHERE sequence = 2")
+    for cursor in (Cursor.parse(last.cursor), Cursor(812, 1)):
+        with pytest.raises(ChangesRestored, match="another database"):
+            reader.read(cursor)
+    assert reader.read(reader.find_end()) == []
+
+
 def test_keeps_the_changes_of_an_object_in_order(feed: Service, reader: ChangeReader) -> None:
     """A transaction that began first may change the object last."""
     if feed.database_url.startswith("sqlite"):

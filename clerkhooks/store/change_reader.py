@@ -93,7 +93,8 @@ class ChangeReader:
 
         Raises:
             ChangesPruned: changes after the cursor were pruned.
-            ChangesRestored: the rows or the cursor come from another PostgreSQL cluster.
+            ChangesRestored: the rows or the cursor come from another PostgreSQL cluster, or on
+                SQLite, from another file or a later state of this one.
         """
         given = {**(after or START)._asdict(), "limit": limit + (after is None)}
         with self._database.connect() as connection:
@@ -169,8 +170,16 @@ class ChangeReader:
         connection.execute(marker.values(values))
 
     def _check_cluster(self, connection: sa.Connection, after: Cursor) -> None:
-        """Check that all transaction ids are from this cluster, in which they only increase."""
+        """
+        Check that the rows and the cursor are from this database.
+
+        On PostgreSQL, transaction ids only increase in a cluster. On SQLite, no cursor is later
+        than the last row, which ``prune`` keeps as its marker.
+        """
         if not self._is_postgresql:
+            last = connection.scalar(sa.select(sa.func.max(self.table.c.sequence)))
+            if after > Cursor(0, last or 0):
+                raise ChangesRestored("changes_restored")
             return
         newest = sa.select(sa.func.max(self.table.c.transaction_id)).scalar_subquery()
         xmax = _snapshot("xmax")
