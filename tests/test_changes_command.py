@@ -104,6 +104,22 @@ def test_follows_the_feed(feed: Service) -> None:
             assert user_id in next(lines)
 
 
+def test_follows_the_feed_after_the_loss_of_its_connections(feed: Service) -> None:
+    """As after a restart of PostgreSQL. No change is lost or repeated."""
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no connections to lose")
+    with following(feed, "--json") as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        for _ in range(2):
+            user_id = sign_up(feed)
+            assert user_id in next(lines)
+            feed.rows(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+
 def test_prunes_old_changes_with_old_messages(feed: Service) -> None:
     sign_up(feed)
     cursor = json.loads(run(feed, "changes", "--json").output)["cursor"]

@@ -14,6 +14,7 @@ import click
 import sqlalchemy as sa
 from flask import Flask, current_app
 from flask.cli import with_appcontext
+from sqlalchemy.exc import OperationalError
 
 from clerkhooks.cli.follow import print_event, print_event_json
 from clerkhooks.cli.options import (
@@ -25,7 +26,7 @@ from clerkhooks.cli.options import (
     print_reports,
     printable,
 )
-from clerkhooks.errors import ChangesPruned, ChangesRestored
+from clerkhooks.errors import ChangesPruned, ChangesRestored, describe
 from clerkhooks.store import Store
 from clerkhooks.store.change_reader import MAX_LIMIT, Change, ChangeReader, Cursor
 from clerkhooks.store.changes import CHANNEL
@@ -119,7 +120,22 @@ def _feed_failures() -> Iterator[None]:
 
 
 def _follow(store: Store, reader: ChangeReader, cursor: Cursor | None) -> Iterator[list[Change]]:
-    """Yield new changes: after a notification where possible, and otherwise once a second."""
+    """
+    Yield new changes: after a notification where possible, and otherwise once a second.
+
+    While the database is unavailable, try again.
+    """
+    while True:
+        try:
+            for found in _listen(store, reader, cursor):
+                cursor = Cursor.parse(found[-1].cursor)
+                yield found
+        except OperationalError as error:
+            click.echo(f"Database error ({describe(error)}). Trying again.", err=True)
+            time.sleep(POLL)
+
+
+def _listen(store: Store, reader: ChangeReader, cursor: Cursor | None) -> Iterator[list[Change]]:
     with _waiting(store) as wait:
         while True:
             found = reader.read(cursor, MAX_LIMIT)
