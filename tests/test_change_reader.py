@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -239,7 +240,7 @@ def test_answers_an_empty_feed_without_a_cursor(feed: Service) -> None:
         ({"limit": "0"}, "query_invalid"),
         ({"limit": "1001"}, "query_invalid"),
         ({"limit": "all"}, "query_invalid"),
-        ({"wait": "21"}, "query_invalid"),
+        ({"wait": "11"}, "query_invalid"),
         ({"wait": "-1"}, "query_invalid"),
     ],
 )
@@ -263,7 +264,7 @@ def test_waits_for_a_change(feed: Service, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(route, "POLL", 0.01)
     pool: Any = store_of(feed).database.engine.pool
     with ThreadPool(1) as threads:
-        answer = threads.submit(lambda: get(feed, after="0-0", wait=20))
+        answer = threads.submit(lambda: get(feed, after="0-0", wait=10))
         eventually(lambda: pool.checkedin() > 0)
         assert not answer.done()
         sign_up(feed)
@@ -274,6 +275,13 @@ def test_answers_at_the_end_of_the_wait(feed: Service) -> None:
     assert get(feed, wait=1).get_json()["changes"] == []
 
 
+def test_ends_waits_before_a_worker_must_stop() -> None:
+    """Otherwise, each restart of the service would drop waiting requests without a response."""
+    configuration = (PROJECT / "gunicorn.conf.py").read_text()
+    [graceful] = re.findall(r"^graceful_timeout = (\d+)", configuration, re.MULTILINE)
+    assert int(graceful) > route.MAX_WAIT + route.POLL
+
+
 def test_limits_the_number_of_waiting_requests(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +289,7 @@ def test_limits_the_number_of_waiting_requests(
     monkeypatch.setattr(route, "MAX_WAITING", 0)
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
     feed = make_service(CLERK_TABLES="changes", CHANGES_TOKEN=TOKEN)
-    assert get(feed, wait=20).get_json()["changes"] == []
+    assert get(feed, wait=10).get_json()["changes"] == []
 
 
 # Operators

@@ -18,7 +18,7 @@ from clerkhooks.web.health import has_token
 from clerkhooks.web.problems import answered, json_response
 from clerkhooks.web.state import current_state
 
-MAX_WAIT = 20  # seconds; many proxies end a request after 30
+MAX_WAIT = 10  # seconds; gunicorn.conf.py lets a worker end its requests for 12
 MAX_WAITING = 20  # requests in a process; others are answered at once
 POLL = 1.0  # seconds
 DEFAULT_LIMIT = 100
