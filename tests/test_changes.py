@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from clerkhooks import ClerkHooks, from_clerk
 from clerkhooks.clerk.fake import clerk_id
+from clerkhooks.service import db
 from clerkhooks.settings import Settings
 from clerkhooks.store.changes import find_difference
 from tests.application import MakeApplication
@@ -282,3 +284,21 @@ def test_compares_json_values(before: Any, after: Any, differs: bool) -> None:
     row = {"id": "user_1", "deleted_at": None, "version_updated_at": 1}
     found = find_difference(["data"], row | {"data": before}, row | {"data": after})
     assert (found == ("updated", ["data"])) == differs
+
+
+def test_does_not_notify_in_a_two_phase_transaction(feed: Service) -> None:
+    """PostgreSQL could not prepare it, so all events with handlers would fail."""
+    if feed.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no two-phase transactions")
+    statements, executed = store_of(feed).statements, list[str]()
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        executed.append(statement)
+
+    with feed.app.app_context(), db.engine.connect() as connection:
+        sa.event.listen(connection, "before_cursor_execute", note)
+        with connection.begin_twophase() as transaction:
+            statements.create(connection, clerk_id("user"), datetime.now(UTC))
+            transaction.rollback()
+    assert any("INTO user_changes" in statement for statement in executed)
+    assert not any("pg_notify" in statement for statement in executed)

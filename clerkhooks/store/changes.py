@@ -108,9 +108,11 @@ class ChangeWriter:
             transaction_id=_TRANSACTION_ID.format(changes=name) if is_postgresql else "0",
             rows=_ROWS_ON_POSTGRESQL if is_postgresql else _ROWS,
         )
+        now = sa.bindparam("now", type_=UTCDateTime)
+        self._insert = self._insert_silently = sa.text(insert).bindparams(now)
         if is_postgresql:
             insert = _INSERT_AND_NOTIFY.format(insert=insert, channel=CHANNEL)
-        self._insert = sa.text(insert).bindparams(sa.bindparam("now", type_=UTCDateTime))
+            self._insert = sa.text(insert).bindparams(now)
 
     def write(
         self,
@@ -163,7 +165,10 @@ class ChangeWriter:
         ]
         if rows:
             given = {"rows": to_json(rows), "now": datetime.now(UTC)}
-            connection.execute(self._insert, {**given, "object_type": statements.kind.family})
+            # PostgreSQL cannot prepare a transaction that has notified. Readers also poll.
+            is_two_phase = isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
+            insert = self._insert_silently if is_two_phase else self._insert
+            connection.execute(insert, {**given, "object_type": statements.kind.family})
 
     def prepare_commit(self, connection: sa.Connection) -> None:
         """
