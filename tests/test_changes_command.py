@@ -14,10 +14,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import Result
 
-from clerkhooks.clerk.fake import clerk_id
+from clerkhooks import create_app
+from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
-from tests.conftest import MakeService
+from clerkhooks.web.state import disconnect
+from tests.conftest import MakeService, migrate
+from tests.replication import cluster
 from tests.server import environ
 from tests.support import Service, user_event
 from tests.syncing import store_of
@@ -118,6 +121,27 @@ def test_follows_the_feed_after_the_loss_of_its_connections(feed: Service) -> No
                 "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
+
+
+@pytest.mark.slow
+def test_follows_the_feed_on_a_standby(clerk: FakeClerk) -> None:
+    """A standby has no notifications, and refuses LISTEN."""
+    with cluster() as nodes:
+        migrate(nodes.url, clerk)
+        standby_url = f"postgresql://postgres@/{nodes.name}?host={nodes.standby.home}"
+        variables = clerk.environ | {"CLERK_TABLES": "changes"}
+        primary, standby = (
+            Service(create_app(variables | {"DATABASE_URL": url}), clerk, url)
+            for url in (nodes.url, standby_url)
+        )
+        with following(standby, "--json") as process:
+            assert process.stdout is not None
+            lines = iter(process.stdout)
+            for _ in range(3):
+                user_id = sign_up(primary)
+                assert user_id in next(lines)
+        for service in (primary, standby):
+            disconnect(service.app)
 
 
 def test_prunes_old_changes_with_old_messages(feed: Service) -> None:

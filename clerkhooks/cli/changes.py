@@ -151,12 +151,13 @@ def _waiting(store: Store) -> Iterator[Callable[[], object]]:
     """
     Yield a function that waits for a notification, for at most a second.
 
-    A pooler in transaction mode loses notifications. Changes are also visible later than their
-    notification if another transaction is still running.
+    A pooler in transaction mode loses notifications, and a standby has none. Changes are also
+    visible later than their notification if another transaction is still running.
     """
     with store.database.connect() as connection:
         driver = connection.connection.driver_connection
-        if current_state().settings.pooler or not isinstance(driver, TimeoutConnection):
+        is_direct = isinstance(driver, TimeoutConnection) and not current_state().settings.pooler
+        if not is_direct or connection.scalar(sa.text("SELECT pg_is_in_recovery()")):
             yield lambda: time.sleep(POLL)
             return
         connection.detach()
