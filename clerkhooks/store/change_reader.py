@@ -59,7 +59,8 @@ class Change:
 
     *kind* is ``created``, ``filled``, ``updated``, ``deleted``, ``barred``, ``restored`` or
     ``revived``. *fields* are the names of the changed columns. *version* is Clerk's time of the
-    object in milliseconds, or None for a deleted object and one that no event has filled.
+    object in milliseconds, the time of the sync for a tombstone that a sync wrote, or None for an
+    object that an event deleted and one that no event has filled.
     """
 
     cursor: str
