@@ -156,8 +156,8 @@ def _waiting(store: Store) -> Iterator[Callable[[], object]]:
     """
     with store.database.connect() as connection:
         driver = connection.connection.driver_connection
-        is_direct = isinstance(driver, TimeoutConnection) and not current_state().settings.pooler
-        if not is_direct or connection.scalar(sa.text("SELECT pg_is_in_recovery()")):
+        is_pooled = current_state().settings.pooler is not None
+        if is_pooled or not isinstance(driver, TimeoutConnection) or _is_standby(connection):
             yield lambda: time.sleep(POLL)
             return
         connection.detach()
@@ -169,6 +169,10 @@ def _waiting(store: Store) -> Iterator[Callable[[], object]]:
                 connection.execute(sa.text("SELECT 1"))  # reads the notifications
 
         yield wait
+
+
+def _is_standby(connection: sa.Connection) -> bool:
+    return bool(connection.scalar(sa.text("SELECT pg_is_in_recovery()")))
 
 
 def _print(found: list[Change], as_json: bool, *, with_names: bool) -> None:
