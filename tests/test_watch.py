@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from clerkhooks.clerk.fake import event_body
+from clerkhooks.errors import BackendApiError
 from clerkhooks.store import awaited
 from clerkhooks.store.awaited import DAY
 from clerkhooks.sync import watch
+from clerkhooks.sync.progress import Progress
 from clerkhooks.sync.watch import GRACE, find_due
 from tests.backend import Backend
 from tests.following import Following
@@ -164,6 +166,7 @@ def test_gives_more_time_after_an_outage(
     before = backend.sign_up(at=now() - outage * MINUTE)
     followed.run()
     backend.sign_up(at=now() - outage * MINUTE // 2)
+    followed.change_state(watched_at=followed.progress().watched_at - outage * MINUTE)
     syncing.rows(f"UPDATE clerk_leases SET completed_at = completed_at - {outage * MINUTE}")
     Following(syncing, backend).run()
     due = dict(syncing.rows("SELECT changed_at, due_at FROM clerk_awaited_webhooks"))
@@ -190,6 +193,35 @@ def test_gives_more_time_while_webhooks_are_late(
     assert due_at > now() + 30 * MINUTE
 
 
+def test_reports_while_another_part_of_each_round_fails(
+    followed: Following, syncing: Service, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that never complete are not an outage, which would postpone the alarm each time."""
+    backend.sign_up()
+    followed.run()
+    pass_time(syncing, GRACE + 5000)
+
+    def fail(_progress: Progress) -> Progress:
+        raise BackendApiError("secret_key_forbidden", "answered 403")
+
+    monkeypatch.setattr(followed.rounds._sweep, "run", fail)
+    syncing.rows(f"UPDATE clerk_leases SET completed_at = completed_at - {60 * MINUTE}")
+    for _ in range(2):
+        with pytest.raises(BackendApiError):
+            followed.run()
+        assert followed.missed()[:2] == (1, 1)
+    assert followed.names().count("deliveries_missed") == 1
+
+
+def test_expects_no_webhook_at_once_if_the_clock_is_fast(
+    followed: Following, backend: Backend
+) -> None:
+    """Clerk's times seem old then, but the webhooks of new changes are still on their way."""
+    backend.sign_up(at=now() - 2 * GRACE)
+    followed.run()
+    assert followed.missed()[:2] == (1, 0)
+
+
 def test_is_due_after_the_next_attempt() -> None:
     """Without an outage, a webhook is overdue after six minutes; with one, a day at most."""
     at = now()
@@ -206,6 +238,7 @@ def test_limits_what_it_records(
 ) -> None:
     """If very many webhooks are lost, the table does not grow without limit."""
     monkeypatch.setattr(watch, "GRACE", 0)
+    monkeypatch.setattr(watch, "MIN_GRACE", 0)
     store = store_of(syncing)
     store.awaited._names["max_awaited"] = "3"
     for _ in range(3):

@@ -45,8 +45,9 @@ class Progress:
     *is_settled*, the changes before it have been read again since. The sweep has reached the id
     *swept_to* of *users* users. *passed* has the families of objects of which all pages have been
     read once, *offsets* the positions in their lists, and *deletions* the deletions by family. The
-    users *failed* could not be written, so each round reads them again. Webhooks were delayed until
-    *troubled_at*. *error* is the reason why the last round is incomplete.
+    users *failed* could not be written, so each round reads them again. Overdue webhooks were
+    searched for at *watched_at*. Webhooks were delayed until *troubled_at*. *error* is the reason
+    why the last round is incomplete.
     """
 
     position: int | None = None
@@ -60,6 +61,7 @@ class Progress:
     offsets: Mapping[str, int] = field(default_factory=dict)
     failed: Sequence[str] = ()
     deletions: Mapping[str, Deletions] = field(default_factory=dict)
+    watched_at: int = 0
     troubled_at: int = 0
     error: str | None = None
 

@@ -67,13 +67,14 @@ class Round:
                 self._import()
             self._retry_failed()
             unusable = self._follow()
+            self._watch_webhooks()
             for _ in range(self._sweep.count_steps(self.progress)):
                 self._store(self._sweep.run(self.progress))
             for passes in self._passes:
                 self._store(passes.run(self.progress))
             if unusable is not None:
                 raise unusable
-            self._end()
+            self._store(replace(self.progress, error=None), completed=True)
         finally:
             self._report()
 
@@ -92,7 +93,7 @@ class Round:
             self._leased.check_instance()
             self._is_trusted = True
         if held.completed_at is not None:
-            gap = held.now - held.completed_at
+            gap = held.now - max(held.completed_at, self.progress.watched_at)
             if gap > max(MAX_GAP, 3000 * self._interval):
                 troubled_at = self._watch.postpone(now_ms() - gap)
                 self.progress = replace(self.progress, troubled_at=troubled_at)
@@ -157,14 +158,14 @@ class Round:
             progress = replace(progress, is_settled=True)
         self._store(progress)
 
-    def _end(self) -> None:
-        """Store that the round is complete."""
+    def _watch_webhooks(self) -> None:
+        """Find overdue webhooks, even if the rest of the round fails."""
         troubled_at, before = self._watch.update(), self._missed
         self._missed = self._watch.missed
         if self._missed and not before:
             self._leased.tell("deliveries_missed", {"changes": self._missed})
         troubled_at = troubled_at or self.progress.troubled_at
-        self._store(replace(self.progress, troubled_at=troubled_at, error=None), completed=True)
+        self._store(replace(self.progress, watched_at=self._now, troubled_at=troubled_at))
 
     def _expect_webhooks(self) -> None:
         self._watch.add(self._leased.written, self.progress.troubled_at)

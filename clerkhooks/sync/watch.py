@@ -12,6 +12,7 @@ from clerkhooks.sync.comparison import Comparison
 
 # In milliseconds. Svix's third attempt is 5 minutes and 5 seconds after the first one.
 GRACE = 360_000
+MIN_GRACE = 60_000  # in milliseconds; Clerk's clock may differ from this machine's
 MAX_LAG = 60.0  # seconds; webhooks that take longer were delayed by an outage or by overload
 
 
@@ -76,4 +77,4 @@ def find_due(changed_at: int, troubled_at: int) -> int:
     """Return when the webhook of a change is overdue. All times are in milliseconds."""
     tried_at = max(changed_at, troubled_at)
     due_at = tried_at + 5 * (tried_at - changed_at) + GRACE
-    return max(now_ms(), min(due_at, changed_at + DAY))
+    return max(now_ms() + MIN_GRACE, min(due_at, changed_at + DAY))
