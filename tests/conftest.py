@@ -48,6 +48,8 @@ for name, max_examples in (("extended", 100), ("thorough", 2000)):
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 KINDS = ("sqlite", "postgresql")
+SLOW_ON_SQLITE = [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"]
+SLOW_ON_POSTGRESQL = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
 TABLES = (
     "users",
     "organizations",
@@ -230,7 +232,7 @@ def migrate(url: str, clerk: FakeClerk, **variables: str) -> None:
     disconnect(app)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SLOW_ON_SQLITE)
 def server(
     request: pytest.FixtureRequest,
     make_database: MakeDatabase,

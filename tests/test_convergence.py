@@ -26,6 +26,7 @@ from clerkhooks.clerk.fake import clerk_id
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.events import Event
 from clerkhooks.service import db
+from tests.conftest import KINDS
 from tests.model import (
     ATTEMPTS,
     COLUMNS,
@@ -257,6 +258,7 @@ def test_agrees_with_the_model_at_every_step(service: Service) -> None:
     )
 
 
+@pytest.mark.parametrize("server", KINDS, indirect=True, scope="module")
 # Shrinking is off, because a race cannot be reproduced exactly.
 @settings(max_examples=settings().max_examples // 4, phases=[Phase.generate])
 @given(history=histories(fewest=12, most=24))

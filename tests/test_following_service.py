@@ -22,7 +22,7 @@ from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.clerk.kinds import parse_profile
 from clerkhooks.settings import PROJECT
 from tests.backend import Backend
-from tests.conftest import MakeDatabase, migrate
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeDatabase, migrate
 from tests.following import holder_of
 from tests.racing import eventually
 from tests.server import Server, environ, serving
@@ -30,9 +30,6 @@ from tests.support import join, rows
 
 INTERVAL = 0.2  # seconds between two rounds
 LIMIT = 20.0  # seconds until a change must be stored, in which a lease of 2 s may end
-
-
-SLOW_ON_POSTGRESQL = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=SLOW_ON_POSTGRESQL)

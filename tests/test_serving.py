@@ -17,7 +17,7 @@ import pytest
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT, VARIABLES
-from tests.conftest import KINDS, MakeDatabase
+from tests.conftest import SLOW_ON_SQLITE, MakeDatabase
 from tests.issuer import Issuer, jwk
 from tests.racing import eventually
 from tests.server import Server, environ, free_port, serving, web_command, write_lock
@@ -134,7 +134,11 @@ async def slow():
 
 @pytest.mark.parametrize(
     ("database_url", "worker"),
-    [("postgresql", "gthread --threads 8"), ("sqlite", "gthread --threads 8"), ("sqlite", "sync")],
+    [
+        ("postgresql", "gthread --threads 8"),
+        pytest.param("sqlite", "gthread --threads 8", marks=pytest.mark.slow),
+        pytest.param("sqlite", "sync", marks=pytest.mark.slow),
+    ],
     indirect=["database_url"],
 )
 def test_serves_async_views_of_an_application(
@@ -164,6 +168,7 @@ def test_serves_async_views_of_an_application(
 
 
 @sqlite
+@pytest.mark.slow
 def test_fetches_keys(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
     """Many concurrent first calls succeed while the server fetches the keys."""
     with (
@@ -288,7 +293,14 @@ def test_has_an_invalid_value_for_every_variable() -> None:
     assert WRONG.keys() == VARIABLES.keys() - special
 
 
-@pytest.mark.parametrize("variable", ["DATABASE_URL", "PORT", "LOG_FORMAT"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "DATABASE_URL",
+        pytest.param("PORT", marks=pytest.mark.slow),
+        pytest.param("LOG_FORMAT", marks=pytest.mark.slow),
+    ],
+)
 def test_refuses_to_start_with_an_invalid_variable(
     clerk: FakeClerk, tmp_path: Path, variable: str
 ) -> None:
@@ -318,7 +330,14 @@ def test_lists_every_invalid_variable_at_once() -> None:
     assert "hidden" not in shown
 
 
-@pytest.mark.parametrize("value", ["auto", "0", "513", "-1", "", "2.5"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "auto",
+        "0",
+        *(pytest.param(value, marks=pytest.mark.slow) for value in ("513", "-1", "", "2.5")),
+    ],
+)
 def test_does_not_serve_with_an_invalid_worker_count(
     clerk: FakeClerk, tmp_path: Path, value: str
 ) -> None:
@@ -341,7 +360,11 @@ def test_does_not_serve_with_an_invalid_worker_count(
 
 
 @pytest.mark.parametrize(
-    ("command", "value"), [("clerkhooks log", "auto"), ("flask --app wsgi db upgrade", "2.5")]
+    ("command", "value"),
+    [
+        ("clerkhooks log", "auto"),
+        pytest.param("flask --app wsgi db upgrade", "2.5", marks=pytest.mark.slow),
+    ],
 )
 def test_reports_an_invalid_worker_count_in_commands(
     clerk: FakeClerk, tmp_path: Path, command: str, value: str
@@ -355,7 +378,12 @@ def test_reports_an_invalid_worker_count_in_commands(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("WEB_CONCURRENCY", []), ("PORT", []), ("DATABASE_URL", ["--migrate"])]
+    ("name", "options"),
+    [
+        ("WEB_CONCURRENCY", []),
+        pytest.param("PORT", [], marks=pytest.mark.slow),
+        pytest.param("DATABASE_URL", ["--migrate"], marks=pytest.mark.slow),
+    ],
 )
 def test_serve_checks_the_settings_before_gunicorn_does(
     clerk: FakeClerk, tmp_path: Path, name: str, options: list[str]
@@ -371,7 +399,9 @@ def test_serve_checks_the_settings_before_gunicorn_does(
     assert not (tmp_path / "x.db").exists()
 
 
-@pytest.mark.parametrize(("value", "workers"), [("", 2), ("3", 3)])
+@pytest.mark.parametrize(
+    ("value", "workers"), [("", 2), pytest.param("3", 3, marks=pytest.mark.slow)]
+)
 def test_serve_counts_an_empty_worker_count_as_unset(
     clerk: FakeClerk, tmp_path: Path, value: str, workers: int
 ) -> None:
@@ -396,6 +426,7 @@ def test_does_not_start_without_a_secret(tmp_path: Path) -> None:
 
 
 @sqlite
+@pytest.mark.slow
 def test_counts_an_empty_variable_as_unset(
     database_url: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:
@@ -413,7 +444,11 @@ def test_counts_an_empty_variable_as_unset(
 
 
 @pytest.mark.parametrize(
-    "command", [["flask", "--app", "wsgi", "db", "upgrade"], ["clerkhooks", "users"]]
+    "command",
+    [
+        ["flask", "--app", "wsgi", "db", "upgrade"],
+        pytest.param(["clerkhooks", "users"], marks=pytest.mark.slow),
+    ],
 )
 def test_ends_commands_with_status_2_if_settings_are_invalid(command: list[str]) -> None:
     """A command lists every invalid variable, but prints no values and no traceback."""
@@ -438,7 +473,13 @@ assert not any(each is wsgi.app for each in gc.get_objects())  # workers share i
 """
 
 
-@pytest.mark.parametrize("database", ["sqlite:///{}/x.db", "postgresql://user@localhost/name"])
+@pytest.mark.parametrize(
+    "database",
+    [
+        pytest.param("sqlite:///{}/x.db", marks=pytest.mark.slow),
+        "postgresql://user@localhost/name",
+    ],
+)
 def test_configures_gunicorn(clerk: FakeClerk, tmp_path: Path, database: str) -> None:
     """Workers use gevent with every database, and monkey-patching precedes other imports."""
     variables = {"PORT": "8123", "WEB_CONCURRENCY": "3", "DATABASE_URL": database.format(tmp_path)}
@@ -477,7 +518,7 @@ assert database.execute(sa.text("SELECT id FROM notes")) == [(2,)]
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SLOW_ON_SQLITE)
 def test_gives_each_worker_its_own_connections(
     make_database: MakeDatabase, clerk: FakeClerk, kind: str
 ) -> None:
