@@ -29,6 +29,7 @@ from clerkhooks.sync.change_handlers import PREFIX, ChangeHandlerLoop, find_hand
 from clerkhooks.web.background import make_handler_loops
 from clerkhooks.web.metrics import Metrics
 from tests.application import Application, MakeApplication
+from tests.conftest import SLOW_ON_SQLITE
 from tests.racing import eventually
 from tests.server import environ
 from tests.support import NOW_MS, deletion, join, user_event
@@ -419,6 +420,7 @@ def create_app():
 """
 
 
+@pytest.mark.parametrize("empty_database", SLOW_ON_SQLITE, indirect=True)
 def test_runs_handlers_until_it_is_interrupted(
     make_application: MakeApplication, empty_database: str, clerk: FakeClerk, tmp_path: Path
 ) -> None:

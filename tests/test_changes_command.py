@@ -20,6 +20,7 @@ from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.web.state import disconnect
 from tests.conftest import MakeService, migrate
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeService
 from tests.replication import cluster
 from tests.server import environ
 from tests.support import Service, user_event
@@ -92,6 +93,7 @@ def test_refuses_a_malformed_cursor(feed: Service) -> None:
     assert (result.exit_code, "malformed" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize("database_url", SLOW_ON_POSTGRESQL, indirect=True)
 def test_follows_the_feed(feed: Service) -> None:
     """Each line appears while the command is running, as text or as JSON."""
     first = sign_up(feed)

@@ -221,6 +221,7 @@ def test_keeps_serving_with_a_token_and_a_console_that_work(
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_prints_a_command_that_posts_another_webhook(tmp_path: Path) -> None:
     """The command works in another folder, without other settings."""
     pattern = r"^  (CLERK_WEBHOOK_SECRET=whsec_\S+ clerkhooks send .+)$"
@@ -257,7 +258,14 @@ def test_can_be_interrupted_during_the_demonstration(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGHUP)),
+    ],
+    ids=lambda number: number.name,
+)
 def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
     """
     Each signal stops the command with status 0 and without a traceback.
@@ -275,6 +283,7 @@ def test_leaves_nothing_behind(temporary: Path, number: signal.Signals) -> None:
         httpx.get(url, headers=headers, trust_env=False)
 
 
+@pytest.mark.slow
 def test_stops_the_server_when_it_is_killed() -> None:
     """The server is a thread of the same process, so SIGKILL ends it as well."""
     with serving() as (process, printed):
@@ -285,6 +294,7 @@ def test_stops_the_server_when_it_is_killed() -> None:
         httpx.get(url, headers=headers, trust_env=False)
 
 
+@pytest.mark.slow
 def test_can_run_twice_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
     """Each run has its own database and port."""
     with serving() as (_, printed):

@@ -224,7 +224,12 @@ app.test_client().get("/")
 
 @pytest.mark.parametrize(
     ("is_terminal", "log_format", "is_json"),
-    [(True, "", False), (False, "", True), (True, "json", True), (False, "text", False)],
+    [
+        (True, "", False),
+        pytest.param(False, "", True, marks=pytest.mark.slow),
+        pytest.param(True, "json", True, marks=pytest.mark.slow),
+        pytest.param(False, "text", False, marks=pytest.mark.slow),
+    ],
 )
 def test_chooses_the_format_by_stdout(
     clerk: FakeClerk, tmp_path: Path, is_terminal: bool, log_format: str, is_json: bool
@@ -258,7 +263,7 @@ app.test_client().get("/api/me")
 """
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_prints_each_line_once_beside_a_root_logger(
     clerk: FakeClerk, tmp_path: Path, before: bool
 ) -> None:

@@ -20,7 +20,7 @@ from clerkhooks.settings import PROJECT
 from clerkhooks.sync import connections
 from clerkhooks.sync.follower import Follower
 from tests.backend import Backend, answering, refusing, stalling
-from tests.conftest import MakeService
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeService
 from tests.server import environ
 from tests.support import NOW_MS, Service
 
@@ -238,9 +238,13 @@ def test_says_once_that_it_retries(syncing: Service, backend: Backend) -> None:
     assert "answered" not in result.stdout
 
 
+@pytest.mark.parametrize("database_url", SLOW_ON_POSTGRESQL, indirect=True)
 @pytest.mark.parametrize(
     "command",
-    [["-m", "clerkhooks", "sync"], ["-m", "flask", "--app", "wsgi", "clerk", "sync"]],
+    [
+        ["-m", "clerkhooks", "sync"],
+        pytest.param(["-m", "flask", "--app", "wsgi", "clerk", "sync"], marks=pytest.mark.slow),
+    ],
     ids=["clerkhooks", "flask"],
 )
 def test_can_be_interrupted_and_run_again(

@@ -271,6 +271,7 @@ def test_works_in_an_application(
     disconnect(app)
 
 
+@pytest.mark.slow
 def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> None:
     """The service's own commands, such as ``dev``, are left out."""
     shown = flask_clerk("--help")
@@ -279,7 +280,7 @@ def test_has_the_commands_that_an_application_needs(flask_clerk: RunProcess) -> 
     assert commands == ["changes", "log", "prune", "send", "sync", "user", "users"]
 
 
-@pytest.mark.parametrize("command", ["users", "send"])
+@pytest.mark.parametrize("command", ["users", pytest.param("send", marks=pytest.mark.slow)])
 def test_ends_with_one_message_if_the_settings_are_invalid(
     flask_clerk: RunProcess, command: str
 ) -> None:
