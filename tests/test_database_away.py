@@ -121,6 +121,7 @@ def test_gives_up_on_a_frozen_postgresql(
     assert {status for status, _ in deliver_many(service, CONCURRENCY)} == {200}
 
 
+@pytest.mark.slow
 def test_gives_up_on_a_locked_sqlite_file(sqlite_service: Server) -> None:
     """While another connection holds the write lock, deliveries get a 500. Retries succeed."""
     messages = [(clerk_id("msg"), user_event(clerk_id("user"))) for _ in range(CONCURRENCY)]

@@ -151,6 +151,7 @@ def test_delivers_an_event_that_clerk_adds(application: Application) -> None:
     assert list(received.values()) == [("galaxy.collided", "galaxy", [1, {"x": None}])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["sqlite"], indirect=True, scope="module")
 def test_sends_every_event(server: Server) -> None:
     """``send`` posts complete data, for the user and the organization of the options."""

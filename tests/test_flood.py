@@ -81,6 +81,7 @@ def test_serves_a_sender_that_opens_more_connections_than_it_needs(
     assert health.statuses.keys() == {200}
 
 
+@pytest.mark.slow
 @only_sqlite
 def test_closes_the_longest_idle_connection_for_a_new_one(
     database_url: str, clerk: FakeClerk, tmp_path: Path
@@ -105,6 +106,7 @@ def test_closes_the_longest_idle_connection_for_a_new_one(
             assert time.monotonic() < deadline, [is_open(each) for each in opened]
 
 
+@pytest.mark.slow
 @only_sqlite
 def test_raises_its_limit_of_descriptors(
     database_url: str, clerk: FakeClerk, tmp_path: Path, descriptors: int
@@ -155,6 +157,7 @@ def test_gives_up_on_a_request_that_does_not_arrive(
     assert answers[body].startswith(b"HTTP/1.1 401 ")
 
 
+@pytest.mark.slow
 @only_sqlite
 def test_closes_idle_connections_on_sigterm(
     database_url: str, clerk: FakeClerk, tmp_path: Path

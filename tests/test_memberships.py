@@ -14,7 +14,7 @@ from clerkhooks import ClerkUser, current_user, require_auth
 from clerkhooks.clerk.fake import clerk_id, event_body
 from clerkhooks.web.auth import Protection, refuse_unprotected
 from tests.application import Application, MakeApplication
-from tests.conftest import MakeDatabase
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeDatabase
 from tests.racing import delivery, on_statement, run_contending
 from tests.support import (
     deletion,
@@ -171,6 +171,7 @@ def test_refuses_members_of_deleted_organizations(storing: Application) -> None:
     assert answer(storing, ids[2], path, **claims) == "user_deleted"
 
 
+@pytest.mark.parametrize("empty_database", SLOW_ON_POSTGRESQL, indirect=True)
 @pytest.mark.parametrize("path", [PATH, "/notes"])
 @pytest.mark.parametrize(
     ("here", "token", "expected"),

@@ -122,6 +122,7 @@ def test_never_logs_the_passcode_of_a_malformed_event(
     assert PASSCODE not in dump(application)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["sqlite"], indirect=True, scope="module")
 def test_never_prints_a_one_time_passcode(server: Server) -> None:
     """The lines that the server prints, and its table of messages, do not contain it."""

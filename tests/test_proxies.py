@@ -254,6 +254,7 @@ def test_commands_use_the_proxy(named_proxy: Proxy) -> None:
     assert len(named_proxy.targets) == 4
 
 
+@pytest.mark.slow
 @SQLITE
 def test_send_asks_no_proxy_for_this_machine(
     database_url: str,
@@ -283,6 +284,7 @@ def test_send_reports_a_proxy_that_refuses() -> None:
     assert "does not respond (ProxyError)" in result.output
 
 
+@pytest.mark.slow
 @SQLITE
 def test_starts_with_an_invalid_proxy(database_url: str, clerk: FakeClerk, tmp_path: Path) -> None:
     """Webhooks are served, one log line reports the error, and calls get a 503."""

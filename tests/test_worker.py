@@ -134,7 +134,7 @@ while True:
 @pytest.mark.parametrize(
     ("framing", "piece"),
     [
-        (b"Content-Length: 99999999999", b"a" * 1000),
+        pytest.param(b"Content-Length: 99999999999", b"a" * 1000, marks=pytest.mark.slow),
         (b"Transfer-Encoding: chunked", b"400\r\n" + b"a" * 0x400 + b"\r\n"),
     ],
 )
