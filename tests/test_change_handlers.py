@@ -252,6 +252,34 @@ def test_is_called_by_one_process(application: Application) -> None:
     assert len(told.events) == 2
 
 
+@pytest.mark.parametrize("limit", [600.0, 0.0])
+def test_is_called_once_even_if_it_takes_longer_than_the_lease(
+    application: Application, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    """Beyond a limit, another process calls it too, because the first one may hang."""
+    monkeypatch.setattr(change_handlers, "LIFETIME", 0.6)
+    monkeypatch.setattr(change_handlers, "MAX_CALL", limit)
+    told, released = Recorder(), threading.Event()
+
+    def take_long(event: Event[Any]) -> None:
+        told(event)
+        assert released.wait(20)
+
+    application.hooks.on("user.created", durable=True, name="long", from_start=True)(take_long)
+    sign_up(application)
+    loops = [make_handler_loops(application.app, lambda *_: None)[0] for _ in range(2)]
+    threads = [threading.Thread(target=loop.run) for loop in loops]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(told.events) == (1 if limit else 2))
+    time.sleep(1.5)
+    released.set()
+    for loop in loops:
+        loop.stop()
+    join(*threads)
+    assert len(told.events) == (1 if limit else 2)
+
+
 class Crash(BaseException):
     """The process is killed."""
 

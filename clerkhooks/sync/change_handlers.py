@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.errors import ChangesPruned, ChangesRestored, describe
 from clerkhooks.events import DurableHandler, Event, Handler, Outcome, Version
@@ -23,7 +25,8 @@ from clerkhooks.store.leases import Held
 from clerkhooks.sync.lease import Lease, LeasedLoop, Tell
 
 PREFIX = "handler:"
-LIFETIME = 30.0  # seconds; a handler that takes longer may be called by another process meanwhile
+LIFETIME = 30.0  # seconds
+MAX_CALL = 600.0  # seconds, after which another process may call the handler too
 POLL = 1.0  # seconds
 PAGE = 100  # changes
 STOP_TIMEOUT = 5.0  # seconds for a handler that is running
@@ -131,8 +134,27 @@ class ChangeHandlerLoop(LeasedLoop):
         for event in events:
             self.lease.check()
             self._is_calling = True
-            self._call(self._durable.handler, event)
+            with self._renewing():
+                self._call(self._durable.handler, event)
             self._is_calling = False
+
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """Renew the lease during a call. Otherwise, two processes might take turns for ever."""
+        ended, ends_at = threading.Event(), time.monotonic() + MAX_CALL
+
+        def renew() -> None:
+            while not ended.wait(self.lease.interval) and time.monotonic() < ends_at:
+                with suppress(SQLAlchemyError):
+                    self.lease.acquire()
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _save(self, position: Position) -> None:
         self._position = position
