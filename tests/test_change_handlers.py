@@ -280,6 +280,66 @@ def test_is_called_once_even_if_it_takes_longer_than_the_lease(
     assert len(told.events) == (1 if limit else 2)
 
 
+def test_keeps_the_position_of_another_process_after_a_late_failure(
+    application: Application,
+) -> None:
+    """A call outlives its lease. Meanwhile, another process calls the handler, and stops."""
+    began, released, told = threading.Event(), threading.Event(), Recorder()
+
+    def fail_late(event: Event[Any]) -> None:
+        told(event)
+        if len(told.events) == 1:
+            began.set()
+            assert released.wait(20)
+            raise ValueError
+
+    application.hooks.on("user.created", durable=True, name="late", from_start=True)(fail_late)
+    for _ in range(2):
+        sign_up(application)
+    [late] = make_handler_loops(application.app, lambda *_: None)
+    thread = threading.Thread(target=late._turn)
+    thread.start()
+    assert began.wait(20)
+    _end_leases(application)
+    _run_once(application)
+    [expected] = find_handlers(application.state.store)
+    released.set()
+    join(thread)
+    late.stop()
+    assert find_handlers(application.state.store) == [expected]
+    assert len(told.events) == 3
+
+
+def test_does_not_repeat_what_another_process_did_while_it_was_frozen(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process stops between two changes of a page, for longer than its lease."""
+    told = Recorder()
+    application.hooks.on("user.created", durable=True, name="told", from_start=True)(told)
+    user_ids = [sign_up(application) for _ in range(3)]
+    [frozen] = make_handler_loops(application.app, lambda *_: None)
+    assert isinstance(frozen, ChangeHandlerLoop)
+    save = frozen._save
+
+    def freeze(position: change_handlers.Position) -> None:
+        save(position)
+        if len(told.events) == 1:
+            _end_leases(application)
+            _run_once(application)
+            frozen.lease._renewed_at = -frozen.lease.lifetime
+
+    monkeypatch.setattr(frozen, "_save", freeze)
+    frozen._turn()
+    frozen.stop()
+    assert [user_id for _, user_id in told.told] == user_ids
+
+
+def _end_leases(application: Application) -> None:
+    table = application.state.store.leases.table
+    ended = sa.update(table).values(expires_at=0).returning(table.c.name)
+    application.state.store.database.write(ended)
+
+
 class Crash(BaseException):
     """The process is killed."""
 

@@ -22,7 +22,7 @@ from clerkhooks.events import DurableHandler, Event, Handler, Outcome, Version
 from clerkhooks.store import Store
 from clerkhooks.store.change_reader import Change, ChangeReader, Cursor
 from clerkhooks.store.leases import Held
-from clerkhooks.sync.lease import Lease, LeasedLoop, Tell
+from clerkhooks.sync.lease import Lease, LeasedLoop, LeaseLost, Tell
 
 PREFIX = "handler:"
 LIFETIME = 30.0  # seconds
@@ -90,6 +90,16 @@ class ChangeHandlerLoop(LeasedLoop):
     def begin(self) -> None:
         """Read the stored position in the next round."""
 
+    def _check(self, held: Held | None) -> None:
+        """
+        Check that *held*, if given, has the position that this process stored last.
+
+        Raises:
+            LeaseLost: another process held the lease meanwhile. Its position must not be replaced.
+        """
+        if held is not None and Position.of(held) != self._position:
+            raise LeaseLost("lease_lost")
+
     def work(self, held: Held) -> None:
         """Call the handler until the lease must be renewed."""
         self._position = Position.of(held)
@@ -111,6 +121,7 @@ class ChangeHandlerLoop(LeasedLoop):
         failures = self._position.failures + 1
         pause = min(MAX_PAUSE, 2.0 ** min(failures - 1, 20))
         held = self.lease.acquire()
+        self._check(held)
         retry_at = int(held.now + pause * 1000) if held is not None else 0
         cursor = self._position.cursor
         self._save(Position(cursor, failures, describe(error), retry_at))
@@ -132,7 +143,7 @@ class ChangeHandlerLoop(LeasedLoop):
 
     def _call_with(self, events: Sequence[Event[Any]]) -> None:
         for event in events:
-            self.lease.check()
+            self._check(self.lease.check())
             self._is_calling = True
             with self._renewing():
                 self._call(self._durable.handler, event)

@@ -59,16 +59,19 @@ class Lease:
             self._renewed_at = began_at
         return held
 
-    def check(self) -> None:
+    def check(self) -> Held | None:
         """
-        Renew the lease if it is time.
+        Renew the lease if it is time, and return the stored progress if it was renewed.
 
         Raises:
             LeaseLost: another process has taken over.
         """
-        is_due = time.monotonic() - self._renewed_at >= self.interval
-        if self._is_released or (is_due and self.acquire() is None):
+        if not self._is_released and time.monotonic() - self._renewed_at < self.interval:
+            return None
+        held = self.acquire()
+        if held is None:
             raise LeaseLost("lease_lost")
+        return held
 
     def save(self, state: Mapping[str, Any], *, completed: bool = False) -> None:
         """
