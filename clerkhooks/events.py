@@ -73,6 +73,11 @@ class Event(Generic[D]):
 
 Handler = Callable[[Event[Any]], object]
 NOT_PLAIN = "A handler must be a plain function: nothing would await its result."
+_ROW_CHANGES = [
+    f"{family}.{verb}"
+    for family in ("user", "organization", "organizationMembership")
+    for verb in ("created", "updated", "deleted")
+]
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\.\*)?")
 
 
@@ -129,8 +134,8 @@ class Handlers:
         Register a durable *handler*. If it is registered for several patterns, they are one.
 
         Raises:
-            ValueError: *pattern* is not an event type, a family or ``*``, or another handler has
-                the same name.
+            ValueError: *pattern* is not an event type, a family or ``*``, no change has such a
+                type, or another handler has the same name.
             TypeError: *handler* is not callable, is asynchronous, or is a generator function.
         """
         _check(pattern, handler)
@@ -140,8 +145,15 @@ class Handlers:
         before = self.durable.get(name)
         if before is not None and before.handler != handler:
             raise ValueError(f"Another durable handler has the name {name!r}. Pass name=… to one.")
-        patterns = before.patterns if before is not None else ()
-        self.durable[name] = DurableHandler(name, handler, (*patterns, pattern), from_start)
+        patterns = (*before.patterns, pattern) if before is not None else (pattern,)
+        from_start = from_start or (before is not None and before.from_start)
+        if not any(_matches(pattern, each) for each in _ROW_CHANGES) and pattern not in CHANGES:
+            raise ValueError(
+                f"No change has the type {pattern!r}. With durable=True, use 'created', 'updated' "
+                "or 'deleted' of 'user', 'organization' or 'organizationMembership', "
+                "'user.barred' or 'user.restored', a family, or '*'."
+            )
+        self.durable[name] = DurableHandler(name, handler, patterns, from_start)
 
     def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
         """Return the handlers for messages of *event_type*, without duplicates."""

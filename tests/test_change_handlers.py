@@ -231,6 +231,41 @@ def _run_once(application: Application) -> None:
         loop.stop()
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_reports_pruned_changes_to_a_handler_that_has_not_succeeded(
+    application: Application, is_early: bool
+) -> None:
+    """The handler fails at its first change, or has seen no change. Both end with from_start."""
+    told = Recorder(lambda _: True)
+    application.hooks.on("user.created", durable=True, name="told", from_start=True)(told)
+    if is_early:
+        _run_once(application)
+    sign_up(application)
+    if not is_early:
+        _run_once(application)
+    [handler] = find_handlers(application.state.store)
+    application.rows("UPDATE user_changes SET changed_at = '2020-01-01'")
+    list(ChangeReader(application.state.store).prune(datetime.now(UTC)))
+    _set_position(application, **vars_of(handler))
+    _run_once(application)
+    [handler] = find_handlers(application.state.store)
+    assert handler.position.error == "ChangesPruned"
+
+
+def test_continues_if_the_database_clock_was_set_back(application: Application) -> None:
+    """No pause is longer than an hour."""
+    told = Recorder()
+    application.hooks.on("user.created", durable=True, name="told", from_start=True)(told)
+    sign_up(application)
+    _run_once(application)
+    [handler] = find_handlers(application.state.store)
+    user_id = sign_up(application)
+    in_a_day = int(time.time() * 1000) + 86_400_000
+    _set_position(application, **{**vars_of(handler), "failures": 1, "retry_at": in_a_day})
+    _run_once(application)
+    assert told.told[1:] == [("user.created", user_id)]
+
+
 def test_is_called_by_one_process(application: Application) -> None:
     """Another process takes over when this one stops."""
     told = Recorder()
@@ -467,6 +502,9 @@ def test_refuses_contradicting_options(application: Application) -> None:
         on("user.created", durable=True, name="same")(repr)
     with pytest.raises(ValueError, match="not an event type"):
         on("user created", durable=True)(print)
+    for pattern in ("session.created", "user.create", "organizationInvitation.*"):
+        with pytest.raises(ValueError, match="No change has the type"):
+            on(pattern, durable=True, name="never")(print)
     on("user.created", durable=True)(Recorder())
     on("user.created", durable=True)(sign_up)
     assert sorted(application.hooks._handlers.durable) == [
@@ -474,6 +512,16 @@ def test_refuses_contradicting_options(application: Application) -> None:
         f"{__name__}.Recorder",
         f"{__name__}.sign_up",
     ]
+
+
+def test_from_start_holds_for_all_patterns_of_a_handler(application: Application) -> None:
+    """The order of the decorators does not matter."""
+    told = Recorder()
+    user_id = sign_up(application)
+    application.hooks.on("user.created", durable=True, name="told", from_start=True)(told)
+    application.hooks.on("user.deleted", durable=True, name="told")(told)
+    _run_once(application)
+    assert told.told == [("user.created", user_id)]
 
 
 # The command

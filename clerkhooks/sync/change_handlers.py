@@ -103,10 +103,11 @@ class ChangeHandlerLoop(LeasedLoop):
     def work(self, held: Held) -> None:
         """Call the handler until the lease must be renewed."""
         self._position = Position.of(held)
-        if held.now < self._position.retry_at:
+        wait = self._position.retry_at - held.now
+        if 0 < wait <= MAX_PAUSE * 1000:  # after a longer one, the database's clock was set back
             return
-        if self._position.cursor is None and not self._durable.from_start:
-            self._save(Position(str(self._reader.find_end())))
+        if self._position.cursor is None:
+            self._save(Position(str(self._find_start())))
         ends_at = time.monotonic() + self.lease.interval
         while time.monotonic() < ends_at and not self._stopping.is_set():
             if not self._read_page():
@@ -126,6 +127,15 @@ class ChangeHandlerLoop(LeasedLoop):
         cursor = self._position.cursor
         self._save(Position(cursor, failures, describe(error), retry_at))
         return pause
+
+    def _find_start(self) -> Cursor:
+        """Return the first position of a new handler. It shows if changes after it are pruned."""
+        end = self._reader.find_end()
+        oldest = self._reader.read(None, 1) if self._durable.from_start else []
+        if not oldest:
+            return end
+        first = Cursor.parse(oldest[0].cursor)
+        return first._replace(sequence=first.sequence - 1)
 
     def _read_page(self) -> bool:
         """Call the handler for the next changes, and return whether there were any."""
