@@ -19,8 +19,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.web.state import disconnect
-from tests.conftest import MakeService, migrate
-from tests.conftest import SLOW_ON_POSTGRESQL, MakeService
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeService, migrate
 from tests.replication import cluster
 from tests.server import environ
 from tests.support import Service, user_event

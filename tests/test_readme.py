@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,15 @@ def test_env_example_names_the_defaults(variable: str, field: str) -> None:
     assert re.search(
         rf"Default: {re.escape(str(default))}\b", lines[lines.index(f"{variable}=") - 1]
     )
+
+
+def test_changelog_begins_with_the_version() -> None:
+    """The newest release in the changelog is the package's version, with its date."""
+    config = ConfigParser()
+    config.read(PROJECT / "setup.cfg")
+    changelog = (PROJECT / "CHANGELOG.md").read_text()
+    releases = re.findall(r"^## (\d\S+) - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
+    assert releases[0] == config["metadata"]["version"]
 
 
 def test_shows_one_test_command() -> None:
