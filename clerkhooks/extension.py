@@ -118,13 +118,12 @@ class ClerkHooks(Generic[U]):
         Register routes, commands and error handling on *app*, after ``db.init_app(app)``.
 
         *routes* may contain ``webhooks``, ``me``, ``health``, ``metrics``, ``console`` and
-        ``changes``.
-        *url_prefix* is added to all of them. With *problems*, every HTTP error of the application
-        becomes ``application/problem+json``. *request_log* logs each request to stdout, as ``json``
-        or as ``text``; ``auto`` means text on a terminal and JSON elsewhere. By default, only
-        deliveries and failures are logged, to the logger ``clerkhooks``. A variable that is not in
-        ``app.config`` is read from *environ*, by default ``os.environ``. Nothing else in the
-        application is changed.
+        ``changes``. *url_prefix* is added to all of them. With *problems*, every HTTP error of the
+        application becomes ``application/problem+json``. *request_log* logs each request to stdout,
+        as ``json`` or as ``text``; ``auto`` means text on a terminal and JSON elsewhere. By
+        default, only deliveries and failures are logged, to the logger ``clerkhooks``. A variable
+        that is not in ``app.config`` is read from *environ*, by default ``os.environ``. Nothing
+        else in the application is changed.
 
         Raises:
             SettingsError: the configuration in ``app.config`` and the environment is invalid.
