@@ -264,6 +264,29 @@ def test_does_not_read_many_changes_again_and_again(
     assert not following.progress().is_settled
 
 
+def test_reads_a_user_who_moves_to_the_first_page(
+    following: Following, syncing: Service, backend: Backend
+) -> None:
+    """A user who changes while the list is read is not left to the next round."""
+    users = [backend.sign_up(at=LONG_AGO + number) for number in range(30)]
+    following.run()
+    for user_id in users:
+        backend.update(user_id, first_name="Grace")
+    time.sleep(0.1)  # the fake Clerk may have used times in the future
+    lists = 0
+
+    def change(_path: str, query: Query) -> None:
+        nonlocal lists
+        lists += query.get("order_by") == ["-updated_at"]
+        if lists == 2:
+            backend.update(users[5], first_name="Alan")
+
+    backend.before = change
+    following.run()
+    assert lists == 4
+    assert syncing.user(users[5], ("name",)) == ("Alan Lovelace",)
+
+
 def test_finds_deletions_in_turn(following: Following, syncing: Service, backend: Backend) -> None:
     """Each batch of a hundred users is compared by id, and a missing user is confirmed."""
     users = sorted(backend.sign_up(at=LONG_AGO + number) for number in range(230))

@@ -19,6 +19,7 @@ from clerkhooks.sync.sources import Memberships, Organizations
 from clerkhooks.sync.sweep import Sweep
 from clerkhooks.sync.watch import Watch
 
+MAX_LISTINGS = 3  # per round; each one begins where the last one began
 MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an outage
 # If reading the latest changes fails after this many pages, read all users instead, which can be
 # interrupted. If there are many users, this is worthwhile only after more pages.
@@ -48,6 +49,7 @@ class Round:
         ]
         self._is_trusted = False
         self._is_first, self._now = False, 0
+        self._position, self._pages = 0, 0  # what this round has read of the latest changes
         self._missed = 0
         self.progress = Progress()
         """The progress of the current round, or of the last one."""
@@ -131,22 +133,20 @@ class Round:
         Return the error if Clerk does not list users by their latest change. Then the sweep still
         compares every user.
         """
-        leased, position, number = self._leased, self.progress.position or 0, 0
-        until = position - (0 if self.progress.is_settled else OVERLAP)
-        pages = read_newest(leased.api.list_updated, USER, UPDATED_AT, until)
+        self._position, self._pages = self.progress.position or 0, 0
+        until = self._position - (0 if self.progress.is_settled else OVERLAP)
         try:
-            while page := leased.ask(lambda: next(pages, None)):
-                position = max(position, find_latest(page, UPDATED_AT))
-                leased.apply(USER, page)
-                self._expect_webhooks()
-                number += 1
+            for _ in range(MAX_LISTINGS):
+                if self._read_updated(until):
+                    break
+                until = self._position
         except BackendApiError as error:
             if error.reason == "answer_unusable":
                 return error
-            if number > max(MANY_PAGES, self.progress.users // USERS_PER_PAGE):
-                self._store(replace(self.progress, position=None, imported_at=position))
+            if self._pages > max(MANY_PAGES, self.progress.users // USERS_PER_PAGE):
+                self._store(replace(self.progress, position=None, imported_at=self._position))
             raise
-        self._move_to(position)
+        self._move_to(self._position)
         return None
 
     def _move_to(self, position: int) -> None:
@@ -157,6 +157,22 @@ class Round:
         elif self._now - progress.moved_at > SETTLED_AFTER:
             progress = replace(progress, is_settled=True)
         self._store(progress)
+
+    def _read_updated(self, until: int) -> bool:
+        """
+        Write the users that changed at *until* or later.
+
+        Return whether the list was a single page. Otherwise, a user may have moved from a later
+        page to the first one meanwhile.
+        """
+        before = self._pages
+        pages = read_newest(self._leased.api.list_updated, USER, UPDATED_AT, until)
+        while page := self._leased.ask(lambda: next(pages, None)):
+            self._position = max(self._position, find_latest(page, UPDATED_AT))
+            self._leased.apply(USER, page)
+            self._expect_webhooks()
+            self._pages += 1
+        return self._pages - before <= 1
 
     def _watch_webhooks(self) -> None:
         """Find overdue webhooks, even if the rest of the round fails."""
