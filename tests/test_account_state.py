@@ -17,7 +17,7 @@ from clerkhooks.store import queries
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
 from tests.backend import Backend
-from tests.conftest import MakeService
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeService
 from tests.racing import on_statement
 from tests.server import Server
 from tests.support import NOW_MS, Service, ThreadPool, deletion, load, user_event
@@ -249,6 +249,7 @@ def test_does_not_report_an_expired_lockout(syncing: Service, backend: Backend) 
     assert (summary, run.ok) == ({"unchanged": 1}, True)
 
 
+@pytest.mark.parametrize("database_url", SLOW_ON_POSTGRESQL, indirect=True)
 @pytest.mark.parametrize("here", [True, False], ids=["restored", "barred"])
 @pytest.mark.parametrize("field", ["banned", "deprovisioned", "locked"])
 def test_repairs_a_state_that_changed_without_a_new_version(

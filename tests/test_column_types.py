@@ -20,6 +20,7 @@ from clerkhooks import ClerkHooks, ClerkUser, from_clerk
 from clerkhooks.clerk.fake import clerk_id
 from tests.application import Application, MakeApplication
 from tests.backend import Backend
+from tests.conftest import SLOW_ON_SQLITE
 from tests.support import NOW_MS, user_event
 from tests.syncing import sync
 
@@ -196,6 +197,7 @@ def test_reads_values_back_unchanged(
         assert found == {name: expected for name, (_, _, expected) in GOOD.items()}
 
 
+@pytest.mark.parametrize("empty_database", SLOW_ON_SQLITE, indirect=True)
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -24,7 +24,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body, user_data
 from clerkhooks.web.state import disconnect
 from tests.application import Application, MakeApplication
 from tests.backend import Backend
-from tests.conftest import KINDS, MakeDatabase
+from tests.conftest import KINDS, SLOW_ON_POSTGRESQL, MakeDatabase
 from tests.support import NOW_MS, deletion, user_event
 from tests.syncing import make_old, sync
 
@@ -377,6 +377,7 @@ def vars_of(user: Any, *names: str) -> tuple[Any, ...]:
     return tuple(getattr(user, name) for name in names)
 
 
+@pytest.mark.parametrize("empty_database", SLOW_ON_POSTGRESQL, indirect=True)
 @pytest.mark.parametrize(
     ("here", "at_clerk", "expected", "result"),
     [

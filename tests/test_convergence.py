@@ -143,7 +143,9 @@ class Run:
             return list(result) if result.returns_rows else []
 
 
-@pytest.mark.parametrize("pattern", [None, "*", "user.updated"])
+@pytest.mark.parametrize(
+    "pattern", [None, "*", pytest.param("user.updated", marks=pytest.mark.slow)]
+)
 @given(history=histories())
 def test_ends_as_the_set_of_events_says(
     service: Service, pattern: str | None, history: History

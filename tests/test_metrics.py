@@ -250,6 +250,7 @@ def test_is_disabled_without_a_configured_token(service: Service) -> None:
         )
 
 
+@pytest.mark.slow
 def test_loads_no_library_when_disabled(clerk: FakeClerk, tmp_path: Path) -> None:
     """Without METRICS_TOKEN, prometheus-client is not imported."""
     code = "import sys, wsgi; sys.exit('prometheus_client' in sys.modules)"

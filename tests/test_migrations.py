@@ -22,7 +22,7 @@ from clerkhooks.doctor import diagnose
 from clerkhooks.doctor.database import check_database
 from clerkhooks.service import db
 from clerkhooks.settings import PROJECT
-from tests.conftest import TABLES, MakeDatabase, MakeService
+from tests.conftest import SLOW_ON_SQLITE, TABLES, MakeDatabase, MakeService
 from tests.server import environ
 from tests.support import Service, pending_schema_changes, rows, user_event
 
@@ -110,6 +110,7 @@ def test_upgrade_and_downgrade(
     assert service.http.get("/readyz").status_code == 200
 
 
+@pytest.mark.parametrize("database_url", SLOW_ON_SQLITE, indirect=True)
 def test_wait_for_each_other(make_database: MakeDatabase, clerk: FakeClerk, kind: str) -> None:
     """Of two simultaneous upgrades, one migrates and the other finds nothing to do."""
     # Two processes, because alembic keeps the current migration in a module variable.

@@ -16,7 +16,7 @@ from clerkhooks.clerk.fake import FakeClerk, clerk_id, event_body
 from clerkhooks.clerk.signatures import VerifiedMessage
 from clerkhooks.events import Event
 from clerkhooks.store import endings
-from tests.conftest import KINDS, MakeDatabase, migrate
+from tests.conftest import SLOW_ON_SQLITE, MakeDatabase, migrate
 from tests.organizations import (
     CONTRADICTING,
     Draft,
@@ -131,7 +131,7 @@ def test_writes_a_batch_as_its_events_one_by_one(
     run.check()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SLOW_ON_SQLITE)
 def server(
     request: pytest.FixtureRequest,
     make_database: MakeDatabase,

@@ -19,6 +19,7 @@ from clerkhooks.service import create_app
 from clerkhooks.testing import ClerkService
 from clerkhooks.web.state import disconnect
 from tests.application import Application
+from tests.conftest import SLOW_ON_SQLITE
 from tests.racing import eventually
 from tests.server import Server
 from tests.support import NOW_MS
@@ -69,6 +70,7 @@ def raise_database_error(event: Event) -> None:
     store.execute(sa.text("SELECT :data FROM missing_table"), {"data": str(event.data)})
 
 
+@pytest.mark.parametrize("empty_database", SLOW_ON_SQLITE, indirect=True)
 @pytest.mark.parametrize("event_type", ["email.created", "sms.created"])
 @pytest.mark.parametrize("after_commit", [False, True], ids=["inside", "after"])
 @pytest.mark.parametrize(

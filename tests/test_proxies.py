@@ -139,7 +139,15 @@ def test_asks_no_proxy_for_this_machine(
 
 
 REFUSING = [proxy.refuse, proxy.socks_refusing, proxy.garbled, proxy.hanging_up, proxy.stalling]
-NOISY = [(tunnel, scheme) for tunnel in REFUSING for scheme in ("http", "socks5")]
+NOISY = [
+    *((tunnel, "http") for tunnel in REFUSING),
+    (proxy.socks_refusing, "socks5"),
+    *(
+        pytest.param(tunnel, "socks5", marks=pytest.mark.slow)
+        for tunnel in REFUSING
+        if tunnel is not proxy.socks_refusing
+    ),
+]
 
 
 @pytest.mark.parametrize(("tunnel", "scheme"), NOISY)

@@ -15,7 +15,7 @@ from clerkhooks.errors import BackendApiError
 from clerkhooks.sync import listing
 from clerkhooks.sync.reconcile import Reconciliation
 from tests.backend import Backend, Behaviour, Query, answering_json, refusing
-from tests.conftest import MakeService
+from tests.conftest import SLOW_ON_POSTGRESQL, MakeService
 from tests.racing import on_statement
 from tests.support import (
     NOW_MS,
@@ -301,6 +301,7 @@ UNPROVEN = [
 ]
 
 
+@pytest.mark.parametrize("database_url", SLOW_ON_POSTGRESQL, indirect=True)
 @pytest.mark.parametrize("behaviour", UNPROVEN)
 @pytest.mark.parametrize("what", ["organization", "membership", "user"])
 def test_keeps_what_clerk_does_not_confirm_to_be_gone(

@@ -164,6 +164,7 @@ def test_signs_as_svix_does(secret: bytes, message_id: str, body: str, at: int) 
     assert SigningSecret(secret).sign(message_id, moment, body) == theirs
 
 
+@pytest.mark.slow
 def test_does_not_load_the_client_of_svix() -> None:
     """Svix's API client would cost each worker 16 MB of memory and 0.2 s at startup."""
     code = "import sys, clerkhooks.service; sys.exit('svix' in sys.modules)"

@@ -269,6 +269,7 @@ def test_mine(clerk_service):
 """
 
 
+@pytest.mark.slow
 def test_works_for_the_service(tmp_path: Path) -> None:
     """One line in conftest.py suffices, and there is no warning."""
     done = run_pytest(tmp_path, {"conftest.py": CONFTEST, "test_mine.py": TEST})

@@ -96,8 +96,15 @@ stop()
 """)
 
 
-@pytest.mark.parametrize("keepalive", [0, 2])
-@pytest.mark.parametrize("sent", ["b'POST'", "HEAD + b'9\\r\\n\\r\\na'"])
+@pytest.mark.parametrize(
+    ("sent", "keepalive"),
+    [
+        ("b'POST'", 2),
+        ("HEAD + b'9\\r\\n\\r\\na'", 0),
+        pytest.param("b'POST'", 0, marks=pytest.mark.slow),
+        pytest.param("HEAD + b'9\\r\\n\\r\\na'", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_gives_a_request_a_deadline(sent: str, keepalive: int) -> None:
     """The deadline counts from the first byte, whether the header or the body is slow."""
     run(
