@@ -197,12 +197,30 @@ class Auditor:
         for ids, messages in self.svix.groups:
             assert stored_rows(self.database_url, ids) == expected_rows(ids, messages)
         self._check_for_orphans()
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        """Check that the change feed has each object once, and ends as the row says."""
+        found = rows(self.database_url, CHANGES)
+        ends = {object_id: kind == "deleted" for object_id, kind in found}
+        created = [object_id for object_id, kind in found if kind == "created"]
+        assert len(created) == len(set(created))
+        for table in TABLES[:3]:
+            query = f"SELECT id, deleted_at IS NOT NULL FROM {table}"
+            for object_id, is_deleted in rows(self.database_url, query):
+                assert ends.pop(object_id) == bool(is_deleted), object_id
+        assert not ends, f"changes of objects without rows: {ends}"
 
     def _check_for_orphans(self) -> None:
         for query in (ORPHANS, *(LIVE_ORPHANS.format(table=table) for table in TABLES[1:3])):
             orphans = rows(self.database_url, query)
             assert not orphans, f"rows whose message is not in the log: {orphans}"
 
+
+CHANGES = """
+SELECT object_id, kind FROM user_changes WHERE kind IN ('created', 'deleted', 'revived')
+ORDER BY transaction_id, sequence
+"""
 
 # Select users whose latest message is not logged as applied. The latest message is the one in the
 # row's version or, for a tombstone, the user's deletion.

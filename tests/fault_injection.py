@@ -28,7 +28,7 @@ class RestartableServer:
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
-        url, clerk, tables = self.database_url, self.clerk, "organizations"
+        url, clerk, tables = self.database_url, self.clerk, "organizations,changes"
         self.server = start_server(url, clerk, self.port, self.log, CLERK_TABLES=tables)
         wait_until_healthy(self.server)
 
