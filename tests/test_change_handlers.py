@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
@@ -26,6 +27,7 @@ from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.sync import change_handlers
 from clerkhooks.sync.change_handlers import PREFIX, ChangeHandlerLoop, find_handlers
+from clerkhooks.sync.lease import stop_all
 from clerkhooks.web.background import make_handler_loops
 from clerkhooks.web.metrics import Metrics
 from tests.application import Application, MakeApplication
@@ -379,25 +381,29 @@ class Crash(BaseException):
     """The process is killed."""
 
 
-def test_is_called_again_after_a_crash(application: Application) -> None:
+def test_is_called_again_after_a_crash(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The event is the same, so its message id is an idempotency key."""
-    told: list[Event[Any]] = []
-
-    def crash(event: Event[Any]) -> None:
-        told.append(event)
-        if len(told) == 1:
-            raise Crash
-
-    application.hooks.on("user.created", durable=True, name="crash", from_start=True)(crash)
+    told = Recorder()
+    application.hooks.on("user.created", durable=True, name="told")(told)
+    _run_once(application)
     sign_up(application)
     [loop] = make_handler_loops(application.app, lambda *_: None)
-    with pytest.raises(Crash):
-        loop._turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save", raise_crash)
+        with pytest.raises(Crash):
+            loop._turn()
     loop.stop()
     for _ in range(2):
         _run_once(application)
-    assert told[0] == told[1]
-    assert len(told) == 2
+    first, second = told.events
+    assert first == second
+
+
+def raise_crash(_position: object) -> None:
+    """End the process after the handler has returned."""
+    raise Crash
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -456,15 +462,81 @@ class FailingRead:
         raise self.error
 
 
-def test_survives_a_handler_that_exits(application: Application) -> None:
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, gevent.Timeout])
+def test_survives_a_handler_that_exits(application: Application, kind: type[BaseException]) -> None:
+    """These are not an Exception."""
+
     def leave(_event: Event[Any]) -> None:
-        raise SystemExit
+        raise kind
 
     application.hooks.on("user.created", durable=True, name="leave", from_start=True)(leave)
     sign_up(application)
     _run_once(application)
     [handler] = find_handlers(application.state.store)
     assert (handler.position.failures, handler.position.error) == (1, "RuntimeError")
+
+
+def test_reports_where_a_handler_had_a_database_error(application: Application) -> None:
+    """The frames lead to the statement."""
+
+    def fail(_event: Event[Any]) -> None:
+        raise sa.exc.IntegrityError("INSERT", {}, Exception("ada@example.org"))
+
+    application.hooks.on("user.created", durable=True, name="fail", from_start=True)(fail)
+    sign_up(application)
+    told: list[Any] = []
+    [loop] = make_handler_loops(application.app, lambda *event: told.append(event))
+    loop._turn()
+    loop.stop()
+    [_, (event, fields)] = told
+    assert (event, fields["error"]) == ("round_failed", "IntegrityError")
+    assert fields["frames"][-1].endswith(" fail")
+
+
+def test_waits_longer_with_each_failure_of_the_database(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage is logged once per attempt to take the lease at most, after the first seconds."""
+    monkeypatch.setattr(change_handlers, "POLL", 1.0)
+    monkeypatch.setattr(change_handlers, "LIFETIME", 30.0)
+    application.hooks.on("user.created", durable=True, name="told")(Recorder())
+    told: list[Any] = []
+    [loop] = make_handler_loops(application.app, lambda *event: told.append(event))
+    with monkeypatch.context() as patch:
+        failure = sa.exc.OperationalError("", {}, Exception())
+        patch.setattr(loop.lease, "acquire", FailingRead(failure))
+        for _ in range(5):
+            loop._next_at = 0.0
+            loop._turn()
+    loop.stop()
+    assert [fields["retry_in_s"] for _, fields in told] == [2.0, 4.0, 8.0, 10.0, 10.0]
+
+
+def test_several_handlers_that_hang_do_not_delay_the_end(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A platform kills a process that takes too long to stop."""
+    monkeypatch.setattr(change_handlers, "STOP_TIMEOUT", 0.3)
+    released, begun = threading.Event(), Recorder()
+
+    def hang(event: Event[Any]) -> None:
+        begun(event)
+        assert released.wait(20)
+
+    for name in "abcdefgh":
+        application.hooks.on("user.created", durable=True, name=name, from_start=True)(hang)
+    sign_up(application)
+    loops = make_handler_loops(application.app, lambda *_: None)
+    threads = [threading.Thread(target=loop.run) for loop in loops]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(begun.events) == len(loops))
+    began_at = time.monotonic()
+    stop_all(loops)
+    took = time.monotonic() - began_at
+    released.set()
+    join(*threads)
+    assert 0.3 <= took < 8 * 0.3
 
 
 def test_exports_the_failures(application: Application) -> None:

@@ -31,12 +31,13 @@ from clerkhooks.store import Store
 from clerkhooks.store.change_reader import MAX_LIMIT, Change, ChangeReader, Cursor
 from clerkhooks.store.changes import CHANNEL
 from clerkhooks.store.postgresql import TimeoutConnection
+from clerkhooks.sync.lease import stop_all
 from clerkhooks.web.background import make_handler_loops, run_loop
 from clerkhooks.web.state import current_state
 
 COLUMNS = ("changed_at", "kind", "object_type", "object_id", "fields", "cursor")
 POLL = 1.0  # seconds
-STOP_TIMEOUT = 10.0  # seconds for a handler that is running
+STOP_TIMEOUT = 2.0  # seconds for a loop that is stopped; Docker kills a process after 10 seconds
 
 
 @click.command()
@@ -93,11 +94,11 @@ def _run_handlers(as_json: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        for loop in loops:
-            loop.stop()
+        stop_all(loops)
         signal.signal(signal.SIGTERM, previous)
+    ends_at = time.monotonic() + STOP_TIMEOUT
     for thread in threads:
-        thread.join(STOP_TIMEOUT)
+        thread.join(max(0.0, ends_at - time.monotonic()))
 
 
 def _find_cursor(reader: ChangeReader, after: str | None) -> Cursor | None:

@@ -7,6 +7,7 @@ all hosts calls the handler. A handler that fails holds up no other one.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,13 +78,18 @@ class ChangeHandlerLoop(LeasedLoop):
         super().__init__(Lease(store, f"{PREFIX}{durable.name}", LIFETIME), POLL, tell)
         self._reader, self._durable, self._call = ChangeReader(store), durable, call
         self._position = Position()
-        self._is_calling = False
+        self._stop_by = math.inf
         self._unsaved = threading.Lock()  # held until the position is stored
+
+    def begin_stop(self) -> None:
+        """Start no more calls. A handler that is running has STOP_TIMEOUT from now on."""
+        super().begin_stop()
+        self._stop_by = min(self._stop_by, time.monotonic() + STOP_TIMEOUT)
 
     def stop(self) -> None:
         """End ``run``. A handler that is running may end, so that it is not called again."""
-        self._stopping.set()
-        if self._unsaved.acquire(timeout=STOP_TIMEOUT):
+        self.begin_stop()
+        if self._unsaved.acquire(timeout=max(0.0, self._stop_by - time.monotonic())):
             self._unsaved.release()
         super().stop()
 
@@ -115,10 +121,10 @@ class ChangeHandlerLoop(LeasedLoop):
 
     def find_pause(self, error: Exception) -> float | None:
         """Store a failure of the handler, and return a pause that doubles with each one."""
-        is_counted = self._is_calling or isinstance(error, ChangesPruned | ChangesRestored)
-        self._is_calling = False
-        if not is_counted:
-            return None
+        is_counted = self.is_calling or isinstance(error, ChangesPruned | ChangesRestored)
+        self.is_calling = False
+        if not is_counted:  # the database is away
+            return min(self.lease.interval, POLL * 2.0**self._failures)
         failures = self._position.failures + 1
         pause = min(MAX_PAUSE, 2.0 ** min(failures - 1, 20))
         held = self.lease.acquire()
@@ -154,10 +160,10 @@ class ChangeHandlerLoop(LeasedLoop):
     def _call_with(self, events: Sequence[Event[Any]]) -> None:
         for event in events:
             self._check(self.lease.check())
-            self._is_calling = True
+            self.is_calling = True
             with self._renewing():
                 self._call(self._durable.handler, event)
-            self._is_calling = False
+            self.is_calling = False
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Never
 
@@ -108,6 +108,7 @@ class LeasedLoop(ABC):
         self._stopping = threading.Event()
         self._is_interrupted = False
         self._context: Context = nullcontext
+        self.is_calling = False  # a function of the application
 
     @abstractmethod
     def begin(self) -> None:
@@ -151,9 +152,13 @@ class LeasedLoop(ABC):
         self.lease.abandon()
         raise KeyboardInterrupt
 
+    def begin_stop(self) -> None:
+        """Start no more work."""
+        self._stopping.set()
+
     def stop(self) -> None:
         """End ``run``, and release the lease if this process holds it."""
-        self._stopping.set()
+        self.begin_stop()
         with suppress(SQLAlchemyError):  # then the lease ends by itself
             self.lease.release()
 
@@ -194,14 +199,23 @@ class LeasedLoop(ABC):
             return
         pause = min(self.interval, FIRST_PAUSE * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
+        is_expected = isinstance(error, ClerkhooksError | SQLAlchemyError) and not self.is_calling
         with suppress(SQLAlchemyError, LeaseLost):
             pause = self.find_pause(error) or pause
         self._next_at = time.monotonic() + pause
         reason = error.reason if isinstance(error, ClerkhooksError) else describe(error)
         fields: dict[str, object] = {"lease": self.lease.name, "error": reason}
-        if not isinstance(error, ClerkhooksError | SQLAlchemyError):
+        if not is_expected:
             fields["frames"] = frames(error)
         self.tell("round_failed", fields | {"retry_in_s": round(pause, 1)})
+
+
+def stop_all(loops: Sequence[LeasedLoop]) -> None:
+    """Stop *loops*. Together, they take no longer than the slowest one."""
+    for loop in loops:
+        loop.begin_stop()
+    for loop in loops:
+        loop.stop()
 
 
 INFORMATION = ("lease_taken", "lease_lost", "objects_healed")

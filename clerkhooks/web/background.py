@@ -12,7 +12,7 @@ from clerkhooks.events import Event, Handler
 from clerkhooks.handler_transaction import call_handler
 from clerkhooks.sync.change_handlers import ChangeHandlerLoop
 from clerkhooks.sync.follower import Follower
-from clerkhooks.sync.lease import LeasedLoop, Tell
+from clerkhooks.sync.lease import LeasedLoop, Tell, stop_all
 from clerkhooks.web.state import EXTENSION, State
 
 START_DELAY = 0.2  # seconds, in which the worker begins to serve
@@ -29,8 +29,7 @@ def start_background(app: Flask) -> None:
 
 def stop_background(app: Flask) -> None:
     """Release the leases before this process exits, so that another process continues at once."""
-    for loop in app.extensions[EXTENSION].loops:
-        loop.stop()
+    stop_all(app.extensions[EXTENSION].loops)
 
 
 def make_follower(state: State, tell: Tell | None = None) -> Follower:
@@ -45,8 +44,11 @@ def make_handler_loops(app: Flask, tell: Tell | None = None) -> list[LeasedLoop]
         try:
             with app.app_context():  # each call has a session of its own
                 call_handler(handler, event)
-        except SystemExit as error:
-            raise RuntimeError("A handler raised SystemExit.") from error
+        except BaseException as error:
+            if isinstance(error, Exception):
+                raise
+            # SystemExit, gevent.Timeout or CancelledError would end the loop, and nobody would know
+            raise RuntimeError(f"A handler raised {type(error).__name__}.") from error
 
     state: State = app.extensions[EXTENSION]
     durable = state.handlers.durable.values()
