@@ -62,7 +62,7 @@ def table_of(model: type[Any]) -> sa.Table:
 
 
 def _add_live_index(table: sa.Table) -> None:
-    """Add an index for counts of live rows, which there may be few of among the tombstones."""
+    """Add an index for counts of live rows, which may be few among many tombstones."""
     name, is_live = f"ix_{table.name}_live", sa.text("deleted_at IS NULL")
     sa.Index(name, table.c.deleted_at, postgresql_where=is_live, sqlite_where=is_live)
 

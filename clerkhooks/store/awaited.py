@@ -56,8 +56,8 @@ _DELETE = """
 DELETE FROM {awaited} AS a WHERE a.due_at <= :now - {day} OR {has_arrived} RETURNING object_id
 """
 
-# After an outage, Svix's next attempt may be a long time away: each pause of its schedule is up to
-# five times as long as the time since the first attempt.
+# After an outage, Svix's next attempt may be a long time away. No pause of its schedule is longer
+# than five times the time since the first attempt, plus the grace.
 _POSTPONE = """
 UPDATE {awaited} SET due_at = {greatest}(
     due_at, {least}(:now + 5 * (:now - changed_at) + :grace, changed_at + {day}))
@@ -65,7 +65,7 @@ WHERE due_at > :since
 RETURNING object_id
 """
 
-# A webhook may have arrived since the last round, which forgets it.
+# A webhook may have arrived since the last round deleted the rows of those that had arrived.
 _COUNT = """
 SELECT count(*), count(missed_at), min(missed_at), max(missed_at) FROM (
     SELECT CASE WHEN due_at > :now - {day} AND due_at <= :now THEN

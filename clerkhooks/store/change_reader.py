@@ -90,12 +90,13 @@ class ChangeReader:
 
     def read(self, after: Cursor | None, limit: int = MAX_LIMIT) -> list[Change]:
         """
-        Return up to *limit* changes after a cursor, by default from the oldest one that is kept.
+        Return up to *limit* changes after a cursor, by default from the oldest one kept.
 
         Raises:
             ChangesPruned: changes after the cursor were pruned.
-            ChangesRestored: the rows or the cursor come from another PostgreSQL cluster, or on
-                SQLite, from another file or a later state of this one.
+            ChangesRestored: on PostgreSQL, a row or the cursor has a transaction id that the
+                cluster has not reached; on SQLite, the cursor is later than the last row. A backup
+                was restored, or the database was replaced.
         """
         given = {**(after or START)._asdict(), "limit": limit + (after is None)}
         with self._database.connect() as connection:
@@ -109,10 +110,10 @@ class ChangeReader:
 
     def find_end(self) -> Cursor:
         """
-        Return the cursor after which all changes come that cannot be read yet.
+        Return the cursor of the last row that can be read. Later changes come after it.
 
-        It is that of a committed row. After a crash, PostgreSQL may reuse the ids of transactions
-        that were never written to disk, so a bare id might be ahead of later changes.
+        A transaction id without a row would not be safe: after a crash, PostgreSQL may reuse the
+        ids of transactions that were never written to disk.
         """
         query = sa.select(*self._order).order_by(*(column.desc() for column in self._order))
         if self._is_postgresql:
@@ -135,8 +136,8 @@ class ChangeReader:
         Delete changes from before a time. Yield the size of each batch.
 
         The last deleted row becomes a row of the kind ``pruned``, so that a reader with an older
-        cursor finds it. Every earlier row is deleted, so no other reader does. An old change after
-        a newer one, whose transaction began first, is kept.
+        cursor finds it. Every earlier row is deleted, so no other reader does. Deletion ends at the
+        first newer change in the feed, so an old change after it is kept.
         """
         columns, after = self.table.c, START
         query = sa.select(*self._order, columns.kind, columns.changed_at)
@@ -172,7 +173,7 @@ class ChangeReader:
 
     def _check_cluster(self, connection: sa.Connection, after: Cursor) -> None:
         """
-        Check that the rows and the cursor are from this database.
+        Check that the rows and the cursor can be from this database.
 
         On PostgreSQL, transaction ids only increase in a cluster. On SQLite, no cursor is later
         than the last row, which ``prune`` keeps as its marker.
@@ -195,7 +196,7 @@ def _bound() -> sa.ColumnElement[Any]:
 
 
 def _snapshot(bound: str) -> sa.ColumnElement[int]:
-    """Return the lowest or the next transaction id of the statement's snapshot."""
+    """Return a bound of the statement's snapshot: ``xmin`` or ``xmax``, a transaction id."""
     found = getattr(sa.func, f"pg_snapshot_{bound}")(sa.func.pg_current_snapshot())
     return sa.cast(sa.cast(found, sa.Text), sa.BigInteger)
 

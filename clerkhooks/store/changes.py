@@ -175,7 +175,7 @@ class ChangeWriter:
         Set the usual lock timeout for the commit of the transaction.
 
         On PostgreSQL, transactions with notifications commit one after another, in all databases of
-        the cluster. A commit would fail if it waited for longer than a timeout for a row's lock.
+        the cluster. With the shorter timeout for row locks, a commit that waits longer would fail.
         """
         if self._is_postgresql:
             connection.execute(_SET_LOCK_TIMEOUT, {"lock_timeout": LOCK_TIMEOUT})

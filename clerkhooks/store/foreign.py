@@ -63,7 +63,7 @@ def find_table(connection: sa.Connection) -> FoundTable | None:
 
 
 def find_optional_table(connection: sa.Connection) -> FoundTable | None:
-    """Do the same for the tables of organizations and memberships."""
+    """Return an existing table with the name of an optional table of objects, or None."""
     needed = {
         "organizations": ORGANIZATION_COLUMNS,
         "organization_memberships": MEMBERSHIP_COLUMNS,
@@ -72,7 +72,7 @@ def find_optional_table(connection: sa.Connection) -> FoundTable | None:
 
 
 def find_changes_table(connection: sa.Connection) -> FoundTable | None:
-    """Do the same for the table of changes."""
+    """Return an existing table with the name of the change feed's table, or None."""
     columns = make_changes_table(sa.MetaData(), None).columns.keys()
     return _find(connection, {CHANGES: frozenset(columns)})
 

@@ -38,7 +38,7 @@ _RELEASE = """
 UPDATE {leases} SET holder = NULL WHERE name = :name AND holder = :holder RETURNING name
 """
 
-# Progress is stored only while the lease is held.
+# Progress is stored until another process takes the lease, even if the lease has expired.
 _SAVE = """
 UPDATE {leases} SET
     state = :state,
@@ -50,9 +50,10 @@ RETURNING name
 
 class Held(NamedTuple):
     """
-    What is stored under the name of a lease. Times are in milliseconds by the database's clock.
+    What is stored under the name of a lease.
 
-    *completed_at* is the end of the last complete round. *state* is the progress.
+    Times are in milliseconds by the database's clock. *completed_at* is the end of the last
+    complete round. *state* is the progress.
     """
 
     now: int
@@ -86,12 +87,12 @@ class Leases:
         }
 
     def acquire(self, name: str, holder: str, lifetime: float) -> Held | None:
-        """Take or renew a lease for *lifetime* seconds. Return None if another one holds it."""
+        """Take or renew a lease for *lifetime* seconds. Return None if another holder has it."""
         row = {"name": name, "holder": holder, "lifetime": int(lifetime * 1000)}
         return _parse(self._database.write(self._text(_ACQUIRE), row))
 
     def save(self, name: str, holder: str, state: Mapping[str, Any], *, completed: bool) -> bool:
-        """Store the progress. Return whether *holder* still holds the lease."""
+        """Store the progress. Return False if another process has taken over."""
         row = {"state": to_json(state), "completed": completed, "name": name, "holder": holder}
         return bool(self._database.write(self._text(_SAVE), row))
 

@@ -109,7 +109,7 @@ def _as_of(row: Any) -> int:
 
 
 def _written_at(row: Any) -> int:
-    """Return when a tombstone was written, which is after the deletion, plus the clocks' leeway."""
+    """Return when a tombstone was written (after the deletion), plus the clocks' leeway."""
     return _to_ms(row.updated_at) + LEEWAY * 1000
 
 

@@ -54,7 +54,7 @@ def find_memberships(
     store: Store, limit: int, *, user_id: str | None = None, organization_id: str | None = None
 ) -> list[MembershipReport]:
     """
-    Return up to *limit* memberships of a user or an organization. Ended memberships come last.
+    Return up to *limit* memberships of a user or an organization, ended ones last.
 
     If there are more than MAX_EXAMINED, any of them are returned. The list is empty if the
     application does not store memberships.
@@ -65,7 +65,7 @@ def find_memberships(
     is_asked = table.c.user_id == user_id if user_id else table.c.organization_id == organization_id
     examined = sa.select(table).where(is_asked).limit(MAX_EXAMINED).subquery()
     order = (examined.c.deleted_at.is_not(None), examined.c.created_at, examined.c.id)
-    # The names are looked up after the limit, or for all members of a large organization.
+    # Limit first: names must not be looked up for all members of a large organization.
     shown = sa.select(examined).order_by(*order).limit(limit).subquery()
     return _read_with_names(store, shown)
 

@@ -229,7 +229,7 @@ class Statements:
 
     def _make_upsert(self, is_new: str, wins: str, *, corrects: bool = False) -> str:
         """
-        Return the statement that inserts new rows, and updates rows if the condition *wins* holds.
+        Return the statement that inserts rows, or updates them if the condition *wins* holds.
 
         At Clerk, fixed columns never change, but an event may lack some of them. If events
         disagree, the greatest values are kept, so the result does not depend on the order of the
