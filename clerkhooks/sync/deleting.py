@@ -1,4 +1,4 @@
-"""Deletions that the follower finds: confirmed one by one, and limited."""
+"""Deletions that the follower finds: confirmed by Clerk, and limited."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Deleter:
     """
     Tombstones objects of *kind* that do not exist at Clerk.
 
-    Within a day, at most 20 objects or a tenth of all are deleted, whichever is more. Beyond that,
-    the secret key is probably wrong, or an operator must decide.
+    Within a day, at most 20 objects or a tenth of all are deleted, whichever is more. If there are
+    more, the secret key may be wrong, so an operator must decide.
     """
 
     def __init__(self, leased: LeasedSync, watch: Watch, kind: Kind) -> None:
@@ -59,7 +59,7 @@ class Deleter:
         return progress.with_deletions(self._kind, deletions)
 
     def _confirm(self, lookups: Iterable[Callable[[], list[str]]], most: int) -> list[str]:
-        """Return the objects that Clerk does not know, until there are more than *most*."""
+        """Return the ids unknown to Clerk. Stop when there are more than *most*."""
         gone: list[str] = []
         for lookup in lookups:
             gone += self._ask(lookup)

@@ -1,4 +1,4 @@
-"""The follower: it reads what has changed at Clerk, and writes what no webhook has delivered."""
+"""The follower: it reads changes from Clerk, and writes those that no webhook delivered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clerkhooks.sync.progress import FOLLOWER
 from clerkhooks.sync.rounds import Round
 
 SHARE = 1 / 9  # of the client's rate limit: a tenth of what Clerk allows
-TIMEOUT = 8.0  # seconds for a request; the lease must outlast a request
+TIMEOUT = 8.0  # seconds for a request; a lease of LIFETIME outlasts it
 MIN_LIFETIME = 2.0  # seconds; with short intervals, the lease is shorter too
 DEFAULT_INTERVAL = 60.0  # seconds between two rounds
 MAX_PAUSE = 600.0  # seconds, even if Retry-After is longer

@@ -1,4 +1,4 @@
-"""Work that one process of all hosts does, and that another takes over if this one stops."""
+"""Work that one process of all hosts does, until it stops and another takes over."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Lease:
     """
     The right to do the work *name*, for *lifetime* seconds after each renewal.
 
-    The thread that works also renews the lease. If it hangs, the lease ends.
+    The thread that works also renews the lease, so the lease ends if the thread hangs. Only while a
+    durable handler is running, another thread renews it, for a limited time.
     """
 
     def __init__(self, store: Store, name: str, lifetime: float = LIFETIME) -> None:
@@ -95,7 +96,7 @@ class Lease:
 
 class LeasedLoop(ABC):
     """
-    Repeats rounds of work every *interval* seconds, in one process of all that run the loop.
+    Repeats rounds of work every *interval* seconds, in the process that holds *lease*.
 
     *tell* receives the name and the fields of each event; by default, they are logged.
     """

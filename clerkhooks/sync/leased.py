@@ -120,7 +120,7 @@ class LeasedSync:
             raise error
 
     def look_up(self, kind: Kind, ids: Sequence[str]) -> list[Callable[[], list[str]]]:
-        """Return functions that send a request each, and return ids that do not exist at Clerk."""
+        """Return functions that each send a request, and return the ids unknown to Clerk."""
         with self.open_run() as run:
             return list(run.table_of(kind).look_up(ids))
 

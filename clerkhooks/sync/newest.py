@@ -25,10 +25,10 @@ def read_newest(read: Read, kind: Kind, time_name: str, until: int) -> Iterator[
     *read* returns a page of objects from a limit and an offset.
 
     An object that changes meanwhile moves to the front and is left to the next call. A deletion
-    moves later objects towards the front. Therefore, each page begins with the last object of the
-    page before it, and if it does not, the listing goes back. Objects with the same time may be
-    listed in any order: the next page begins before all objects with the last time, or, if they
-    fill a page, half a page later.
+    moves later objects towards the front. Therefore, pages overlap, and if the first object of a
+    page has not been read yet, the listing goes back half a page. Objects with the same time may be
+    listed in any order, so the next page begins with the first object that has the last time, or,
+    if such objects fill a page, half a page later.
 
     Raises:
         BackendApiError: the objects are not in this order, or a page is repeated, for example

@@ -33,8 +33,9 @@ class Passes:
 
     Clerk does not list these objects by their latest change. A list of up to 500 objects is read in
     each round. Of a longer list, each round reads some pages, and the objects that were created
-    since the pass began. After each pass, rows that were not listed are looked up. Which objects
-    were listed is kept in memory, so after a pass that another process began, none is looked up.
+    since the last round. After each pass, up to 1000 rows that were not listed are looked up. Which
+    objects were listed is kept in memory, so no rows are looked up after a pass that another
+    process began.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Passes:
         return replace(progress, passed=sorted({*progress.passed, self._kind.family}))
 
     def _find_unseen(self) -> list[str]:
-        """Return live rows from before the pass that were not listed."""
+        """Return the ids of live rows from before the pass that were not listed."""
         with self._leased.open_run() as run:
             table = run.table_of(self._kind)
             is_old = table.table.c.created_at < self._began_at - MIN_AGE
@@ -110,7 +111,7 @@ class Passes:
 
 
 def _yielding(ids: Iterable[str]) -> Iterator[str]:
-    """Let other requests of this process run meanwhile. SQLite never waits for a network."""
+    """Yield *ids*, with pauses: reads from SQLite do not let gevent switch to requests."""
     for number, each in enumerate(ids):
         if number % ROWS == 0:
             time.sleep(PAUSE)

@@ -60,7 +60,8 @@ class Round:
 
         Raises:
             LeaseLost: another process has taken over.
-            WrongInstance: nothing was changed, because the secret key is probably wrong.
+            WrongInstance: the secret key is probably wrong. Nothing was deleted.
+            TooManyRefused: the application refuses too many users.
             BackendApiError, SQLAlchemyError: Clerk or the database failed.
         """
         self._begin(held)
@@ -85,7 +86,7 @@ class Round:
         self._store(replace(self.progress, error=reason))
 
     def _begin(self, held: Held) -> None:
-        """Check that it is the right instance, and that no outage has delayed webhooks."""
+        """Load the progress, check the instance, and after an outage, postpone overdue webhooks."""
         self._leased.counts.clear()
         self._leased.written.clear()
         self.progress, self._is_first = Progress.of(held), held.completed_at is None

@@ -28,7 +28,7 @@ class Sweep:
         self._leased, self._deleter, self._interval = leased, deleter, interval
 
     def count_steps(self, progress: Progress) -> int:
-        """Return the number of steps for each round: one, or more to be done within a day."""
+        """Return the steps for each round: one, or as many as a sweep within a day needs."""
         return 1 + int(progress.users / IDS * self._interval * 1000 / DAY)
 
     def run(self, progress: Progress) -> Progress:

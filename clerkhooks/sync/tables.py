@@ -218,7 +218,7 @@ class TableSync(ABC):
 
     @abstractmethod
     def look_up(self, ids: Sequence[str]) -> Iterator[Callable[[], list[str]]]:
-        """Yield functions that send a request each, and return ids that do not exist at Clerk."""
+        """Yield functions that each send a request, and return the ids unknown to Clerk."""
 
     def _tombstone_limited(self, gone: Iterator[str], *, is_trusted: bool) -> None:
         """Tombstone objects that are deleted at Clerk, unless there are too many of them."""
