@@ -42,7 +42,7 @@ class SearchIndex:
         if found is None:
             self._copy_all()
             return
-        response = self._feed.get("/changes", params={"after": found[0], "limit": 500, "wait": 20})
+        response = self._feed.get("/changes", params={"after": found[0], "limit": 500, "wait": 10})
         if response.status_code == 410:  # changes after the cursor were pruned
             self._copy_all()
             return
