@@ -22,7 +22,9 @@ from sqlalchemy.orm import DeclarativeBase
 
 from clerkhooks import ClerkHooks, Event, SettingsError
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.console import pages
 from clerkhooks.doctor.change_feed import judge_changes
+from clerkhooks.doctor.findings import APPLICATION
 from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.sync import change_handlers
@@ -537,6 +539,28 @@ def test_several_handlers_that_hang_do_not_delay_the_end(
     released.set()
     join(*threads)
     assert 0.3 <= took < 8 * 0.3
+
+
+def test_reports_a_handler_that_no_process_calls(application: Application) -> None:
+    """Only the command calls handlers, so it is easily forgotten."""
+    application.hooks.on("user.created", durable=True, name="told")(Recorder())
+    store = application.state.store
+    [finding, _] = judge_changes(store, ["told"])
+    assert finding.code == "change_handler_not_running"
+    with running(application):
+        eventually(lambda: len(list(judge_changes(store, ["told"]))) == 1)
+    assert len(list(judge_changes(store, ["told"]))) == 2
+
+
+def test_the_console_reports_a_handler_that_no_process_calls(
+    make_application: MakeApplication, empty_database: str
+) -> None:
+    """It knows which handlers the application has."""
+    application = make_application(empty_database, CLERK_TABLES="changes")
+    application.hooks.on("user.created", durable=True, name="told")(Recorder())
+    with application.app.app_context():
+        found = pages._judge_database(application.state, APPLICATION)
+    assert "change_handler_not_running" in [finding.code for finding in found]
 
 
 def test_exports_the_failures(application: Application) -> None:

@@ -56,8 +56,8 @@ def changes(after: str | None, limit: int, follow: bool, run_handlers: bool, as_
     --follow, --limit is the size of the first page.
 
     With --run-handlers, the command calls the handlers that the application registered with
-    durable=True, and prints failures. The workers of the service do this without the command. If
-    several processes do it, one of them calls each handler.
+    durable=True, and prints failures. No other process calls them. If several processes run this
+    command, one of them calls each handler.
 
     Exit status: 0, or 2 if changes after the cursor were pruned.
     """

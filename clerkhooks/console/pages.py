@@ -30,7 +30,7 @@ from clerkhooks.store import Store, activity, queries
 from clerkhooks.store.organization_queries import find_memberships
 from clerkhooks.users import is_present
 from clerkhooks.web.problems import read_body
-from clerkhooks.web.state import annotate, current_state
+from clerkhooks.web.state import State, annotate, current_state
 
 PAGE = 50
 LATEST = 20  # the number of messages shown on a user's page
@@ -61,7 +61,7 @@ _ENVIRONMENT.globals.update(
 def show_overview() -> Response:
     """Show whether webhooks and the database work, with figures if the database is usable."""
     state, figures = current_state(), None
-    findings = judge_database(state.store, state.settings, _find_program())
+    findings = _judge_database(state, _find_program())
     is_ready = findings[0].level is not Level.ERROR
     if is_ready:
         figures = _read_figures(state.store, datetime.now(UTC))
@@ -76,8 +76,13 @@ def show_checks() -> Response:
     """Run and show the doctor's checks. Each request to Clerk may take at most 5 s."""
     state, program = current_state(), _find_program()
     findings = [*diagnose(state.values, checks=OUTSIDE_CHECKS, program=program)]
-    findings += judge_database(state.store, state.settings, program)
+    findings += _judge_database(state, program)
     return render("checks", findings=_sort(findings))
+
+
+def _judge_database(state: State, program: Program) -> list[Finding]:
+    durable = state.handlers.durable
+    return judge_database(state.store, state.settings, program, durable=durable)
 
 
 def list_messages() -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from clerkhooks.doctor.findings import Finding, Level, count
 from clerkhooks.errors import ChangesRestored
@@ -13,7 +13,7 @@ from clerkhooks.sync.change_handlers import PREFIX, find_handlers
 MAX_DELAY = 60.0  # seconds
 
 
-def judge_changes(store: Store) -> Iterator[Finding]:
+def judge_changes(store: Store, durable: Iterable[str] = ()) -> Iterator[Finding]:
     """Check that readers of the change feed, if there is one, see new changes."""
     if store.changes is None:
         return
@@ -25,6 +25,7 @@ def judge_changes(store: Store) -> Iterator[Finding]:
         yield Finding(error.reason, Level.ERROR, subject, f"{what}.", remedy)
         return
     yield from _judge_handlers(store)
+    yield from _find_idle_handlers(store, durable)
     delay = reader.find_delay()
     if delay < MAX_DELAY:
         yield Finding("changes_readable", Level.OK, subject, "Readers see all changes.")
@@ -48,3 +49,12 @@ def _judge_handlers(store: Store) -> Iterator[Finding]:
                 f"the application, delete the row {PREFIX}{handler.name} of clerk_leases."
             )
             yield Finding("change_handler_failing", Level.ERROR, "change feed", what, remedy)
+
+
+def _find_idle_handlers(store: Store, durable: Iterable[str]) -> Iterator[Finding]:
+    """Report handlers that no process calls, or whose call takes longer than the lease."""
+    for name in durable:
+        if not store.leases.is_held(f"{PREFIX}{name}"):
+            what = f"No process calls the handler {name}, or a call of it hangs."
+            remedy = "Keep this command running: flask clerk changes --run-handlers"
+            yield Finding("change_handler_not_running", Level.WARNING, "change feed", what, remedy)

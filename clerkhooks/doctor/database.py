@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -164,10 +164,16 @@ def _name_database(case: Case) -> str:
 
 
 def judge_database(
-    store: Store, settings: Settings, program: Program = SERVICE, where: str = "The database"
+    store: Store,
+    settings: Settings,
+    program: Program = SERVICE,
+    where: str = "The database",
+    durable: Iterable[str] = (),
 ) -> list[Finding]:
     """
     Check the database of *store*. The returned findings refer to the database as *where*.
+
+    *durable* are the names of the application's durable handlers.
 
     The first finding says whether the database can be used. If the database cannot be used, there
     are no further findings.
@@ -182,7 +188,7 @@ def judge_database(
             _judge_last_webhook(store, program),
             _judge_unfilled(store, program),
             *judge_following(store, settings, program),
-            *judge_changes(store),
+            *judge_changes(store, durable),
         ]
     except SQLAlchemyError as error:
         return [_describe_unreachable(where, error, program)]

@@ -34,6 +34,10 @@ RETURNING {now} AS now, completed_at, state
 
 _FIND = "SELECT {now} AS now, completed_at, state FROM {leases} WHERE name = :name"
 
+_IS_HELD = """
+SELECT 1 FROM {leases} WHERE name = :name AND holder IS NOT NULL AND expires_at > {now}
+"""
+
 _RELEASE = """
 UPDATE {leases} SET holder = NULL WHERE name = :name AND holder = :holder RETURNING name
 """
@@ -103,6 +107,10 @@ class Leases:
     def find(self, name: str) -> Held | None:
         """Return what is stored, or None if no process has ever held the lease."""
         return _parse(self._database.execute(self._text(_FIND), {"name": name}))
+
+    def is_held(self, name: str) -> bool:
+        """Return whether a process has renewed the lease in time."""
+        return bool(self._database.execute(self._text(_IS_HELD), {"name": name}))
 
     def _text(self, template: str) -> sa.TextClause:
         return sa.text(template.format(**self._names))
