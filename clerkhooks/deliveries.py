@@ -90,9 +90,10 @@ class Deliveries:
         self, events: Sequence[ReceivedEvent], lock_timeout: str = BATCH_LOCK_TIMEOUT
     ) -> Sequence[Outcome | None]:
         """
-        Apply *events* of one kind in one transaction. No two may share a message id or an object.
+        Apply *events* of one kind in one transaction.
 
-        If a row is locked, nothing is applied and all outcomes are None.
+        No two may share a message id or an object. If a row is locked, nothing is applied and all
+        outcomes are None.
         """
         began_at = monotonic()
         with self._database.connect() as connection:

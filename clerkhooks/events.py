@@ -51,7 +51,7 @@ class Version(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Event(Generic[D]):
     """
-    A verified event from Clerk, as handlers receive it.
+    An event, as handlers receive it: a verified message from Clerk, or a change of a row.
 
     *data* is the object as Clerk sent it. Its type is the parameter of ``Event``, for example
     ``Event[payloads.OrganizationMembership]``, by default a mapping. Do not log *data*: it may
@@ -61,6 +61,10 @@ class Event(Generic[D]):
 
     For ``user.barred`` and ``user.restored``, *data* is the user object of the message that changed
     the account state. If a sync changed it, *message_id* is empty.
+
+    For a handler with ``durable=True``, *data* is a ``payloads.Change``, *message_id* is the cursor
+    of the change, and *occurred_at* is the time at which the change was recorded. *version* has
+    only ``updated_at``, which is -1 if the row has no version.
     """
 
     type: str
@@ -131,7 +135,7 @@ class Handlers:
         self, pattern: str, handler: Handler, name: str | None, *, from_start: bool
     ) -> None:
         """
-        Register a durable *handler*. If it is registered for several patterns, they are one.
+        Register a durable *handler*. Several patterns of one handler share its position.
 
         Raises:
             ValueError: *pattern* is not an event type, a family or ``*``, no change has such a

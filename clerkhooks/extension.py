@@ -166,8 +166,8 @@ class ClerkHooks(Generic[U]):
         begins with changes from now on or, with *from_start*, with the oldest change that is kept.
 
         Raises:
-            ValueError: *pattern* is malformed, the options contradict each other, or another
-                durable handler has the same name.
+            ValueError: *pattern* is malformed, no change has such a type, the options contradict
+                each other, or another durable handler has the same name.
             TypeError: the handler is not a plain function.
         """
         return self._on

@@ -41,10 +41,10 @@ def write_with_handlers(
     note_end: Callable[[Execute], object] = lambda _execute: None,
 ) -> None:
     """
-    Execute *write*, make the calls that it returns, and commit everything in one transaction.
+    Execute *write*, make the calls that it returns, and commit, in one transaction.
 
     If *write* returns None, there is nothing to commit. *is_saved* returns whether the data of
-    *write* is in the database. *note_end* is called after the last handler.
+    *write* is in the database. *note_end* is called after the last handler, if there is one.
 
     Raises:
         Overloaded: the application's pool provided no connection in time.

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @final
 class Change(TypedDict):
-    """What a handler with ``durable=True`` is told of a changed row: its id, and no values."""
+    """The data of a change, for handlers with ``durable=True``: names of columns, no values."""
 
     id: str
     kind: Literal["created", "filled", "updated", "deleted", "barred", "restored", "revived"]

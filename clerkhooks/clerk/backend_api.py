@@ -150,10 +150,13 @@ class BackendApi:
 
     def is_gone(self, object_id: str, path: str = "/users") -> bool:
         """
-        Return whether Clerk's own error code confirms that the user or other object does not exist.
+        Return whether Clerk's own error code confirms that an object does not exist.
 
-        *path* is the path of the list of such objects. The status 404 is not sufficient, because a
-        proxy or a wrong URL can also cause it. In that case, raise Unconfirmed.
+        *path* is the path of the list of such objects, by default of users. The status 404 is not
+        sufficient, because a proxy or a wrong URL can also cause it.
+
+        Raises:
+            Unconfirmed: the response proves neither that the object exists nor that it does not.
         """
         path = f"{path}/{quote(object_id, safe='')}"
         return self._retry(lambda: _judge_object(self._send(path), object_id))

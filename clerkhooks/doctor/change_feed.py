@@ -1,4 +1,4 @@
-"""Whether readers of the change feed see new changes."""
+"""Checks of the change feed and of its durable handlers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DELAY = 60.0  # seconds
 
 
 def judge_changes(store: Store, durable: Iterable[str] = ()) -> Iterator[Finding]:
-    """Check that readers of the change feed, if there is one, see new changes."""
+    """Check the change feed, if there is one: its readers, its delay and its handlers."""
     if store.changes is None:
         return
     reader, subject = ChangeReader(store), "change feed"

@@ -97,7 +97,7 @@ def read_by_offset(
     get_page: Callable[[str, int, int], list[Any]], kind: Kind, seen: IdSet
 ) -> Iterator[list[Any]]:
     """
-    Yield pages of all objects of *kind* that exist now, oldest first. Add the ids to *seen*.
+    Yield pages of all objects of *kind*, oldest first. Add the ids to *seen*.
 
     *get_page* gets the order, the limit and the offset. This is for lists without a cursor. A
     deletion moves the rest of the list, so pages overlap by one object. If the first object of a

@@ -1,4 +1,4 @@
-"""The background work of a worker of the service. A lease chooses one worker of all hosts."""
+"""The background work of the service's workers. On all hosts, one worker does each kind."""
 
 from __future__ import annotations
 
