@@ -10,6 +10,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
+from clerkhooks.errors import Fault, SettingsError
+from clerkhooks.settings import VARIABLES
+
 if TYPE_CHECKING:  # Python 3.13 has the default of a type variable
     from typing_extensions import TypeVar
 
@@ -77,6 +80,11 @@ class Event(Generic[D]):
 
 Handler = Callable[[Event[Any]], object]
 NOT_PLAIN = "A handler must be a plain function: nothing would await its result."
+_NO_FEED = Fault(
+    "CLERK_TABLES",
+    "does not contain changes, which handlers with durable=True need.",
+    VARIABLES["CLERK_TABLES"],
+)
 _ROW_CHANGES = [
     f"{family}.{verb}"
     for family in ("user", "organization", "organizationMembership")
@@ -117,6 +125,7 @@ class Handlers:
         self._registered: list[tuple[str, bool, Handler]] = []
         self.durable: dict[str, DurableHandler] = {}
         """The durable handlers by name."""
+        self._refuses_durable = False
 
     def add(self, pattern: str, handler: Handler, *, after_commit: bool) -> None:
         """
@@ -141,8 +150,11 @@ class Handlers:
             ValueError: *pattern* is not an event type, a family or ``*``, no change has such a
                 type, or another handler has the same name.
             TypeError: *handler* is not callable, is asynchronous, or is a generator function.
+            SettingsError: an application has no change feed.
         """
         _check(pattern, handler)
+        if self._refuses_durable:
+            raise SettingsError([_NO_FEED])
         if name is None:
             where = handler if hasattr(handler, "__qualname__") else type(handler)
             name = f"{where.__module__}.{where.__qualname__}"
@@ -158,6 +170,17 @@ class Handlers:
                 "'user.barred' or 'user.restored', a family, or '*'."
             )
         self.durable[name] = DurableHandler(name, handler, patterns, from_start)
+
+    def refuse_durable(self) -> None:
+        """
+        Accept no durable handlers, because an application has no change feed.
+
+        Raises:
+            SettingsError: there is one already. Later, ``add_durable`` raises it.
+        """
+        self._refuses_durable = True
+        if self.durable:
+            raise SettingsError([_NO_FEED])
 
     def find(self, event_type: str, *, after_commit: bool) -> list[Handler]:
         """Return the handlers for messages of *event_type*, without duplicates."""

@@ -16,11 +16,11 @@ from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.clerk.signatures import SigningSecret
 from clerkhooks.cli.commands import clerk
 from clerkhooks.deliveries import Deliveries
-from clerkhooks.errors import Fault, RequestError, SettingsError
+from clerkhooks.errors import RequestError
 from clerkhooks.events import Handler, Handlers
 from clerkhooks.organization_models import OrganizationModels, make_organization_models
 from clerkhooks.routes import DEFAULT_ROUTES, make_blueprint, parse_routes
-from clerkhooks.settings import VARIABLES, Settings, merge_config
+from clerkhooks.settings import Settings, merge_config
 from clerkhooks.store import OrganizationTables, Store, make_own_tables
 from clerkhooks.store.changes import make_changes_table
 from clerkhooks.store.database import Database, merge_engine_options
@@ -169,6 +169,7 @@ class ClerkHooks(Generic[U]):
             ValueError: *pattern* is malformed, no change has such a type, the options contradict
                 each other, or another durable handler has the same name.
             TypeError: the handler is not a plain function.
+            SettingsError: an application of this object has no change feed for durable handlers.
         """
         return self._on
 
@@ -246,7 +247,7 @@ class ClerkHooks(Generic[U]):
         optional = self._find_optional(settings)
         own = self._own._replace(changes=self._find_changes(settings))
         if own.changes is None:
-            self._refuse_durable()
+            self._handlers.refuse_durable()
         store = Store(database, self._mapper, own, self._fields, optional)
         return State(
             hooks=self,
@@ -259,12 +260,6 @@ class ClerkHooks(Generic[U]):
             authenticator=auth.make_authenticator(settings),
             secrets=tuple(SigningSecret(raw) for raw in settings.webhook_secrets),
         )
-
-    def _refuse_durable(self) -> None:
-        """Raise SettingsError if there are durable handlers."""
-        if self._handlers.durable:
-            problem = "does not contain changes, which handlers with durable=True need."
-            raise SettingsError([Fault("CLERK_TABLES", problem, VARIABLES["CLERK_TABLES"])])
 
     def _get_organization_models(self) -> OrganizationModels:
         if self._organizations is None:

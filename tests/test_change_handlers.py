@@ -17,10 +17,8 @@ from typing import Any
 import gevent
 import pytest
 import sqlalchemy as sa
-from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.orm import DeclarativeBase
 
-from clerkhooks import ClerkHooks, Event, SettingsError
+from clerkhooks import Event, SettingsError
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.console import pages
 from clerkhooks.doctor.change_feed import judge_changes
@@ -577,14 +575,21 @@ def test_exports_the_failures(application: Application) -> None:
 # Registration
 
 
-def test_needs_the_change_feed(make_application: MakeApplication, empty_database: str) -> None:
-    class Base(DeclarativeBase):
-        """The declarative base."""
-
-    hooks = ClerkHooks(SQLAlchemy(model_class=Base))
-    hooks.on("user.created", durable=True)(print)
-    with pytest.raises(SettingsError, match="durable=True"):
-        hooks._refuse_durable()
+@pytest.mark.parametrize("is_early", [True, False])
+def test_needs_the_change_feed(
+    make_application: MakeApplication, empty_database: str, clerk: FakeClerk, is_early: bool
+) -> None:
+    """A module with handlers may be imported after init_app."""
+    application = make_application(empty_database, CLERK_TABLES="changes")
+    register = application.hooks.on("user.created", durable=True)
+    if is_early:
+        register(print)
+        with pytest.raises(SettingsError, match="durable=True"):
+            application.create_app(clerk, empty_database)
+    else:
+        application.create_app(clerk, empty_database)
+        with pytest.raises(SettingsError, match="durable=True"):
+            register(print)
 
 
 def test_refuses_contradicting_options(application: Application) -> None:
