@@ -183,7 +183,7 @@ class ClerkHooks(Generic[U]):
         from_start: bool = False,
     ) -> Callable[[H], H]:
         if (durable and after_commit) or ((name or from_start) and not durable):
-            raise ValueError("Use durable=True without after_commit, and name only with durable.")
+            raise ValueError("Use durable=True without after_commit; name and from_start need it.")
 
         def register(handler: H) -> H:
             if durable:

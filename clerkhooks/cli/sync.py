@@ -88,7 +88,7 @@ def sync(
         raise click.UsageError("Use only one of ids, --missing and --failed.")
     if follow:
         if ids or missing or failed or check or force:
-            raise click.UsageError("Use --follow without ids and without other options.")
+            raise click.UsageError("Use --follow without ids or other options, except --json.")
         _require_key()
         follow_clerk(as_json)
         context.exit(0)

@@ -84,7 +84,7 @@ def _judge_progress(held: Held, progress: Progress, max_age: float, program: Pro
 
 def _judge_missed(found: Missed) -> Finding:
     if found.since is None or found.last is None:
-        what = "In the last 24 hours, a webhook has arrived for every change at Clerk."
+        what = "In the last 24 hours, no webhook for a change at Clerk has become overdue."
         return Finding("deliveries_complete", Level.OK, "webhooks", what)
     what = (
         f"No webhook arrived for {count(found.missed, 'change')} at Clerk, the first at "
