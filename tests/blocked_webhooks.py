@@ -70,7 +70,7 @@ class Report:
 
 
 class Instance:
-    """A Clerk instance whose objects change. *pending* has the changes that are not stored yet."""
+    """A Clerk instance whose objects change. *pending* has the changes not stored yet."""
 
     def __init__(self, backend: Backend, url: str, seed: int) -> None:
         self.backend, self.url, self.rng = backend, url, random.Random(seed)

@@ -175,7 +175,7 @@ def organization_event(
 def membership_event(
     ids: tuple[str, str, str], verb: str = "created", *, at: int = NOW_MS, **data: Any
 ) -> bytes:
-    """Return an event about a membership. *ids* are those of it, its organization and its user."""
+    """Return an event about a membership. *ids*: membership, organization and user."""
     whole = membership_data(*ids, updated_at=at)
     return event_body(f"organizationMembership.{verb}", whole | data, at)
 

@@ -1,4 +1,4 @@
-"""The change feed is read in an order in which nothing appears later before what was read."""
+"""Readers of the change feed miss no change, however late its transaction commits."""
 
 from __future__ import annotations
 
@@ -187,9 +187,10 @@ def test_prunes_only_old_changes(feed: Service, reader: ChangeReader) -> None:
 
 def test_prunes_only_the_beginning_of_the_feed(feed: Service, reader: ChangeReader) -> None:
     """
-    A transaction that began first may write last, so an old change may come after a newer one.
+    Only the old changes before the first newer change are deleted.
 
-    Without it, readers that start with the oldest change would find the marker again and again.
+    A transaction that began first may write last, so an old change may come after a newer one. If
+    it became the marker, readers that start with the oldest change would find it again and again.
     """
     user_ids = sign_up(feed, 3)
     feed.rows(

@@ -255,7 +255,7 @@ def test_refuses_a_name_that_is_in_use() -> None:
 
 
 def test_commits_with_the_usual_lock_timeout(feed: Service) -> None:
-    """Commits with notifications wait for each other, perhaps for longer than for a row's lock."""
+    """Commits with notifications may wait for each other longer than for a row's lock."""
     if feed.database_url.startswith("sqlite"):
         pytest.skip("SQLite has no notifications")
     engine, timeouts = store_of(feed).database.engine, list[Any]()

@@ -74,7 +74,7 @@ def feed(make_service: MakeService, backend: Backend) -> Service:
 def test_applies_the_changes_of_users(
     feed: Service, backend: Backend, steps: list[tuple[str, int, int] | int]
 ) -> None:
-    """Webhooks, calls, syncs and followers change users. The numbers among the steps are reads."""
+    """Webhooks, calls, syncs and followers change users. A step that is a number is a read."""
     backend.users.clear()
     stays = backend.sign_up(at=int(time.time() * 1000) - 3_600_000)
     feed.clerk_service.deliver("user.created", backend.users[stays])

@@ -1,4 +1,4 @@
-"""A reader beside concurrent writers sees each committed change once, and an object's in order."""
+"""With concurrent writers, a reader sees each change once, those of an object in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS, WRITERS, USERS = 3.0, 6, 8
 
 
 class Writer(threading.Thread):
-    """Writes random users in transactions that stay open, and of which some are rolled back."""
+    """Writes random users in transactions that stay open. Some are rolled back."""
 
     def __init__(self, store: Store, user_ids: list[str], seed: int, end: float) -> None:
         super().__init__(name=f"writer {seed}")

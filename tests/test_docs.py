@@ -1,4 +1,4 @@
-"""The reference lists exactly what the code has, and the other pages mention only what exists."""
+"""The reference lists exactly what the code has. Other pages mention only what exists."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from tests.support import Service, broken_users, rows, user_event
 
 @pytest.fixture(autouse=True)
 def soon_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the pauses between attempts to reach the Backend API, but not a request's timeout."""
+    """Shorten the pauses between requests to the Backend API, but not a request's timeout."""
     monkeypatch.setattr(doctor.instance, "BackendApi", partial(BackendApi, pace=0.02))
 
 

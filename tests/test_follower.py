@@ -79,7 +79,7 @@ RUNS = st.tuples(st.just("sync"), st.just(0), st.integers(0, 6))
 @given(steps=st.lists(st.one_of(STEPS, STEPS, STEPS, STEPS, RUNS), max_size=24))
 def test_ends_in_clerks_state(syncing: Service, backend: Backend, steps: list[Any]) -> None:
     """
-    After any sequence of changes, lost webhooks, calls, syncs and crashes, rounds repair all rows.
+    After any changes, lost webhooks, calls, syncs and crashes, rounds repair all rows.
 
     No webhook is delivered again before the check.
     """
@@ -155,7 +155,7 @@ def test_continues_an_interrupted_import(
 def test_reads_all_users_if_very_many_have_changed(
     following: Following, syncing: Service, backend: Backend
 ) -> None:
-    """If the list of changes is so long that reading it fails each time, progress is made."""
+    """If the latest changes fill too many pages and reading fails, all users are read."""
     backend.sign_up(at=LONG_AGO - 1_000_000)
     following.run()
     for number in range(2500):
@@ -372,7 +372,7 @@ def test_stops_before_it_deletes_too_many(
 def test_withholds_nothing_that_is_not_deleted(
     following: Following, syncing: Service, backend: Backend
 ) -> None:
-    """After deletions, the limit may decrease below their number, because there are fewer users."""
+    """The limit may fall below the number of deletions, because fewer users are left."""
     hidden, other = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     following.run()
     make_old(syncing)
@@ -406,7 +406,7 @@ def test_counts_deletions_anew_after_the_clock_was_set_back(
 def test_revives_a_user_whom_an_outage_hid(
     following: Following, syncing: Service, backend: Backend
 ) -> None:
-    """Recent tombstones of the sweep are compared again, in case that the user exists after all."""
+    """Recent tombstones of the sweep are compared again: a user may exist after all."""
     user_id, _ = backend.sign_up(at=LONG_AGO), backend.sign_up(at=LONG_AGO)
     following.run()
     make_old(syncing)
@@ -479,7 +479,7 @@ def test_follows_although_the_newest_users_were_deleted(
 def test_stops_if_the_instance_vanishes_meanwhile(
     following: Following, syncing: Service, backend: Backend
 ) -> None:
-    """If the sweep finds none of a hundred users, it asks for the newest users first."""
+    """If the sweep finds none of a hundred users, the instance is checked before a deletion."""
     for _ in range(5):
         backend.sign_up(at=LONG_AGO)
     following.run()

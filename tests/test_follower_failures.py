@@ -1,4 +1,4 @@
-"""The follower survives outages of Clerk and of the database, and keeps within rate limits."""
+"""The follower survives outages of Clerk and of the database, and respects rate limits."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_survives_failures_of_clerk(
 def test_starts_without_certificates(
     make_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the certificate authorities cannot be loaded, the worker serves requests nevertheless."""
+    """If the certificate authorities cannot be loaded, the worker still serves requests."""
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent.pem")
     service = make_service(CLERK_SECRET_KEY="sk_live_" + 40 * "a")
     start_background(service.app)

@@ -59,7 +59,7 @@ def wait_for_holder(url: str, previous: int | None = None) -> int:
 
 
 def freeze(process: int, url: str) -> None:
-    """Stop a process, but not while it holds SQLite's write lock: then nobody could write."""
+    """Stop a process, but not while it holds SQLite's lock, which would block all writes."""
     while True:
         os.kill(process, signal.SIGSTOP)
         time.sleep(0.05)

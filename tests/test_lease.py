@@ -19,7 +19,7 @@ NOTHING = Held(0, None, {})
 
 
 def test_has_one_holder(service: Service) -> None:
-    """The first process holds the lease until it expires, and another one takes it then."""
+    """The first process holds the lease until it expires. Then another one takes it."""
     store = store_of(service)
     first, second = Lease(store, "work", 0.5), Lease(store, "work", 0.5)
     assert first.acquire() is not None
@@ -42,7 +42,7 @@ def test_goes_to_one_of_many(service: Service) -> None:
 
 
 def test_is_free_after_a_release(service: Service) -> None:
-    """A process that stops releases the lease for good, and takes it no more."""
+    """A process that stops releases the lease, and never takes it again."""
     store = store_of(service)
     first, second = Lease(store, "work"), Lease(store, "work")
     first.acquire()

@@ -192,7 +192,7 @@ def test_refuses_members_of_deleted_organizations(storing: Application) -> None:
 def test_asks_whichever_is_newer_for_the_role(
     storing: Application, path: str, here: Any, token: Any, expected: Any
 ) -> None:
-    """The table is asked for the role unless the token was issued after the membership changed."""
+    """The table's role counts unless the token was issued after the membership changed."""
     ids = (clerk_id("orgmem"), clerk_id("org"), clerk_id("user"))
     if path == PATH:
         add_view(storing.app, role="org:admin")
@@ -264,7 +264,7 @@ def test_ends_with_the_organization_at_any_isolation_level(
     level: str,
     deletion_first: bool,
 ) -> None:
-    """A handler's transaction may not see the concurrent one, for which it waits."""
+    """A handler's transaction may wait for a concurrent deletion and still not see it."""
     options = {"isolation_level": level}
     tables = {"CLERK_TABLES": "organizations", "SQLALCHEMY_ENGINE_OPTIONS": options}
     application = make_application(emptied_database("postgresql"), **tables)

@@ -84,7 +84,7 @@ class Run:
 def test_ends_as_the_set_of_events_says(
     organizations: Service, handled: bool, history: tuple[list[Draft], list[int]]
 ) -> None:
-    """The rows and outcomes match the model for any order of events, with and without handlers."""
+    """The rows and outcomes match the model for any order, with and without handlers."""
     run, (drafts, order) = Run(organizations), history
     events = [draft.sent(run.ids, number) for number, draft in enumerate(drafts)]
     with registered_handler(organizations.app, do_nothing, "*" if handled else "session.created"):
@@ -97,7 +97,7 @@ def test_ends_as_the_set_of_events_says(
 def test_ends_the_same_although_events_contradict_each_other(
     organizations: Service, history: tuple[list[Draft], list[int]]
 ) -> None:
-    """If events of a membership name different parents, the order of the events decides nothing."""
+    """If events name different parents of a membership, their order does not matter."""
     run, (drafts, order) = Run(organizations), history
     events = [draft.sent(run.ids, number) for number, draft in enumerate(drafts)]
     for number in order:

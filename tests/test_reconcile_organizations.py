@@ -353,7 +353,7 @@ def test_ends_although_a_list_ignores_the_offset(count: int) -> None:
 
 
 def test_tombstones_many_memberships_in_one_statement(storing: Service, backend: Backend) -> None:
-    """Their deletion locks nothing, so there is no transaction for each."""
+    """Their deletion locks no other rows, so one transaction is enough."""
     user_id, acme = backend.sign_up(), backend.found()
     gone = [backend.join(acme, user_id) for _ in range(8)]
     sync(storing, backend)

@@ -93,7 +93,7 @@ def test_forgets_a_change_when_its_webhook_arrives(
 def test_does_not_count_a_webhook_that_has_arrived_since_the_last_round(
     followed: Following, syncing: Service, backend: Backend
 ) -> None:
-    """With a long interval, the next round that forgets the change may be an hour away."""
+    """The count is right even before the next round, which may be an hour away."""
     user_id = backend.sign_up()
     followed.run()
     syncing.deliver(event_body("user.created", backend.users[user_id], now()))
@@ -120,7 +120,7 @@ def test_expects_no_webhook_for_what_is_not_stored(
     followed: Following, syncing: Service, backend: Backend
 ) -> None:
     """
-    Changes from before the first round are not reported, nor are those that change no column.
+    Changes before the first round, or of no stored column, are not reported.
 
     Clerk may move ``updated_at`` without an event, and has no event for a ban.
     """
@@ -159,7 +159,7 @@ def test_gives_more_time_after_an_outage(
     followed: Following, syncing: Service, backend: Backend, outage: int
 ) -> None:
     """
-    After an outage of *outage* minutes, Svix's next attempt comes first.
+    After an outage of *outage* minutes, a webhook is not overdue before its next attempt.
 
     It makes no difference whether the follower found the change before, during or after the outage.
     """
@@ -180,7 +180,7 @@ def test_gives_more_time_after_an_outage(
 def test_gives_more_time_while_webhooks_are_late(
     followed: Following, syncing: Service, backend: Backend
 ) -> None:
-    """Under a flood, webhooks arrive late, so others are not lost yet."""
+    """While webhooks arrive late, missing ones are not yet reported as lost."""
     user_id, late = backend.sign_up(at=now() - 5 * MINUTE), backend.sign_up(at=now() - 5 * MINUTE)
     followed.run()
     pass_time(syncing, 2 * MINUTE)

@@ -4,8 +4,9 @@ Keep a search index of all users, in another process, with the change feed.
     python search_index.py https://users.example.com DATABASE_URL index.db
 
 CHANGES_TOKEN contains the token of the feed. DATABASE_URL is a SQLAlchemy URL of the service's
-database, of which the script needs only SELECT on users. The index is a SQLite file. The cursor is
-stored in it, in the same transaction as the users, so that a killed process continues where it was.
+database; the script needs only the privilege SELECT on users. The index is a SQLite file. The
+cursor is stored in it, in the same transaction as the users, so a killed process continues where it
+was.
 """
 
 import os
@@ -53,7 +54,7 @@ class SearchIndex:
         self._write(changed, users, answer["next"])
 
     def _copy_all(self) -> None:
-        """Begin again. The cursor is older than the copy, so that no change is missed."""
+        """Copy all users. The cursor is read before them, so no change is missed."""
         response = self._feed.get("/changes", params={"after": "end"})
         cursor = response.raise_for_status().json()["next"]
         users = self._read(sa.text(USERS))

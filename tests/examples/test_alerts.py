@@ -19,7 +19,7 @@ TOKEN = "a-token-of-sixteen-characters-or-more"
 
 
 def test_every_metric_exists(make_service: MakeService, backend: Backend) -> None:
-    """The metrics of the rules and of the dashboard are exported, some of them after a webhook."""
+    """The metrics of the rules and the dashboard are exported, some only after a webhook."""
     service = make_service(METRICS_TOKEN=TOKEN, **backend.environ)
     complete_round(service)
     service.outcome(user_event(clerk_id("user")))
