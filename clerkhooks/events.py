@@ -176,7 +176,7 @@ class Handlers:
         Accept no durable handlers, because an application has no change feed.
 
         Raises:
-            SettingsError: there is one already. Later, ``add_durable`` raises it.
+            SettingsError: a durable handler is registered. Later, ``add_durable`` raises it.
         """
         self._refuses_durable = True
         if self.durable:

@@ -52,7 +52,7 @@ def _judge_handlers(store: Store) -> Iterator[Finding]:
 
 
 def _find_idle_handlers(store: Store, durable: Iterable[str]) -> Iterator[Finding]:
-    """Report handlers that no process calls, or whose call takes longer than the lease."""
+    """Report handlers whose lease no process holds, perhaps because a call hangs."""
     for name in durable:
         if not store.leases.is_held(f"{PREFIX}{name}"):
             what = f"No process calls the handler {name}, or a call of it hangs."

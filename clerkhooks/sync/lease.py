@@ -109,7 +109,7 @@ class LeasedLoop(ABC):
         self._stopping = threading.Event()
         self._is_interrupted = False
         self._context: Context = nullcontext
-        self.is_calling = False  # a function of the application
+        self.is_calling = False  # whether a function of the application is running
 
     @abstractmethod
     def begin(self) -> None:

@@ -19,7 +19,7 @@ from clerkhooks.sync.sources import Memberships, Organizations
 from clerkhooks.sync.sweep import Sweep
 from clerkhooks.sync.watch import Watch
 
-MAX_LISTINGS = 3  # per round; each one begins where the last one began
+MAX_LISTINGS = 3  # per round; each one reads the changes since the previous one began
 MAX_GAP = 120_000  # in milliseconds; a longer time between two rounds is an outage
 # If reading the latest changes fails after this many pages, read all users instead, which can be
 # interrupted. If there are many users, this is worthwhile only after more pages.

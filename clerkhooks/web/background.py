@@ -47,7 +47,7 @@ def make_handler_loops(app: Flask, tell: Tell | None = None) -> list[LeasedLoop]
         except BaseException as error:
             if isinstance(error, Exception):
                 raise
-            # SystemExit, gevent.Timeout or CancelledError would end the loop, and nobody would know
+            # SystemExit, gevent.Timeout or CancelledError would end the loop without a log event.
             raise RuntimeError(f"A handler raised {type(error).__name__}.") from error
 
     state: State = app.extensions[EXTENSION]
