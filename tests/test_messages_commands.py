@@ -294,6 +294,16 @@ def test_sends_any_type(server: Server, event_type: str, kind: str) -> None:
 
 
 @on_sqlite
+def test_sends_events_of_an_organization(server: Server) -> None:
+    """The option sets the organization of a membership."""
+    organization_id = clerk_id("org")
+    arguments = ("organizationMembership.created", "--organization", organization_id)
+    status, printed = sent(server, *arguments)
+    event = json.loads(printed["request"]["body"])
+    assert (status, event["data"]["organization"]["id"]) == (0, organization_id)
+
+
+@on_sqlite
 def test_sends_a_file(server: Server, tmp_path: Path) -> None:
     """A file may contain a whole event or only its data."""
     user_id = clerk_id("user")
