@@ -33,7 +33,7 @@ def sync(
     check: bool = False,
     force: bool = False,
 ) -> tuple[dict[str, int], list[Finding], reconcile.Reconciliation]:
-    """Run a sync; return the summary's nonzero counts, the findings and the run itself."""
+    """Run a sync; return the nonzero counts of users, the findings and the run itself."""
     findings: list[Finding] = []
     store = store_of(service)
     handled = service.app.extensions["clerkhooks"].deliveries.handled
@@ -53,7 +53,7 @@ def sync(
             handled=handled,
         )
         run(reconciliation)
-    summary = {name: count for name, count in reconciliation.summary().items() if count}
+    summary = {name: count for name, count in reconciliation.users.summary().items() if count}
     return summary, findings, reconciliation
 
 

@@ -196,7 +196,7 @@ def test_ends_memberships_of_a_user_that_clerk_does_not_know(
     backend.delete(user_id)
     data = backend.memberships.pop(member)
     run = sync(storing, backend)[2]
-    assert run.summary()["tombstoned"] == 1
+    assert run.users.summary()["tombstoned"] == 1
     assert summaries(run) == [{"unchanged": 1}, {}]
     late, later = (clerk_id("orgmem"), acme, user_id), int(time.time() * 1000) + 60_000
     storing.outcome(membership_event(late, at=OLD))
@@ -381,7 +381,7 @@ def test_syncs_given_objects(storing: Service, backend: Backend) -> None:
     assert "/v1/organization_memberships" not in {path for path, _ in backend.requests}
     run = sync(storing, backend, lambda run: run.sync_some([new, clerk_id("orgmem")]))[2]
     assert summaries(run) == [{}, {"created": 1, "unknown": 1}]
-    assert (findings, run.unknown, run.summary()["created"]) == ([], 1, 0)
+    assert (findings, run.unknown, run.users.summary()["created"]) == ([], 1, 0)
     assert organizations(storing).keys() == {acme}
     assert memberships(storing) == {
         new: (acme, user_id, "org:member", False),

@@ -53,15 +53,6 @@ class Reconciliation(Run):
         [table] = (table for table in self.tables if table.source.kind is kind)
         return table
 
-    def summary(self) -> dict[str, int]:
-        """Return the number of users by result."""
-        return self.users.summary()
-
-    @property
-    def withheld(self) -> int:
-        """The number of deletions that were withheld, in all tables."""
-        return sum(table.withheld for table in self.tables)
-
     @property
     def drifted(self) -> int:
         """The number of differences that a check found, in all tables."""
