@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clerkhooks.clerk.fake import event_body
+from clerkhooks.store.awaited import now_ms
 from clerkhooks.sync import passes
 from clerkhooks.sync.watch import GRACE
 from tests.backend import Backend
@@ -41,11 +42,6 @@ def following(storing: Service, backend: Backend) -> Following:
     return Following(storing, backend)
 
 
-def now() -> int:
-    """Return the time in milliseconds."""
-    return int(time.time() * 1000)
-
-
 def test_follows_every_change(following: Following, storing: Service, backend: Backend) -> None:
     """New objects, changes and deletions are written in the next round."""
     user_id, acme, gone = backend.sign_up(at=OLD), backend.found(at=OLD), backend.found(at=OLD)
@@ -57,8 +53,8 @@ def test_follows_every_change(following: Following, storing: Service, backend: B
     make_all_old(storing)
     other = backend.found(name="Other")
     joined = backend.join(other, user_id)
-    backend.memberships[kept] |= {"role": "org:admin", "updated_at": now()}
-    backend.organizations[acme] |= {"name": "Acme Ltd", "updated_at": now()}
+    backend.memberships[kept] |= {"role": "org:admin", "updated_at": now_ms()}
+    backend.organizations[acme] |= {"name": "Acme Ltd", "updated_at": now_ms()}
     del backend.organizations[gone], backend.memberships[ended], backend.memberships[left]
     following.run()
     assert organizations(storing) == {
@@ -116,7 +112,7 @@ def test_reads_long_lists_in_many_rounds(
     assert len(organizations(storing)) == 45
     make_all_old(storing)
     following.run()
-    backend.organizations[ids[0]] |= {"name": "Changed", "updated_at": now()}
+    backend.organizations[ids[0]] |= {"name": "Changed", "updated_at": now_ms()}
     del backend.organizations[ids[40]]
     new = backend.found()
     backend.join(new, user_id)
@@ -179,7 +175,7 @@ def test_reports_a_change_without_a_webhook(
     elif verb == "updated":
         data = backend.memberships[kept] = backend.memberships[kept] | {
             "role": "org:admin",
-            "updated_at": now(),
+            "updated_at": now_ms(),
         }
     else:
         data = backend.memberships.pop(kept)
@@ -188,7 +184,7 @@ def test_reports_a_change_without_a_webhook(
     following.run()
     assert following.missed().missed == 1
     assert "deliveries_missed" in following.names()
-    storing.deliver(event_body(f"organizationMembership.{verb}", data, now()))
+    storing.deliver(event_body(f"organizationMembership.{verb}", data, now_ms()))
     following.run()
     assert following.missed().recorded == 0
 

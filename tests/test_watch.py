@@ -10,7 +10,7 @@ import pytest
 from clerkhooks.clerk.fake import event_body
 from clerkhooks.errors import BackendApiError
 from clerkhooks.store import awaited
-from clerkhooks.store.awaited import DAY
+from clerkhooks.store.awaited import DAY, now_ms
 from clerkhooks.sync import watch
 from clerkhooks.sync.progress import Progress
 from clerkhooks.sync.watch import GRACE, find_due
@@ -24,15 +24,10 @@ MINUTE = 60_000
 ATTEMPTS = [1000 * at for at in (0, 5, 305, 2105, 9305, 27305, 63305, 99305)]
 
 
-def now() -> int:
-    """Return the time in milliseconds."""
-    return int(time.time() * 1000)
-
-
 @pytest.fixture
 def followed(syncing: Service, backend: Backend) -> Following:
     """Return a follower that has completed its first round."""
-    backend.sign_up(at=now() - DAY)
+    backend.sign_up(at=now_ms() - DAY)
     following = Following(syncing, backend)
     following.run()
     return following
@@ -72,16 +67,16 @@ def test_forgets_a_change_when_its_webhook_arrives(
     followed: Following, syncing: Service, backend: Backend, what: str
 ) -> None:
     """A late webhook clears the report, even though it changes nothing."""
-    user_id = backend.sign_up(at=now() - DAY + 1)
+    user_id = backend.sign_up(at=now_ms() - DAY + 1)
     followed.run()
-    syncing.deliver(event_body("user.created", backend.users[user_id], now() - MINUTE // 2))
+    syncing.deliver(event_body("user.created", backend.users[user_id], now_ms() - MINUTE // 2))
     make_old(syncing)
     if what == "update":
         backend.update(user_id, first_name="Grace")
-        body = event_body("user.updated", backend.users[user_id], now())
+        body = event_body("user.updated", backend.users[user_id], now_ms())
     else:
         backend.delete(user_id)
-        body = deletion(user_id, now() - MINUTE // 2)
+        body = deletion(user_id, now_ms() - MINUTE // 2)
     followed.run(3)
     syncing.rows(f"UPDATE clerk_awaited_webhooks SET due_at = due_at - {GRACE + 1000}")
     assert followed.missed().missed == 1
@@ -96,7 +91,7 @@ def test_does_not_count_a_webhook_that_has_arrived_since_the_last_round(
     """The count is right even before the next round, which may be an hour away."""
     user_id = backend.sign_up()
     followed.run()
-    syncing.deliver(event_body("user.created", backend.users[user_id], now()))
+    syncing.deliver(event_body("user.created", backend.users[user_id], now_ms()))
     pass_time(syncing, GRACE + 1000)
     assert followed.missed()[:2] == (1, 0)
 
@@ -125,7 +120,7 @@ def test_expects_no_webhook_for_what_is_not_stored(
     Clerk may move ``updated_at`` without an event, and has no event for a ban.
     """
     [user_id] = backend.users
-    backend.update(user_id, last_sign_in_at=now())
+    backend.update(user_id, last_sign_in_at=now_ms())
     followed.run()
     backend.update(user_id, banned=True)
     followed.run()
@@ -140,7 +135,7 @@ def test_expects_a_webhook_for_each_kind_of_change(
     followed: Following, syncing: Service, backend: Backend
 ) -> None:
     """New users, users without a profile, changed users and deleted users are recorded."""
-    unfilled, changed, deleted = (backend.sign_up(at=now() - DAY + n) for n in (1, 2, 3))
+    unfilled, changed, deleted = (backend.sign_up(at=now_ms() - DAY + n) for n in (1, 2, 3))
     Following(syncing, backend).run()
     syncing.rows(f"UPDATE users SET version_updated_at = NULL WHERE id = '{unfilled}'")
     make_old(syncing)
@@ -163,16 +158,16 @@ def test_gives_more_time_after_an_outage(
 
     It makes no difference whether the follower found the change before, during or after the outage.
     """
-    before = backend.sign_up(at=now() - outage * MINUTE)
+    before = backend.sign_up(at=now_ms() - outage * MINUTE)
     followed.run()
-    backend.sign_up(at=now() - outage * MINUTE // 2)
+    backend.sign_up(at=now_ms() - outage * MINUTE // 2)
     followed.change_state(watched_at=followed.progress().watched_at - outage * MINUTE)
     syncing.rows(f"UPDATE clerk_leases SET completed_at = completed_at - {outage * MINUTE}")
     Following(syncing, backend).run()
     due = dict(syncing.rows("SELECT changed_at, due_at FROM clerk_awaited_webhooks"))
     assert len(due) == 2
     for changed_at, due_at in due.items():
-        attempt = next(at for at in ATTEMPTS if changed_at + at > now())
+        attempt = next(at for at in ATTEMPTS if changed_at + at > now_ms())
         assert due_at > changed_at + attempt or due_at >= changed_at + DAY
     assert backend.users[before]["updated_at"] in due
 
@@ -181,16 +176,16 @@ def test_gives_more_time_while_webhooks_are_late(
     followed: Following, syncing: Service, backend: Backend
 ) -> None:
     """While webhooks arrive late, missing ones are not yet reported as lost."""
-    user_id, late = backend.sign_up(at=now() - 5 * MINUTE), backend.sign_up(at=now() - 5 * MINUTE)
+    user_id, late = (backend.sign_up(at=now_ms() - 5 * MINUTE) for _ in range(2))
     followed.run()
     pass_time(syncing, 2 * MINUTE)
     assert followed.missed().missed == 2
-    syncing.deliver(event_body("user.created", backend.users[late], now() - 5 * MINUTE))
+    syncing.deliver(event_body("user.created", backend.users[late], now_ms() - 5 * MINUTE))
     followed.run()
     assert followed.missed().missed == 0
     [(found, due_at)] = syncing.rows("SELECT object_id, due_at FROM clerk_awaited_webhooks")
     assert found == user_id
-    assert due_at > now() + 30 * MINUTE
+    assert due_at > now_ms() + 30 * MINUTE
 
 
 def test_reports_while_another_part_of_each_round_fails(
@@ -217,14 +212,14 @@ def test_expects_no_webhook_at_once_if_the_clock_is_fast(
     followed: Following, backend: Backend
 ) -> None:
     """Clerk's times seem old then, but the webhooks of new changes are still on their way."""
-    backend.sign_up(at=now() - 2 * GRACE)
+    backend.sign_up(at=now_ms() - 2 * GRACE)
     followed.run()
     assert followed.missed()[:2] == (1, 0)
 
 
 def test_is_due_after_the_next_attempt() -> None:
     """Without an outage, a webhook is overdue after six minutes; with one, a day at most."""
-    at = now()
+    at = now_ms()
     assert find_due(at, 0) == find_due(at, at - MINUTE) == at + GRACE
     for ended in range(at, at + DAY // 2, 7 * MINUTE):
         attempt = next(at + each for each in ATTEMPTS if at + each >= ended)
