@@ -146,7 +146,7 @@ class HandledWrites:
 
 
 def _find_change(was_barred: bool | None, is_barred: bool) -> str | None:
-    """Return the type of the change, or None if there is none or no handler follows it."""
+    """Return the type of the change, or None if nothing changed or no handler follows it."""
     if was_barred is None or was_barred == is_barred:
         return None
     return BARRED if is_barred else RESTORED

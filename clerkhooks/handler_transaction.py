@@ -44,7 +44,7 @@ def write_with_handlers(
     Execute *write*, make the calls that it returns, and commit, in one transaction.
 
     If *write* returns None, there is nothing to commit. *is_saved* returns whether the data of
-    *write* is in the database. *note_end* is called after the last handler, if there is one.
+    *write* is in the database. *note_end* is called after the last handler, if any.
 
     Raises:
         Overloaded: the application's pool provided no connection in time.

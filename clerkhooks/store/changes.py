@@ -184,7 +184,7 @@ class ChangeWriter:
 def find_difference(
     names: Sequence[str], before: Values | None, after: Values
 ) -> Difference | None:
-    """Return what differs between two states of a row, or None. *names* are the columns."""
+    """Return the difference of two states of a row, or None. *names* are the columns."""
     fields = [name for name in names if _differ(before and before[name], after[name])]
     kind = _find_kind(before, after)
     if kind is None and not fields:

@@ -82,7 +82,7 @@ class Progress:
 
     @property
     def fault(self) -> str | None:
-        """The reason that operators are told, or None if all is well."""
+        """The reason that is reported to operators, or None."""
         is_withheld = any(each.is_withheld for each in self.deletions.values())
         return self.error or (WITHHELD if is_withheld else None)
 
