@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @final
 class Change(TypedDict):
-    """The data of a change, for handlers with ``durable=True``: names of columns, no values."""
+    """A change, for handlers with ``durable=True``: names of columns, no values."""
 
     id: str
     kind: Literal["created", "filled", "updated", "deleted", "barred", "restored", "revived"]
