@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import select
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from flask import Flask, current_app
 from flask.cli import with_appcontext
 from sqlalchemy.exc import OperationalError
 
-from clerkhooks.cli.follow import print_event, print_event_json
+from clerkhooks.cli.follow import interrupts, print_event, print_event_json
 from clerkhooks.cli.options import (
     CannotDo,
     as_object,
@@ -76,8 +75,9 @@ def changes(after: str | None, limit: int, follow: bool, run_handlers: bool, as_
             click.echo("No changes found.")
         if follow:
             cursor = Cursor.parse(found[-1].cursor) if found else cursor
-            for page in _follow(store, reader, cursor):
-                _print(page, as_json, with_names=False)
+            with interrupts() as stopped:
+                for page in _follow(store, reader, cursor, stopped):
+                    _print(page, as_json, with_names=False)
 
 
 def _run_handlers(as_json: bool) -> None:
@@ -86,16 +86,13 @@ def _run_handlers(as_json: bool) -> None:
     if not loops:
         raise CannotDo("No handler is registered with durable=True.")
     threads = [threading.Thread(target=run_loop, args=(app, loop), daemon=True) for loop in loops]
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     for thread in threads:
         thread.start()
     try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
+        with interrupts() as stopped:
+            stopped.wait()
     finally:
         stop_all(loops)
-        signal.signal(signal.SIGTERM, previous)
     ends_at = time.monotonic() + STOP_TIMEOUT
     for thread in threads:
         thread.join(max(0.0, ends_at - time.monotonic()))
@@ -120,15 +117,17 @@ def _feed_failures() -> Iterator[None]:
         raise CannotDo(str(error)) from None
 
 
-def _follow(store: Store, reader: ChangeReader, cursor: Cursor | None) -> Iterator[list[Change]]:
+def _follow(
+    store: Store, reader: ChangeReader, cursor: Cursor | None, stopped: threading.Event
+) -> Iterator[list[Change]]:
     """
     Yield new changes: after a notification where possible, and otherwise once a second.
 
     While the database is unavailable, try again.
     """
-    while True:
+    while not stopped.is_set():
         try:
-            for found in _listen(store, reader, cursor):
+            for found in _listen(store, reader, cursor, stopped):
                 cursor = Cursor.parse(found[-1].cursor)
                 yield found
         except OperationalError as error:
@@ -136,9 +135,11 @@ def _follow(store: Store, reader: ChangeReader, cursor: Cursor | None) -> Iterat
             time.sleep(POLL)
 
 
-def _listen(store: Store, reader: ChangeReader, cursor: Cursor | None) -> Iterator[list[Change]]:
+def _listen(
+    store: Store, reader: ChangeReader, cursor: Cursor | None, stopped: threading.Event
+) -> Iterator[list[Change]]:
     with _waiting(store) as wait:
-        while True:
+        while not stopped.is_set():
             found = reader.read(cursor, MAX_LIMIT)
             if found:
                 cursor = Cursor.parse(found[-1].cursor)

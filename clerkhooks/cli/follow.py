@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 import click
@@ -26,6 +28,30 @@ def follow(as_json: bool) -> None:
         pass
     finally:
         follower.stop()
+        for each, handler in zip(signals, previous, strict=True):
+            signal.signal(each, handler)
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """
+    End the block at SIGINT or SIGTERM with KeyboardInterrupt, and yield an event that is set then.
+
+    Python ignores the exception in destructors and callbacks of weak references, so a loop must
+    also check the event.
+    """
+    stopped = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(each, interrupt) for each in signals]
+    try:
+        with suppress(KeyboardInterrupt):
+            yield stopped
+    finally:
         for each, handler in zip(signals, previous, strict=True):
             signal.signal(each, handler)
 
