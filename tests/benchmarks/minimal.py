@@ -76,13 +76,13 @@ def write_to_postgresql(events: Sequence[ReceivedEvent]) -> list[str]:
 
 def read(user_ids: Sequence[str]) -> list[Any]:
     """Read users in one statement."""
-    rows = to_json([{"id": user_id} for user_id in user_ids])
+    rows = to_json([{"id": user_id} for user_id in dict.fromkeys(user_ids)])
     found = {row[0]: row for row in execute(SELECT, {"rows": rows}).fetchall()}
     return [found[user_id] for user_id in user_ids]
 
 
 DELIVERIES = Batcher(write_to_postgresql, keys=deliveries.find_keys, concerns_all=bool)
-READS = Batcher(read, keys=lambda user_id: (user_id,), concerns_all=bool)
+READS = Batcher(read, concerns_all=bool)
 
 
 def write_to_sqlite(event: ReceivedEvent) -> str:
