@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -121,6 +122,21 @@ def start_server(
             start_new_session=True,
         )
     return Server(process, database_url, port, log, clerk, host)
+
+
+@contextmanager
+def ended_by(number: signal.Signals, process: subprocess.Popen[str]) -> Iterator[None]:
+    """End *process* with a signal after the block. It must then exit with status 0."""
+    timer = threading.Timer(20, process.kill)
+    timer.start()
+    try:
+        yield
+        process.send_signal(number)
+        assert process.wait(10) == 0
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
 
 
 @contextmanager

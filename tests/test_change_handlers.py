@@ -33,7 +33,7 @@ from clerkhooks.web.metrics import Metrics
 from tests.application import Application, MakeApplication
 from tests.conftest import SLOW_ON_SQLITE
 from tests.racing import eventually
-from tests.server import environ
+from tests.server import ended_by, environ
 from tests.support import NOW_MS, deletion, join, user_event
 
 pytest_plugins = ["tests.application"]
@@ -678,18 +678,10 @@ def test_runs_handlers_until_it_is_interrupted(
         stdout=subprocess.PIPE,
         text=True,
     )
-    timer = threading.Timer(20, process.kill)
-    timer.start()
-    try:
+    with ended_by(signal.SIGTERM, process):
         assert process.stdout is not None
         lines = iter(process.stdout)
         eventually(lambda: f"told {user_id}\n" in lines)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-    finally:
-        timer.cancel()
-        process.kill()
-        process.communicate()
 
 
 def test_runs_no_command_without_handlers(application: Application) -> None:

@@ -6,9 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,12 +15,13 @@ from click.testing import Result
 
 from clerkhooks import create_app
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
+from clerkhooks.cli.follow import Interruption, interrupts
 from clerkhooks.settings import PROJECT
 from clerkhooks.store.change_reader import ChangeReader
 from clerkhooks.web.state import disconnect
 from tests.conftest import SLOW_ON_POSTGRESQL, MakeService, migrate
 from tests.replication import cluster
-from tests.server import environ
+from tests.server import ended_by, environ
 from tests.support import Service, user_event
 from tests.syncing import store_of
 
@@ -55,16 +55,8 @@ def following(service: Service, *arguments: str) -> Iterator[subprocess.Popen[st
     process = subprocess.Popen(
         command, cwd=PROJECT, env=environ(**variables), stdout=subprocess.PIPE, text=True
     )
-    timer = threading.Timer(20, process.kill)
-    timer.start()
-    try:
+    with ended_by(signal.SIGINT, process):
         yield process
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-    finally:
-        timer.cancel()
-        process.kill()
-        process.communicate()
 
 
 def test_lists_changes_as_a_table_and_as_json(feed: Service) -> None:
@@ -106,6 +98,16 @@ def test_follows_the_feed(feed: Service) -> None:
         for _ in range(2):
             user_id = sign_up(feed)
             assert user_id in next(lines)
+
+
+def test_notes_a_signal_whose_exception_is_ignored() -> None:
+    """Then a loop ends at its next check. Afterwards, the earlier signal handlers are back."""
+    interruption, before = Interruption(), signal.getsignal(signal.SIGTERM)
+    with interrupts(interruption.note):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert interruption.has_arrived
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_follows_the_feed_after_the_loss_of_its_connections(feed: Service) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -151,8 +150,7 @@ def test_ends_even_if_the_interrupt_is_ignored(service: Service) -> None:
             """Do nothing."""
 
         def work(self, _held: Held) -> None:
-            with suppress(KeyboardInterrupt):
-                self.interrupt()
+            self.interrupt()
             self.lease.check()
 
     loop = Loop(Lease(store_of(service), "work"), 60.0)

@@ -15,7 +15,7 @@ from flask import Flask, current_app
 from flask.cli import with_appcontext
 from sqlalchemy.exc import OperationalError
 
-from clerkhooks.cli.follow import interrupts, print_event, print_event_json
+from clerkhooks.cli.follow import Interruption, interrupts, print_event, print_event_json
 from clerkhooks.cli.options import (
     CannotDo,
     as_object,
@@ -75,8 +75,9 @@ def changes(after: str | None, limit: int, follow: bool, run_handlers: bool, as_
             click.echo("No changes found.")
         if follow:
             cursor = Cursor.parse(found[-1].cursor) if found else cursor
-            with interrupts() as stopped:
-                for page in _follow(store, reader, cursor, stopped):
+            interruption = Interruption()
+            with interrupts(interruption.note):
+                for page in _follow(store, reader, cursor, interruption):
                     _print(page, as_json, with_names=False)
 
 
@@ -89,8 +90,10 @@ def _run_handlers(as_json: bool) -> None:
     for thread in threads:
         thread.start()
     try:
-        with interrupts() as stopped:
-            stopped.wait()
+        interruption = Interruption()
+        with interrupts(interruption.note):
+            while not interruption.has_arrived:
+                time.sleep(POLL)
     finally:
         stop_all(loops)
     ends_at = time.monotonic() + STOP_TIMEOUT
@@ -118,16 +121,16 @@ def _feed_failures() -> Iterator[None]:
 
 
 def _follow(
-    store: Store, reader: ChangeReader, cursor: Cursor | None, stopped: threading.Event
+    store: Store, reader: ChangeReader, cursor: Cursor | None, interruption: Interruption
 ) -> Iterator[list[Change]]:
     """
     Yield new changes: after a notification where possible, and otherwise once a second.
 
     While the database is unavailable, try again.
     """
-    while not stopped.is_set():
+    while not interruption.has_arrived:
         try:
-            for found in _listen(store, reader, cursor, stopped):
+            for found in _listen(store, reader, cursor, interruption):
                 cursor = Cursor.parse(found[-1].cursor)
                 yield found
         except OperationalError as error:
@@ -136,10 +139,10 @@ def _follow(
 
 
 def _listen(
-    store: Store, reader: ChangeReader, cursor: Cursor | None, stopped: threading.Event
+    store: Store, reader: ChangeReader, cursor: Cursor | None, interruption: Interruption
 ) -> Iterator[list[Change]]:
     with _waiting(store) as wait:
-        while not stopped.is_set():
+        while not interruption.has_arrived:
             found = reader.read(cursor, MAX_LIMIT)
             if found:
                 cursor = Cursor.parse(found[-1].cursor)

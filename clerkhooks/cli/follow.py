@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
@@ -20,37 +19,47 @@ from clerkhooks.web.state import current_state
 def follow(as_json: bool) -> None:
     """Follow Clerk until this process is interrupted or terminated. Print each event."""
     follower = make_follower(current_state(), print_event_json if as_json else print_event)
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(each, follower.interrupt) for each in signals]
-    try:
-        follower.run(current_app.app_context)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        follower.stop()
-        for each, handler in zip(signals, previous, strict=True):
-            signal.signal(each, handler)
+    with interrupts(follower.interrupt):
+        try:
+            with suppress(KeyboardInterrupt):
+                follower.run(current_app.app_context)
+        finally:
+            follower.stop()
+
+
+class Interruption:
+    """
+    Whether a signal has arrived.
+
+    This is not a ``threading.Event``: its lock is not reentrant, and the signal may arrive while
+    the main thread holds it.
+    """
+
+    has_arrived = False
+
+    def note(self) -> None:
+        """Record that the signal has arrived."""
+        self.has_arrived = True
 
 
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
+def interrupts(note: Callable[[], object]) -> Iterator[None]:
     """
-    End the block at SIGINT or SIGTERM with KeyboardInterrupt, and yield an event that is set then.
+    End the block with KeyboardInterrupt at SIGINT or SIGTERM, after a call of *note*.
 
     Python ignores the exception in destructors and callbacks of weak references, so a loop must
-    also check the event.
+    also check what *note* has changed. *note* must not wait for a lock.
     """
-    stopped = threading.Event()
 
     def interrupt(*_: object) -> None:
-        stopped.set()
+        note()
         raise KeyboardInterrupt
 
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(each, interrupt) for each in signals]
     try:
         with suppress(KeyboardInterrupt):
-            yield stopped
+            yield
     finally:
         for each, handler in zip(signals, previous, strict=True):
             signal.signal(each, handler)

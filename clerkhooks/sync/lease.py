@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, Never
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -141,17 +141,10 @@ class LeasedLoop(ABC):
             pause = self._next_at - time.monotonic()
             self._stopping.wait(max(0.0, min(pause, self.lease.interval)))
 
-    def interrupt(self, *_: object) -> Never:
-        """
-        End ``run``. This is a signal handler.
-
-        Raises:
-            KeyboardInterrupt: always. Python ignores it in destructors and callbacks of weak
-                references; then ``run`` ends a few seconds later.
-        """
+    def interrupt(self) -> None:
+        """End ``run`` within a few seconds. A signal handler may call this: it takes no lock."""
         self._is_interrupted = True
         self.lease.abandon()
-        raise KeyboardInterrupt
 
     def begin_stop(self) -> None:
         """Start no more work."""
