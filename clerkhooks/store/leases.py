@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -32,7 +33,7 @@ WHERE t.holder IS NULL OR t.holder = excluded.holder
 RETURNING {now} AS now, completed_at, state
 """
 
-_FIND = "SELECT {now} AS now, completed_at, state FROM {leases} WHERE name = :name"
+_FIND_ALL = "SELECT name, {now} AS now, completed_at, state FROM {leases} ORDER BY name"
 
 _IS_HELD = """
 SELECT 1 FROM {leases} WHERE name = :name AND holder IS NOT NULL AND expires_at > {now}
@@ -93,7 +94,8 @@ class Leases:
     def acquire(self, name: str, holder: str, lifetime: float) -> Held | None:
         """Take or renew a lease for *lifetime* seconds. Return None if another holder has it."""
         row = {"name": name, "holder": holder, "lifetime": int(lifetime * 1000)}
-        return _parse(self._database.write(self._text(_ACQUIRE), row))
+        rows = self._database.write(self._text(_ACQUIRE), row)
+        return _parse(*rows[0]) if rows else None
 
     def save(self, name: str, holder: str, state: Mapping[str, Any], *, completed: bool) -> bool:
         """Store the progress. Return False if another process has taken over."""
@@ -106,7 +108,12 @@ class Leases:
 
     def find(self, name: str) -> Held | None:
         """Return what is stored, or None if no process has ever held the lease."""
-        return _parse(self._database.execute(self._text(_FIND), {"name": name}))
+        return self.find_all().get(name)
+
+    def find_all(self) -> dict[str, Held]:
+        """Return what is stored under each name."""
+        rows = self._database.execute(self._text(_FIND_ALL))
+        return {name: _parse(*stored) for name, *stored in rows}
 
     def is_held(self, name: str) -> bool:
         """Return whether a process has renewed the lease in time."""
@@ -116,8 +123,11 @@ class Leases:
         return sa.text(template.format(**self._names))
 
 
-def _parse(rows: Any) -> Held | None:
-    if not rows:
-        return None
-    [(now, completed_at, state)] = rows
+def known_fields(cls: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of *state* that are fields of the dataclass *cls* in this release."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in state.items() if name in names}
+
+
+def _parse(now: int, completed_at: int | None, state: str | None) -> Held:
     return Held(now, completed_at, json.loads(state or "{}"))

@@ -12,17 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from clerkhooks.errors import ChangesPruned, ChangesRestored, describe
 from clerkhooks.events import DurableHandler, Event, Handler, Outcome, Version
 from clerkhooks.store import Store
 from clerkhooks.store.change_reader import Change, ChangeReader, Cursor
-from clerkhooks.store.leases import Held
+from clerkhooks.store.leases import Held, known_fields
 from clerkhooks.sync.lease import Lease, LeasedLoop, LeaseLost, Tell
 
 PREFIX = "handler:"
@@ -61,8 +60,7 @@ class Position:
     @classmethod
     def of(cls, held: Held) -> Self:
         """Return the stored position. Ignore what another release has stored."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in held.state.items() if name in names})
+        return cls(**known_fields(cls, held.state))
 
 
 class ChangeHandlerLoop(LeasedLoop):
@@ -198,13 +196,10 @@ class HandlerReport:
 
 def find_handlers(store: Store) -> list[HandlerReport]:
     """Return all durable handlers that have ever run."""
-    name = store.leases.table.c.name
-    query = sa.select(name).where(name.startswith(PREFIX, autoescape=True)).order_by(name)
-    found = ((each, store.leases.find(each)) for (each,) in store.database.execute(query))
     return [
-        HandlerReport(each.removeprefix(PREFIX), Position.of(held))
-        for each, held in found
-        if held is not None
+        HandlerReport(name.removeprefix(PREFIX), Position.of(held))
+        for name, held in store.leases.find_all().items()
+        if name.startswith(PREFIX)
     ]
 
 

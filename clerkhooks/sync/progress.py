@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from clerkhooks.clerk.kinds import Kind
 from clerkhooks.store import Store
-from clerkhooks.store.leases import Held
+from clerkhooks.store.leases import Held, known_fields
 
 FOLLOWER = "follower"
 """The name of the follower's lease."""
@@ -68,10 +68,10 @@ class Progress:
     @classmethod
     def of(cls, held: Held) -> Self:
         """Return the stored progress. Ignore what another release has stored."""
-        stored = _known(cls, held.state)
+        stored = known_fields(cls, held.state)
         deletions = stored.get("deletions", {}).items()
         stored["deletions"] = {
-            family: Deletions(**_known(Deletions, each)) for family, each in deletions
+            family: Deletions(**known_fields(Deletions, each)) for family, each in deletions
         }
         return cls(**stored)
 
@@ -93,12 +93,6 @@ class Progress:
     def with_deletions(self, kind: Kind, deletions: Deletions) -> Self:
         """Return the progress with other deletions of objects of *kind*."""
         return replace(self, deletions={**self.deletions, kind.family: deletions})
-
-
-def _known(cls: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of *state* that are fields of the dataclass *cls*."""
-    names = {field.name for field in fields(cls)}
-    return {name: value for name, value in state.items() if name in names}
 
 
 def find_progress(store: Store) -> tuple[Held, Progress] | None:
