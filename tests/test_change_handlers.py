@@ -177,6 +177,8 @@ def test_is_repeated_after_a_failure_and_holds_up_no_other(application: Applicat
     failures = [fields for event, fields in told if event == "round_failed"]
     assert [fields["retry_in_s"] for fields in failures] == [1.0, 2.0]
     assert failures[0]["lease"] == f"{PREFIX}failing"
+    assert failures[0]["id"] == user_ids[0]
+    assert failures[0]["cursor"] == failing.events[0].message_id
     assert "ada@example.org" not in repr(told)
     assert [finding.code for finding in judge_changes(store)] == ["changes_readable"]
 

@@ -119,8 +119,8 @@ class ChangeHandlerLoop(LeasedLoop):
 
     def find_pause(self, error: Exception) -> float | None:
         """Store a failure of the handler, and return a pause that doubles with each one."""
-        is_counted = self.is_calling or isinstance(error, ChangesPruned | ChangesRestored)
-        self.is_calling = False
+        is_counted = self.calling is not None or isinstance(error, ChangesPruned | ChangesRestored)
+        self.calling = None
         if not is_counted:  # the database is away
             return min(self.lease.interval, POLL * 2.0**self._failures)
         failures = self._position.failures + 1
@@ -158,10 +158,10 @@ class ChangeHandlerLoop(LeasedLoop):
     def _call_with(self, events: Sequence[Event[Any]]) -> None:
         for event in events:
             self._check(self.lease.check())
-            self.is_calling = True
+            self.calling = {"id": event.data["id"], "cursor": event.message_id}
             with self._renewing():
                 self._call(self._durable.handler, event)
-            self.is_calling = False
+            self.calling = None
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:

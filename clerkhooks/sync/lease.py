@@ -109,7 +109,8 @@ class LeasedLoop(ABC):
         self._stopping = threading.Event()
         self._is_interrupted = False
         self._context: Context = nullcontext
-        self.is_calling = False  # whether a function of the application is running
+        self.calling: Mapping[str, object] | None = None
+        """The log fields of the application's function that is running, if there is one."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -193,12 +194,13 @@ class LeasedLoop(ABC):
             return
         pause = min(self.interval, FIRST_PAUSE * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
-        is_expected = isinstance(error, ClerkhooksError | SQLAlchemyError) and not self.is_calling
+        about = self.calling
+        is_expected = isinstance(error, ClerkhooksError | SQLAlchemyError) and about is None
         with suppress(SQLAlchemyError, LeaseLost):
             pause = self.find_pause(error) or pause
         self._next_at = time.monotonic() + pause
         reason = error.reason if isinstance(error, ClerkhooksError) else describe(error)
-        fields: dict[str, object] = {"lease": self.lease.name, "error": reason}
+        fields: dict[str, object] = {"lease": self.lease.name, **(about or {}), "error": reason}
         if not is_expected:
             fields["frames"] = frames(error)
         self.tell("round_failed", fields | {"retry_in_s": round(pause, 1)})
