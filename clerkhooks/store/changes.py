@@ -98,11 +98,8 @@ class ChangeWriter:
 
     def __init__(self, changes: sa.Table, dialect: sa.Dialect) -> None:
         self.table = changes
-        name, is_postgresql = (
-            dialect.identifier_preparer.format_table(changes),
-            dialect.name == "postgresql",
-        )
-        self._is_postgresql = is_postgresql
+        name = dialect.identifier_preparer.format_table(changes)
+        self._is_postgresql = is_postgresql = dialect.name == "postgresql"
         insert = _INSERT.format(
             changes=name,
             transaction_id=_TRANSACTION_ID.format(changes=name) if is_postgresql else "0",

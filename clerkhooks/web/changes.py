@@ -15,7 +15,7 @@ from flask import Blueprint, Response, request
 from clerkhooks.errors import BadRequest, Unauthenticated
 from clerkhooks.store.change_reader import MAX_LIMIT, Change, ChangeReader, Cursor
 from clerkhooks.web.health import has_token
-from clerkhooks.web.problems import answered, json_response
+from clerkhooks.web.problems import answered, format_time, json_response
 from clerkhooks.web.state import current_state
 
 MAX_WAIT = 10  # seconds; gunicorn.conf.py lets a worker end its requests for 12
@@ -36,10 +36,8 @@ def add_route(blueprint: Blueprint) -> None:
         state = current_state()
         if not has_token(state.settings.changes_token or ""):
             raise Unauthenticated("changes_token_invalid")
-        limit, seconds = (
-            _number("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
-            _number("wait", 0, 0, MAX_WAIT),
-        )
+        limit = _number("limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        seconds = _number("wait", 0, 0, MAX_WAIT)
         reader, text = ChangeReader(state.store), request.args.get("after")
         if text == END:
             return _respond([], str(reader.find_end()))
@@ -104,6 +102,4 @@ def _respond(found: list[Change], following: str | None) -> Response:
 
 
 def _shape(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return value
+    return format_time(value) if isinstance(value, datetime) else value

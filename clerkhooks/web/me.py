@@ -14,7 +14,7 @@ from clerkhooks.parsing import NATIVE
 from clerkhooks.store.models import ClerkUser
 from clerkhooks.users import is_present
 from clerkhooks.web.auth import current_session, get_user, require_auth
-from clerkhooks.web.problems import answered, json_response, read_body
+from clerkhooks.web.problems import answered, format_time, json_response, read_body
 from clerkhooks.web.state import current_state
 
 ENDPOINTS = ("clerkhooks.get_me", "clerkhooks.put_presence")
@@ -84,7 +84,6 @@ def put_presence() -> Response:
 
 
 def _shape(user: ClerkUser) -> Response:
-    last_seen = user.last_seen.isoformat(timespec="milliseconds")
     return json_response(
         {
             "id": user.id,
@@ -92,6 +91,6 @@ def _shape(user: ClerkUser) -> Response:
             "name": user.name,
             "imageUrl": user.image_url,
             "isOnline": is_present(user),
-            "lastSeen": last_seen.replace("+00:00", "Z"),
+            "lastSeen": format_time(user.last_seen),
         }
     )

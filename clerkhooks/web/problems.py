@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from functools import wraps
 from http import HTTPStatus
 from typing import Any, ParamSpec, cast
@@ -25,6 +26,11 @@ _REASONS = {413: "body_too_large", 500: "internal_error"}
 def json_response(body: Mapping[str, Any]) -> Response:
     """Return *body* as JSON with unsorted keys, bypassing the application's JSON provider."""
     return Response(json.dumps(body), content_type="application/json")
+
+
+def format_time(moment: datetime) -> str:
+    """Return a UTC time in the form that JavaScript's ``toISOString`` has."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def problem(

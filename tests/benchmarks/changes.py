@@ -13,27 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
-from tests.benchmarks.load import apply_load, median_ratio, parse_rounds, webhooks
+from tests.benchmarks.load import alternate, median_ratio, parse_rounds, webhooks
 from tests.conftest import migrate, started_postgresql
 from tests.server import serving
 
 CLERK = FakeClerk()
 
 
-def measure(url: str, folder: Path, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
+def measure(url: str, folder: Path, rounds: int, seconds: float) -> list[list[float]]:
     """Return each round's webhooks per second with and without the feed."""
     migrate(url, CLERK)
-    rates: tuple[list[float], list[float]] = ([], [])
     with (
         serving(url, CLERK, folder / "on.log", CLERK_TABLES="changes") as on,
         serving(url, CLERK, folder / "off.log") as off,
     ):
-        for _ in range(rounds):
-            for own, server in zip(rates, (on, off), strict=True):
-                result = apply_load(server.port, webhooks(CLERK), seconds)
-                assert not result.errors, result.statuses
-                own.append(result.rate)
-    return rates
+        return alternate([on.port, off.port], lambda: webhooks(CLERK), rounds, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

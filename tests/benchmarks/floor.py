@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clerkhooks.clerk.fake import FakeClerk
-from tests.benchmarks.load import apply_load, calls, median_ratio, parse_rounds, webhooks
+from tests.benchmarks.load import alternate, apply_load, calls, median_ratio, parse_rounds, webhooks
 from tests.conftest import migrate, started_postgresql
 from tests.server import serving
 
@@ -29,7 +29,7 @@ MINIMAL = [sys.executable, "-m", "gunicorn", *OPTIONS, "tests.benchmarks.minimal
 
 def measure(
     url: str, requests: Callable[[], Iterator[bytes]], folder: Path, rounds: int, seconds: float
-) -> tuple[list[float], list[float]]:
+) -> list[list[float]]:
     """Return each round's requests per second for the service and the minimal application."""
     migrate(url, CLERK)
     with (
@@ -37,13 +37,7 @@ def measure(
         serving(url, CLERK, folder / "minimal.log", command=MINIMAL) as minimal,
     ):
         apply_load(service.port, calls(CLERK, [ONE]), 1)  # create the user
-        rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for own, server in zip(rates, (service, minimal), strict=True):
-                result = apply_load(server.port, requests(), seconds)
-                assert not result.errors, result.statuses
-                own.append(result.rate)
-    return rates
+        return alternate([service.port, minimal.port], requests, rounds, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +144,19 @@ def _ask(connection: socket.socket, request: bytes) -> int:
         return int(head[9:12] or 0)
     except (OSError, ValueError):
         return 0
+
+
+def alternate(
+    ports: Sequence[int], requests: Callable[[], Iterator[bytes]], rounds: int, seconds: float
+) -> list[list[float]]:
+    """Apply the same load to each server by turns. Return each server's rate in each round."""
+    rates: list[list[float]] = [[] for _ in ports]
+    for _ in range(rounds):
+        for own, port in zip(rates, ports, strict=True):
+            result = apply_load(port, requests(), seconds)
+            assert not result.errors, result.statuses
+            own.append(result.rate)
+    return rates
 
 
 def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
