@@ -38,7 +38,7 @@ class SearchIndex:
             self.update()
 
     def update(self) -> None:
-        """Apply the next changes, waiting for them if there are none."""
+        """Apply the next changes. If there are none, wait for a while."""
         found = self._index.execute("SELECT cursor FROM position").fetchone()
         if found is None:
             self._copy_all()
