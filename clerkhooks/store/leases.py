@@ -95,7 +95,7 @@ class Leases:
         """Take or renew a lease for *lifetime* seconds. Return None if another holder has it."""
         row = {"name": name, "holder": holder, "lifetime": int(lifetime * 1000)}
         rows = self._database.write(self._text(_ACQUIRE), row)
-        return _parse(*rows[0]) if rows else None
+        return _parse(rows[0]) if rows else None
 
     def save(self, name: str, holder: str, state: Mapping[str, Any], *, completed: bool) -> bool:
         """Store the progress. Return False if another process has taken over."""
@@ -113,7 +113,7 @@ class Leases:
     def find_all(self) -> dict[str, Held]:
         """Return what is stored under each name."""
         rows = self._database.execute(self._text(_FIND_ALL))
-        return {name: _parse(*stored) for name, *stored in rows}
+        return {row.name: _parse(row) for row in rows}
 
     def is_held(self, name: str) -> bool:
         """Return whether a process has renewed the lease in time."""
@@ -129,5 +129,5 @@ def known_fields(cls: type[Any], state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name in names}
 
 
-def _parse(now: int, completed_at: int | None, state: str | None) -> Held:
-    return Held(now, completed_at, json.loads(state or "{}"))
+def _parse(row: sa.Row[Any]) -> Held:
+    return Held(row.now, row.completed_at, json.loads(row.state or "{}"))
