@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import signal
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -118,6 +120,7 @@ def _instructions(clerk: FakeClerk, user_id: str, url: str, password: str) -> st
     token = clerk.session_token(user_id, lifetime=TOKEN_LIFETIME)
     until = time.strftime("%H:%M %Z", time.localtime(time.time() + TOKEN_LIFETIME))
     secret = f"CLERK_WEBHOOK_SECRET={clerk.environ['CLERK_WEBHOOK_SECRET']}"
+    program = f"{shlex.quote(sys.executable)} -m clerkhooks"  # clerkhooks may not be on the PATH
     title = click.style(f"\nServing on {url}. Press Ctrl-C to stop.", bold=True)
     return f"""{title}
 Call the API as Ada (her token expires at {until}):
@@ -126,7 +129,7 @@ Call the API as Ada (her token expires at {until}):
 
 Post another webhook:
 
-  {secret} clerkhooks send user.created --to {url}/webhooks/clerk
+  {secret} {program} send user.created --to {url}/webhooks/clerk
 
 Open the console: {url}/console, any user name, password {password}
 
