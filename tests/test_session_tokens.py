@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -16,6 +16,7 @@ from flask import Flask
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clerkhooks.clerk import session_tokens
 from clerkhooks.clerk.fake import FakeClerk
 from clerkhooks.clerk.session_tokens import (
     ANY_CATEGORY,
@@ -346,6 +347,31 @@ def test_admits_native_apps_without_an_origin(parties: frozenset[str]) -> None:
     for azp in (None, "", "https://evil.example.com"):
         with pytest.raises(Unauthenticated, match="token_authorized_party_mismatch"):
             verifier.verify(token(azp=azp), NOW)
+
+
+def test_verifies_a_known_token_again() -> None:
+    """A token whose signature is known expires, and a view cannot change its later claims."""
+    keys = ConfiguredKeys((cast("RSAPublicKey", SDK_KEY), KEY))
+    verifier, text = SessionVerifier(keys, RULES), token(exp=NOW + 60)
+    claims = cast("dict[str, Any]", verifier.verify(text, NOW).claims)
+    claims |= {"sub": "user_" + "b" * 27, "exp": NOW + 600}
+    assert verifier.verify(text, NOW).user_id == USER_ID
+    assert text not in repr(verifier)
+    with pytest.raises(Unauthenticated, match="token_expired"):
+        verifier.verify(text, NOW + 66)
+    header, _, signature = text.split(".")
+    with pytest.raises(Unauthenticated, match="token_signature_mismatch"):
+        verifier.verify(".".join([header, token(exp=NOW + 600).split(".")[1], signature]), NOW)
+
+
+def test_forgets_known_tokens_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of remembered tokens is limited, and forgotten tokens are still accepted."""
+    monkeypatch.setattr(session_tokens, "MAX_KNOWN", 3)
+    verifier = SessionVerifier(ConfiguredKeys((KEY,)), RULES)
+    texts = [token(sid=f"sess_{number}") for number in range(10)]
+    for text in texts + texts:
+        verifier.verify(text, NOW)
+        assert len(verifier._known) <= 3
 
 
 def test_enforces_configured_rules_only() -> None:

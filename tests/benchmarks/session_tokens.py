@@ -59,7 +59,8 @@ def subjects() -> dict[str, Callable[[], object]]:
         "form and signature": lambda: verify_signature(parse_form(next_token()), [KEY]),
         "form and signature by PyJWT": lambda: jws.decode_complete(next_token(), KEY, ["RS256"]),
         "PyJWT decode": lambda: jwt.decode(next_token(), prepared, **required),
-        "session token": lambda: verifier.verify(next_token(), now),
+        "new session token": lambda: SessionVerifier(keys, RULES).verify(next_token(), now),
+        "known session token": lambda: verifier.verify(next_token(), now),
     }
     return found | clerks_sdk(token)
 
