@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +49,11 @@ hooks = ClerkHooks(db)
 
 
 class Service(Flask):
-    """A Flask application that does not parse the Host header of each request."""
+    """A Flask application without what this service does not need in each request."""
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return *func*, because no view is asynchronous. Flask would inspect it each time."""
+        return func
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match only the path, because no route depends on the Host header."""

@@ -136,7 +136,9 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
     if record.exc_info and record.exc_info[1] is not None:  # logged by Flask; omit the message
         error = record.exc_info[1]
         extra |= {"error": describe(error), "frames": frames(error)}
-    return extra | {"request_id": request_state().request_id} if has_request_context() else extra
+    if "request_id" not in extra and has_request_context():
+        extra["request_id"] = request_state().request_id
+    return extra
 
 
 def _start_clock() -> None:
@@ -156,6 +158,7 @@ def _log_request(response: Response) -> Response:
             "status": status,
             "duration_ms": round(state.seconds * 1000, 2),
             **state.fields,
+            "request_id": state.request_id,
         }
         # logger.log() would walk the stack to find its caller, which is slow.
         record = logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line)

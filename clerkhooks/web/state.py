@@ -76,7 +76,7 @@ class RequestState:
     @cached_property
     def request_id(self) -> str:
         """The caller's own request id if it is well-formed, otherwise a new one."""
-        sent = request.headers.get("X-Request-ID", "")
+        sent = request.environ.get("HTTP_X_REQUEST_ID", "")
         return sent if _SAFE_ID.fullmatch(sent) else secrets.token_hex(16)
 
     @property
