@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from hypothesis import strategies as st
 
 from clerkhooks.clerk.fake import FakeClerk, clerk_id
 from clerkhooks.settings import PROJECT
-from clerkhooks.web.logs import JsonFormatter, TextFormatter, logger
+from clerkhooks.web.logs import JsonFormatter, ServiceHandler, TextFormatter, logger
+from clerkhooks.web.state import RequestLog
 from tests.application import Application
 from tests.server import environ
 from tests.support import Service, broken_users, captured_lines, user_event
@@ -182,6 +185,40 @@ def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subpr
     )
     assert done.returncode == 0, done.stderr
     return f"{done.stdout or ''}{done.stderr}"
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_prints_the_same_line_with_and_without_a_record(
+    service: Service, monkeypatch: pytest.MonkeyPatch, log_format: RequestLog
+) -> None:
+    """The service's handler prints a request itself if no other handler needs a record of it."""
+    service.app.extensions["clerkhooks"].log_format = log_format
+    ours, stream = ServiceHandler(), io.StringIO()
+    ours.setStream(stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for handlers in ([ours], [ours, logging.NullHandler()]):
+        monkeypatch.setattr(logger, "handlers", handlers)
+        service.http.post("/webhooks/clerk", headers={"X-Request-ID": "same"})
+    times = r"\d\d:\d\d:\d\d.\d\d\d|\d+\.\d+(?=, | ms)"
+    printed = [re.sub(times, "", line) for line in stream.getvalue().splitlines()]
+    assert len(printed) == 2
+    assert printed[0] == printed[1]
+    assert "same" in printed[0]
+
+
+def test_serves_although_the_log_cannot_be_written(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the log's reader is gone, requests are served, and logging reports the problem."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ours = ServiceHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logger, "handlers", [ours])
+    with suppress(BrokenPipeError), open(writer, "w") as stream:  # noqa: PTH123  # a descriptor
+        ours.setStream(stream)
+        assert service.http.get("/healthz").status_code == 200
+    assert "BrokenPipeError" in capsys.readouterr().err
 
 
 TWO_SERVICES = """

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +20,7 @@ import click
 from flask import Flask, Response, current_app, has_request_context, request
 
 from clerkhooks.errors import describe, frames
-from clerkhooks.web.state import EXTENSION, RequestLog, State, request_state
+from clerkhooks.web.state import EXTENSION, RequestLog, State, current_state, request_state
 
 logger = logging.getLogger("clerkhooks")
 PATH_LENGTH = 512
@@ -32,11 +33,14 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Format *record* without the exception's message, which may quote a database row."""
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        return json.dumps(
-            {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
-            | _extra(record)
+        return self.format_line(
+            record.created, record.levelname.lower(), record.getMessage(), _extra(record)
         )
+
+    def format_line(self, created: float, level: str, event: str, fields: Mapping[str, Any]) -> str:
+        """Format a line that was logged at *created*, in seconds since the epoch."""
+        moment = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": moment, "level": level, "event": event, **fields})
 
 
 class TextFormatter(logging.Formatter):
@@ -44,14 +48,21 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Format *record*, escaping control characters that could manipulate the terminal."""
-        fields, level, what = _extra(record), record.levelname.lower(), record.getMessage()
-        if what == "request":
+        return self.format_line(
+            record.created, record.levelname.lower(), record.getMessage(), _extra(record)
+        )
+
+    def format_line(self, created: float, level: str, event: str, fields: Mapping[str, Any]) -> str:
+        """Format a line that was logged at *created*, in seconds since the epoch."""
+        rest = dict(fields)
+        if event == "request":
             method, path, status, duration = (
-                fields.pop(name) for name in ("method", "path", "status", "duration_ms")
+                rest.pop(name) for name in ("method", "path", "status", "duration_ms")
             )
-            what = f"{method} {path} {status} {duration} ms"
-        moment = f"{datetime.fromtimestamp(record.created):%H:%M:%S}.{record.msecs:03.0f}"  # noqa: DTZ006  # local time, for a human reader
-        text = "  ".join([what, *(f"{name}={value}" for name, value in fields.items())])
+            event = f"{method} {path} {status} {duration} ms"
+        local = datetime.fromtimestamp(created)  # noqa: DTZ006  # for a human reader
+        moment = local.isoformat(timespec="milliseconds").partition("T")[2]
+        text = "  ".join([event, *(f"{name}={value}" for name, value in rest.items())])
         text = "".join(
             character if character.isprintable() else ascii(character)[1:-1] for character in text
         )
@@ -72,7 +83,10 @@ class ServiceHandler(logging.StreamHandler[Any]):
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
-        formatters = {"json": JsonFormatter(), "text": TextFormatter()}
+        formatters: dict[str, JsonFormatter | TextFormatter] = {
+            "json": JsonFormatter(),
+            "text": TextFormatter(),
+        }
         usual = formatters["text" if sys.stdout.isatty() else "json"]
         self._formatters = {"auto": usual, **formatters}
 
@@ -87,6 +101,27 @@ class ServiceHandler(logging.StreamHandler[Any]):
         if is_ours and not logging.getLogger().handlers:  # basicConfig may add one later
             self.formatter = self._formatters[state.log_format if state else "auto"]
             super().emit(record)
+
+    def print_request(self, level: int, line: Mapping[str, Any]) -> bool:
+        """
+        Print the line of the current request, as ``emit`` does, but without a record.
+
+        Return whether this succeeded. A record would take 16 of the 77 µs that the service needs
+        for a request without a database query.
+        """
+        formatter = self._formatters[current_state().log_format]
+        text = formatter.format_line(
+            time.time(), logging.getLevelName(level).lower(), "request", line
+        )
+        self.acquire()
+        try:
+            self.stream.write(text + self.terminator)
+            self.stream.flush()
+        except (OSError, ValueError):  # logging reports it when it prints the record
+            return False
+        finally:
+            self.release()
+        return True
 
 
 def init_request_log(app: Flask, log_format: RequestLog) -> None:
@@ -157,10 +192,22 @@ def _log_request(response: Response) -> Response:
             "path": request.path[:PATH_LENGTH],
             "status": status,
             "duration_ms": round(state.seconds * 1000, 2),
-            **state.fields,
+            **{name: value for name, value in state.fields.items() if value is not None},
             "request_id": state.request_id,
         }
-        # logger.log() would walk the stack to find its caller, which is slow.
-        record = logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=line)
-        logger.handle(record)
+        handler = _find_only_handler()
+        if handler is None or not handler.print_request(level, line):
+            # logger.log() would walk the stack to find its caller, which is slow.
+            record = logger.makeRecord(
+                logger.name, level, __file__, 0, "request", (), None, extra=line
+            )
+            logger.handle(record)
     return response
+
+
+def _find_only_handler() -> ServiceHandler | None:
+    """Return the handler of the service if no other handler may get the record of a request."""
+    if len(logger.handlers) != 1 or logging.getLogger().handlers:
+        return None
+    [handler] = logger.handlers
+    return handler if isinstance(handler, ServiceHandler) else None
