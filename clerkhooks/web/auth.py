@@ -22,7 +22,7 @@ from clerkhooks.settings import Settings
 from clerkhooks.store.models import ClerkUser
 from clerkhooks.web.membership import TABLES_MISSING, check_membership
 from clerkhooks.web.sign_in import sign_in
-from clerkhooks.web.state import EXTENSION, Authenticator, current_state, request_state
+from clerkhooks.web.state import EXTENSION, Authenticator, request_state
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,7 +82,7 @@ def fetch_keys_soon(app: Flask) -> None:
         keys.fetch_soon()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Protection:
     """The result of ``require_auth(…)``, to use as a decorator or ``before_request`` function."""
 
@@ -127,14 +127,15 @@ class Protection:
         Raises:
             Unauthenticated, Forbidden, KeysUnavailable: the responses are 401, 403 and 503.
         """
-        metrics = current_state().metrics
+        call = request_state()
+        metrics = call.app_state.metrics
         try:
-            self._authorize(sign_in(optional=self.optional))
+            self._authorize(sign_in(call, optional=self.optional))
         except RequestError as error:
             if metrics is not None:
                 metrics.sessions_refused.labels(error.reason).inc()
             raise
-        if metrics is not None and request_state().session is not None:
+        if metrics is not None and call.session is not None:
             metrics.sessions_verified.inc()
 
     def _authorize(self, session: Session | None) -> None:

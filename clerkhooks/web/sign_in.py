@@ -9,35 +9,34 @@ from flask import request
 
 from clerkhooks.clerk.session_tokens import Session
 from clerkhooks.errors import Forbidden, Unauthenticated
-from clerkhooks.web.state import Authenticator, current_state, request_state
+from clerkhooks.web.state import Authenticator, RequestState
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-def sign_in(*, optional: bool) -> Session | None:
+def sign_in(call: RequestState, *, optional: bool) -> Session | None:
     """
-    Authenticate the current request once; store its session and user in the request state.
+    Authenticate the current request once; store its session and user in its state *call*.
 
     Raises:
         Unauthenticated, Forbidden, KeysUnavailable: the responses are 401, 403 and 503.
     """
-    state = request_state()
-    if not state.is_authenticated or (state.session is None and not optional):
-        session = _authenticate(optional=optional)
+    if not call.is_authenticated or (call.session is None and not optional):
+        app = call.app_state
+        session = _authenticate(app.authenticator, optional=optional)
         if session is not None:
-            state.fields["user_id"] = session.user_id
-            app = current_state()
-            state.user, created = app.users.get_authenticated(
+            call.fields["user_id"] = session.user_id
+            call.user, created = app.users.get_authenticated(
                 session.user_id, impersonated=session.impersonated
             )
-            state.session = session
+            call.session = session
             if created and app.metrics is not None:
                 app.metrics.fallback_users.inc()
-        state.is_authenticated = True
-    return state.session
+        call.is_authenticated = True
+    return call.session
 
 
-def _authenticate(*, optional: bool) -> Session | None:
+def _authenticate(authenticator: Authenticator, *, optional: bool) -> Session | None:
     """
     Return the current request's session, or None if *optional* and the caller is anonymous.
 
@@ -47,7 +46,6 @@ def _authenticate(*, optional: bool) -> Session | None:
         KeysUnavailable: no key is available to verify tokens. Unless *optional*, this is raised
             even if the request has no token.
     """
-    authenticator = current_state().authenticator
     names = authenticator.cookie_names
     if not optional or request.headers.get("Authorization") or any(map(request.cookies.get, names)):
         authenticator.verifier.keys.require_any()
@@ -91,7 +89,7 @@ def _find_bearer() -> str | None:
     Raises:
         Unauthenticated: ``token_missing``; the scheme is Bearer, but no token follows.
     """
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    scheme, _, token = str(request.environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
     if scheme.lower() != "bearer":
         return None
     if not token:

@@ -73,6 +73,11 @@ class RequestState:
     session: Session | None = None
     user: ClerkUser | None = None
 
+    @property
+    def app_state(self) -> State:
+        """The state of the application that serves this request."""
+        return _get_state(self.app)
+
     @cached_property
     def request_id(self) -> str:
         """The caller's own request id if it is well-formed, otherwise a new one."""
@@ -92,8 +97,12 @@ def current_state() -> State:
     Raises:
         RuntimeError: ``ClerkHooks.init_app`` was not called for this application.
     """
+    return _get_state(current_app)
+
+
+def _get_state(app: Flask) -> State:
     try:
-        return cast("State", current_app.extensions[EXTENSION])
+        return cast("State", app.extensions[EXTENSION])
     except KeyError:
         raise RuntimeError(
             "clerkhooks is not set up for this application. "
