@@ -138,7 +138,7 @@ class Deliveries:
         rows = [self.make_row(event, now) for event in events]
         parameters = {"rows": statements.encode(rows), "now": now, "lock_timeout": lock_timeout}
         if statements.is_atomic:
-            done = connection.execute(statements.apply, parameters).all()
+            done = statements.apply.execute(connection, parameters)
         else:
             written = statements.write(connection, statements.upsert, parameters, created)
             changed = {object_id for object_id, *_ in written}

@@ -92,7 +92,8 @@ class Users:
 
     def _read_all(self, user_ids: Sequence[str]) -> list[ClerkUser | None]:
         rows = to_json([{"id": user_id} for user_id in dict.fromkeys(user_ids)])
-        found = self._database.execute(self._statements.select, {"rows": rows})
+        with self._database.connect() as connection:
+            found = self._statements.select.execute(connection, {"rows": rows})
         users = {user.id: user for user in map(self._store.make_snapshot, found)}
         return [users.get(user_id) for user_id in user_ids]
 

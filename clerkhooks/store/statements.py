@@ -22,6 +22,7 @@ from clerkhooks.store import sql
 from clerkhooks.store.changes import ChangeWriter
 from clerkhooks.store.columns import make_encoder, to_json
 from clerkhooks.store.database import sqlite_transaction, transaction
+from clerkhooks.store.direct import DirectStatement
 from clerkhooks.store.models import VERSION_COLUMNS, UTCDateTime
 
 _MESSAGE = ("message_id", "event_type", "outcome", "occurred_at")
@@ -85,7 +86,8 @@ class Statements:
         record = sql.RECORD_MESSAGES.format(**names, outcome=outcome)
         record_alone = sql.RECORD_MESSAGES.format(**names, outcome="outcome")
 
-        self.apply = self.text(sql.APPLY_ON_POSTGRESQL, upsert=upsert, record_messages=record)
+        apply = self.text(sql.APPLY_ON_POSTGRESQL, upsert=upsert, record_messages=record)
+        self.apply = DirectStatement(apply, dialect)
         """Apply events and record messages, with a ``lock_timeout``. PostgreSQL only."""
         self.upsert = self.text("WITH r AS ({event_rows})" + upsert)
         self.record_messages = self.text("WITH r AS ({event_rows})" + record_alone)

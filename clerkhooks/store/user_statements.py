@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from clerkhooks.clerk.fields import Field
 from clerkhooks.clerk.kinds import NEW_USER, USER
 from clerkhooks.store.changes import ChangeWriter
+from clerkhooks.store.direct import DirectStatement
 from clerkhooks.store.statements import OwnSql, Statements
 
 # A change of which handlers must be told is stored only with :may_bar, which the caller sets.
@@ -72,9 +73,9 @@ class UserStatements(Statements):
         names = [self._quote(column.name) for column in columns]
         every = ", ".join(names)
         skip_locked = "FOR UPDATE SKIP LOCKED" if self._is_postgresql else ""
-        self.select = self.text(
-            _SELECT, every_column_of_t=", ".join(f"t.{name}" for name in names)
-        ).columns(*columns)
+        every_of_t = ", ".join(f"t.{name}" for name in names)
+        select = self.text(_SELECT, every_column_of_t=every_of_t).columns(*columns)
+        self.select = DirectStatement(select, dialect)
         self.create_first_seen = self.text(_CREATE_FIRST_SEEN, every_column=every).columns(*columns)
         self.move_last_seen = self.text(
             _MOVE_LAST_SEEN, every_column=every, skip_locked=skip_locked

@@ -26,8 +26,7 @@ class Statements:
     def __init__(self, url: str, clerk: FakeClerk, batch: int, count: int) -> None:
         app = create_app(clerk.environ | {"DATABASE_URL": url})
         state: State = app.extensions["clerkhooks"]
-        compiled = state.store.statements.apply.compile(dialect=state.store.database.dialect)
-        self._url, self._statement = url, str(compiled).encode()
+        self._url, self._statement = url, state.store.statements.apply.text.encode()
         requests = webhooks(clerk)
         self._rows = iter([_encode(state, clerk, requests, batch) for _ in range(count)])
         disconnect(app)

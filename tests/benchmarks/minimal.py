@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import sqlalchemy as sa
 
 from clerkhooks import create_app, deliveries
 from clerkhooks.clerk.events import ReceivedEvent, parse_event
@@ -37,13 +36,7 @@ HEADERS = ("svix-id", "svix-timestamp", "svix-signature")
 LOCAL = threading.local()
 
 
-def compile_statement(statement: sa.ClauseElement) -> str:
-    """Return *statement* in the driver's syntax."""
-    return str(statement.compile(dialect=STORE.database.dialect))
-
-
-SELECT = compile_statement(STORE.statements.select)
-APPLY = "" if IS_SQLITE else compile_statement(STORE.statements.apply)
+SELECT, APPLY = STORE.statements.select.text, STORE.statements.apply.text
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:

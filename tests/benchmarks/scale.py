@@ -245,7 +245,7 @@ def delivering(url: str, users: int) -> Iterator[Callable[[psycopg.Connection, i
     """Yield a function that executes the service's statement with random users."""
     app = create_app(CLERK.environ | {"DATABASE_URL": url})
     state: State = app.extensions["clerkhooks"]
-    statement = str(state.store.statements.apply.compile(dialect=state.store.database.dialect))
+    statement = state.store.statements.apply.text
     assert "CAST(%(rows)s AS json)" in statement
     statement = statement.replace("CAST(%(rows)s AS json)", RANDOM_EVENTS)
 
