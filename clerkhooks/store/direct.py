@@ -10,6 +10,8 @@ import sqlalchemy as sa
 
 from clerkhooks.store.postgresql import TimeoutConnection
 
+# If a later release of SQLAlchemy lacks this private method, SQLAlchemy executes everything.
+_IS_POSSIBLE = hasattr(sa.Connection, "_handle_dbapi_exception")
 _Processors = list[tuple[int, Callable[[Any], Any]]]
 
 
@@ -39,7 +41,7 @@ class DirectStatement:
         statement must be shown to a log or to an event listener, such as a tracing tool.
         """
         driver = connection.connection.driver_connection
-        if not isinstance(driver, TimeoutConnection) or _is_observed(connection):
+        if not (_IS_POSSIBLE and isinstance(driver, TimeoutConnection)) or _is_observed(connection):
             return connection.execute(self.statement, parameters).all()
         try:
             cursor = driver.kept_cursor.execute(self.text, parameters)
@@ -66,7 +68,13 @@ class DirectStatement:
 
 def _is_observed(connection: sa.Connection) -> bool:
     """Return whether a log or an event listener receives the statements of *connection*."""
-    return connection._echo or connection._has_events or connection.engine._has_events
+    # These names are private. If a later release lacks one, the answer is yes.
+    observed = (
+        (connection, "_echo"),
+        (connection, "_has_events"),
+        (connection.engine, "_has_events"),
+    )
+    return any(getattr(each, name, True) for each, name in observed)
 
 
 def _process(rows: Sequence[Sequence[Any]], processors: _Processors) -> list[list[Any]]:
