@@ -227,8 +227,10 @@ def test_reads_no_more_than_16_kib(length: int, reason: str) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000]
-    + [b"[" + b"1" * 5000 + b"," + b"[" * 5000],
+    [
+        *(b"", b"[]", b"null", b"5", b"{", b"\xff", b'{"a":NaN}', b"\xef\xbb\xbf{}", b"[" * 5000),
+        b"[" + b"1" * 5000 + b"," + b"[" * 5000,
+    ],
 )
 def test_refuses_a_part_that_is_not_an_object(raw: bytes) -> None:
     """The header and the payload must be JSON objects in UTF-8."""
