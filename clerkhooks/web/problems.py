@@ -10,7 +10,7 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any, ParamSpec, cast
 
-from flask import Response, current_app, request
+from flask import Request, Response, current_app, request
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -73,12 +73,13 @@ def read_body(*, unreadable: type[RequestError] = BadRequest) -> bytes:
         RequestError: the body cannot be read, for instance because chunks are malformed. The
             exception has the class *unreadable* and the reason ``body_unreadable``.
     """
-    if (request.content_length or 0) > MAX_BODY:
+    received = cast("Request", request._get_current_object())  # type: ignore[attr-defined]
+    if (received.content_length or 0) > MAX_BODY:
         raise BodyTooLarge("body_too_large")
     # Werkzeug silently truncates a chunked body at the limit. Reading one more byte reveals this.
-    request.max_content_length = MAX_BODY + 1
+    received.max_content_length = MAX_BODY + 1
     try:
-        body = request.get_data(cache=False)
+        body = received.get_data(cache=False)
     except Exception:  # noqa: BLE001  # each server raises different errors for malformed bodies
         raise unreadable("body_unreadable") from None
     if len(body) > MAX_BODY:

@@ -17,6 +17,8 @@ from clerkhooks.web.logs import log_delivery, log_failure
 from clerkhooks.web.problems import answered, json_response, problem, read_body
 from clerkhooks.web.state import State, current_state, request_state
 
+_IN_ENVIRON = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
+
 
 def add_routes(blueprint: Blueprint) -> None:
     """Add the route, with and without a trailing slash: Svix counts a redirect as a failure."""
@@ -45,7 +47,8 @@ def apply_delivery(fields: dict[str, Any], state: State) -> Response:
     """Verify, parse and apply the current request's delivery; add log fields to *fields*."""
     now = time.time()
     body = read_body(unreadable=SignatureError)  # an unreadable body cannot be verified
-    headers = {name: request.headers.get(name, "") for name in HEADERS}
+    environ = request.environ
+    headers = {name: environ.get(key, "") for name, key in _IN_ENVIRON.items()}
     message = verify_signature(headers, body, state.secrets, now)
     fields["message_id"] = message.message_id
     event = parse_event(message, state.store.stored_types)
