@@ -324,33 +324,143 @@ stop()
 """)
 
 
-def test_pauses_between_connections() -> None:
-    """After each connection, the other workers have time to accept the next one."""
-    run("""
-worker.ACCEPT_PAUSE = 0.3
-accepted_at, handle = [], own.handle
+# Own constants make a wait of one second for another worker, and 0.2 s is immediate.
+BALANCING = """
+from clerkhooks.web import balance
+balance.PAUSE, balance.MAX_PAUSES, balance.MAX_AGE = 0.2, 5, 60
+published, connections = worker._open_connections, []
 
-def note_and_handle(*arguments):
-    accepted_at.append(time.monotonic())
-    handle(*arguments)
+def seconds_to_accept():
+    began, before = time.monotonic(), own._open
+    connections.append(connect())
+    while own._open == before:
+        assert time.monotonic() - began < 5
+        gevent.sleep(0.01)
+    return time.monotonic() - began
+"""
 
-own.handle = note_and_handle
-connections = [connect() for _ in range(3)]
-gevent.sleep(1)
-first, second, third = accepted_at
-assert second - first >= 0.29 and third - second >= 0.29, accepted_at
+
+def test_leaves_connections_to_a_worker_that_has_fewer() -> None:
+    """A worker accepts at once unless another one has fewer connections. It waits at most 1 s."""
+    run(
+        BALANCING
+        + """
+assert seconds_to_accept() < 0.2 and seconds_to_accept() < 0.2  # it is the only worker
+published.publish(1, 2)
+assert seconds_to_accept() < 0.2
+assert 0.9 < seconds_to_accept() < 1.8
+gevent.spawn_later(0.5, published.publish, 1, 4)
+assert 0.5 < seconds_to_accept() < 0.9
+assert 0.9 < seconds_to_accept() < 1.8
+own._open = worker.FEW
+assert seconds_to_accept() < 0.2
 stop()
-""")
+""",
+        keepalive=10,
+    )
 
 
-def test_does_not_pause_while_connections_end() -> None:
+def test_accepts_when_its_own_connections_end() -> None:
     """Clients that open a new connection for each request are not delayed."""
-    run("""
-worker.ACCEPT_PAUSE, worker.RECENT = 2, 20
-began = time.monotonic()
-for _ in range(10):
-    assert seconds_until_end(connect(b"GET / HTTP/1.0\\r\\n\\r\\n"))[1].startswith(b"HTTP/1.0 200")
-took = time.monotonic() - began
-assert took < 10, took  # with a pause after each connection, it would take 18 seconds
+    run(
+        BALANCING
+        + """
+balance.PAUSE = 1
+published.publish(1, 0)
+for _ in range(5):
+    took, received = seconds_until_end(connect(b"GET / HTTP/1.0\\r\\n\\r\\n"))
+    assert received.startswith(b"HTTP/1.0 200") and took < 0.5 and own._open == 0, took
+first = connect()
+gevent.sleep(0.1)
+second = connect(b"GET / HTTP/1.0\\r\\n\\r\\n")
+gevent.spawn_later(0.1, first.close)
+assert 0.05 < seconds_until_end(second)[0] < 0.5
 stop()
-""")
+"""
+    )
+
+
+def test_does_not_wait_for_a_worker_that_was_killed() -> None:
+    """The number that a killed worker has published expires."""
+    run(
+        BALANCING
+        + """
+import os, signal
+balance.MAX_AGE = 0.5
+assert seconds_to_accept() < 0.2 and seconds_to_accept() < 0.2
+child = os.fork()
+if not child:
+    published.publish(1, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+assert published.least() == 1 and own.should_pause()
+gevent.sleep(0.6)
+assert published.least() == 2 and seconds_to_accept() < 0.2
+stop()
+"""
+    )
+
+
+def test_leaves_connections_to_others_when_it_stops() -> None:
+    """A stopping worker withdraws its number, and prefers that another worker accepts."""
+    run(
+        BALANCING
+        + """
+published.publish(1, 7)
+gevent.sleep(0.1)
+assert published.least() == 0 and not own.should_pause()
+own.alive = False
+gevent.sleep(0.1)
+assert published.least() == 7 and own.should_pause()
+stop()
+"""
+    )
+
+
+def test_does_not_wait_if_each_worker_has_its_own_queue() -> None:
+    """With ``reuse_port``, no other worker can accept the connection."""
+    run(BALANCING + "gevent.sleep(0.1)\nassert published.least() > 9\nstop()", reuse_port=True)
+
+
+def test_works_with_more_workers_than_slots() -> None:
+    """Workers that share a slot do not prevent each other from accepting connections."""
+    run(
+        BALANCING
+        + """
+for number in range(1, 3 * balance.SLOTS):
+    published.publish(number, number)
+assert seconds_to_accept() < 0.2
+stop()
+"""
+    )
+
+
+def test_waits_longer_after_each_error_of_accept() -> None:
+    """If no descriptors are left, the worker's own pauses do not change gevent's delays."""
+    run(
+        BALANCING
+        + """
+balance.PAUSE, attempts, read = 0.001, [], balance.StreamServer.do_read
+
+def fail(server):
+    attempts.append(time.monotonic())
+    raise OSError(24, "Too many open files")
+
+for _ in range(5):
+    seconds_to_accept()
+published.publish(1, 0)
+balance.StreamServer.do_read = fail
+last = connect()
+gevent.sleep(0.5)
+published.withdraw(1)
+for connection in connections:
+    connection.close()
+    gevent.sleep(0.1)
+assert 4 <= len(attempts) <= 8, attempts
+balance.StreamServer.do_read = read
+gevent.sleep(1.5)
+assert own._open == 1
+stop()
+""",
+        keepalive=10,
+    )

@@ -17,20 +17,19 @@ from socket import SHUT_RD, SHUT_RDWR
 from typing import Any
 
 import gevent
-from gevent.server import StreamServer
 from gevent.socket import socket
 from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
+from clerkhooks.web.balance import BalancedServer, OpenConnections
+
 REQUEST_TIMEOUT = 10.0  # seconds to receive a request, or to send one part of a response
 MAX_DESCRIPTORS = 65_536  # file descriptors; do not request more, even if more are allowed
 CLOSE_IDLE_FROM = 0.9  # share of the connection limit; gunicorn stops accepting at the limit
-REQUESTS_PER_ACCEPT = 8
-ACCEPT_PAUSE = 0.001  # seconds; meanwhile, other workers can accept connections
-RECENT = 0.1  # seconds; there are no pauses for this long after a connection ends
 FEW = 100  # connections; a worker that has more does not pause
 INTERVAL = 0.25  # seconds between two checks of the deadlines
 MAX_PIECE = 65_536  # bytes per read; gunicorn takes 1 KiB at a time and copies the rest each time
+_open_connections = OpenConnections()
 _UNLIMITED: AbstractContextManager[None] = nullcontext()
 _QUOTING = (
     errors.InvalidRequestLine,
@@ -148,6 +147,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         super().__init__(*arguments, **options)
         self._connections: dict[Any, Connection] = {}  # by greenlet
         self._waiting: dict[Connection, None] = {}  # the longest-waiting connection is first
+        self._open = 0  # connections, including TLS and those that are not in _connections yet
 
     def init_process(self) -> None:
         """Initialize the forked process, then serve."""
@@ -161,14 +161,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
         gevent.spawn(self._watch_deadlines)
         super().run()
 
-    def server_class(self, listener: Any, *, spawn: Any, **options: Any) -> StreamServer:
+    def server_class(self, listener: Any, *, spawn: Any, **options: Any) -> BalancedServer:
         """Return the server that accepts connections; gunicorn calls this like a class."""
         tls = {"ssl_context": options["ssl_context"]} if "ssl_context" in options else {}
 
         def serve(client: Any, address: Any) -> None:
             self.handle(listener, client, address)
 
-        return _Server(listener, serve, spawn, self, **tls)
+        return BalancedServer(listener, serve, spawn, self, **tls)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection until it ends."""
@@ -210,9 +210,26 @@ class Worker(GeventWorker):  # type: ignore[misc]
         connection.begin_wait(self.cfg.keepalive)
         return _UNLIMITED
 
-    def count_connections(self) -> int:
-        """Return the number of open connections."""
-        return len(self._connections)
+    def count_connection(self, change: int) -> None:
+        """Add *change* to the number of open connections, and inform the other workers."""
+        self._open += change
+        self._publish()
+
+    def _publish(self) -> None:
+        if self.alive and not self.cfg.reuse_port:  # with reuse_port, each worker has its own queue
+            _open_connections.publish(self.age, self._open)
+        else:
+            _open_connections.withdraw(self.age)
+
+    def should_pause(self) -> bool:
+        """
+        Return whether another worker should accept the next connection.
+
+        A worker with many connections does not pause. Otherwise, thousands of new connections would
+        fill the operating system's queue.
+        """
+        share = self._open if self.alive else math.inf
+        return self._open < FEW and _open_connections.least() < share
 
     def count_requests(self) -> int:
         """Return the number of requests that are being served."""
@@ -220,54 +237,12 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def _watch_deadlines(self) -> None:
         while True:
+            self._publish()
             gevent.sleep(INTERVAL)
             now, is_stopping = time.monotonic(), not self.alive
             for connection in list(self._waiting):
                 if connection.deadline <= now or (is_stopping and connection.is_idle):
                     connection.end_wait()
-
-
-class _Server(StreamServer):  # type: ignore[misc]
-    """
-    Accepts one connection per event-loop iteration, or several if the worker is busy.
-
-    An idle worker leaves further connections to other workers. The iterations of a busy worker take
-    longer, so it accepts several connections in each iteration.
-    """
-
-    def __init__(self, listener: Any, handle: Any, spawn: Any, worker: Worker, **tls: Any) -> None:
-        self._worker = worker
-        self._ended_at = -math.inf  # when the last connection ended
-        super().__init__(listener, handle=handle, spawn=spawn, **tls)
-
-    @property
-    def max_accept(self) -> int:
-        """The number of connections to accept in this iteration."""
-        return 1 + self._worker.count_requests() // REQUESTS_PER_ACCEPT
-
-    def do_handle(self, *arguments: Any) -> None:
-        """
-        Serve an accepted connection, and pause before accepting another one.
-
-        Otherwise, if eight connections arrive together, one of two workers often accepts seven of
-        them before the operating system has scheduled the other worker.
-        While connections are ending, there are no pauses, because clients that open a connection
-        for each request would otherwise wait every time. A worker with many connections does not
-        pause either. Otherwise, thousands of new connections would fill the operating system's
-        queue.
-        """
-        super().do_handle(*arguments)
-        is_ending = time.monotonic() - self._ended_at < RECENT
-        if is_ending or self._worker.count_connections() >= FEW:
-            return
-        self.stop_accepting()
-        self._timer = self.loop.timer(ACCEPT_PAUSE)
-        self._timer.start(self._start_accepting_if_started)
-
-    def do_close(self, *arguments: Any) -> None:
-        """Close a connection that has ended."""
-        super().do_close(*arguments)
-        self._ended_at = time.monotonic()
 
 
 def raise_descriptor_limit() -> int:
