@@ -52,12 +52,16 @@ def run_migrations() -> None:
         with context.begin_transaction():
             context.run_migrations()
         return
-    with migrate.db.engine.connect() as connection:
-        begin_alone(connection)
-        context.configure(connection=connection, target_metadata=metadata, **options)
-        with context.begin_transaction():
-            context.run_migrations()
-        connection.commit()
+    try:
+        with migrate.db.engine.connect() as connection:
+            begin_alone(connection)
+            context.configure(connection=connection, target_metadata=metadata, **options)
+            with context.begin_transaction():
+                context.run_migrations()
+            connection.commit()
+    except sa.exc.OperationalError as error:  # such as a refused connection, or a lock timeout
+        problem = str(error.orig).strip()
+        raise CommandError(f"{problem}\nNothing was changed. Run the command again.") from None
 
 
 run_migrations()

@@ -355,3 +355,14 @@ def test_explain_a_schema_that_does_not_exist(
         "Error: No schema in the search_path exists.",
         "Create one first, such as: CREATE SCHEMA clerkhooks",
     ]
+
+
+def test_explain_a_database_that_is_away(clerk: FakeClerk) -> None:
+    """The message is the driver's, without a traceback or the password."""
+    result = run(clerk, "postgresql://user:hidden@127.0.0.1:1/app", UPGRADE)
+    assert (result.returncode, result.stdout) == (1, "")
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("Error: connection failed: ")
+    assert last == "Nothing was changed. Run the command again."
+    assert "hidden" not in result.stderr
+    assert "Traceback" not in result.stderr

@@ -27,7 +27,7 @@ from clerkhooks.errors import Unauthenticated
 
 LEEWAY = 5  # seconds
 MAX_LENGTH = 16 * 1024  # characters
-MAX_KNOWN = 1000  # tokens
+MAX_KNOWN = 1000  # tokens whose signature is not verified again
 LAST_SECOND = 253_402_300_799  # the end of the year 9999
 SESSION_CATEGORY = "cl_B7d4PD111AAA"
 ANY_CATEGORY = "cl_I7d4PD111III"  # in every token of an instance that opted out of categories
