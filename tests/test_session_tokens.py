@@ -272,6 +272,15 @@ def test_accepts_deeply_nested_claims() -> None:
     assert reason_of(token(deep=deep)) is None
 
 
+@pytest.mark.parametrize("huge", [b"1e999", b"9" * 309, b"9" * 4000, b"9" * 5000])
+def test_reads_a_huge_number_as_infinity(huge: bytes) -> None:
+    """A number too large for a float is infinite, however it is written: not an age of a factor."""
+    claims = as_json(CLAIMS | {"fva": ["HUGE", 1]}).replace(b'"HUGE"', huge)
+    session = verify_session_token(raw_token(as_json(HEADER), claims), [KEY], RULES, NOW)
+    assert session.factor_verification_age is None
+    assert not session.has(reverification="strict")
+
+
 def test_checks_in_clerks_order() -> None:
     """Claims are checked after the signature, so an unsigned token cannot probe these checks."""
     header, payload, signature = token({"alg": "none"}, sub=5).split(".")

@@ -16,7 +16,7 @@ def parse(text: bytes | str) -> Any:
     Source: RFC 8259.
     """
     try:
-        return _decode(text if isinstance(text, str) else text.decode())
+        return _decoder.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -26,22 +26,13 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _decode(text: str) -> Any:
-    try:
-        return _decoder.decode(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # Python refuses to parse an integer with thousands of digits
-        return _decoder_of_long_integers.decode(text)
-
-
 def _refuse_constant(name: str) -> Never:
     raise ValueError(f"{name} is not JSON")
 
 
 def _parse_int(digits: str) -> int | float:
-    return int(digits) if len(digits) < 300 else float(digits)  # as in JavaScript
+    # Python refuses to parse an integer with thousands of digits. JavaScript parses it as a float.
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-_decoder_of_long_integers = json.JSONDecoder(parse_int=_parse_int, parse_constant=_refuse_constant)
+_decoder = json.JSONDecoder(parse_int=_parse_int, parse_constant=_refuse_constant)
