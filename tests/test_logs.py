@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -187,15 +188,23 @@ def run_script(code: str, clerk: FakeClerk, folder: Path, *, stdout: Any = subpr
     return f"{done.stdout or ''}{done.stderr}"
 
 
+def redirect_log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Let only the service's handler print the log, to the returned stream."""
+    ours, stream = ServiceHandler(), io.StringIO()
+    ours.setStream(stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logger, "handlers", [ours])
+    return stream
+
+
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_prints_the_same_line_with_and_without_a_record(
     service: Service, monkeypatch: pytest.MonkeyPatch, log_format: RequestLog
 ) -> None:
     """The service's handler prints a request itself if no other handler needs a record of it."""
     service.app.extensions["clerkhooks"].log_format = log_format
-    ours, stream = ServiceHandler(), io.StringIO()
-    ours.setStream(stream)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    stream = redirect_log(monkeypatch)
+    [ours] = logger.handlers
     for handlers in ([ours], [ours, logging.NullHandler()]):
         monkeypatch.setattr(logger, "handlers", handlers)
         service.http.post("/webhooks/clerk", headers={"X-Request-ID": "same"})
@@ -204,6 +213,72 @@ def test_prints_the_same_line_with_and_without_a_record(
     assert len(printed) == 2
     assert printed[0] == printed[1]
     assert "same" in printed[0]
+
+
+def is_slow(record: logging.LogRecord) -> bool:
+    """Drop the line of a health check, as an application's filter may do."""
+    return getattr(record, "path", "") != "/healthz"
+
+
+@pytest.mark.parametrize("target", ["logger", "handler", "level"])
+def test_applies_the_filters_of_an_application(
+    service: Service, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """A filter or a level on the logger or on the handler of the service drops lines."""
+    stream = redirect_log(monkeypatch)
+    if target == "level":
+        logger.handlers[0].setLevel(logging.WARNING)
+    else:
+        filtered = logger if target == "logger" else logger.handlers[0]
+        monkeypatch.setattr(filtered, "filters", [is_slow])
+    for path in ("/healthz", "/api/me"):
+        service.http.get(path)
+    assert [json.loads(line)["path"] for line in stream.getvalue().splitlines()] == ["/api/me"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (logging, "_logRecordFactory"),  # as logging.setLogRecordFactory does
+        (logging.Logger, "makeRecord"),
+        (logging.Logger, "handle"),
+        (logging.Logger, "callHandlers"),
+    ],
+)
+def test_shows_requests_to_tracing_tools(
+    service: Service, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """A tool that replaces a part of ``logging``, as Sentry does, gets the record of a request."""
+    redirect_log(monkeypatch)
+    seen, original = [], getattr(owner, name)
+
+    @functools.wraps(original, updated=())
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replaced)
+    service.http.get("/healthz")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, RuntimeError, UnicodeError])
+def test_prints_a_line_once_although_the_stream_fails(
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[Exception],
+) -> None:
+    """Whatever the stream raises, the request succeeds, and the line is not written again."""
+
+    def fail() -> None:
+        raise error
+
+    stream = redirect_log(monkeypatch)
+    monkeypatch.setattr(stream, "flush", fail)
+    assert service.http.get("/healthz").status_code == 200
+    assert len(stream.getvalue().splitlines()) == 1
+    assert error.__name__ in capsys.readouterr().err
 
 
 def test_serves_although_the_log_cannot_be_written(
