@@ -193,6 +193,33 @@ def test_gives_up_on_a_silent_server(
     assert [tuple(row) for row in run(database, "SELECT 1", direct=direct)] == [(1,)]
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_fails_at_most_once_after_a_column_has_changed(database: Database, direct: bool) -> None:
+    """
+    After a migration changed a column's type, PostgreSQL rejects the prepared statement.
+
+    The pool replaces all connections, also under a load that leaves none of them idle.
+    """
+    statement = DirectStatement(sa.text("SELECT c FROM changing"), database.dialect)
+
+    def read() -> None:
+        with database.connect() as first, database.connect() as second:
+            for connection in (first, second) * 6:  # psycopg prepares it after 5 executions
+                if direct:
+                    statement.execute(connection, {})
+                else:
+                    connection.execute(statement.statement)
+
+    with database.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE changing (c integer)")
+    read()
+    with database.connect() as connection:
+        connection.exec_driver_sql("ALTER TABLE changing ALTER c TYPE bigint")
+    with pytest.raises(sa.exc.NotSupportedError, match="cached plan"):
+        read()
+    read()
+
+
 def test_raises_other_exceptions_unchanged(database: Database) -> None:
     """A value that psycopg cannot send raises psycopg's exception."""
     for direct in (True, False):

@@ -18,7 +18,7 @@ from sqlalchemy import event
 Pooler = Literal["session", "transaction"]
 LOCK_TIMEOUT, STATEMENT_TIMEOUT = "2s", "3s"
 MAX_IDLE = 30.0  # in seconds; networks drop idle connections only after a longer time
-READ_ONLY = "25006"
+READ_ONLY, STALE_PLAN = "25006", "0A000"
 _LIMITS = {"lock_timeout": LOCK_TIMEOUT, "statement_timeout": STATEMENT_TIMEOUT, "timezone": "UTC"}
 _SESSION_LIMITS = _LIMITS | {"idle_in_transaction_session_timeout": "15s"}
 _LIBPQ = ("psycopg", "psycopg2", "psycopg2cffi")  # drivers that accept libpq's arguments
@@ -106,9 +106,9 @@ def connect_arguments(
 
 
 def listen(engine: sa.Engine) -> None:
-    """Set timeouts on each new connection of *engine*, and drop read-only connections."""
+    """Set timeouts on each new connection of *engine*, and drop useless connections."""
     event.listen(engine, "connect", _set_limits)
-    event.listen(engine, "handle_error", _invalidate_read_only)
+    event.listen(engine, "handle_error", _invalidate_useless)
 
 
 def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
@@ -127,7 +127,7 @@ def listen_with_psycopg(engine: sa.Engine, pooler: Pooler | None) -> None:
 
     if pooler != "transaction":
         event.listen(engine, "connect", _set_limits)
-    event.listen(engine, "handle_error", _invalidate_read_only)
+    event.listen(engine, "handle_error", _invalidate_useless)
     event.listen(engine, "checkin", _note_checkin)
     event.listen(engine, "checkout", _replace_stale)
 
@@ -152,9 +152,14 @@ def _set_limits(connection: Any, _record: object) -> None:
     connection.cursor().execute(_set_config(_SESSION_LIMITS, is_local=False).decode())
 
 
-def _invalidate_read_only(context: sa.ExceptionContext) -> None:
-    """Make the pool replace all connections if one is read-only, as after a failover."""
-    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+def _invalidate_useless(context: sa.ExceptionContext) -> None:
+    """
+    Make the pool replace all connections if one of them is useless.
+
+    After a failover, it is read-only. After a migration changed the type of a column, PostgreSQL
+    rejects every execution of a statement that was prepared before.
+    """
+    if getattr(context.original_exception, "sqlstate", None) in (READ_ONLY, STALE_PLAN):
         context.is_disconnect = True
 
 
