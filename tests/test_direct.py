@@ -268,6 +268,28 @@ def test_shows_statements_to_a_log(database: Database, caplog: pytest.LogCapture
     assert "not shown" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["before_cursor_execute", "after_execute", "do_execute"])
+@pytest.mark.parametrize("is_class", [True, False])
+def test_shows_statements_to_listeners(
+    database: Database, monkeypatch: pytest.MonkeyPatch, name: str, is_class: bool
+) -> None:
+    """Listeners for one engine or for all get the statements, also if they are added later."""
+    monkeypatch.setattr(sa.Engine, "_has_events", False)  # SQLAlchemy would never reset it
+    run(database, "SELECT 1", direct=True)
+    target: Any = sa.Engine if is_class else database.engine
+    seen: list[Any] = []
+
+    def listener(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    sa.event.listen(target, name, listener)
+    try:
+        run(database, "SELECT 1", direct=True)
+    finally:
+        sa.event.remove(target, name, listener)
+    assert len(seen) == 1
+
+
 def test_leaves_connections_of_the_application_to_sqlalchemy(url: str, database: Database) -> None:
     """On an engine of the application, the statement begins a transaction."""
     statement = DirectStatement(sa.text("SELECT 1"), database.dialect)

@@ -73,6 +73,7 @@ def _is_observed(connection: sa.Connection) -> bool:
         (connection, "_echo"),
         (connection, "_has_events"),
         (connection.engine, "_has_events"),
+        (connection.dialect.dispatch, "do_execute"),
     )
     return any(getattr(each, name, True) for each, name in observed)
 
