@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,15 +49,7 @@ hooks = ClerkHooks(db)
 
 
 class Service(Flask):
-    """A Flask application that does less for each request."""
-
-    def __init__(self, import_name: str) -> None:
-        super().__init__(import_name)
-        self._ensure_sync = lru_cache(super().ensure_sync)
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Find out only once whether a view is asynchronous. Flask inspects it each time."""
-        return self._ensure_sync(func)
+    """A Flask application that does not parse the Host header of each request."""
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Match only the path, because no route depends on the Host header."""

@@ -1,16 +1,19 @@
-"""The service refuses to start if its SQLite file cannot be written."""
+"""The service refuses an unwritable SQLite file, and handles functions that are added to it."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
-from flask import Flask
+from flask import Flask, Response, after_this_request
 from sqlalchemy import make_url
 
 from clerkhooks import SettingsError
 from clerkhooks.service import _check_sqlite_folder
 from clerkhooks.settings import DEFAULT_DATABASE_URL
+from tests.support import Service
 
 
 def make_app(instance: Path) -> Flask:
@@ -47,3 +50,25 @@ def test_refuses_a_folder_that_cannot_be_written(tmp_path: Path, url: str, messa
     with pytest.raises(SettingsError, match=f"DATABASE_URL {message}") as raised:
         _check_sqlite_folder(make_app(tmp_path / "file" / "instance"), make_url(url))
     assert "PostgreSQL" in str(raised.value)
+
+
+def test_keeps_no_function_of_a_request(service: Service) -> None:
+    """A function that a request registers is called once, may be unhashable, and is freed."""
+    kept: list[weakref.ref[object]] = []
+
+    class Marker(list[object]):  # a list is unhashable
+        def __call__(self, response: Response) -> Response:
+            response.headers["X-Marker"] = "set"
+            return response
+
+    @service.app.before_request
+    def register() -> None:
+        marker = Marker()
+        kept.append(weakref.ref(marker))
+        after_this_request(marker)
+        after_this_request(lambda response: marker(response))
+
+    answers = [service.http.get("/healthz") for _ in range(3)]
+    gc.collect()
+    assert [answer.headers.get("X-Marker") for answer in answers] == ["set"] * 3
+    assert [ref() for ref in kept] == [None] * 3
