@@ -28,7 +28,7 @@ from clerkhooks.store.models import (
     ClerkMembership,
     ClerkOrganization,
     ClerkUser,
-    add_indexes,
+    complete_table,
     declared_fields,
 )
 from clerkhooks.users import Users
@@ -96,7 +96,7 @@ class ClerkHooks(Generic[U]):
         self._mapper, self._users = mapper, cast("sa.Table", mapper.local_table)
         self._fields = declared_fields(mapper)
         self._handlers = Handlers()
-        add_indexes(self._users)
+        complete_table(self._users)
         self._own = make_own_tables(self._users.metadata, self._users.schema)
         self._stores_organizations = organization_model is not None
         self._organizations: OrganizationModels | None = None

@@ -97,6 +97,24 @@ def test_leave_the_indexes_alone_in_an_update(service: Service) -> None:
         assert connection.execute(query).fetchall() == [(1,)]
 
 
+IMPORTED = """
+INSERT INTO users (id, name, is_online, last_seen, created_at, updated_at)
+SELECT 'user_' || n, 'Ada Lovelace', false, now(), now(), now() FROM generate_series(1, 1000) AS n
+"""
+
+
+def test_leave_space_for_updates_after_an_import(service: Service) -> None:
+    """Users who were imported together can be updated with HOT updates."""
+    if service.database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no HOT updates")
+    with psycopg.connect(service.database_url) as connection:
+        connection.execute(IMPORTED)
+        update = "UPDATE users SET last_seen = now() WHERE right(id, 2) = '50'"
+        assert connection.execute(update).rowcount == 10
+        query = "SELECT n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'users'"
+        assert connection.execute(query).fetchall() == [(10,)]
+
+
 def test_upgrade_and_downgrade(
     make_database: MakeDatabase, make_service: MakeService, kind: str
 ) -> None:

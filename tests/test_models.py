@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.orm import mapped_column
+from sqlalchemy.orm import DeclarativeBase, mapped_column
+from sqlalchemy.schema import CreateTable
 
 from clerkhooks import ClerkHooks, ClerkUser, Event, Versioned, upsert
 from clerkhooks.clerk.fake import FakeClerk, event_body
@@ -20,6 +21,22 @@ from tests.racing import delivery, outcomes, run_contending
 from tests.support import NOW_MS, TABLES, Service, user_event
 
 pytest_plugins = ["tests.application"]
+
+
+@pytest.mark.parametrize(("own", "fillfactor"), [({}, 90), ({"fillfactor": 70}, 70)])
+def test_leaves_space_in_the_pages_of_postgresql(own: dict[str, int], fillfactor: int) -> None:
+    """A tenth of each page is free for new versions of rows, unless the model decides."""
+
+    class Base(DeclarativeBase):
+        """The application's declarative base."""
+
+    db = SQLAlchemy(model_class=Base)
+    arguments = {"__table_args__": {"postgresql_with": own}} if own else {}
+    ClerkHooks(db, type("User", (ClerkUser, db.Model), arguments))
+    statement = CreateTable(db.metadata.tables["users"]).compile(
+        dialect=sa.create_engine("postgresql+psycopg://").dialect
+    )
+    assert str(statement).rstrip().endswith(f"WITH (fillfactor = {fillfactor})")
 
 
 def test_makes_a_plain_table_of_users(clerk: FakeClerk, make_database: MakeDatabase) -> None:

@@ -41,7 +41,7 @@ from clerkhooks.store.models import (
     ClerkMembership,
     ClerkOrganization,
     ClerkUser,
-    add_indexes,
+    complete_table,
 )
 from clerkhooks.web.health import find_fault
 
@@ -126,7 +126,7 @@ def plain_store(url: sa.URL, optional: Sequence[str] = ()) -> Store:
 
     mapper: Mapper[Any] = sa.inspect(User)
     users = cast("sa.Table", mapper.local_table)
-    add_indexes(users)
+    complete_table(users)
     own = make_own_tables(users.metadata, users.schema)
     database = Database(sa.create_engine(url), {}, pool_size=2, pooler="transaction")
     tables = OrganizationTables(

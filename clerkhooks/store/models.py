@@ -273,14 +273,16 @@ def make_messages_table(metadata: sa.MetaData, schema: str | None) -> sa.Table:
     )
 
 
-def add_indexes(users: sa.Table) -> None:
+def complete_table(users: sa.Table) -> None:
     """
     Add the indexes for operators' queries, even if the model sets ``__table_args__``.
 
-    Neither the indexes nor their conditions use a column that every event writes. Otherwise,
-    PostgreSQL would add each new version of a row to all indexes, and no update could be a HOT
-    update.
+    With a HOT update, PostgreSQL does not add the new version of a row to the indexes. Therefore,
+    neither the indexes nor their conditions use a column that every event writes, and a tenth of
+    each page is left free for new versions, unless the model sets ``postgresql_with``.
     """
+    if not users.kwargs.get("postgresql_with"):
+        users.kwargs["postgresql_with"] = {"fillfactor": 90}
     wanted = {
         "created_at": None,
         "without_profile": sa.text("email IS NULL AND image_url IS NULL AND deleted_at IS NULL"),

@@ -38,6 +38,7 @@ def upgrade() -> None:
         sa.Column("version_timestamp", sa.BigInteger()),
         sa.Column("version_message_id", bytewise),
         sa.PrimaryKeyConstraint("id", name="pk_users"),
+        postgresql_with={"fillfactor": 90},  # leaves space for HOT updates
     )
     op.create_index("ix_users_email", "users", ["email"])
     op.create_index("ix_users_created_at", "users", ["created_at"])

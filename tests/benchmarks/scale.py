@@ -148,17 +148,21 @@ def updates(size: Size) -> Iterator[bytes]:
         yield delivery(CLERK, user | {"image_url": f"{IMAGE}{number}"}, message_id)
 
 
-def first_calls(size: Size) -> Iterator[bytes]:
-    """Generate one API call for each randomly chosen user. Each call updates ``last_seen``."""
+def first_calls(size: Size, each: int = 1) -> Iterator[bytes]:
+    """
+    Generate *each* API calls for each randomly chosen user.
+
+    The first call of a user updates ``last_seen``.
+    """
     if size.users < MANY:  # many of these users have made calls within the last minute
         _execute(size.url, "UPDATE users SET last_seen = last_seen - interval '1 day'")
     chosen = random.sample(range(1, size.users + 1), min(size.users, MANY))
-    return calls(CLERK, map(user_id, chosen), each=1)
+    return calls(CLERK, map(user_id, chosen), each)
 
 
 def repeated_calls(size: Size) -> Iterator[bytes]:
-    """Generate ten API calls for each random user."""
-    return calls(CLERK, map(user_id, random_users(size)))
+    """Generate ten API calls for each randomly chosen user."""
+    return first_calls(size, 10)
 
 
 WORKS: dict[str, Callable[[Size], Iterator[bytes]]] = {
