@@ -82,7 +82,7 @@ def fetch_keys_soon(app: Flask) -> None:
         keys.fetch_soon()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Protection:
     """The result of ``require_auth(…)``, to use as a decorator or ``before_request`` function."""
 
