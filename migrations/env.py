@@ -7,6 +7,8 @@ from alembic import context
 from alembic.util import CommandError
 from flask import current_app
 
+from clerkhooks.cli.options import CannotDo
+from clerkhooks.errors import describe
 from clerkhooks.settings import VERSION_TABLE
 from clerkhooks.store.foreign import find_table
 
@@ -60,8 +62,8 @@ def run_migrations() -> None:
                 context.run_migrations()
             connection.commit()
     except sa.exc.OperationalError as error:  # such as a refused connection, or a lock timeout
-        problem = str(error.orig).strip()
-        raise CommandError(f"{problem}\nNothing was changed. Run the command again.") from None
+        problem = f"Database error ({describe(error)}): {str(error.orig).strip()}"
+        raise CannotDo(f"{problem}\nNothing was changed. Run the command again.") from None
 
 
 run_migrations()

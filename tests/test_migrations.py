@@ -378,9 +378,9 @@ def test_explain_a_schema_that_does_not_exist(
 def test_explain_a_database_that_is_away(clerk: FakeClerk) -> None:
     """The message is the driver's, without a traceback or the password."""
     result = run(clerk, "postgresql://user:hidden@127.0.0.1:1/app", UPGRADE)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     first, *_, last = result.stderr.splitlines()
-    assert first.startswith("Error: connection failed: ")
+    assert first.startswith("Error: Database error (OperationalError): connection failed: ")
     assert last == "Nothing was changed. Run the command again."
     assert "hidden" not in result.stderr
     assert "Traceback" not in result.stderr
