@@ -89,8 +89,10 @@ def url(emptied_database: MakeDatabase) -> str:
 
 
 @pytest.fixture
-def database(url: str) -> Iterator[Database]:
+def database(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     """Connect to the database; check that all connections are returned to the pool."""
+    # Another test may have listened to all engines, and SQLAlchemy would never reset this.
+    monkeypatch.setattr(sa.Engine, "_has_events", False)
     stock = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     found = Database(stock, {}, pool_size=2)
     yield found
@@ -270,11 +272,8 @@ def test_shows_statements_to_a_log(database: Database, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("name", ["before_cursor_execute", "after_execute", "do_execute"])
 @pytest.mark.parametrize("is_class", [True, False])
-def test_shows_statements_to_listeners(
-    database: Database, monkeypatch: pytest.MonkeyPatch, name: str, is_class: bool
-) -> None:
+def test_shows_statements_to_listeners(database: Database, name: str, is_class: bool) -> None:
     """Listeners for one engine or for all get the statements, also if they are added later."""
-    monkeypatch.setattr(sa.Engine, "_has_events", False)  # SQLAlchemy would never reset it
     run(database, "SELECT 1", direct=True)
     target: Any = sa.Engine if is_class else database.engine
     seen: list[Any] = []
