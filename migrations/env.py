@@ -63,7 +63,9 @@ def run_migrations() -> None:
             connection.commit()
     except sa.exc.OperationalError as error:  # such as a refused connection, or a lock timeout
         problem = f"Database error ({describe(error)}): {str(error.orig).strip()}"
-        raise CannotDo(f"{problem}\nNothing was changed. Run the command again.") from None
+        # Whether a COMMIT without a response succeeded is unknown.
+        remedy = "Migrations are applied together or not at all. Run the command again."
+        raise CannotDo(f"{problem}\n{remedy}") from None
 
 
 run_migrations()

@@ -381,6 +381,6 @@ def test_explain_a_database_that_is_away(clerk: FakeClerk) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     first, *_, last = result.stderr.splitlines()
     assert first.startswith("Error: Database error (OperationalError): connection failed: ")
-    assert last == "Nothing was changed. Run the command again."
+    assert last == "Migrations are applied together or not at all. Run the command again."
     assert "hidden" not in result.stderr
     assert "Traceback" not in result.stderr
