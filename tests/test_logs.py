@@ -215,8 +215,8 @@ def test_prints_the_same_line_with_and_without_a_record(
     assert "same" in printed[0]
 
 
-def is_slow(record: logging.LogRecord) -> bool:
-    """Drop the line of a health check, as an application's filter may do."""
+def is_no_health_check(record: logging.LogRecord) -> bool:
+    """Return whether to keep a line. An application may drop those of health checks."""
     return getattr(record, "path", "") != "/healthz"
 
 
@@ -230,7 +230,7 @@ def test_applies_the_filters_of_an_application(
         logger.handlers[0].setLevel(logging.WARNING)
     else:
         filtered = logger if target == "logger" else logger.handlers[0]
-        monkeypatch.setattr(filtered, "filters", [is_slow])
+        monkeypatch.setattr(filtered, "filters", [is_no_health_check])
     for path in ("/healthz", "/api/me"):
         service.http.get(path)
     assert [json.loads(line)["path"] for line in stream.getvalue().splitlines()] == ["/api/me"]

@@ -38,7 +38,7 @@ class SearchIndex:
             self.update()
 
     def update(self) -> None:
-        """Apply the next changes. If there are none, wait for a while."""
+        """Apply the next changes, or wait for a while until there is one."""
         found = self._index.execute("SELECT cursor FROM position").fetchone()
         if found is None:
             self._copy_all()
