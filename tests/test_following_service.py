@@ -30,6 +30,7 @@ from tests.support import join, rows
 
 INTERVAL = 0.2  # seconds between two rounds
 LIMIT = 20.0  # seconds until a change must be stored, in which a lease of 2 s may end
+NEVER_KILLED = {"GUNICORN_CMD_ARGS": "--timeout 60"}  # a worker that hangs
 
 
 @pytest.fixture(params=SLOW_ON_POSTGRESQL)
@@ -70,6 +71,7 @@ def freeze(process: int, url: str) -> None:
             connection.execute("BEGIN IMMEDIATE")
             return
         os.kill(process, signal.SIGCONT)
+        time.sleep(0.05)  # in which the process can release the lock
 
 
 class Changes(Thread):
@@ -155,7 +157,10 @@ def test_takes_over_from_a_process_that_hangs(
     url: str, clerk: FakeClerk, backend: Backend, tmp_path: Path
 ) -> None:
     """When the process continues, it no longer holds the lease, and waits."""
-    with following(url, clerk, backend, tmp_path / "log") as server, changing(url, backend) as made:
+    with (
+        following(url, clerk, backend, tmp_path / "log", **NEVER_KILLED) as server,
+        changing(url, backend) as made,
+    ):
         holder = wait_for_holder(url)
         eventually(made.has_changed)
         freeze(holder, url)
