@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import psycopg
@@ -186,6 +189,20 @@ def test_fetches_keys(database_url: str, clerk: FakeClerk, tmp_path: Path) -> No
         assert Counter(
             pool.map(lambda _: server.request("GET", "/api/me", headers=headers).status, range(40))
         ) == {200: 40}
+
+
+def test_dates_responses(server: Server) -> None:
+    """Each response has the current second in its Date header, also on an old connection."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=20)
+    with closing(connection):
+        for _ in range(2):
+            began_at = int(time.time())
+            connection.request("GET", "/healthz")
+            with connection.getresponse() as response:
+                response.read()
+                date = parsedate_to_datetime(response.headers["Date"]).timestamp()
+            assert began_at <= date <= time.time()
+            time.sleep(1.1)
 
 
 def test_serves_beside_clients_that_never_finish(server: Server) -> None:

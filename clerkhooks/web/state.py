@@ -7,10 +7,10 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flask import Flask, current_app, request
+from werkzeug.utils import cached_property  # functools' own acquires a lock in Python 3.11
 
 from clerkhooks.clerk.session_tokens import Session, SessionVerifier
 from clerkhooks.clerk.signatures import SigningSecret
