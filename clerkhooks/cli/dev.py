@@ -71,17 +71,19 @@ def run(port: int, *, once: bool) -> bool:
         database = Path(folder, "clerkhooks.db")
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         app = _create_app(clerk, database, password)
-        title = "clerkhooks dev: the service, with new keys and a temporary database"
-        click.secho(title, bold=True)
-        _report("database", str(database))
-        _report("server", url)
-        demonstration = Demonstration(app, clerk)
-        logging.disable(logging.WARNING)  # the demonstration prints the requests itself
-        ok = demonstration.run(database)
-        logging.disable(logging.NOTSET)
-        if not once:
-            _serve(app, listener, _instructions(clerk, demonstration.ada, url, password))
-        disconnect(app)
+        try:
+            title = "clerkhooks dev: the service, with new keys and a temporary database"
+            click.secho(title, bold=True)
+            _report("database", str(database))
+            _report("server", url)
+            demonstration = Demonstration(app, clerk)
+            logging.disable(logging.WARNING)  # the demonstration prints the requests itself
+            ok = demonstration.run(database)
+            logging.disable(logging.NOTSET)
+            if not once:
+                _serve(app, listener, _instructions(clerk, demonstration.ada, url, password))
+        finally:
+            disconnect(app)
     return ok
 
 
