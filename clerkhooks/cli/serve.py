@@ -37,6 +37,9 @@ def _migrate() -> None:
 
     from clerkhooks import create_app
     from clerkhooks.cli.options import database_failures
+    from clerkhooks.web.state import disconnect
 
-    with create_app().app_context(), database_failures():
+    app = create_app()
+    with app.app_context(), database_failures():
         upgrade()
+    disconnect(app)
