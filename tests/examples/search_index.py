@@ -26,10 +26,10 @@ USERS = "SELECT id, name, email FROM users WHERE deleted_at IS NULL"
 
 
 class SearchIndex:
-    """The index in the file *path*, of users in *database*. *feed* is a client of the service."""
+    """The index in the file *index*, of users in *database*. *feed* is a client of the service."""
 
-    def __init__(self, path: str, database: sa.Engine, feed: httpx.Client) -> None:
-        self._index, self._database, self._feed = sqlite3.connect(path), database, feed
+    def __init__(self, index: sqlite3.Connection, database: sa.Engine, feed: httpx.Client) -> None:
+        self._index, self._database, self._feed = index, database, feed
         self._index.executescript(TABLES)
 
     def follow(self) -> None:
@@ -77,8 +77,11 @@ class SearchIndex:
 def main(url: str, database_url: str, path: str) -> None:
     """Follow the feed until the process is killed."""
     headers = {"Authorization": f"Bearer {os.environ['CHANGES_TOKEN']}"}
-    with closing(httpx.Client(base_url=url, headers=headers, timeout=30)) as feed:
-        SearchIndex(path, sa.create_engine(database_url), feed).follow()
+    with (
+        closing(sqlite3.connect(path)) as index,
+        httpx.Client(base_url=url, headers=headers, timeout=30) as feed,
+    ):
+        SearchIndex(index, sa.create_engine(database_url), feed).follow()
 
 
 if __name__ == "__main__":

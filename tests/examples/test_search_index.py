@@ -83,20 +83,21 @@ def test_begins_again_if_changes_were_pruned(make_service: MakeService, tmp_path
     feed = httpx.Client(transport=transport, base_url="http://localhost", headers=HEADERS)
     url = service.database_url.replace("postgresql://", "postgresql+psycopg://")
     engine = sa.create_engine(url)
-    index = SearchIndex(str(tmp_path / "index.db"), engine, feed)
-    index.update()
-    gone, kept = sign_up(service), sign_up(service)
-    index.update()
-    service.deliver(deletion(gone))
-    list(ChangeReader(store_of(service)).prune(datetime.now(UTC)))
-    index.update()
+    with closing(sqlite3.connect(tmp_path / "index.db")) as file:
+        index = SearchIndex(file, engine, feed)
+        index.update()
+        gone, kept = sign_up(service), sign_up(service)
+        index.update()
+        service.deliver(deletion(gone))
+        list(ChangeReader(store_of(service)).prune(datetime.now(UTC)))
+        index.update()
     assert [user_id for user_id, _ in search(tmp_path / "index.db")] == [kept]
-    with pytest.raises(httpx.HTTPStatusError):
-        SearchIndex(
-            str(tmp_path / "other.db"),
-            engine,
-            httpx.Client(transport=transport, base_url="http://localhost"),
-        ).update()
+    stranger = httpx.Client(transport=transport, base_url="http://localhost")
+    with (
+        closing(sqlite3.connect(tmp_path / "other.db")) as file,
+        pytest.raises(httpx.HTTPStatusError),
+    ):
+        SearchIndex(file, engine, stranger).update()
     engine.dispose()
 
 
